@@ -1,0 +1,1 @@
+"""Names, arguments and weights of other implementations, on top of our network."""

@@ -1,0 +1,5 @@
+"""The one exception for wrong input; the command line turns it into one clear line and exit status 2."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot work. The message names the value, the place and the remedy, in one line."""

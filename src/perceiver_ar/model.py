@@ -1,0 +1,454 @@
+"""Perceiver AR (Hawthorne et al., ICML 2022, arXiv 2202.07765): the whole network, to be read top-down.
+
+Shapes: B batch, T context, P prefix, N latents (T = P + N), D dim, H heads, C channels per head, V vocabulary.
+
+    h = embed(tokens)                          (B, T, D)   one vector per token of the context
+    u = h[:, P:]                               (B, N, D)   the latents: the last N positions
+    cross-attention:  u += attend(u to h)                  causal: latent r reads tokens 0 ... P + r
+                      u += mlp(u)
+    self-attention:   u += attend(u to u)                  causal, num_layers times
+                      u += mlp(u)
+    logits = head(norm(u))                     (B, N, V)   latent r predicts token P + r + 1
+"""
+
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from perceiver_ar.attention import Piece, attend
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.errors import InputError
+from perceiver_ar.files import atomic_path, write_text
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines, each broadcastable to (B, H, length, rotated channels / 2)."""
+
+
+class Span(NamedTuple):
+    """Tokens of the context as cross-attention layers read them."""
+
+    h: Tensor
+    """(B, K, D) embeddings, before any normalisation."""
+    rotary: Rotary | None
+    """Their rotation as keys."""
+    mask: Tensor | None
+    """(B, K) bool, True where the token is real; None: all are."""
+
+
+class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", tags=["perceiver-ar", "long-context"]):
+    """Next-token logits for the last positions of a long context.
+
+    Setting `activation_checkpointing` recomputes each layer in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: PerceiverARConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed = nn.Embedding(config.vocab_size, config.width_embed)
+        self.position_embed = nn.ModuleList(nn.Embedding(rows, config.width_embed) for rows in config.table_sizes)
+        self.query_proj = nn.Linear(config.width_embed, config.dim) if config.query_proj else nn.Identity()
+        self.cross_attention = nn.ModuleList(CrossLayer(config) for _ in config.cross_layers)
+        self.self_attention = nn.ModuleList(SelfLayer(config) for _ in range(config.num_layers))
+        self.norm = make_norm(config, config.dim) if config.final_norm else nn.Identity()
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=config.logits_bias)
+        init_weights(self)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        prefix_len: int | None = None,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        prefix_keep: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, N, V) of the tokens that follow each of the last N = T - prefix_len positions.
+
+        Args:
+            tokens: (B, T) integer ids, 1 <= T <= context_length.
+            prefix_len: how many of the first tokens are prefix, 0 <= prefix_len < T; None: as many latents as
+                num_latents allows. An explicit value may ask for more or fewer latents than in training.
+            mask: (B, T) bool, True for real tokens, False for padding. No query sees a padded key, and by default
+                positions count real tokens only, so a padded row gives the logits of the row alone. Outputs at padded
+                latents mean nothing. None: all tokens are real.
+            positions: (T,) or (B, T) integer positions, or (..., T, axes) for a model with several `index_dims`;
+                None: 0 ... T - 1, less the padding before a token.
+            prefix_keep: (B, K) or (cross layers, B, K) indices below prefix_len, distinct within a row: the prefix
+                tokens that survive prefix dropout. None: drawn at `config.prefix_dropout` in training, else all.
+
+        Raises:
+            InputError: shapes or lengths that do not fit together; the message has the numbers.
+        """
+        return self.head(self.latents(tokens, prefix_len, mask=mask, positions=positions, prefix_keep=prefix_keep))
+
+    def latents(
+        self,
+        tokens: Tensor,
+        prefix_len: int | None = None,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        prefix_keep: Tensor | None = None,
+    ) -> Tensor:
+        """The final latents (B, N, D) that `forward` turns into logits; same arguments."""
+        config, P = self.config, self.check(tokens, prefix_len, mask)
+        places = self.places(tokens, mask, positions)
+        latent_mask = None if mask is None else mask[:, P:]
+        self_mask = latent_mask if config.mask_self_attention else None
+
+        latent = self.span(tokens[:, P:], places[:, P:], latent_mask)
+        u = self.query_proj(latent.h)
+        at = self.flat(places[:, P:]) + config.query_position_offset
+        query_rotary, self_rotary = self.rotary(at, cross=True), self.rotary(at, cross=False)
+
+        prefix: Span | None = None
+        keeps = self.prefix_keeps(tokens, P, prefix_keep)
+        for i in range(config.num_layers + 1):
+            for before, layer, keep in zip(config.cross_layers, self.cross_attention, keeps, strict=True):
+                if before == i:
+                    if prefix is None or keep is not None:
+                        prefix = self.prefix(tokens, places, mask, P, keep)
+                    u = self.run(layer, u, query_rotary, prefix, latent)
+            if i < config.num_layers:
+                rotated = config.rotary_layers is None or i < config.rotary_layers
+                u = self.run(self.self_attention[i], u, self_rotary if rotated else None, self_mask)
+        return self.norm(u)
+
+    # The context: which tokens, where they stand, how they are embedded.
+
+    def check(self, tokens: Tensor, prefix_len: int | None, mask: Tensor | None) -> int:
+        """The prefix length to use. Raises InputError where tokens, prefix length and mask do not fit together."""
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise InputError(f"tokens have shape {tuple(tokens.shape)}: they must be (batch, length), neither empty")
+        T = tokens.shape[1]
+        if self.config.context_length < T:
+            raise InputError(
+                f"{T} tokens are more than context_length {self.config.context_length}: give only the last "
+                f"{self.config.context_length}, or build the model with a longer context"
+            )
+        if mask is not None and mask.shape != tokens.shape:
+            raise InputError(f"mask has shape {tuple(mask.shape)}, tokens {tuple(tokens.shape)}: they must be equal")
+        if prefix_len is None:
+            return max(0, T - self.config.num_latents)
+        if not 0 <= prefix_len < T:
+            raise InputError(f"prefix_len is {prefix_len} with {T} tokens: it must be in 0 ... {T - 1}")
+        return prefix_len
+
+    def places(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Positions as (B or 1, T, axes): one coordinate per position table, or the bare position without tables."""
+        if positions is None:
+            if mask is None:
+                positions = torch.arange(tokens.shape[1], device=tokens.device)
+            else:
+                positions = (mask.long().cumsum(1) - 1).clamp_(min=0)
+        sizes = self.config.table_sizes
+        if len(sizes) <= 1:
+            places = positions[..., None]
+        elif positions.shape[-1] == len(sizes) and positions.shape[-2:-1] == tokens.shape[1:]:
+            places = positions
+        else:
+            places = torch.stack(torch.unravel_index(positions, sizes), dim=-1)
+        places = places if places.ndim == 3 else places[None]
+        if places.shape[0] not in (1, tokens.shape[0]) or places.shape[1] != tokens.shape[1]:
+            raise InputError(
+                f"positions have shape {tuple(positions.shape)}, tokens {tuple(tokens.shape)}: give one each"
+            )
+        return places
+
+    def flat(self, places: Tensor) -> Tensor:
+        """(B or 1, K, axes) -> (B or 1, K): the running position that rotations go by."""
+        flat = places[..., 0]
+        for axis, size in enumerate(self.config.table_sizes[1:], start=1):
+            flat = flat * size + places[..., axis]
+        return flat
+
+    def prefix_keeps(self, tokens: Tensor, P: int, prefix_keep: Tensor | None) -> list[Tensor | None]:
+        """For each cross-attention layer the indices (B, K) of the prefix tokens it reads; None: all."""
+        layers, rate = len(self.config.cross_layers), self.config.prefix_dropout
+        if prefix_keep is not None:
+            return list(prefix_keep) if prefix_keep.ndim == 3 else [prefix_keep] * layers
+        dropped = int(P * rate) if self.training else 0
+        if dropped == 0:
+            return [None] * layers
+        noise = torch.rand(layers, tokens.shape[0], P, device=tokens.device)
+        return list(noise.topk(P - dropped, dim=-1, sorted=False).indices)
+
+    def prefix(self, tokens: Tensor, places: Tensor, mask: Tensor | None, P: int, keep: Tensor | None) -> Span:
+        """The first P tokens, or those at the indices `keep` (B, K): dropped ones cost nothing, they are never embedded."""
+        if keep is None:
+            return self.span(tokens[:, :P], places[:, :P], None if mask is None else mask[:, :P])
+        row = torch.arange(len(tokens), device=tokens.device)[:, None]
+        places = places.expand(len(tokens), -1, -1)
+        return self.span(tokens[row, keep], places[row, keep], None if mask is None else mask[row, keep])
+
+    def span(self, tokens: Tensor, places: Tensor, mask: Tensor | None) -> Span:
+        h = self.embed(tokens)
+        for axis, table in enumerate(self.position_embed):
+            h = h + table(places[..., axis])
+        return Span(h, self.rotary(self.flat(places), cross=True), mask)
+
+    def rotary(self, positions: Tensor, *, cross: bool) -> Rotary | None:
+        """The rotation of heads at integer positions (B or 1, K)."""
+        config = self.config
+        if not config.rotary:
+            return None
+        heads, channels = (
+            (config.heads_cross, config.width_head_cross) if cross else (config.num_heads, config.width_head)
+        )
+        dtype = torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
+        return rotary_tables(config, positions, heads, channels, dtype)
+
+    def run(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        if self.activation_checkpointing and self.training:
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    # Weights on disk: config.json and model.safetensors; also from and to the Hub, through the mixin.
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> str | None:
+        """Writes `config.json` and `model.safetensors` into a directory, each whole or not at all.
+
+        With `push_to_hub=True` and the other arguments of huggingface_hub's mixin, also uploads them with a model card.
+        """
+        if kwargs:
+            return super().save_pretrained(Path(save_directory), **kwargs)
+        self._save_pretrained(Path(save_directory))
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.stored_tensors().items()}
+        with atomic_path(save_directory / "model.safetensors") as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        write_text(save_directory / "config.json", self.config.to_json())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """The model in a directory (a run is one) or, with huggingface_hub's arguments, on the Hub; in evaluation mode.
+
+        Raises:
+            InputError: files missing, damaged, or not ours.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if not path.is_dir():
+            try:
+                files = ["config.json", "model.safetensors"]
+                path = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=files, **kwargs))
+            except Exception as error:
+                raise InputError(
+                    f"{pretrained_model_name_or_path}: no such directory, and no such model to be had from the Hub "
+                    f"({type(error).__name__})"
+                ) from error
+        model = cls(PerceiverARConfig.load(path))
+        file = path / "model.safetensors"
+        try:
+            tensors = load_file(file)
+        except FileNotFoundError:
+            raise InputError(f"{file}: no such file, so there is no trained model here (yet)") from None
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is damaged ({error}): restore it, or train again") from None
+        model.load_tensors(tensors, where=str(file))
+        return model.eval()
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The state dict, without the second name of a tied embedding."""
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not (self.config.tie_embeddings and name == "head.weight")
+        }
+
+    def load_tensors(self, tensors: dict[str, Tensor], where: str) -> None:
+        """Loads every tensor by name. Raises InputError that lists what is missing, unknown or has another shape."""
+        own = self.stored_tensors()
+        wrong = [f"{name} is missing" for name in own if name not in tensors]
+        wrong += [f"{name} is unknown" for name in tensors if name not in own]
+        wrong += [
+            f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in tensors and tensors[name].shape != tensor.shape
+        ]
+        if wrong:
+            raise InputError(f"{where} does not fit the settings: {'; '.join(wrong)}")
+        self.load_state_dict(tensors, strict=False)
+
+
+class CrossLayer(nn.Module):
+    """Latents read the context: prefix and latents, each latent up to its own position; then an MLP."""
+
+    def __init__(self, config: PerceiverARConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.heads_cross * config.width_head_cross
+        self.query_norm = make_norm(config, config.dim)
+        self.context_norm = make_norm(config, config.width_embed)
+        self.q_proj = nn.Linear(config.dim, width, bias=config.attention_bias)
+        self.kv_proj = nn.Linear(config.width_embed, 2 * width, bias=config.attention_bias)
+        self.out_proj = nn.Linear(width, config.dim, bias=config.out_bias != "none")
+        self.mlp = MLP(config, config.cross_mlp_ratio or config.mlp_ratio)
+
+    def forward(self, u: Tensor, rotary: Rotary | None, prefix: Span, latent: Span) -> Tensor:
+        """u (B, N, D) -> (B, N, D). `rotary` turns the queries; the spans bring the rotation of their keys."""
+        x = self.query_norm(u)
+        q = self.place(split_heads(self.q_proj(x), self.config.heads_cross), rotary)
+        # lucidrains and krasserm take the keys at latent positions from the normalised query stream instead.
+        own = x if self.config.latent_keys == "query" else self.context_norm(latent.h)
+        pieces = [Piece(*self.keys_values(own, latent.rotary), causal=True, mask=latent.mask)]
+        if prefix.h.shape[1] > 0:
+            k, v = self.keys_values(self.context_norm(prefix.h), prefix.rotary)
+            pieces.insert(0, Piece(k, v, mask=prefix.mask))
+        dropout = self.config.attention_dropout if self.training else 0.0
+        out = self.out_proj(merge_heads(attend(q, pieces, dropout=dropout)))
+        u = u + out if self.config.query_residual else out
+        return u + self.mlp(u)
+
+    def keys_values(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Normalised context (B, K, D) -> keys and values, each (B, H, K, C)."""
+        k, v = self.kv_proj(x).chunk(2, dim=-1)
+        return self.place(split_heads(k, self.config.heads_cross), rotary), split_heads(v, self.config.heads_cross)
+
+    def place(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        return place(x, rotary, self.config.qk_norm)
+
+
+class SelfLayer(nn.Module):
+    """Latents read the latents up to themselves; then an MLP."""
+
+    def __init__(self, config: PerceiverARConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.num_heads * config.width_head
+        self.norm = make_norm(config, config.dim)
+        self.qkv_proj = nn.Linear(config.dim, 3 * width, bias=config.attention_bias)
+        self.out_proj = nn.Linear(width, config.dim, bias=config.out_bias == "all")
+        self.mlp = MLP(config, config.mlp_ratio)
+
+    def forward(self, u: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
+        """u (B, N, D) -> (B, N, D); mask (B, N), True where a latent is a real token."""
+        q, k, v = (split_heads(x, self.config.num_heads) for x in self.qkv_proj(self.norm(u)).chunk(3, dim=-1))
+        q, k = (place(x, rotary, self.config.qk_norm) for x in (q, k))
+        u = u + self.out_proj(merge_heads(attend(q, [Piece(k, v, causal=True, mask=mask)])))
+        return u + self.mlp(u)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, K, H * C) -> (B, H, K, C)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, K, C) -> (B, K, H * C)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def place(x: Tensor, rotary: Rotary | None, normalise: bool) -> Tensor:
+    """Queries or keys (B, H, K, C), normalised per head if so set, then turned to their positions."""
+    if normalise:
+        x = F.rms_norm(x, x.shape[-1:])
+    return x if rotary is None else rotate(x, rotary)
+
+
+class MLP(nn.Module):
+    """Pre-normalised feed-forward block of two matrices."""
+
+    def __init__(self, config: PerceiverARConfig, ratio: float) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.norm = make_norm(config, config.dim)
+        self.up_proj = nn.Linear(config.dim, int(config.dim * ratio), bias=config.mlp_bias)
+        self.down_proj = nn.Linear(int(config.dim * ratio), config.dim, bias=config.mlp_bias)
+        self.dropout = nn.Dropout(config.mlp_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up_proj(self.norm(x))
+        if self.activation == "relu2":
+            x = F.relu(x).square()
+        else:
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return self.down_proj(self.dropout(x))
+
+
+def make_norm(config: PerceiverARConfig, dim: int) -> nn.Module:
+    return nn.LayerNorm(dim) if config.norm == "layernorm" else nn.RMSNorm(dim, eps=1e-5)
+
+
+def rotary_tables(
+    config: PerceiverARConfig, positions: Tensor, heads: int, channels: int, dtype: torch.dtype
+) -> Rotary:
+    """Cosines and sines (B or 1, H or 1, K, R / 2) of integer positions (B or 1, K), for the first R channels.
+
+    Angles are computed in float64 where there is such a thing: float32 angles are off by 0.06 at position 10^6, and
+    bfloat16 cannot tell positions apart beyond 256.
+    """
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64
+    pairs = int(config.rotary_fraction * channels / 2 + 1e-6)
+    base = config.context_length if config.rotary_base is None else config.rotary_base
+    j = torch.arange(pairs, device=positions.device, dtype=exact)
+    exponent = j / max(pairs - 1, 1) if config.rotary_endpoint else j / max(pairs, 1)
+    angles = positions[..., None].to(exact) * base**-exponent
+    angles = angles[:, None]
+    if config.rotary_heads_fraction < 1:  # the other heads turn by angle 0
+        turned = torch.arange(heads, device=angles.device) < int(config.rotary_heads_fraction * heads + 1e-6)
+        angles = angles * turned[:, None, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turns the channel pairs (c, c + R/2), c < R/2, of x (B, H, K, C) by their angles; the rest passes."""
+    cos, sin = rotary
+    half = cos.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest.to(cos.dtype)], dim=-1).to(x.dtype)
+
+
+def init_weights(model: PerceiverAR) -> None:
+    """Draws the initial weights in the manner `config.init` names; biases are zero except in PyTorch's own manner."""
+    config = model.config
+    if config.init != "torch":
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding):
+                if config.init == "normal":
+                    nn.init.normal_(module.weight, std=0.02)
+                elif config.init == "fan_in":
+                    nn.init.trunc_normal_(module.weight, a=-2, b=2)
+                else:
+                    nn.init.normal_(module.weight)
+            elif isinstance(module, nn.Linear):
+                std = 1 / math.sqrt(module.in_features)
+                if config.init == "normal":
+                    nn.init.normal_(module.weight, std=0.02)
+                elif config.init == "fan_in":
+                    nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+                elif name.endswith(("out_proj", "down_proj")):
+                    nn.init.zeros_(module.weight)
+                else:
+                    nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+    if config.init in ("fan_in", "zero_out") and not config.tie_embeddings:
+        nn.init.zeros_(model.head.weight)
+    if config.position_table == "sinusoidal":
+        for table in model.position_embed:
+            table.weight = nn.Parameter(sinusoids(*table.weight.shape), requires_grad=False)
+
+
+def sinusoids(rows: int, dim: int) -> Tensor:
+    """(rows, dim): row p is [sin(p w_j), cos(p w_j)] with w_j = 10000^(-j / (dim/2 - 1)), as in google's release."""
+    half = dim // 2
+    w = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / max(half - 1, 1))
+    angles = torch.arange(rows, dtype=torch.float64)[:, None] * w
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
