@@ -1,0 +1,60 @@
+"""Perceiver AR (Hawthorne et al., ICML 2022): train on long sequences, measure, generate. See README.md."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from perceiver_ar.config import DataConfig, OptimConfig, PerceiverARConfig, Recipe, TrainerConfig
+    from perceiver_ar.errors import InputError
+    from perceiver_ar.evaluation import evaluate
+    from perceiver_ar.generation import generate, stream
+    from perceiver_ar.model import PerceiverAR
+    from perceiver_ar.objective import next_token_loss
+    from perceiver_ar.run import Run
+    from perceiver_ar.training import train
+
+# Name -> module. Imported when first used, so that `perceiver-ar --help` does not wait for torch.
+_HOME = {
+    "DataConfig": "config",
+    "InputError": "errors",
+    "OptimConfig": "config",
+    "PerceiverAR": "model",
+    "PerceiverARConfig": "config",
+    "Recipe": "config",
+    "Run": "run",
+    "TrainerConfig": "config",
+    "evaluate": "evaluation",
+    "generate": "generation",
+    "next_token_loss": "objective",
+    "stream": "generation",
+    "train": "training",
+}
+
+__all__ = [
+    "DataConfig",
+    "InputError",
+    "OptimConfig",
+    "PerceiverAR",
+    "PerceiverARConfig",
+    "Recipe",
+    "Run",
+    "TrainerConfig",
+    "evaluate",
+    "generate",
+    "next_token_loss",
+    "stream",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'perceiver_ar' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"perceiver_ar.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

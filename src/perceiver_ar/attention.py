@@ -6,10 +6,10 @@ For a query, piece c of the keys gives an output O_c and lse_c, the log of the s
 
     lse = log sum_c exp(lse_c),    O = sum_c exp(lse_c - lse) O_c
 
-is attention over all keys, and the gradient of piece c needs only q, k_c, v_c, the merged O and lse, and dO, because the
-probabilities are exp(score - lse) with the merged lse. Fused kernels take exactly these (FlashAttention, arXiv 2205.14135;
-ring attention, arXiv 2310.01889, uses the same two facts). So a cross-attention of latents to prefix and latents is one
-plain piece and one square causal piece, and no rectangular mask is ever built.
+is attention over all keys, and the gradient of piece c needs only q, k_c, v_c, the merged O and lse, and dO, because
+the probabilities are exp(score - lse) with the merged lse. Fused kernels take exactly these (FlashAttention, arXiv
+2205.14135; ring attention, arXiv 2310.01889, uses the same two facts). So a cross-attention of latents to prefix and
+latents is one plain piece and one square causal piece, and no rectangular mask is ever built.
 """
 
 from collections.abc import Sequence
@@ -49,6 +49,8 @@ def attend(q: Tensor, pieces: Sequence[Piece], *, dropout: float = 0.0) -> Tenso
     biases = [None if piece.mask is None else _bias(piece.mask, q) for piece in pieces]
     causal = [piece.causal for piece in pieces]
     tensors = [tensor for piece in pieces for tensor in (piece.k, piece.v)]
+    # The kernel reads channels as neighbours in memory whatever the stride says.
+    q, *tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, *tensors))
     return _MergedAttention.apply(q, causal, biases, *tensors)  # type: ignore[no-any-return]
 
 

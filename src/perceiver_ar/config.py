@@ -1,14 +1,16 @@
-"""Everything that defines a network, in one frozen dataclass; no torch here.
+"""Every setting, in dataclasses whose field docstrings are the command line's help; no torch here.
 
-The defaults are what learned best in our measurements (docs/log.md). The fields below the first block exist so that one
-network computes what each published implementation computes; `PRESETS` names those combinations.
+`PerceiverARConfig` defines a network, `Recipe` a whole run. The defaults are what learned best in our measurements
+(docs/log.md). The network's fields after the first block exist so that one network computes what each published
+implementation computes; `PRESETS` names those combinations.
 """
 
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -38,8 +40,8 @@ class PerceiverARConfig:
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward blocks, as a multiple of their input width."""
     cross_layers: tuple[int, ...] = (0,)
-    """Where cross-attention layers stand: each number is the self-attention layer it comes before (num_layers: after the
-    last). (0,) is the paper; (0, 0) is two in a row; (0, 3) reads the context again before the fourth layer."""
+    """Where cross-attention layers stand: each number is the self-attention layer it comes before (num_layers: after
+    the last). (0,) is the paper; (0, 0) is two in a row; (0, 3) reads the context again before the fourth layer."""
     prefix_dropout: float = 0.0
     """Share of the prefix tokens dropped from each cross-attention in training (paper, section 3.2 and appendix)."""
     attention_dropout: float = 0.0
@@ -114,56 +116,53 @@ class PerceiverARConfig:
         object.__setattr__(self, "cross_layers", tuple(self.cross_layers))
         object.__setattr__(self, "index_dims", tuple(self.index_dims))
 
-        def require(ok: bool, message: str) -> None:
-            if not ok:
-                raise InputError(message)
-
         for name in ("vocab_size", "context_length", "num_latents", "dim", "num_heads"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        require(self.num_layers >= 0, f"num_layers is {self.num_layers}: it must not be negative")
-        require(
+            _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        _check(self.num_layers >= 0, f"num_layers is {self.num_layers}: it must not be negative")
+        _check(
             self.num_latents <= self.context_length,
             f"num_latents is {self.num_latents}, more than context_length {self.context_length}: "
             "lower num_latents or raise context_length",
         )
-        require(
+        _check(
             self.head_dim is not None or self.dim % self.num_heads == 0,
             f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: change one of them, or give head_dim",
         )
-        require(
+        _check(
             self.cross_head_dim is not None or self.head_dim is not None or self.dim % self.heads_cross == 0,
-            f"dim {self.dim} is not a multiple of cross_num_heads {self.heads_cross}: change one, or give cross_head_dim",
+            f"dim {self.dim} is not a multiple of cross_num_heads {self.heads_cross}: change one, "
+            "or give cross_head_dim",
         )
         for name in ("head_dim", "embed_dim", "cross_num_heads", "cross_head_dim", "cross_mlp_ratio"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"{name} is {value}: it must be positive, or left out")
-        require(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}: it must be positive")
+            _check(value is None or value > 0, f"{name} is {value}: it must be positive, or left out")
+        _check(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}: it must be positive")
         for name in ("prefix_dropout", "attention_dropout", "mlp_dropout"):
-            require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+            _check(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
         for name in ("rotary_fraction", "rotary_heads_fraction"):
-            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}: it must be in [0, 1]")
+            _check(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}: it must be in [0, 1]")
         for at in self.cross_layers:
-            require(
+            _check(
                 0 <= at <= self.num_layers,
                 f"cross_layers has {at}: with num_layers {self.num_layers} its numbers must be 0 ... {self.num_layers}",
             )
-        require(
+        _check(
             list(self.cross_layers) == sorted(self.cross_layers),
             f"cross_layers is {self.cross_layers}: write its numbers in rising order",
         )
-        require(
+        _check(
             self.width_embed == self.dim or self.query_proj,
             f"embed_dim {self.width_embed} differs from dim {self.dim}: that needs query_proj",
         )
-        require(
+        _check(
             self.width_embed == self.dim or self.latent_keys == "context",
             f"embed_dim {self.width_embed} differs from dim {self.dim}: that needs latent_keys 'context'",
         )
-        require(
+        _check(
             self.width_embed == self.dim or not self.tie_embeddings,
             f"embed_dim {self.width_embed} differs from dim {self.dim}: tie_embeddings needs them equal",
         )
-        require(
+        _check(
             not self.index_dims or self.position_table != "none",
             f"index_dims is {self.index_dims} but position_table is 'none': set position_table",
         )
@@ -226,7 +225,7 @@ class PerceiverARConfig:
         # Other libraries add their own entries on saving; they do not change what the network computes.
         for foreign in ("architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"):
             settings.pop(foreign, None)
-        fields = {field.name for field in dataclasses.fields(cls)}
+        fields = {entry.name for entry in dataclasses.fields(cls)}
         if unknown := sorted(set(settings) - fields):
             raise InputError(f"{where}: unknown settings {', '.join(unknown)}")
         try:
@@ -306,3 +305,176 @@ PRESETS: dict[str, dict[str, Any]] = {
         "init": "normal",
     },
 }
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which part of the files is what, and how they become tokens."""
+
+    validation: tuple[str, ...] = ()
+    """Files or folders to hold out for measuring, instead of a share of the documents."""
+    validation_fraction: float = 0.05
+    """Share of the bytes held out, as whole documents."""
+    split_on: str | None = None
+    """Text that separates documents inside a file, dropped itself, such as '\\n\\n\\n\\n'; None: a file is a document."""
+    tokenizer: str | None = None
+    """A Hugging Face tokenizers file (tokenizer.json); None: every byte is a token."""
+    bpe_vocab_size: int | None = None
+    """Train a byte-level BPE tokenizer of this size on the files first."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "validation", tuple(self.validation))
+        if self.split_on is not None:  # shells pass backslashes on
+            object.__setattr__(self, "split_on", self.split_on.replace("\\n", "\n").replace("\\t", "\t"))
+        _check(
+            0 <= self.validation_fraction < 1,
+            f"data.validation_fraction is {self.validation_fraction}: it must be in [0, 1)",
+        )
+        _check(self.split_on != "", "data.split_on is empty: give a text, or leave it out")
+        _check(
+            self.bpe_vocab_size is None or self.bpe_vocab_size > 256,
+            f"data.bpe_vocab_size is {self.bpe_vocab_size}: it must be more than 256, the single bytes",
+        )
+        _check(
+            self.tokenizer is None or self.bpe_vocab_size is None,
+            "data.tokenizer and data.bpe_vocab_size are both given: choose one",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The learning rule. Learning rates are peaks; the schedule scales them all alike."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for all."""
+    muon_lr: float = 0.02
+    """Peak learning rate of the hidden matrices under Muon."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices, per unit of learning rate."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """wsd: warmup, stable, then linear decay to zero; cosine: warmup, then a half cosine to zero; or constant."""
+    warmup: float = 0.02
+    """Share of the run over which learning rates rise from zero."""
+    decay: float = 0.6
+    """wsd: share of the run over which they fall to zero."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("muon_lr", "lr", "weight_decay", "grad_clip"):
+            _check(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}: it must not be negative")
+        for name in ("warmup", "decay", "momentum"):
+            _check(0 <= getattr(self, name) <= 1, f"optim.{name} is {getattr(self, name)}: it must be in [0, 1]")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How the run goes through its steps."""
+
+    batch_size: int = 8
+    """Windows per optimizer step."""
+    micro_batch_size: int | None = None
+    """Windows per forward pass; less than batch_size accumulates gradients in less memory. None: batch_size."""
+    precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
+    """auto: bfloat16 autocast where the processor multiplies it natively, else float32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+    compile: bool = False
+    """torch.compile the network: minutes of compilation, then faster steps."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, a third more time."""
+    evaluations: int = 10
+    """How many times, evenly spread over the run, to measure and to sample."""
+    evaluation_tokens: int = 100_000
+    """Most held-out tokens to score each time; the last time all of them are scored."""
+    sample_tokens: int = 200
+    """Length of the samples; 0: none."""
+    checkpoint_every: str = "60s"
+    """Time between checkpoints, as in max_time."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batch_size"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"trainer.{name} is {value}: it must be at least 1")
+        _check(
+            self.batch_size % (self.micro_batch_size or self.batch_size) == 0,
+            f"trainer.batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}",
+        )
+        for name in ("evaluations", "sample_tokens"):
+            _check(getattr(self, name) >= 0, f"trainer.{name} is {getattr(self, name)}: it must not be negative")
+        _check(
+            self.evaluation_tokens >= 2, f"trainer.evaluation_tokens is {self.evaluation_tokens}: it must be at least 2"
+        )
+        parse_duration(self.checkpoint_every, "trainer.checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The complete settings of a run: training one again reproduces it."""
+
+    paths: tuple[str, ...] = ()
+    """Files, folders, globs, or - for standard input; none: the Python standard library's source."""
+    out: str = ""
+    """The run directory to make."""
+    modality: Literal["text", "bytes"] = "text"
+    """text: valid UTF-8 only; bytes: any file."""
+    max_time: str | None = None
+    """How long to train, such as 90s, 5m or 1h30m; the learning rate falls accordingly."""
+    max_steps: int | None = None
+    """How many optimizer steps to train. With neither: 10 minutes."""
+    seed: int = 0
+    """Seed of the split, the weights and the order of the windows."""
+    model: PerceiverARConfig = field(default_factory=PerceiverARConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "paths", tuple(self.paths))
+        _check(self.out != "", "out is missing: name the run directory to make, as in --out runs/mine")
+        _check(self.max_steps is None or self.max_steps >= 1, f"max_steps is {self.max_steps}: it must be at least 1")
+        if self.max_time is not None:
+            parse_duration(self.max_time, "max_time")
+        elif self.max_steps is None:
+            object.__setattr__(self, "max_time", "10m")
+
+    @property
+    def max_seconds(self) -> float | None:
+        return None if self.max_time is None else parse_duration(self.max_time, "max_time")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as in `recipe.yaml`; tuples as lists."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], where: str = "the settings") -> Self:
+        """The inverse of `to_dict`. Raises InputError that names `where` for what does not belong."""
+        groups = {"model": PerceiverARConfig, "data": DataConfig, "optim": OptimConfig, "trainer": TrainerConfig}
+        try:
+            parts = {name: group(**settings.get(name) or {}) for name, group in groups.items()}
+            return cls(**{**settings, **parts})
+        except TypeError as error:
+            raise InputError(f"{where}: {error}") from None
+
+
+def parse_duration(text: str, name: str) -> float:
+    """Seconds in a text such as "90s", "5m", "1h30m" or "2d". Raises InputError naming the setting `name`."""
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?", str(text).strip())
+    if not match or not any(match.groups()):
+        raise InputError(f"{name} is {text!r}: write a duration such as 90s, 5m or 1h30m")
+    seconds = sum(float(n or 0) * unit for n, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
+    if seconds <= 0:
+        raise InputError(f"{name} is {text!r}: it must be more than nothing")
+    return seconds
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise InputError(message)

@@ -83,7 +83,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
             mask: (B, T) bool, True for real tokens, False for padding. No query sees a padded key, and by default
                 positions count real tokens only, so a padded row gives the logits of the row alone. Outputs at padded
                 latents mean nothing. None: all tokens are real.
-            positions: (T,) or (B, T) integer positions, or (..., T, axes) for a model with several `index_dims`;
+            positions: (T,) or (B, T) integer positions, or (B or 1, T, axes) for a model with several `index_dims`;
                 None: 0 ... T - 1, less the padding before a token.
             prefix_keep: (B, K) or (cross layers, B, K) indices below prefix_len, distinct within a row: the prefix
                 tokens that survive prefix dropout. None: drawn at `config.prefix_dropout` in training, else all.
@@ -109,7 +109,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         self_mask = latent_mask if config.mask_self_attention else None
 
         latent = self.span(tokens[:, P:], places[:, P:], latent_mask)
-        u = self.query_proj(latent.h)
+        u = self.query_proj(latent.h).to(latent.h.dtype)  # autocast would start the residual stream in half precision
         at = self.flat(places[:, P:]) + config.query_position_offset
         query_rotary, self_rotary = self.rotary(at, cross=True), self.rotary(at, cross=False)
 
@@ -156,7 +156,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         sizes = self.config.table_sizes
         if len(sizes) <= 1:
             places = positions[..., None]
-        elif positions.shape[-1] == len(sizes) and positions.shape[-2:-1] == tokens.shape[1:]:
+        elif positions.ndim == 3 and positions.shape[-1] == len(sizes):
             places = positions
         else:
             places = torch.stack(torch.unravel_index(positions, sizes), dim=-1)
@@ -186,7 +186,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         return list(noise.topk(P - dropped, dim=-1, sorted=False).indices)
 
     def prefix(self, tokens: Tensor, places: Tensor, mask: Tensor | None, P: int, keep: Tensor | None) -> Span:
-        """The first P tokens, or those at the indices `keep` (B, K): dropped ones cost nothing, they are never embedded."""
+        """The first P tokens, or those at the indices `keep` (B, K): what is dropped is never embedded."""
         if keep is None:
             return self.span(tokens[:, :P], places[:, :P], None if mask is None else mask[:, :P])
         row = torch.arange(len(tokens), device=tokens.device)[:, None]
@@ -313,7 +313,7 @@ class CrossLayer(nn.Module):
             pieces.insert(0, Piece(k, v, mask=prefix.mask))
         dropout = self.config.attention_dropout if self.training else 0.0
         out = self.out_proj(merge_heads(attend(q, pieces, dropout=dropout)))
-        u = u + out if self.config.query_residual else out
+        u = u + out if self.config.query_residual else out.to(u.dtype)
         return u + self.mlp(u)
 
     def keys_values(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,66 @@
+# Every target sets up what it needs in .venv, so a fresh clone needs nothing before `make demo`.
+
+PYTHON ?= python3
+WORKERS ?= 2# processes that share the tests
+TORCH := 2.13.0# what `make constraints` pins; pyproject.toml says what works
+
+BIN := .venv/bin
+# Stops where $(PYTHON) is missing or too old.
+require_python = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'make: PYTHON=$(PYTHON) is not \
+  Python 3.11 or newer; name one that is, as in: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 1; }
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check benchmark constraints clean
+
+help:  ## this list
+	@echo 'make TARGET [PYTHON=python3.12] [WORKERS=4], where TARGET is'
+	@sed -nE 's/^([a-z]+):.*  ## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: .venv/.ready  ## train a small model for some minutes on Python's own source, then let it write
+	rm -rf runs/demo
+	$(BIN)/perceiver-ar train --config recipes/demo.yaml --out runs/demo
+	$(BIN)/perceiver-ar generate runs/demo --prompt 'def ' --max_new_tokens 500 --temperature 0.8 --seed 1
+
+test: .venv/.ready  ## all tests but the slow ones; ARGS='-m slow' or ARGS=tests/test_files.py go to pytest
+	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+check: .venv/.ready  ## lint, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+benchmark: .venv/.bench  ## speed and quality beside the reference package; ARGS go to the benchmark
+	$(BIN)/python benchmarks/train.py $(ARGS)
+
+constraints:  ## resolve the newest versions that pyproject.toml allows and pin them in constraints.txt
+	$(require_python)
+	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
+	$(PYTHON) -m venv "$$fresh"; \
+	"$$fresh/bin/pip" install torch==$(TORCH) --editable '.[dev,bench]'; \
+	{ echo '# The versions that make sets up. Written by `make constraints`; commit them when `make check test` passes.'; \
+	  echo '# What torch takes along on some platforms only (CUDA libraries, triton) is left to torch, which pins it itself.'; \
+	  "$$fresh/bin/pip" freeze --all --exclude-editable | sed -E 's/\+[A-Za-z0-9.]+$$//; /^(pip=|nvidia-|cuda-|triton)/d'; \
+	} > "$$fresh/constraints.txt"; \
+	if grep -n '@' "$$fresh/constraints.txt"; then echo 'make: these were not taken from an index' >&2; exit 1; fi; \
+	cp "$$fresh/constraints.txt" constraints.txt
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf .venv dist .pytest_cache .ruff_cache .hypothesis
+	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# A set-up that was cut short may have left half a package behind, which pip cannot tell from a whole one: it starts anew.
+# The stamp carries the time at which the set-up began, so that an edit of pyproject.toml in the meantime is not missed.
+.venv/.ready: pyproject.toml constraints.txt
+	$(require_python)
+	@if [ -e .venv/.unfinished ]; then rm -rf .venv; fi
+	@mkdir -p .venv && touch .venv/.unfinished
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@mv .venv/.unfinished $@
+
+.venv/.bench: .venv/.ready
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[bench]'
+	@touch $@

@@ -1,0 +1,373 @@
+"""The command: verbs to functions. Results go to stdout, progress and messages to stderr.
+
+Exit status: 0 done; 1 failed; 2 the input was wrong, with one line that says what, where and what to do; 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from perceiver_ar.config import PRESETS, Recipe
+from perceiver_ar.costs import costs
+from perceiver_ar.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from perceiver_ar.data.codec import Codec
+    from perceiver_ar.evaluation import Evaluation
+    from perceiver_ar.run import Run
+
+USAGE = """usage: perceiver-ar VERB ...
+
+Perceiver AR on your own files: train, see how good it is, generate.
+
+  train [PATH...] --out RUN     make a run: a directory with a trained model
+  evaluate RUN [PATH...]        bits per byte on files, or on what the run held out
+  generate RUN                  let the model write
+  info RUN                      what a run is, and what it costs
+
+perceiver-ar VERB --help has all options and examples."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    verbs: dict[str, Callable[[list[str]], None]] = {
+        "train": train_verb,
+        "evaluate": evaluate_verb,
+        "generate": generate_verb,
+        "info": info_verb,
+    }
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries, to their callers: to us, not to the user
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(USAGE)
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            from perceiver_ar import __version__
+
+            print(__version__)
+            return 0
+        if argv[0] not in verbs:
+            raise InputError(f"there is no verb {argv[0]!r}: use {', '.join(verbs)}")
+        verbs[argv[0]](argv[1:])
+        return 0
+    except (InputError, argparse.ArgumentError) as error:
+        complain(" ".join(str(error).split()))
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        complain(f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
+        return 2
+    except KeyboardInterrupt as error:
+        complain(str(error) or "interrupted")
+        return 130
+
+
+def complain(message: str) -> None:
+    print(f"perceiver-ar: {message}", file=sys.stderr)
+
+
+def make_parser(verb: str, description: str, examples: str) -> ArgumentParser:
+    return ArgumentParser(
+        prog=f"perceiver-ar {verb}",
+        description=f"{description}\n\nexamples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+
+
+def train_verb(argv: list[str]) -> None:
+    parser = make_parser(
+        "train",
+        "Trains a Perceiver AR on files and makes a run directory.",
+        "  perceiver-ar train books/ --out runs/books --max_time 1h\n"
+        "  perceiver-ar train corpus.txt.xz --data.split_on '\\n\\n\\n\\n' --out runs/corpus --max_steps 2000\n"
+        "  perceiver-ar train src/ --out runs/code --model.context_length 8192 --model.dim 256 --model.num_heads 4\n"
+        "  perceiver-ar train --out runs/python --max_time 5m      (Python's own source)\n"
+        "  perceiver-ar train --out runs/books --resume            (go on where it stopped)",
+    )
+    parser.add_argument("paths", nargs="*", help="files, folders, patterns, or - for standard input; .gz .xz .bz2 .zst")
+    parser.add_argument("--config", action="config", help="a YAML file of settings, such as another run's recipe.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
+    parser.add_argument("--preset", choices=list(PRESETS), help="start the --model settings from a published network")
+    parser.add_class_arguments(Recipe, skip={"paths"})
+    if preset := option_value(argv, "--preset"):
+        if preset not in PRESETS:
+            raise InputError(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
+        parser.set_defaults({f"model.{name}": value for name, value in PRESETS[preset].items()})
+
+    from_files: dict[str, Any] = {}
+    if "--resume" in argv:
+        from perceiver_ar.run import Run
+
+        out = option_value(argv, "--out")
+        if out is None:
+            raise InputError("--resume needs the run to go on with: give --out RUN")
+        run = Run.open(out)
+        run.recipe()  # says clearly what is wrong with it, if anything is
+        argv = ["--config", str(run.recipe_file), *argv]
+        from_files |= run.recipe_dict()
+    elif (config_file := option_value(argv, "--config")) and Path(config_file).is_file():
+        loaded = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
+        from_files |= loaded if isinstance(loaded, dict) else {}
+    settings = parser.instantiate(parser.parse_args(argv)).as_dict()
+    for name in ("config", "preset"):
+        settings.pop(name)
+    resume = settings.pop("resume")
+    # The parser does not take positional arguments from files.
+    settings["paths"] = tuple(settings["paths"] or from_files.get("paths") or ())
+    if settings["max_steps"] is not None and settings["max_time"] is None and "--max_time" in argv:
+        raise InputError("--max_time needs a duration such as 5m")
+    recipe = Recipe(**settings)
+
+    from perceiver_ar.training import train
+
+    summary = train(recipe, resume=resume)
+    print(json.dumps(summary, indent=2))
+
+
+def option_value(argv: list[str], option: str) -> str | None:
+    """The last value of an option that must be known before parsing; None if it is not there."""
+    found = None
+    for i, word in enumerate(argv):
+        if word == option and i + 1 < len(argv):
+            found = argv[i + 1]
+        elif word.startswith(option + "="):
+            found = word[len(option) + 1 :]
+    return found
+
+
+def evaluate_verb(argv: list[str]) -> None:
+    parser = make_parser(
+        "evaluate",
+        "Scores every token of files exactly once, each with as much context as there is.",
+        "  perceiver-ar evaluate runs/books new_book.txt\n"
+        "  perceiver-ar evaluate runs/books                        (the documents it held out)\n"
+        "  perceiver-ar evaluate runs/books --context_lengths 256,1024,4096\n"
+        "  perceiver-ar evaluate runs/books new_book.txt --json",
+    )
+    parser.add_argument("run", help="a run directory")
+    parser.add_argument("paths", nargs="*", help="files as for train; none: what the run held out")
+    parser.add_argument("--stride", type=int | None, help="tokens from window to window; 1 is exact and slow "
+                        "(default: half the latents)")  # fmt: skip
+    parser.add_argument("--num_latents", type=int | None, help="latents per window (default: as trained)")
+    parser.add_argument("--context_lengths", type=str | None, help="a table, a CSV and a plot for these context lengths")
+    parser.add_argument("--max_tokens", type=int | None, help="score only so many tokens from the start")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows at once")
+    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the computation")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    args = parser.parse_args(argv)
+    lengths = parse_lengths(args.context_lengths)
+
+    import tempfile
+
+    from perceiver_ar.evaluation import evaluate, evaluate_context_lengths
+    from perceiver_ar.run import Run
+
+    run = Run.open(args.run)
+    model, codec = to_device(run.model()), run.codec()
+    with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
+        tokens = tokens_to_score(run, codec, args.paths, Path(scratch))
+        options: dict[str, Any] = {"num_latents": args.num_latents, "byte_lengths": codec.byte_lengths()}
+        options |= {"max_tokens": args.max_tokens, "batch_size": args.batch_size, "precision": args.precision}
+        if lengths is None:
+            results = [evaluate(model, tokens, stride=args.stride, **options)]
+            print(json.dumps(results[0].to_dict()) if args.json else describe(results[0]))
+            return
+        results = evaluate_context_lengths(model, tokens, lengths, **options)
+    show_context_table(run, results, args.json)
+
+
+def parse_lengths(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"--context_lengths is {text!r}: write numbers with commas between, as in 256,1024") from None
+
+
+def tokens_to_score(run: "Run", codec: "Codec", paths: list[str], scratch: Path) -> "np.ndarray":
+    from perceiver_ar.data.sources import find_files
+    from perceiver_ar.data.tokens import TokenFile, prepare
+
+    if paths:
+        return prepare(find_files(paths), codec, scratch, validation_fraction=0.0)[0].tokens
+    if not (run.tokens / "validation.json").exists():
+        raise InputError(f"{run.path} held nothing out: name the files to evaluate")
+    return TokenFile.open(run.tokens / "validation").tokens
+
+
+def describe(result: "Evaluation") -> str:
+    error = "" if result.standard_error is None else f" +- {result.standard_error:.4f}"
+    lines = [] if result.bits_per_byte is None else [f"bits per byte    {result.bits_per_byte:.4f}"]
+    lines += [
+        f"bits per token   {result.bits_per_token:.4f}",
+        f"nats per token   {result.nats_per_token:.4f}{error}",
+        f"perplexity       {result.perplexity:.3f}",
+        f"tokens scored    {result.tokens:,}",
+    ]
+    return "\n".join(lines)
+
+
+def show_context_table(run: "Run", results: "list[Evaluation]", as_json: bool) -> None:
+    from perceiver_ar.evaluation import write_table
+    from perceiver_ar.plots import plot_context
+
+    write_table(run.plots / "context.csv", results)
+    plot_context(run.plots / "context.png", results, {})
+    if as_json:
+        print(json.dumps({"context_lengths": [result.to_dict() for result in results]}))
+        return
+    print(f"{'context':>9}  {'bits per byte':>13}  {'bits per token':>14}")
+    for result in results:
+        per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+        print(f"{result.context_length:>9,}  {per_byte:>13}  {result.bits_per_token:>14.4f}")
+    print(f"table and plot: {run.plots / 'context.csv'}, {run.plots / 'context.png'}", file=sys.stderr)
+
+
+def generate_verb(argv: list[str]) -> None:
+    parser = make_parser(
+        "generate",
+        "Lets the model of a run write, and shows it as it is drawn.",
+        "  perceiver-ar generate runs/books --prompt 'Call me'\n"
+        "  perceiver-ar generate runs/code --prompt_file start.py --max_new_tokens 2000 --temperature 0.7 --top_p 0.95\n"
+        "  perceiver-ar generate runs/books --seed 1 --out sample.txt",
+    )
+    parser.add_argument("run", help="a run directory")
+    parser.add_argument("--prompt", type=str | None, help="text to go on from")
+    parser.add_argument("--prompt_file", type=str | None, help="a file to go on from")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="how many tokens to draw")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token")
+    parser.add_argument("--top_k", type=int | None, help="draw from so many likeliest tokens only")
+    parser.add_argument("--top_p", type=float | None, help="draw from the likeliest tokens that hold this share")
+    parser.add_argument("--min_p", type=float | None, help="draw from tokens at least so likely as a share of the best")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes used tokens less likely")
+    parser.add_argument("--seed", type=int | None, help="the same seed draws the same text")
+    parser.add_argument("--out", type=str | None, help="also write what was generated into this file")
+    args = parser.parse_args(argv)
+    if args.prompt is not None and args.prompt_file is not None:
+        raise InputError("--prompt and --prompt_file are both given: choose one")
+
+    import torch
+
+    from perceiver_ar.data.text import Utf8Stream
+    from perceiver_ar.files import atomic_path
+    from perceiver_ar.generation import stream
+    from perceiver_ar.run import Run
+
+    run = Run.open(args.run)
+    model, codec = to_device(run.model()), run.codec()
+    prompt = prompt_ids(codec, args.prompt, args.prompt_file)
+    steps = stream(
+        model,
+        torch.tensor(prompt)[None],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        stop_tokens=codec.separator[-1:],
+        seed=args.seed,
+    )
+    ids: list[int] = []
+    text, started = Utf8Stream(), time.perf_counter()
+    interrupted = False
+    try:
+        for step in steps:
+            ids.append(int(step.tokens[0]))
+            sys.stdout.write(text.push(codec.decode([ids[-1]])))
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted = True
+    seconds = time.perf_counter() - started
+    print(text.close())
+    if args.out is not None:
+        with atomic_path(args.out) as temporary:
+            temporary.write_bytes(codec.decode(ids))
+    print(f"{len(ids)} tokens in {seconds:.1f} s, {len(ids) / seconds:.1f} tokens/s", file=sys.stderr)
+    if interrupted:
+        raise KeyboardInterrupt("interrupted; what was drawn until then is above")
+
+
+def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> list[int]:
+    """The ids to go on from: the prompt as the start of a document."""
+    if prompt_file is not None:
+        try:
+            data = Path(prompt_file).read_bytes()
+        except FileNotFoundError:
+            raise InputError(f"--prompt_file {prompt_file}: no such file") from None
+    else:
+        data = (prompt or "").encode("utf-8", errors="surrogateescape")
+    return [*codec.separator, *codec.encode(data).tolist()] or [0]
+
+
+def to_device(model: Any) -> Any:
+    import torch
+
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def info_verb(argv: list[str]) -> None:
+    parser = make_parser("info", "Shows what a run is and what it costs.", "  perceiver-ar info runs/books")
+    parser.add_argument("run", help="a run directory")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    args = parser.parse_args(argv)
+
+    from perceiver_ar.run import Run
+
+    run = Run.open(args.run)
+    facts = dict(run_facts(run))
+    if args.json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
+        print(f"{name.replace('_', ' '):<34}{shown}")
+
+
+def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
+    model = run.model()
+    config, parameters = model.config, model.num_parameters()
+    yield "parameters", parameters
+    yield "vocabulary", config.vocab_size
+    yield "context_length", config.context_length
+    yield "latents", config.num_latents
+    yield "self_attention_layers", config.num_layers
+    yield "cross_attention_layers", len(config.cross_layers)
+    yield "dim", config.dim
+    window = costs(config)
+    yield "forward_gigaflops_per_window", window.forward_flops / 1e9
+    if run.recipe_file.exists():
+        recipe = run.recipe()
+        yield "windows_per_step", recipe.trainer.batch_size
+        yield "training_gigaflops_per_step", recipe.trainer.batch_size * window.training_flops / 1e9
+    # Float32 weights and gradients, and Adam's two moments or Muon's one for most of them.
+    yield "weights_megabytes", 4 * parameters / 1e6
+    yield "training_state_megabytes_at_most", 16 * parameters / 1e6
+    yield "context_keys_values_megabytes", window.context_bytes / 1e6
+    for name, value in (run.summary() or {}).items():
+        if name in ("steps", "tokens_seen", "train_seconds", "bits_per_byte", "nats_per_token"):
+            yield name, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Data: files -> codec -> token file -> windows. Knows nothing of the model."""

@@ -1,0 +1,277 @@
+"""Where documents come from: files, folders, patterns, standard input, the standard library; plain or compressed.
+
+Finding a source never reads it. Reading is streaming: no file is ever held in memory as a whole.
+"""
+
+import bz2
+import fnmatch
+import glob
+import gzip
+import lzma
+import os
+import shutil
+import stat
+import sys
+import sysconfig
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from perceiver_ar.data.codec import WrongModality
+from perceiver_ar.data.text import text_pieces
+from perceiver_ar.errors import InputError
+
+CHUNK = 1 << 20  # bytes read at once
+NOT_DOCUMENTS = frozenset({"__pycache__"})  # folders that are never walked into, besides hidden ones
+NOT_LIBRARY = NOT_DOCUMENTS | {
+    "site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "ensurepip",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to read. `name` is what messages call it; `size` is in bytes as stored, compressed or not.
+
+    `named`: the user gave this very file, so a codec that cannot read it is an error. Otherwise it was found in a
+    folder or by a pattern and is skipped.
+    """
+
+    path: Path
+    name: str
+    size: int
+    named: bool = True
+    spool: Any = field(default=None, repr=False, compare=False)  # keeps a temporary file alive as long as its source
+
+    def chunks(self, advance: Callable[[int], Any] = lambda num_bytes: None) -> Iterator[bytes]:
+        """The decompressed content. `advance(n)` is told whenever another n bytes of the stored file have been read.
+
+        Raises `InputError` if the file vanished, may not be read, or is damaged.
+        """
+        read = 0
+        try:
+            with open(self.path, "rb") as raw:
+                for chunk in _decompressed(raw, self.path.suffix.lower(), self.name):
+                    yield chunk
+                    advance(raw.tell() - read)
+                    read = raw.tell()
+        except FileNotFoundError:
+            raise InputError(f"{self.name} vanished before it was read; put it back and start again") from None
+        except PermissionError:
+            raise _permission_denied(self.name) from None
+        except (EOFError, OSError, zlib.error, lzma.LZMAError, _Damaged) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # a failing disk, not a damaged file
+                raise
+            reason = f"{self.name} is damaged, or not what its ending says ({error})"
+            raise InputError(f"{reason}; fetch or compress it again") from None
+
+
+class _Damaged(Exception):
+    """A damaged .zst file."""
+
+
+def _permission_denied(name: str | os.PathLike[str]) -> InputError:
+    return InputError(f"no permission to read {name}; change its mode or leave it out")
+
+
+def _decompressed(raw: IO[bytes], suffix: str, name: str) -> Iterator[bytes]:
+    """The content of an open file, decompressed as `suffix` says."""
+    if suffix == ".zst":
+        yield from _zstd_chunks(raw, name)
+        return
+    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+    file = openers[suffix](raw) if suffix in openers else raw
+    while chunk := file.read(CHUNK):
+        yield chunk
+
+
+def _zstd_chunks(raw: IO[bytes], name: str) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError:
+        raise InputError(f"reading {name} needs the package zstandard: pip install zstandard") from None
+    # The package's own file reader ends quietly at a cut file, so frames are followed here.
+    frame = None
+    while data := raw.read(1 << 14):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                content = frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise _Damaged(error) from None
+            if content:
+                yield content
+            data = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise _Damaged("it ends in the middle")
+
+
+def find_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Source]:
+    """The files that `paths` mean, in order, each once, even if several paths or links lead to it.
+
+    A path is a file, a folder (walked in sorted order, without hidden files and folders and `__pycache__`), a pattern
+    (`*`, `?`, `[...]`, and `**` for any folders) or `-` for standard input. Files ending in .gz, .xz, .bz2 or .zst are
+    decompressed when read. Raises `InputError` if a path does not exist, holds or matches nothing, or may not be read.
+    """
+    paths = [paths] if isinstance(paths, str | os.PathLike) else paths
+    sources: dict[str, Source] = {}  # by where a file really is
+    for path in (os.path.expanduser(path) for path in paths):
+        if path == "-":
+            found = [_spooled(sys.stdin.buffer, "standard input")]
+        elif os.path.lexists(path) or not glob.has_magic(path):
+            found = _at(path)
+        elif not (found := _matching(path)):
+            raise InputError(f"no file matches {path}; check the pattern")
+        for source in found:
+            sources.setdefault(os.path.realpath(source.path), source)
+    if not sources:
+        raise InputError("no files given; name files, folders or patterns, or - for standard input")
+    return list(sources.values())
+
+
+def standard_library() -> list[Source]:
+    """The embedded default corpus: the sources of the running Python's standard library, without its tests."""
+    folder = sysconfig.get_path("stdlib")
+    found = _walk(folder, skip=NOT_LIBRARY, on_error=None) if folder and os.path.isdir(folder) else []
+    sources = [source for source in found if source.name.endswith(".py") and os.access(source.path, os.R_OK)]
+    if not sources:
+        raise InputError(f"this Python has no standard library sources in {folder}; name files of your own")
+    return sources
+
+
+def read_text(sources: Iterable[Source], max_bytes: int | None = None) -> Iterator[str]:
+    """The text of `sources` in pieces, about `max_bytes` of it at most, for `train_bpe`.
+
+    Skips what was found but is no text; raises `WrongModality` for what the user named and is none.
+    """
+    total = 0
+    for source in sources:
+        try:
+            for piece in text_pieces(source.chunks(), source.name):
+                yield piece
+                total += len(piece.encode())
+                if max_bytes is not None and total >= max_bytes:
+                    return
+        except WrongModality:
+            if source.named:
+                raise
+
+
+def split_documents(chunks: Iterable[bytes], separator: bytes | None) -> Iterator[Iterator[bytes]]:
+    """The documents that `separator` separates in one file, each an iterator of chunks, without the separator itself.
+
+    Use up each document before asking for the next. Without a separator the file is one document.
+    """
+    if not separator:
+        yield iter(chunks)
+        return
+    chunks, buffer, start, at_end = iter(chunks), b"", 0, False  # what is unread: buffer[start:], then chunks
+
+    def document() -> Iterator[bytes]:
+        nonlocal buffer, start, at_end
+        while True:
+            found = buffer.find(separator, start)
+            if found >= 0:
+                content, start = buffer[start:found], found + len(separator)
+                if content:
+                    yield content
+                return
+            chunk = next(chunks, None)
+            at_end = chunk is None
+            # The last bytes may be the first half of a separator, so they wait for the next chunk.
+            keep = len(buffer) if at_end else max(start, len(buffer) - len(separator) + 1)
+            content, buffer, start = buffer[start:keep], buffer[keep:] + (chunk or b""), 0
+            if content:
+                yield content
+            if at_end:
+                return
+
+    while not at_end:
+        yield document()
+
+
+def _at(path: str) -> list[Source]:
+    """What is at a path that the user named."""
+    try:
+        mode = os.stat(path).st_mode
+    except PermissionError:
+        raise _permission_denied(path) from None
+    except OSError as error:
+        raise InputError(f"{path} does not exist ({error.strerror}); check the path") from None
+    if stat.S_ISDIR(mode):
+        if found := _walk(path):
+            return found
+        raise InputError(f"the folder {path} holds no files (hidden ones do not count); give another one")
+    if stat.S_ISFIFO(mode):  # such as the shell's <(command)
+        with open(path, "rb") as pipe:
+            return [_spooled(pipe, path)]
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path} is neither a file nor a folder; give a file, or - for standard input")
+    if not os.access(path, os.R_OK):
+        raise _permission_denied(path)
+    return [_source(path, named=True)]
+
+
+def _matching(pattern: str) -> list[Source]:
+    """The files that match a pattern, or lie in a folder that does."""
+    parts = Path(pattern).parts
+    if "**" in parts:  # not glob's own, which may follow links in circles
+        depth = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+        below = _walk(os.path.join(*parts[:depth] or ["."]))
+        return [source for source in below if _fits(source.path.parts[depth:], parts[depth:])]
+    found = []
+    for match in sorted(glob.glob(pattern)):
+        if os.path.isdir(match):
+            found += [] if os.path.basename(match) in NOT_DOCUMENTS else _walk(match)
+        elif os.path.isfile(match):
+            found.append(_source(match, named=False))
+    return found
+
+
+def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path fit those of a pattern; `**` fits any number of them."""
+    if not pattern or not path:
+        return not pattern
+    if pattern[0] == "**":
+        return _fits(path, pattern[1:]) or _fits(path[1:], pattern)
+    return fnmatch.fnmatchcase(path[0], pattern[0]) and _fits(path[1:], pattern[1:])
+
+
+def _source(path: str, named: bool) -> Source:
+    return Source(Path(path), path, os.stat(path).st_size, named)
+
+
+def _refuse(error: OSError) -> None:
+    if isinstance(error, PermissionError):
+        raise _permission_denied(error.filename)
+
+
+def _walk(
+    folder: str, skip: frozenset[str] = NOT_DOCUMENTS, on_error: Callable[[OSError], None] | None = _refuse
+) -> list[Source]:
+    """All files below `folder`, sorted; links are followed, but no folder is entered twice."""
+    found, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=on_error):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
+        for name in sorted(files):
+            path = os.path.join(parent, name)
+            if not name.startswith(".") and os.path.isfile(path):  # no pipes, sockets, or links to nothing
+                with suppress(FileNotFoundError):
+                    found.append(_source(path, named=False))
+    return found
+
+
+def _spooled(stream: IO[bytes], name: str) -> Source:
+    """A stream as a file that can be read more than once; the file goes when its source goes."""
+    spool = tempfile.NamedTemporaryFile(prefix="perceiver-ar-")  # noqa: SIM115
+    shutil.copyfileobj(stream, spool, CHUNK)
+    spool.flush()
+    return Source(Path(spool.name), name, os.stat(spool.name).st_size, named=True, spool=spool)

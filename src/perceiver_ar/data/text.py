@@ -1,0 +1,248 @@
+"""Text and bytes as ids: `BytesCodec` (one id per byte) and `TokenizerCodec` (byte-level BPE, Hugging Face tokenizers).
+
+Both give back exactly the bytes they were given, and both know how many bytes each id stands for, so that bits per byte
+can be compared between them.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from perceiver_ar.data.codec import Codec, WrongModality
+from perceiver_ar.errors import InputError
+from perceiver_ar.files import write_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+PIECE = 1 << 20  # characters that a tokenizer sees at once
+
+
+class BytesCodec(Codec):
+    """Every byte is its own id.
+
+    With `text`, documents must be valid UTF-8 without NUL, and id 0 (NUL) separates them. Without, any bytes will do,
+    all 256 ids mean themselves, and nothing stands between documents.
+    """
+
+    name = "bytes"
+    vocab_size = 256
+
+    def __init__(self, text: bool = True):
+        self.text = text
+        self.separator = (0,) if text else ()
+
+    def encode(self, data: bytes) -> np.ndarray:
+        if self.text:
+            for _ in decode_utf8([data], "the input", allow_nul=False):
+                pass
+        return np.frombuffer(data, dtype=np.uint8).copy()
+
+    def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
+        if self.text:
+            chunks = (piece.encode() for piece in decode_utf8(chunks, where, allow_nul=False))
+        return (np.frombuffer(chunk, dtype=np.uint8) for chunk in chunks)
+
+    def decode(self, ids: ArrayLike) -> bytes:
+        data = np.asarray(ids).astype(np.uint8).tobytes()
+        return data.replace(b"\0", b"") if self.text else data
+
+    def byte_lengths(self) -> np.ndarray:
+        lengths = np.ones(256, dtype=np.int64)
+        lengths[list(self.separator)] = 0
+        return lengths
+
+    def settings(self) -> dict[str, Any]:
+        return {"text": self.text}
+
+
+class TokenizerCodec(Codec):
+    """A byte-level BPE tokenizer (GPT-2, Llama 3, Qwen, or one made by `train_bpe`): every id stands for fixed bytes.
+
+    Other kinds (WordPiece, SentencePiece) are refused: they do not give back the text they were given, or only as a
+    whole, and the bytes of one id cannot be counted. A tokenizer that composes characters first (NFC) is accepted; text
+    that was not composed comes back composed. Special tokens are never made from text: a literal `<|endoftext|>` in a
+    document is encoded like any other text. They stand for no bytes, and `<|endoftext|>`, if there is one, separates
+    documents.
+    """
+
+    name = "tokenizer"
+
+    def __init__(self, tokenizer: "Tokenizer", where: str = "this tokenizer"):
+        """Raises `InputError`, naming `where`, if `tokenizer` is not byte-level."""
+        self.tokenizer = tokenizer
+        tokenizer.no_truncation()  # a saved tokenizer may cut or pad what it encodes
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # that is: encode their names as ordinary text
+        if '"ByteLevel"' not in json.dumps(json.loads(tokenizer.to_str())["decoder"]):
+            raise InputError(f"{where} is not byte-level; use a byte-level BPE tokenizer (GPT-2, Llama 3) or train one")
+        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        self._bytes = [b""] * self.vocab_size  # what each id stands for; ids without a token stand for nothing
+        for token, index in vocab.items():
+            self._bytes[index] = _token_bytes(token)
+        for index, token in tokenizer.get_added_tokens_decoder().items():
+            self._bytes[index] = b"" if token.special else token.content.encode()
+            if token.special and token.content == END_OF_TEXT:
+                self.separator = (index,)
+        for probe in _PROBES:
+            if (back := self.decode(self.encode(probe.encode())).decode(errors="replace")) != probe:
+                raise InputError(
+                    f"{where} does not give text back ({probe!r} became {back!r}); use a lossless tokenizer"
+                )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "TokenizerCodec":
+        """Reads a `tokenizer.json`. Raises `InputError` if it is missing, damaged or not byte-level."""
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot read the tokenizer {path}: {error.strerror}; give a tokenizer.json") from None
+        except Exception as error:  # tokenizers raises plain Exception
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path} is not a tokenizer.json of Hugging Face tokenizers ({reason})") from None
+        return cls(tokenizer, where=str(path))
+
+    def encode(self, data: bytes) -> np.ndarray:
+        return np.concatenate([np.empty(0, self.dtype), *self.encode_stream([data], "the input")])
+
+    def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
+        for piece in text_pieces(chunks, where):
+            encoding = self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0]  # fast: without offsets
+            yield np.array(encoding.ids, dtype=self.dtype)
+
+    def decode(self, ids: ArrayLike) -> bytes:
+        return b"".join([self._bytes[index] for index in np.asarray(ids).tolist()])
+
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([len(token) for token in self._bytes], dtype=np.int64)
+
+    def save(self, directory: Path) -> None:
+        write_text(directory / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+
+    @classmethod
+    def load(cls, directory: Path, settings: dict[str, Any]) -> "TokenizerCodec":
+        return cls.from_file(directory / "tokenizer.json")
+
+
+def train_bpe(texts: Iterable[str | bytes], vocab_size: int) -> TokenizerCodec:
+    """Trains a lossless byte-level BPE tokenizer on `texts` (whole documents, or pieces of them: see `text_pieces`).
+
+    Memory grows with the number of different words, not with the amount of text. The vocabulary holds all 256 bytes,
+    `<|endoftext|>`, and merges up to `vocab_size`: fewer if the texts do not have that many. Raises `InputError` if
+    `vocab_size` is below 257 or a document is not UTF-8.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise InputError(f"vocab_size {vocab_size} is too small for a tokenizer: 256 bytes and {END_OF_TEXT} need 257")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    strings = ("".join(decode_utf8([text], "a document")) if isinstance(text, bytes) else text for text in texts)
+    tokenizer.train_from_iterator(strings, trainer)
+    return TokenizerCodec(tokenizer)
+
+
+class Utf8Stream:
+    """Bytes that come piecemeal -> text for a terminal: whole characters, U+FFFD for bytes that are none."""
+
+    def __init__(self):
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, data: bytes) -> str:
+        """The characters that `data` completes."""
+        return self._decoder.decode(data)
+
+    def close(self) -> str:
+        """What is left at the end: U+FFFD for a character that was never completed, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def decode_utf8(chunks: Iterable[bytes], where: str, allow_nul: bool = True) -> Iterator[str]:
+    """Chunks of bytes cut anywhere -> text, no character broken. Raises `WrongModality` naming the bad byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0  # of the chunk in the document
+
+    def wrong(byte: int, at: int) -> WrongModality:
+        return WrongModality(f"{where} is not UTF-8 text (byte 0x{byte:02x} at offset {at}); use --modality bytes")
+
+    def decode(chunk: bytes, final: bool) -> str:
+        pending = len(decoder.getstate()[0])  # bytes of a broken character kept from the last chunk
+        try:
+            return decoder.decode(chunk, final)
+        except UnicodeDecodeError as error:
+            raise wrong(error.object[error.start], offset - pending + error.start) from None
+
+    for chunk in chunks:
+        text = decode(chunk, final=False)
+        if not allow_nul and (at := chunk.find(0)) >= 0:
+            raise wrong(0, offset + at)
+        offset += len(chunk)
+        if text:
+            yield text
+    decode(b"", final=True)
+
+
+def text_pieces(chunks: Iterable[bytes], where: str, size: int = PIECE) -> Iterator[str]:
+    """One document's bytes -> text in pieces of `size` characters or less, cut at line ends if possible."""
+    rest = ""
+    for text in decode_utf8(chunks, where):
+        rest += text
+        while len(rest) > size:
+            cut = _cut(rest, size)
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def _cut(text: str, size: int) -> int:
+    """Where to cut `text` (longer than `size`) at `size` or before.
+
+    Behind a lone line end between two lines that touch it, the usual pre-tokenizers cut anyway, so that the ids are
+    those of the uncut text. Else behind a line end or before a space, else, in text without either, anywhere.
+    """
+    cut = text.rfind("\n", 0, size)
+    while cut > 0:
+        if not text[cut - 1].isspace() and not text[cut + 1].isspace():
+            return cut + 1
+        cut = text.rfind("\n", 0, cut)
+    return max(text.rfind("\n", 0, size) + 1, text.rfind(" ", 1, size)) or size
+
+
+# Byte-level BPE writes each byte as one printable character: these as themselves, the others in order from U+0100 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
+
+
+def _token_bytes(token: str) -> bytes:
+    """The bytes that a token of a byte-level vocabulary stands for."""
+    try:
+        return bytes([_BYTE_OF[character] for character in token])
+    except KeyError:  # not written in the byte alphabet: means itself
+        return token.encode()
+
+
+# Text that lossy tokenizers change: cases, accents, spaces and line ends at the edges and in runs, ligatures, names of
+# special tokens. All of it is composed (NFC).
+_PROBES = (
+    f" Twice  the\tSPACE \r\n\n  caf\u00e9 \u65e5\u672c\u8a9e \U0001f642 \ufb01 {END_OF_TEXT}</s>[UNK] ",
+    "a\n",
+    "x",
+)

@@ -1,0 +1,302 @@
+"""Strided scoring: how well a model predicts a text, every token of it exactly once, each with much context before it.
+
+Shapes: B batch, T context_length, N num_latents, V vocabulary; n tokens x[0 ... n-1], whose targets are x[1 ... n-1].
+"""
+
+import csv
+import dataclasses
+import gzip
+import lzma
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from perceiver_ar.errors import InputError
+from perceiver_ar.files import atomic_path
+from perceiver_ar.generation import evaluation_mode
+from perceiver_ar.model import PerceiverAR
+from perceiver_ar.objective import IGNORE, next_token_loss
+
+
+class ScoredWindow(NamedTuple):
+    """One forward of an evaluation: the input is x[start : end - 1], and x[first_target : end] are scored."""
+
+    start: int
+    prefix_len: int
+    end: int
+    first_target: int
+
+
+def windows(
+    num_tokens: int, context_length: int, num_latents: int, stride: int, first_target: int = 1
+) -> Iterator[ScoredWindow]:
+    """The windows that score each of the targets x[first_target ... num_tokens-1] exactly once, in order.
+
+    The first window is all latents and has as many targets, as far as there are any. Each further one has the next
+    `stride` targets (the last window: what is left) and the last T tokens before its last target as input, or all if
+    there are fewer; its last N are latents. So a target has at least T - stride + 1 tokens of context once there are
+    T before it; with stride 1 each is predicted as by `model(x[max(0, i - T) : i])[:, -1]`.
+
+    Raises:
+        InputError: fewer than two tokens, or numbers that do not fit together.
+    """
+    _check(
+        num_tokens >= 2, f"there are {num_tokens} tokens to evaluate on: it takes at least 2, one to predict another"
+    )
+    _check(
+        1 <= num_latents <= context_length,
+        f"num_latents is {num_latents} with context_length {context_length}: it must be in 1 ... {context_length}",
+    )
+    _check(
+        1 <= stride <= num_latents,
+        f"stride is {stride} with num_latents {num_latents}: it must be in 1 ... {num_latents}",
+    )
+    _check(
+        1 <= first_target < num_tokens,
+        f"first_target is {first_target} with {num_tokens} tokens: it must be in 1 ... {num_tokens - 1}",
+    )
+
+    def spans() -> Iterator[ScoredWindow]:
+        first = first_target
+        while first < num_tokens:
+            end = min(num_tokens, max(first + stride, num_latents + 1))
+            start = max(0, end - 1 - context_length)
+            yield ScoredWindow(start, max(0, end - 1 - start - num_latents), end, first)
+            first = end
+
+    return spans()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicted a text, and how it was measured."""
+
+    tokens: int
+    """Targets scored."""
+    bytes: int | None
+    """Bytes these targets stand for; None: not known."""
+    nats_per_token: float
+    bits_per_token: float
+    bits_per_byte: float | None
+    """All bits over all bytes: comparable between tokenizers. None without bytes."""
+    perplexity: float
+    """exp(nats_per_token)."""
+    standard_error: float | None
+    """Of nats_per_token, with windows as independent blocks: if window w has mean m_w over its n_w targets, there are K
+    windows and m is the mean over all targets, it is sqrt(K / (K - 1) * sum_w (n_w (m_w - m))^2) / sum_w n_w. Neighbours
+    do have something in common, so the truth is larger, the more so the smaller the stride. None for one window."""
+    context_length: int
+    num_latents: int
+    stride: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def evaluate(
+    model: PerceiverAR,
+    tokens: np.ndarray | Tensor,
+    *,
+    stride: int | None = None,
+    num_latents: int | None = None,
+    context_length: int | None = None,
+    byte_lengths: ArrayLike | None = None,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    first_target: int = 1,
+    precision: Literal["32", "bf16"] = "32",
+    progress: Callable[[int, int], Any] | None = None,
+) -> Evaluation:
+    """Scores every token after the first, once, in the windows that `windows` gives.
+
+    The model may be in any mode; it computes in evaluation mode without gradients and is left as it was.
+
+    Args:
+        tokens: (n,) integer ids, n >= 2; a memory map is read window by window.
+        stride: new targets per window, 1 ... num_latents. Less is slower and, as each target has more context, a better
+            and truer score. None: half of num_latents.
+        num_latents: more or fewer than in training is allowed (paper, section 5). None: the model's.
+        context_length: at most the model's. None: the model's.
+        byte_lengths: (V,) how many bytes each id stands for (`codec.byte_lengths()`), for bits per byte.
+        batch_size: windows per forward.
+        max_tokens: score this many targets at most.
+        first_target: index of the first token to score; those before are context only.
+        precision: "32": as the weights are; "bf16": autocast.
+        progress: called with the number of targets scored so far, and of all.
+
+    Raises:
+        InputError: fewer than two tokens, ids outside the vocabulary, settings that do not fit together, or a model
+            whose weights give NaN.
+    """
+    config = model.config
+    T = config.context_length if context_length is None else context_length
+    _check(
+        1 <= T <= config.context_length,
+        f"context_length is {T}: it must be in 1 ... {config.context_length}, the model's own",
+    )
+    N = min(config.num_latents, T) if num_latents is None else num_latents
+    stride = max(1, N // 2) if stride is None else stride
+    _check(batch_size >= 1, f"batch_size is {batch_size}: it must be at least 1")
+    _check(max_tokens is None or max_tokens >= 1, f"max_tokens is {max_tokens}: it must be at least 1, or left out")
+    _check(precision in ("32", "bf16"), f"precision is {precision!r}: choose 32 or bf16")
+    x = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asanyarray(tokens)
+    _check(x.ndim == 1, f"the tokens to evaluate on have shape {x.shape}: they must be one sequence, (n,)")
+    _check(x.dtype.kind in "iu", f"the tokens to evaluate on have type {x.dtype}: ids are integers")
+    end = len(x) if max_tokens is None else min(len(x), first_target + max_tokens)
+    lengths = None if byte_lengths is None else np.asarray(byte_lengths, dtype=np.int64)
+    if lengths is not None and lengths.shape != (config.vocab_size,):
+        raise InputError(f"byte_lengths has shape {lengths.shape}: give one number for each of {config.vocab_size} ids")
+
+    device = model.embed.weight.device
+    sums: list[float] = []  # nats of each window
+    counts: list[int] = []  # targets of each window
+    num_bytes, done, total = 0, 0, end - first_target
+    began = time.perf_counter()
+    plan = windows(end, T, N, stride, first_target)
+    with (
+        evaluation_mode(model),
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        for (_, prefix_len), alike in groupby(plan, key=lambda window: (window.end - window.start, window.prefix_len)):
+            while batch := list(islice(alike, batch_size)):
+                ids = np.stack([x[window.start : window.end] for window in batch]).astype(np.int64)
+                _check_ids(ids, batch, config.vocab_size)
+                sizes = [window.end - window.first_target for window in batch]
+                sums += _nats(model, torch.from_numpy(ids).to(device), prefix_len, sizes)
+                counts += sizes
+                if lengths is not None:
+                    num_bytes += sum(int(lengths[row[-size:]].sum()) for row, size in zip(ids, sizes, strict=True))
+                done += sum(sizes)
+                if progress is not None:
+                    progress(done, total)
+
+    nats = math.fsum(sums) / total
+    _check(math.isfinite(nats), "the model's weights give NaN: use weights from before training diverged")
+    bits = nats / math.log(2)
+    return Evaluation(
+        tokens=total,
+        bytes=None if lengths is None else num_bytes,
+        nats_per_token=nats,
+        bits_per_token=bits,
+        bits_per_byte=bits * total / num_bytes if num_bytes > 0 else None,
+        perplexity=math.exp(nats) if nats < 700 else math.inf,
+        standard_error=_standard_error(np.array(sums), np.array(counts)),
+        context_length=T,
+        num_latents=N,
+        stride=stride,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _nats(model: PerceiverAR, ids: Tensor, prefix_len: int, sizes: Sequence[int]) -> list[float]:
+    """Of each row of ids (B, input + 1), the sum over its last `size` targets."""
+    most = max(sizes)
+    labels = ids[:, -most:].clone()
+    for row, size in zip(labels, sizes, strict=True):
+        row[: most - size] = IGNORE
+    logits = model.head(model.latents(ids[:, :-1], prefix_len)[:, -most:])
+    losses = next_token_loss(logits, labels, reduction="none")
+    return losses.cpu().double().sum(dim=1).tolist()
+
+
+def _check_ids(ids: np.ndarray, batch: Sequence[ScoredWindow], vocab_size: int) -> None:
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        row, place = np.argwhere((ids < 0) | (ids >= vocab_size))[0]
+        raise InputError(
+            f"token {batch[row].start + place} is id {ids[row, place]}: this model's vocabulary is ids 0 ... "
+            f"{vocab_size - 1}, so encode the text with the model's own codec"
+        )
+
+
+def _standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
+    blocks, total = len(sums), counts.sum()
+    if blocks < 2:
+        return None
+    deviations = sums - counts * (sums.sum() / total)
+    return math.sqrt(blocks / (blocks - 1) * float(np.square(deviations).sum())) / int(total)
+
+
+def evaluate_context_lengths(
+    model: PerceiverAR,
+    tokens: np.ndarray | Tensor,
+    context_lengths: Sequence[int],
+    *,
+    stride: int | None = None,
+    num_latents: int | None = None,
+    first_target: int | None = None,
+    **settings: Any,
+) -> list[Evaluation]:
+    """`evaluate` at each context length, always on the same targets: those with the longest context before them.
+
+    So the first target is x[max(context_lengths)], and a length has neither easier targets than another nor less
+    context than it says. At length L there are at most L latents, and the stride is at most max(1, L // 2), so that
+    targets have at least half of L.
+
+    Args:
+        stride, num_latents: at each length as far as it allows. None: as in `evaluate`.
+        first_target: 1 scores all, the first ones with less context than a length says.
+        settings: further ones of `evaluate`.
+
+    Raises:
+        InputError: see `evaluate`; too few tokens for the longest context.
+    """
+    longest = max(context_lengths, default=1)
+    if first_target is None:
+        first_target = longest
+        _check(
+            len(tokens) > longest,
+            f"{len(tokens)} tokens are too few for context length {longest}: give a longer text or shorter lengths",
+        )
+    evaluations = []
+    for length in context_lengths:
+        latents = min(num_latents or model.config.num_latents, length)
+        step = min(stride or max(1, latents // 2), max(1, length // 2), latents)
+        evaluation = evaluate(
+            model,
+            tokens,
+            context_length=length,
+            num_latents=latents,
+            stride=step,
+            first_target=first_target,
+            **settings,
+        )
+        evaluations.append(evaluation)
+    return evaluations
+
+
+def compressed_bits_per_byte(data: bytes) -> dict[str, float]:
+    """What general compressors need for the same bytes, in bits per byte: gzip at level 9, xz at preset 9 extreme.
+
+    Sizes of whole files, headers included. Raises InputError where there are no bytes.
+    """
+    _check(len(data) > 0, "there are no bytes to compress: give a file that is not empty")
+    sizes = {
+        "gzip_bits_per_byte": len(gzip.compress(data, compresslevel=9, mtime=0)),
+        "xz_bits_per_byte": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
+    }
+    return {name: 8 * size / len(data) for name, size in sizes.items()}
+
+
+def write_table(path: str | os.PathLike[str], evaluations: Iterable[Evaluation]) -> None:
+    """Writes a CSV file, a line per evaluation, with the names of its fields; atomically."""
+    fields = [field.name for field in dataclasses.fields(Evaluation)]
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(evaluation.to_dict() for evaluation in evaluations)
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise InputError(message)

@@ -1,0 +1,84 @@
+"""The run directory: a trained model and everything needed to use it or to resume its training.
+
+    config.json, model.safetensors      the network; safetensors cannot hold code
+    codec.json (tokenizer.json)         files to ids and back
+    recipe.yaml                         the complete settings; training it again reproduces the run
+    summary.json                        how good it is; written last, so a run that has it is finished
+    metrics.csv, tensorboard/           what was measured on the way
+    samples/, plots/                    what it writes, and pictures
+    tokens/, checkpoints/               only for resuming
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from perceiver_ar.config import Recipe
+from perceiver_ar.data.codec import Codec, load_codec
+from perceiver_ar.errors import InputError
+from perceiver_ar.files import write_text
+from perceiver_ar.model import PerceiverAR
+
+
+class Run:
+    """Names the parts of a run directory. Nothing is read or made before it is asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.summary_file = self.path / "summary.json"
+        self.metrics_file = self.path / "metrics.csv"
+        self.tokens = self.path / "tokens"
+        self.samples = self.path / "samples"
+        self.plots = self.path / "plots"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoint_file = self.path / "checkpoints" / "last.ckpt"
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """A directory that holds a run. Raises InputError where there is none."""
+        run = cls(path)
+        if not run.path.exists():
+            raise InputError(f"{path}: no such run; `perceiver-ar train ... --out {path}` would make it")
+        if not run.path.is_dir():
+            raise InputError(f"{path} is a file, not a run directory")
+        return run
+
+    def recipe(self) -> Recipe:
+        """Raises InputError where the recipe is missing, damaged or not ours."""
+        return Recipe.from_dict(self.recipe_dict(), where=str(self.recipe_file))
+
+    def recipe_dict(self) -> dict[str, Any]:
+        try:
+            settings = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{self.path} holds no recipe.yaml, so it is not a run of perceiver-ar") from None
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise InputError(f"{self.recipe_file} is damaged (not YAML): restore it, or train again") from None
+        if not isinstance(settings, dict):
+            raise InputError(f"{self.recipe_file} is damaged (not a mapping): restore it, or train again")
+        return settings
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        write_text(self.recipe_file, yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+
+    def model(self) -> PerceiverAR:
+        """The trained network on the CPU, in evaluation mode."""
+        return PerceiverAR.from_pretrained(self.path)
+
+    def codec(self) -> Codec:
+        return load_codec(self.path)
+
+    def summary(self) -> dict[str, Any] | None:
+        """What `summary.json` says; None before the run is finished."""
+        try:
+            return json.loads(self.summary_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise InputError(f"{self.summary_file} is damaged (not JSON): delete it and resume the run") from None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_text(self.summary_file, json.dumps(summary, indent=2) + "\n")

@@ -1,0 +1,516 @@
+"""Training: from files to a run directory, on Lightning's Trainer.
+
+A run is a function of its recipe. The weights come from the seed, training window i from the seed and i, the randomness of
+step k from the seed and k. So a run that was killed and resumed makes exactly the steps that an undisturbed one makes.
+(Bounded by `max_time` instead of `max_steps`, the learning rate follows the clock, and no two runs are the same.)
+"""
+
+import contextlib
+import csv
+import importlib.util
+import json
+import logging
+import math
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from perceiver_ar.config import Recipe, TrainerConfig, parse_duration
+from perceiver_ar.data.codec import Codec, load_codec, save_codec
+from perceiver_ar.data.sources import find_files, read_text, standard_library
+from perceiver_ar.data.text import BytesCodec, TokenizerCodec, train_bpe
+from perceiver_ar.data.tokens import TokenFile, Windows, prepare
+from perceiver_ar.errors import InputError
+from perceiver_ar.evaluation import compressed_bits_per_byte, evaluate
+from perceiver_ar.files import atomic_path, write_text
+from perceiver_ar.generation import generate
+from perceiver_ar.model import PerceiverAR
+from perceiver_ar.objective import next_token_loss
+from perceiver_ar.optim import lr_factor, make_optimizer
+from perceiver_ar.run import Run
+
+console = Console(stderr=True, highlight=False)
+BPE_BYTES = 100_000_000  # enough text to choose merges from
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training ended early because the user asked for it; everything is saved, and the message says how to go on."""
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+    """Makes the run that `recipe` describes, or goes on with the one in `recipe.out`.
+
+    Returns its summary: `bits_per_byte`, `nats_per_token` and more on the held-out documents (absent when nothing is held
+    out), `gzip_bits_per_byte` and `xz_bits_per_byte` of the same bytes, `train_seconds`, `tokens_seen` (targets),
+    `steps`, `parameters`.
+
+    Raises:
+        InputError: the files, the settings or the run directory do not allow it. Nothing half-made is left.
+        Interrupted: stopped by SIGINT or SIGTERM, and saved.
+    """
+    run = Run(recipe.out)
+    if resume:
+        check_resumable(run, recipe)
+        if (summary := run.summary()) is not None:
+            if not goes_further(recipe, summary):
+                console.print(
+                    f"{run.path} is finished ({summary['steps']} steps). "
+                    "To train it further, resume with a larger --max_steps or --max_time."
+                )
+                return summary
+            run.summary_file.unlink()
+    elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise InputError(f"{run.path} already exists: give another --out, or go on with --resume")
+    precision = choose_precision(recipe.trainer)
+    made = not run.path.exists()
+    try:
+        tokens, held_out, codec = prepare_tokens(run, recipe)
+        recipe = replace(recipe, model=recipe.model.replace(vocab_size=codec.vocab_size))
+        windows = Windows(tokens, recipe.model.context_length, recipe.model.num_latents, recipe.seed)
+        run.write_recipe(recipe)
+    except BaseException:
+        if made:  # nothing was learned yet: leave no trace
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    return fit(run, recipe, windows, held_out, codec, precision)
+
+
+def check_resumable(run: Run, recipe: Recipe) -> None:
+    """Raises InputError unless the run exists and `recipe` changes nothing that its steps depend on."""
+    old, new = Run.open(run.path).recipe(), recipe
+    same = {"model": old.model, "data": old.data, "optim": old.optim, "seed": old.seed, "modality": old.modality}
+    same |= {"paths": old.paths, "trainer.batch_size": old.trainer.batch_size}
+    now = {"model": new.model, "data": new.data, "optim": new.optim, "seed": new.seed, "modality": new.modality}
+    now |= {"paths": new.paths, "trainer.batch_size": new.trainer.batch_size}
+    if changed := [name for name in same if same[name] != now[name]]:
+        raise InputError(
+            f"{run.path}: --resume goes on with the same recipe, but {', '.join(changed)} changed: "
+            "leave that out, or start a new run in another --out"
+        )
+
+
+def goes_further(recipe: Recipe, summary: dict[str, Any]) -> bool:
+    """Whether `recipe` asks for more than a finished run has done."""
+    more_steps = recipe.max_steps is not None and recipe.max_steps > summary["steps"]
+    more_time = recipe.max_seconds is not None and recipe.max_seconds > summary["max_seconds_trained"]
+    if recipe.max_steps is not None and recipe.max_seconds is not None:
+        return more_steps and more_time
+    return more_steps or more_time
+
+
+def choose_precision(settings: TrainerConfig) -> str:
+    """Lightning's name for the precision to compute in. Raises InputError for what the device cannot do."""
+    device = choose_device(settings)
+    if settings.precision == "auto":
+        if device == "cuda":
+            native = torch.cuda.is_bf16_supported()
+        else:
+            native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        return "bf16-mixed" if native else "32-true"
+    if settings.precision == "fp16" and device != "cuda":
+        raise InputError(f"trainer.precision is fp16, which needs a CUDA device, not {device}: use bf16, 32 or auto")
+    return {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision]
+
+
+def choose_device(settings: TrainerConfig) -> str:
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if settings.device == "auto":
+        return "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
+    if not available[settings.device]:
+        raise InputError(f"trainer.device is {settings.device}, but there is none on this machine: use auto")
+    return settings.device
+
+
+def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | None, Codec]:
+    """The token files of the run and its codec: opened if they are there, made from the files if not."""
+    if (run.path / "codec.json").exists():  # written last
+        held_out = (run.tokens / "validation.json").exists()
+        validation = TokenFile.open(run.tokens / "validation") if held_out else None
+        return TokenFile.open(run.tokens / "train"), validation, load_codec(run.path)
+    data = recipe.data
+    sources = find_files(recipe.paths) if recipe.paths else standard_library()
+    held_out_sources = find_files(data.validation) if data.validation else None
+    if data.tokenizer is not None:
+        codec: Codec = TokenizerCodec.from_file(data.tokenizer)
+    elif data.bpe_vocab_size is not None:
+        codec = train_bpe(read_text(sources, max_bytes=BPE_BYTES), data.bpe_vocab_size)
+    else:
+        codec = BytesCodec(text=recipe.modality == "text")
+    tokens, validation = prepare(
+        sources,
+        codec,
+        run.tokens,
+        validation_fraction=data.validation_fraction,
+        validation_sources=held_out_sources,
+        split_on=data.split_on,
+        seed=recipe.seed,
+    )
+    save_codec(codec, run.path)
+    if validation is None:
+        console.print("Only one document, so none is held out: give --data.validation or --data.split_on to measure.")
+    return tokens, validation, codec
+
+
+class PerceiverARModule(pl.LightningModule):
+    """The network with its learning rule, as Lightning wants it."""
+
+    def __init__(self, model: PerceiverAR, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+        model.activation_checkpointing = recipe.trainer.activation_checkpointing
+        # In a list, so that its parameters are not listed, and saved, a second time.
+        self.compiled: list[nn.Module] = [torch.compile(model)] if recipe.trainer.compile else [model]  # type: ignore[list-item]
+        self.first_window = 0
+        self.seconds_before = 0.0  # spent in earlier parts of a resumed run
+        self.started = time.perf_counter()
+        self.loss_sum: Tensor | float = 0.0
+        self.losses = 0
+        self.grad_norm: Tensor | float = 0.0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.model, self.recipe.optim)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        limit = self.recipe.optim.grad_clip or math.inf
+        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        factor = lr_factor(self.recipe.optim, self.progress())
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
+            group["lr"] = group["initial_lr"] * factor
+        torch.manual_seed(self.recipe.seed * 1_000_003 + batch_idx)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        tokens, labels = batch["tokens"], batch["labels"]
+        prefix_len = tokens.shape[1] - labels.shape[1]
+        loss = next_token_loss(self.compiled[0](tokens, prefix_len, mask=batch.get("mask")), labels)
+        self.loss_sum, self.losses = self.loss_sum + loss.detach(), self.losses + 1
+        return loss
+
+    def take_mean_loss(self) -> float:
+        """Mean loss in nats since the last call."""
+        mean = float(self.loss_sum) / max(1, self.losses)
+        self.loss_sum, self.losses = 0.0, 0
+        return mean
+
+    @property
+    def accumulate(self) -> int:
+        settings = self.recipe.trainer
+        return settings.batch_size // (settings.micro_batch_size or settings.batch_size)
+
+    @property
+    def steps(self) -> int:
+        return self.trainer.global_step
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training, evaluations included, over all parts of the run."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @property
+    def tokens_seen(self) -> int:
+        return self.steps * self.recipe.trainer.batch_size * self.recipe.model.num_latents
+
+    def progress(self) -> float:
+        """Share of the run that is done, 0 ... 1, half of the running step included."""
+        by_steps = (self.steps + 0.5) / self.recipe.max_steps if self.recipe.max_steps else 0.0
+        by_time = self.seconds / self.recipe.max_seconds if self.recipe.max_seconds else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["seconds"] = self.seconds
+        checkpoint["windows"] = self.steps * self.recipe.trainer.batch_size
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.seconds_before, self.first_window = checkpoint["seconds"], checkpoint["windows"]
+
+    def on_train_start(self) -> None:
+        self.started = time.perf_counter()
+
+
+class Batches:
+    """The endless sequence of micro-batches, from the window on that the module says (a resumed run skips ahead)."""
+
+    def __init__(self, windows: Windows, module: PerceiverARModule) -> None:
+        self.windows, self.module = windows, module
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        settings = self.module.recipe.trainer
+        count = settings.micro_batch_size or settings.batch_size
+        first = self.module.first_window
+        while True:
+            yield self.windows.batch(first, count)
+            first += count
+
+
+class Watch(Callback):
+    """All that happens between steps: the progress bar, metrics, evaluations and samples, checkpoints, stopping."""
+
+    COLUMNS = ("step", "tokens", "seconds", "train_bits", "validation_bits", "lr", "grad_norm", "tokens_per_second")
+
+    def __init__(self, run: Run, held_out: TokenFile | None, codec: Codec, recipe: Recipe, autocast: bool) -> None:
+        self.run, self.held_out, self.codec, self.recipe = run, held_out, codec, recipe
+        self.precision = "bf16" if autocast else "32"
+        self.stop_asked = False
+        self.checkpoint_seconds = parse_duration(recipe.trainer.checkpoint_every, "trainer.checkpoint_every")
+        self.handlers: dict[int, Any] = {}
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]} left"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        module = as_module(pl_module)
+        self.logged_at = self.saved_at = self.printed_at = module.seconds
+        self.logged_steps = module.steps
+        self.evaluations_done = int(module.progress() * self.recipe.trainer.evaluations)
+        self.rows = [row for row in read_metrics(self.run.metrics_file) if int(row["step"]) <= module.steps]
+        self.write_rows()
+        self.task = self.bar.add_task("training", total=1.0, left="")
+        self.bar.start()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        if self.stop_asked:  # asked twice: at once
+            self.restore_handlers()
+            raise KeyboardInterrupt
+        self.stop_asked = True
+        console.print("\nStopping after this step; once more to stop at once.")
+
+    def restore_handlers(self) -> None:
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        module = as_module(pl_module)
+        if (batch_idx + 1) % module.accumulate:
+            return
+        finished = module.progress() >= 1.0 if self.recipe.max_seconds else False
+        finished = finished or module.steps == self.recipe.max_steps
+        if finished or module.seconds - self.logged_at >= 1.0:
+            self.report(module)
+        due = int(module.progress() * self.recipe.trainer.evaluations)
+        if due > self.evaluations_done and not finished:
+            self.evaluations_done = due
+            self.examine(module)
+        if finished or self.stop_asked or module.seconds - self.saved_at >= self.checkpoint_seconds:
+            save(trainer, module, self.run)
+            self.saved_at = module.seconds
+        if finished or self.stop_asked:
+            trainer.should_stop = True
+
+    def report(self, module: PerceiverARModule) -> None:
+        seconds = module.seconds
+        bits = module.take_mean_loss() / math.log(2)
+        new = module.steps - self.logged_steps
+        rate = new * self.recipe.trainer.batch_size * self.recipe.model.num_latents / (seconds - self.logged_at + 1e-9)
+        lr = module.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]
+        self.add_row(
+            module, train_bits=bits, lr=lr, grad_norm=float(module.grad_norm), tokens_per_second=round(rate)
+        )
+        self.logged_at, self.logged_steps = seconds, module.steps
+        progress = module.progress()
+        left = duration(seconds * (1 - progress) / progress) if seconds > 5 else "..."
+        text = f"step {module.steps:,}  {bits:.3f} bits/token  {rate:,.0f} tokens/s"
+        self.bar.update(self.task, completed=progress, description=text, left=left)
+        if self.bar.disable and seconds - self.printed_at >= 10:
+            console.print(f"{text}  {100 * progress:.0f}%  {left} left")
+            self.printed_at = seconds
+
+    def examine(self, module: PerceiverARModule) -> None:
+        """Measures on held-out text, and lets the model write some."""
+        if self.held_out is not None and len(self.held_out.tokens) > 1:
+            limit = self.recipe.trainer.evaluation_tokens
+            result = evaluate(module.model, self.held_out.tokens, max_tokens=limit, precision=self.precision)
+            self.add_row(module, validation_bits=result.bits_per_token)
+            console.print(f"step {module.steps:,}  held out: {result.bits_per_token:.3f} bits/token")
+        sample(module.model, self.codec, self.run, self.recipe, module.steps)
+
+    def add_row(self, module: PerceiverARModule, **values: float) -> None:
+        row = {"step": module.steps, "tokens": module.tokens_seen, "seconds": round(module.seconds, 2), **values}
+        self.rows.append({name: str(row.get(name, "")) for name in self.COLUMNS})
+        with open(self.run.metrics_file, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.COLUMNS).writerow(self.rows[-1])
+        for logger in module.loggers:
+            logger.log_metrics(dict(values), step=module.steps)
+
+    def write_rows(self) -> None:
+        with atomic_path(self.run.metrics_file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.bar.stop()
+        self.restore_handlers()
+
+
+def fit(
+    run: Run, recipe: Recipe, windows: Windows, held_out: TokenFile | None, codec: Codec, precision: str
+) -> dict[str, Any]:
+    """Trains to the end of the recipe, then measures, draws and writes the summary."""
+    quiet_lightning()
+    torch.manual_seed(recipe.seed)
+    model = PerceiverAR(recipe.model)
+    module = PerceiverARModule(model, recipe)
+    watch = Watch(run, held_out, codec, recipe, autocast=precision != "32-true")
+    trainer = pl.Trainer(
+        accelerator=choose_device(recipe.trainer),
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]
+        max_steps=recipe.max_steps or -1,
+        max_epochs=-1,
+        accumulate_grad_batches=module.accumulate,
+        callbacks=[watch],
+        logger=TensorBoardLogger(run.path, name="tensorboard", version="") if has_tensorboard() else False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        default_root_dir=run.path,
+    )
+    checkpoint = run.checkpoint_file if run.checkpoint_file.exists() else None
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    console.print(
+        f"{model.num_parameters():,} parameters, {windows_text(recipe)}, {precision}"
+        + (", resuming" if checkpoint else "")
+    )
+    trainer.fit(module, Batches(windows, module), ckpt_path=checkpoint, weights_only=True)
+    if watch.stop_asked:
+        raise Interrupted(
+            f"stopped at step {module.steps:,}, everything saved; go on with: "
+            f"perceiver-ar train --out {shlex.quote(str(run.path))} --resume"
+        )
+    model.to("cpu").eval()
+    return finish(run, recipe, module, held_out, codec)
+
+
+def finish(
+    run: Run, recipe: Recipe, module: PerceiverARModule, held_out: TokenFile | None, codec: Codec
+) -> dict[str, Any]:
+    """The last evaluation and sample, the loss curve, and `summary.json`, which marks the run as finished."""
+    model = module.model
+    summary: dict[str, Any] = {
+        "steps": module.steps,
+        "tokens_seen": module.tokens_seen,
+        "train_seconds": round(module.seconds, 1),
+        "max_seconds_trained": recipe.max_seconds or 0.0,
+        "parameters": model.num_parameters(),
+    }
+    references: dict[str, float] = {}
+    if held_out is not None and len(held_out) > 1:
+        limit = 10 * recipe.trainer.evaluation_tokens
+        result = evaluate(model, held_out.tokens, byte_lengths=codec.byte_lengths(), max_tokens=limit)
+        compressed = compressed_bits_per_byte(codec.decode(held_out.tokens[:limit]))
+        references = {"gzip": compressed["gzip_bits_per_byte"], "xz": compressed["xz_bits_per_byte"]}
+        summary = {**result.to_dict(), **compressed, **summary, "held_out_documents": held_out.num_documents}
+    sample(model, codec, run, recipe, module.steps)
+    draw_loss(run, references if codec.vocab_size == 256 else {})
+    run.write_summary(summary)
+    return summary
+
+
+def save(trainer: pl.Trainer, module: PerceiverARModule, run: Run) -> None:
+    """Everything needed to go on, and the weights for use. Each file replaces the last good one only when it is whole."""
+    with atomic_path(run.checkpoint_file) as temporary:
+        trainer.save_checkpoint(temporary)
+    module.model.save_pretrained(run.path)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raises InputError where the checkpoint cannot be read. No pickled code runs."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}): restore it, or delete it to train again from the start"
+        ) from None
+
+
+def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int) -> None:
+    """Shows on stderr, and keeps, what the model writes from nothing."""
+    length = recipe.trainer.sample_tokens
+    if length == 0:
+        return
+    prompt = torch.tensor([codec.separator or (0,)])
+    stop = codec.separator[-1:]
+    ids = generate(model, prompt, length, temperature=0.8, stop_tokens=stop, seed=recipe.seed)
+    text = codec.decode(ids[0].cpu().numpy()).decode("utf-8", errors="replace")
+    write_text(run.samples / f"step-{step:06d}.txt", text)
+    console.print(f"step {step:,}  sample:")
+    console.print("  " + text.replace("\n", "\n  "), markup=False, style="dim")
+
+
+def draw_loss(run: Run, references: dict[str, float]) -> None:
+    from perceiver_ar.plots import plot_loss
+
+    rows = read_metrics(run.metrics_file)
+    curves = {
+        name: [(float(row["tokens"]), float(row[name])) for row in rows if row[name]]
+        for name in ("train_bits", "validation_bits")
+    }
+    plot_loss(run.plots / "loss.png", curves["train_bits"], curves["validation_bits"], references)
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The whole rows of metrics.csv; a row cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values() and row["step"].isdigit()]
+
+
+def as_module(module: pl.LightningModule) -> PerceiverARModule:
+    assert isinstance(module, PerceiverARModule)
+    return module
+
+
+def windows_text(recipe: Recipe) -> str:
+    model = recipe.model
+    return f"context {model.context_length:,}, {model.num_latents:,} latents, {recipe.trainer.batch_size} windows a step"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def has_tensorboard() -> bool:
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+def quiet_lightning() -> None:
+    """Lightning's notices about devices and loaders say nothing about our runs."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")

@@ -1,0 +1,148 @@
+"""Files written by perceiver_ar.files are whole or absent, whatever happens while they are written."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from perceiver_ar.files import atomic_path, write_text
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+# Few examples, as each waits for the disk; in the same directory, as files are replaced.
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(codec="utf-8")))
+def test_the_text_is_on_disk_as_utf8_and_nothing_beside_it(tmp_path: Path, text: str):
+    write_text(tmp_path / "notes.txt", text)
+    assert content(tmp_path) == {"notes.txt": text.encode()}
+
+
+def test_missing_folders_are_made(tmp_path: Path):
+    write_text(tmp_path / "run" / "samples" / "1.txt", "hello")
+    assert (tmp_path / "run" / "samples" / "1.txt").read_text() == "hello"
+
+
+def test_a_path_may_be_a_string(tmp_path: Path):
+    write_text(str(tmp_path / "config.json"), "{}")
+    assert content(tmp_path) == {"config.json": b"{}"}
+
+
+def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("old")
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert content(tmp_path) == {"model.safetensors": b"new"}
+
+
+def test_the_temporary_file_is_hidden_in_the_same_folder_and_keeps_the_suffix(tmp_path: Path):
+    with atomic_path(tmp_path / "loss.png") as temporary:
+        assert temporary.parent == tmp_path  # a rename across file systems is not atomic
+        assert temporary.name.startswith(".")
+        assert temporary.suffix == ".png"
+
+
+@pytest.mark.parametrize("before", [{}, {"config.json": b"old"}], ids=["no file before", "a file before"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_what_was_there_and_no_litter(
+    tmp_path: Path, before: dict[str, bytes], error: type[BaseException]
+):
+    for name, data in before.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(error), atomic_path(tmp_path / "config.json") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert content(tmp_path) == before
+
+
+def test_text_that_cannot_be_encoded_leaves_the_old_file(tmp_path: Path):
+    write_text(tmp_path / "config.json", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "config.json", "\ud800")
+    assert content(tmp_path) == {"config.json": b"old"}
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o002, 0o022, 0o077], ids=oct)
+def test_the_permissions_are_those_of_any_new_file(tmp_path: Path, umask: None, mask: int):
+    os.umask(mask)
+    write_text(tmp_path / "ours", "")
+    (tmp_path / "any").touch()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode
+    assert os.umask(mask) == mask  # left as it was
+
+
+def start(program: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def visible(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+
+
+HALF = """
+import sys, time
+from perceiver_ar.files import atomic_path
+
+with atomic_path(sys.argv[1]) as temporary, open(temporary, "w") as file:
+    file.write("half")
+    file.flush()
+    print("written", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_the_old_file(tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("old")
+    with start(HALF, path) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "written\n"
+        child.kill()
+    assert child.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+    assert visible(tmp_path) == ["model.safetensors"]
+
+
+AGAIN_AND_AGAIN = """
+import itertools, sys
+from perceiver_ar.files import write_text
+
+for version in itertools.count():
+    write_text(sys.argv[1], f"{version:09d} " * 100_000)
+    if version == 0:
+        print("written", flush=True)
+"""
+
+
+@pytest.mark.parametrize("milliseconds", [0, 3, 11, 29])
+def test_a_kill_at_any_moment_leaves_one_whole_version(tmp_path: Path, milliseconds: int):
+    path = tmp_path / "metrics.csv"
+    with start(AGAIN_AND_AGAIN, path) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "written\n"
+        time.sleep(milliseconds / 1000)
+        child.kill()
+    assert child.returncode == -signal.SIGKILL
+    words = path.read_text().split()
+    assert len(words) == 100_000
+    assert len(set(words)) == 1
+    assert visible(tmp_path) == ["metrics.csv"]

@@ -1,0 +1,75 @@
+"""The loss is the mean cross-entropy of the labels that are targets."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import assert_close
+from torch import Tensor
+
+from perceiver_ar.objective import IGNORE, next_token_loss
+
+
+def by_hand(logits: Tensor, labels: Tensor, ignored: int) -> list[float]:
+    """Nats of each target, by the definition: log of the sum of exponentials minus the target's logit."""
+    rows = zip(logits.double().flatten(0, 1).tolist(), labels.flatten().tolist(), strict=True)
+    return [
+        max(row) + math.log(sum(math.exp(x - max(row)) for x in row)) - row[label]
+        for row, label in rows
+        if label != ignored
+    ]
+
+
+@settings(max_examples=60)
+@given(
+    B=st.integers(1, 3),
+    N=st.integers(1, 5),
+    V=st.integers(1, 7),
+    ignored=st.sampled_from([IGNORE, 0]),
+    scale=st.sampled_from([0.0, 1.0, 1000.0]),
+    seed=st.integers(0, 2**20),
+)
+def test_mean_sum_and_single_losses_are_those_of_the_definition(
+    B: int, N: int, V: int, ignored: int, scale: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(B, N, V, generator=generator, dtype=torch.float64)
+    labels = torch.randint(V, (B, N), generator=generator)
+    labels[torch.rand(B, N, generator=generator) < 0.3] = ignored
+    expected = by_hand(logits, labels, ignored)
+    single = next_token_loss(logits, labels, ignore_index=ignored, reduction="none")
+    assert single.shape == (B, N)
+    assert torch.equal(single[labels == ignored], torch.zeros_like(single[labels == ignored]))
+    assert_close(single[labels != ignored], torch.tensor(expected, dtype=torch.float64), 1e-12)
+    total = next_token_loss(logits, labels, ignore_index=ignored, reduction="sum")
+    assert_close(total, torch.tensor(sum(expected), dtype=torch.float64), 1e-12)
+    mean = next_token_loss(logits, labels, ignore_index=ignored)
+    if expected:
+        assert_close(mean, torch.tensor(sum(expected) / len(expected), dtype=torch.float64), 1e-12)
+    else:
+        assert mean.isnan()
+
+
+def test_only_minus_100_is_ignored_by_default() -> None:
+    logits = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    next_token_loss(logits, torch.tensor([[0, 2, IGNORE, 1]])).backward()
+    assert IGNORE == -100
+    assert logits.grad is not None
+    assert (logits.grad.abs().sum(-1) > 0).tolist() == [[True, True, False, True]]
+
+
+@pytest.mark.parametrize("label", [3, -1, -99])
+def test_a_label_that_is_no_token_is_an_error(label: int) -> None:
+    with pytest.raises(IndexError):
+        next_token_loss(torch.zeros(1, 1, 3), torch.tensor([[label]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_scored_in_float32(dtype: torch.dtype) -> None:
+    # 50,000 equal logits: the mean of 1000 losses of ln 50000 = 10.8198; bfloat16 would give 10.8125.
+    logits = torch.zeros(1, 4, 50_000, dtype=dtype)
+    loss = next_token_loss(logits, torch.zeros(1, 4, dtype=torch.long))
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - math.log(50_000)) < 1e-4
