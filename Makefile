@@ -5,11 +5,11 @@ WORKERS ?= 2# processes that share the tests
 TORCH := 2.13.0# what `make constraints` pins; pyproject.toml says what works
 
 BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
 # Stops where $(PYTHON) is missing or too old.
 require_python = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'make: PYTHON=$(PYTHON) is not \
   Python 3.11 or newer; name one that is, as in: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 1; }
-
-export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

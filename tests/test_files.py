@@ -34,6 +34,13 @@ def test_the_text_is_on_disk_as_utf8_and_nothing_beside_it(tmp_path: Path, text:
     assert content(tmp_path) == {"notes.txt": text.encode()}
 
 
+def test_the_locale_does_not_choose_the_encoding(tmp_path: Path):
+    program = "import sys; from perceiver_ar.files import write_text; write_text(sys.argv[1], chr(0xE9))"
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-X", "utf8=0", "-c", program, tmp_path / "notes.txt"], env=plain, check=True)
+    assert content(tmp_path) == {"notes.txt": "é".encode()}
+
+
 def test_missing_folders_are_made(tmp_path: Path):
     write_text(tmp_path / "run" / "samples" / "1.txt", "hello")
     assert (tmp_path / "run" / "samples" / "1.txt").read_text() == "hello"

@@ -1,4 +1,4 @@
-"""The network keeps its promises for every setting: causality, free split, padding, positions, dropout, weights on disk."""
+"""Whatever the settings: causality, free split, padding, positions, dropout, initial weights, weights on disk."""
 
 import json
 import math
@@ -520,10 +520,8 @@ def test_a_new_network_predicts_every_token_alike(config: PerceiverARConfig, see
 @pytest.mark.parametrize("init", ["zero_out", "torch", "normal", "fan_in"])
 def test_initial_weights_have_the_documented_spread(init: str) -> None:
     torch.manual_seed(0)
-    model = PerceiverAR(
-        PerceiverARConfig(vocab_size=1000, dim=256, num_layers=1, num_heads=4, mlp_bias=True, init=init)  # pyright: ignore[reportArgumentType]
-    )
-    up, out = model.self_attention[0].mlp.up_proj, model.self_attention[0].out_proj  # pyright: ignore
+    sizes = {"vocab_size": 1000, "dim": 256, "num_layers": 1, "num_heads": 4, "mlp_bias": True}
+    weights = PerceiverAR(PerceiverARConfig.from_dict({**sizes, "init": init})).state_dict()
     # A normal cut at two deviations has 0.88 of the deviation; a uniform one within +-b has b / sqrt(3).
     expected = {
         "zero_out": (1.0, 1 / 16, 0.0, 0.0),
@@ -531,10 +529,12 @@ def test_initial_weights_have_the_documented_spread(init: str) -> None:
         "normal": (0.02, 0.02, 0.02, 0.02),
         "fan_in": (0.88, 0.88 / 16, 0.88 / 16, 0.0),
     }[init]
-    for weight, std in zip((model.embed.weight, up.weight, out.weight, model.head.weight), expected, strict=True):
-        assert abs(weight.std().item() - std) <= 0.02 * std
-        assert abs(weight.mean().item()) <= 0.02 * std
-    assert (up.bias.abs().max().item() == 0) == (init != "torch")
+    layer = "self_attention.0"
+    names = ("embed.weight", f"{layer}.mlp.up_proj.weight", f"{layer}.out_proj.weight", "head.weight")
+    for name, std in zip(names, expected, strict=True):
+        assert abs(weights[name].std().item() - std) <= 0.02 * std
+        assert abs(weights[name].mean().item()) <= 0.02 * std
+    assert (weights[f"{layer}.mlp.up_proj.bias"].abs().max().item() == 0) == (init != "torch")
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
@@ -549,7 +549,7 @@ def test_sinusoidal_tables_are_not_trained_and_learned_ones_are() -> None:
     for kind, trained in (("sinusoidal", False), ("learned", True)):
         model = small(position_table=kind)
         assert all(p.requires_grad == trained for p in model.position_embed.parameters())
-        assert model.position_embed[0].weight.shape == (12, 16)  # pyright: ignore
+        assert model.get_parameter("position_embed.0.weight").shape == (12, 16)
 
 
 # Weights on disk.

@@ -50,10 +50,10 @@ class PerceiverARConfig:
     """Dropout on the hidden units of the feed-forward blocks in training."""
 
     # Shape of a block.
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Pre-normalisation of every block."""
     qk_norm: bool = True
-    """RMS-normalise queries and keys per head before the rotation."""
+    """Normalise queries and keys per head, in the manner of `norm` but without weights, before the rotation."""
     activation: Literal["relu2", "gelu", "gelu_tanh"] = "relu2"
     """Feed-forward activation: squared ReLU, exact GELU, or its tanh form."""
     final_norm: bool = True
@@ -260,7 +260,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # Hawthorne et al. 2022 as released in google-research/perceiver-ar, rotary form (arXiv 2202.07765, appendix).
     "paper": {
-        "norm": "layernorm",
         "qk_norm": False,
         "activation": "relu2",
         "attention_bias": True,
@@ -277,7 +276,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     # perceiver-ar-pytorch 0.0.10 with its default head size 64; `compat.lucidrains` fills in the rest.
     "lucidrains": {
         "head_dim": 64,
-        "norm": "layernorm",
         "qk_norm": False,
         "activation": "gelu",
         "out_bias": "cross",
@@ -290,7 +288,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # perceiver-io's causal language model (krasserm) with its defaults.
     "krasserm": {
-        "norm": "layernorm",
         "qk_norm": False,
         "activation": "gelu",
         "out_bias": "all",
@@ -349,7 +346,7 @@ class OptimConfig:
     """muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for all."""
     muon_lr: float = 0.02
     """Peak learning rate of the hidden matrices under Muon."""
-    lr: float = 3e-3
+    lr: float = 3e-2
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices, per unit of learning rate."""

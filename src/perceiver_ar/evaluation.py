@@ -91,9 +91,10 @@ class Evaluation:
     perplexity: float
     """exp(nats_per_token)."""
     standard_error: float | None
-    """Of nats_per_token, with windows as independent blocks: if window w has mean m_w over its n_w targets, there are K
-    windows and m is the mean over all targets, it is sqrt(K / (K - 1) * sum_w (n_w (m_w - m))^2) / sum_w n_w. Neighbours
-    do have something in common, so the truth is larger, the more so the smaller the stride. None for one window."""
+    """Of nats_per_token, with windows as independent blocks: if window w has mean m_w over its n_w targets, there are
+    K windows and m is the mean over all targets, it is sqrt(K / (K - 1) * sum_w (n_w (m_w - m))^2) / sum_w n_w.
+    Neighbours do have something in common, so the truth is larger, the more so the smaller the stride. None for one
+    window."""
     context_length: int
     num_latents: int
     stride: int

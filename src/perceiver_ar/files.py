@@ -6,17 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+TEMPORARY = ".unfinished-"
+"""How the names of files in the making begin."""
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it replaces `path`, on any error it vanishes.
 
-    A kill at any moment leaves the previous file, or none. The temporary name starts with a dot and keeps the suffix,
-    because some writers (matplotlib, numpy) choose their format by it.
+    A kill at any moment leaves the previous file, or none. The temporary name keeps the suffix, because some writers
+    (matplotlib, numpy) choose their format by it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f".tmp{path.suffix}", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f"{TEMPORARY}{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:

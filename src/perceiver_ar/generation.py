@@ -2,8 +2,8 @@
 
 A window says which tokens are context and how many of them are latents. Every token adds a latent; when all are used,
 the same context is taken again with fewer (refill; the authors' sampling, Hawthorne et al. 2022, arXiv 2202.07765).
-Windows follow from numbers of tokens alone and rows know nothing of each other, so a row gives the same tokens alone and
-in any batch.
+Windows follow from numbers of tokens alone and rows know nothing of each other, so a row gives the same tokens alone
+and in any batch.
 
 Shapes: B batch, T tokens of a row so far, V vocabulary.
 """
@@ -57,16 +57,15 @@ def next_window(
     """
     most, fewer = config.num_latents, refill_latents or max(1, config.num_latents // 2)
     longest = min(config.context_length, config.max_positions or config.context_length)
-    # Past the context length, rotations let the start move with every token. Position tables tie keys to their places
-    # in the window: moving the start changes them all, so it moves only at refills, and then far enough to grow.
-    room = 0 if config.max_positions is None else most - fewer
+    # Past the context length the start moves, but only at refills, and then far enough to grow again: latents remember
+    # the tokens they have read, so what a cache keeps of them is true only as long as the context begins where it did.
     start = 0 if previous is None else previous.start
     full = num_tokens - start > longest
     if full:
-        start = num_tokens - max(longest - room, 1)
+        start = num_tokens - max(longest - (most - fewer), 1)
     if previous is None:
         num_latents = num_tokens if num_tokens <= most else fewer
-    elif previous.num_latents >= most or (full and room > 0):
+    elif previous.num_latents >= most or full:
         num_latents = fewer
     else:
         num_latents = previous.num_latents + 1
@@ -146,6 +145,7 @@ def stream(
             f"stop_tokens has id {token}: this model's vocabulary is ids 0 ... {config.vocab_size - 1}",
         )
     rows = prompt_rows(prompt, config.vocab_size)
+    generators = _generators(seed, len(rows))
 
     def choose(logits: Tensor, seen: Tensor | None, generators: Sequence[torch.Generator]) -> list[int]:
         if seen is not None:
@@ -165,7 +165,7 @@ def stream(
     def steps() -> Iterator[Step]:
         device, home = model.embed.weight.device, rows[0].device
         states = []
-        for tokens, generator in zip(rows, _generators(seed, len(rows)), strict=True):
+        for tokens, generator in zip(rows, generators, strict=True):
             window = next_window(config, None, len(tokens), refill_latents)
             states.append(_Row(tokens[window.start :].to(device), len(tokens), window, generator))
         seen = None
@@ -182,7 +182,7 @@ def stream(
             with evaluation_mode(model), torch.no_grad():
                 fresh = next_logits(model, [row.context for row in now], [row.window for row in now])
             # Drawn on the CPU in float64: what a seed gives does not depend on the device.
-            exact = fresh.to("cpu", torch.float64)
+            exact = fresh.cpu().double()
             _check(
                 bool(exact.amax(-1).isfinite().all()),
                 "the model's weights give NaN or infinite logits: use weights from before training diverged",

@@ -304,7 +304,7 @@ class CrossLayer(nn.Module):
     def forward(self, u: Tensor, rotary: Rotary | None, prefix: Span, latent: Span) -> Tensor:
         """u (B, N, D) -> (B, N, D). `rotary` turns the queries; the spans bring the rotation of their keys."""
         x = self.query_norm(u)
-        q = self.place(split_heads(self.q_proj(x), self.config.heads_cross), rotary)
+        q = place(split_heads(self.q_proj(x), self.config.heads_cross), rotary, self.config)
         # lucidrains and krasserm take the keys at latent positions from the normalised query stream instead.
         own = x if self.config.latent_keys == "query" else self.context_norm(latent.h)
         pieces = [Piece(*self.keys_values(own, latent.rotary), causal=True, mask=latent.mask)]
@@ -319,10 +319,8 @@ class CrossLayer(nn.Module):
     def keys_values(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Normalised context (B, K, D) -> keys and values, each (B, H, K, C)."""
         k, v = self.kv_proj(x).chunk(2, dim=-1)
-        return self.place(split_heads(k, self.config.heads_cross), rotary), split_heads(v, self.config.heads_cross)
-
-    def place(self, x: Tensor, rotary: Rotary | None) -> Tensor:
-        return place(x, rotary, self.config.qk_norm)
+        k, v = split_heads(k, self.config.heads_cross), split_heads(v, self.config.heads_cross)
+        return place(k, rotary, self.config), v
 
 
 class SelfLayer(nn.Module):
@@ -340,7 +338,7 @@ class SelfLayer(nn.Module):
     def forward(self, u: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
         """u (B, N, D) -> (B, N, D); mask (B, N), True where a latent is a real token."""
         q, k, v = (split_heads(x, self.config.num_heads) for x in self.qkv_proj(self.norm(u)).chunk(3, dim=-1))
-        q, k = (place(x, rotary, self.config.qk_norm) for x in (q, k))
+        q, k = place(q, rotary, self.config), place(k, rotary, self.config)
         u = u + self.out_proj(merge_heads(attend(q, [Piece(k, v, causal=True, mask=mask)])))
         return u + self.mlp(u)
 
@@ -355,10 +353,10 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def place(x: Tensor, rotary: Rotary | None, normalise: bool) -> Tensor:
+def place(x: Tensor, rotary: Rotary | None, config: PerceiverARConfig) -> Tensor:
     """Queries or keys (B, H, K, C), normalised per head if so set, then turned to their positions."""
-    if normalise:
-        x = F.rms_norm(x, x.shape[-1:])
+    if config.qk_norm:
+        x = (F.layer_norm if config.norm == "layernorm" else F.rms_norm)(x, x.shape[-1:])
     return x if rotary is None else rotate(x, rotary)
 
 

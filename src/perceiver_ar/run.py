@@ -18,7 +18,7 @@ import yaml
 from perceiver_ar.config import Recipe
 from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.errors import InputError
-from perceiver_ar.files import write_text
+from perceiver_ar.files import TEMPORARY, write_text
 from perceiver_ar.model import PerceiverAR
 
 
@@ -46,6 +46,12 @@ class Run:
             raise InputError(f"{path} is a file, not a run directory")
         return run
 
+    def is_taken(self) -> bool:
+        """Whether something is there that a new run would overwrite."""
+        if not self.path.is_dir():
+            return self.path.exists()
+        return any(not file.name.startswith(TEMPORARY) for file in self.path.iterdir())
+
     def recipe(self) -> Recipe:
         """Raises InputError where the recipe is missing, damaged or not ours."""
         return Recipe.from_dict(self.recipe_dict(), where=str(self.recipe_file))
@@ -63,6 +69,11 @@ class Run:
 
     def write_recipe(self, recipe: Recipe) -> None:
         write_text(self.recipe_file, yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+
+    def remove_unfinished_files(self) -> None:
+        """Removes what a kill in the middle of a write left beside the whole files."""
+        for file in self.path.rglob(f"{TEMPORARY}*"):
+            file.unlink(missing_ok=True)
 
     def model(self) -> PerceiverAR:
         """The trained network on the CPU, in evaluation mode."""

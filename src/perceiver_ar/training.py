@@ -66,52 +66,55 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     """
     run = Run(recipe.out)
     if resume:
-        check_resumable(run, recipe)
+        before = check_resumable(run, recipe)
         if (summary := run.summary()) is not None:
-            if not goes_further(recipe, summary):
+            if not goes_further(recipe, before):
                 console.print(
-                    f"{run.path} is finished ({summary['steps']} steps). "
+                    f"{run.path} is finished ({summary['steps']} steps), so there is nothing to do. "
                     "To train it further, resume with a larger --max_steps or --max_time."
                 )
                 return summary
             run.summary_file.unlink()
-    elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        run.remove_unfinished_files()
+    elif run.is_taken():
         raise InputError(f"{run.path} already exists: give another --out, or go on with --resume")
     precision = choose_precision(recipe.trainer)
-    made = not run.path.exists()
+    existed = run.path.exists()
     try:
+        run.write_recipe(recipe)  # first, so that a run killed at any later moment can be resumed
         tokens, held_out, codec = prepare_tokens(run, recipe)
         recipe = replace(recipe, model=recipe.model.replace(vocab_size=codec.vocab_size))
         windows = Windows(tokens, recipe.model.context_length, recipe.model.num_latents, recipe.seed)
         run.write_recipe(recipe)
     except BaseException:
-        if made:  # nothing was learned yet: leave no trace
+        if not resume:  # nothing was learned yet: leave no trace
             shutil.rmtree(run.path, ignore_errors=True)
+            if existed:
+                run.path.mkdir()
         raise
     return fit(run, recipe, windows, held_out, codec, precision)
 
 
-def check_resumable(run: Run, recipe: Recipe) -> None:
-    """Raises InputError unless the run exists and `recipe` changes nothing that its steps depend on."""
-    old, new = Run.open(run.path).recipe(), recipe
-    same = {"model": old.model, "data": old.data, "optim": old.optim, "seed": old.seed, "modality": old.modality}
-    same |= {"paths": old.paths, "trainer.batch_size": old.trainer.batch_size}
-    now = {"model": new.model, "data": new.data, "optim": new.optim, "seed": new.seed, "modality": new.modality}
-    now |= {"paths": new.paths, "trainer.batch_size": new.trainer.batch_size}
-    if changed := [name for name in same if same[name] != now[name]]:
+def check_resumable(run: Run, recipe: Recipe) -> Recipe:
+    """The recipe so far. Raises InputError unless there is one and `recipe` changes nothing that its steps depend on."""
+    before = Run.open(run.path).recipe()
+    fixed = ("paths", "modality", "seed", "model", "data", "optim")
+    changed = [name for name in fixed if getattr(before, name) != getattr(recipe, name)]
+    if before.trainer.batch_size != recipe.trainer.batch_size:
+        changed.append("trainer.batch_size")
+    if changed:
         raise InputError(
             f"{run.path}: --resume goes on with the same recipe, but {', '.join(changed)} changed: "
             "leave that out, or start a new run in another --out"
         )
+    return before
 
 
-def goes_further(recipe: Recipe, summary: dict[str, Any]) -> bool:
-    """Whether `recipe` asks for more than a finished run has done."""
-    more_steps = recipe.max_steps is not None and recipe.max_steps > summary["steps"]
-    more_time = recipe.max_seconds is not None and recipe.max_seconds > summary["max_seconds_trained"]
-    if recipe.max_steps is not None and recipe.max_seconds is not None:
-        return more_steps and more_time
-    return more_steps or more_time
+def goes_further(recipe: Recipe, before: Recipe) -> bool:
+    """Whether `recipe` asks for more training than the recipe `before` did."""
+    steps = (recipe.max_steps or math.inf) > (before.max_steps or math.inf)
+    seconds = (recipe.max_seconds or math.inf) > (before.max_seconds or math.inf)
+    return steps or seconds
 
 
 def choose_precision(settings: TrainerConfig) -> str:
@@ -424,7 +427,6 @@ def finish(
         "steps": module.steps,
         "tokens_seen": module.tokens_seen,
         "train_seconds": round(module.seconds, 1),
-        "max_seconds_trained": recipe.max_seconds or 0.0,
         "parameters": model.num_parameters(),
     }
     references: dict[str, float] = {}

@@ -5,6 +5,7 @@ golden/lucidrains/NAME.npz holds a weight set and inputs and outputs of the pack
 
 import json
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,14 +110,19 @@ def test_the_residual_stream_equals_the_packages_after_each_block(name: str) -> 
     golden = FILES[name]
     data = golden.case("full")
     net = golden.net()
+    places = {}
+    for i in range(len(net.model.cross_attention)):
+        places[f"perceive{i}_attn_out"] = f"cross_attention.{i}.out_proj"
+        places[f"perceive{i}_x"] = f"cross_attention.{i}"
+    for i in range(len(net.model.self_attention)):
+        places[f"layer{i}_x"] = f"self_attention.{i}"
     seen: dict[str, Tensor] = {}
-    for i, layer in enumerate(net.model.cross_attention):
-        layer.register_forward_hook(lambda _m, _i, out, key=f"perceive{i}_x": seen.__setitem__(key, out))
-        layer.out_proj.register_forward_hook(  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-            lambda _m, _i, out, key=f"perceive{i}_attn_out": seen.__setitem__(key, out)
-        )
-    for i, layer in enumerate(net.model.self_attention):
-        layer.register_forward_hook(lambda _m, _i, out, key=f"layer{i}_x": seen.__setitem__(key, out))
+
+    def hook(key: str) -> Callable[..., None]:
+        return lambda _module, _inputs, out: seen.update({key: out})
+
+    for key, place in places.items():
+        net.model.get_submodule(place).register_forward_hook(hook(key))
     net(data["in/tokens"])
     recorded = {key.removeprefix("out/hidden/"): x for key, x in data.items() if key.startswith("out/hidden/")}
     assert recorded.keys() == seen.keys()
@@ -230,7 +236,7 @@ def test_wrong_names_and_shapes_are_errors(wrapped: bool) -> None:
     prefix = "net." if wrapped else ""
     good = {prefix + key: tensor for key, tensor in BASE.parameters().items()}
     missing = {key: tensor for key, tensor in good.items() if not key.endswith("to_logits.weight")}
-    with pytest.raises(RuntimeError, match="Missing key.*head.weight"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*head\.weight"):
         module.load_state_dict(missing)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*layers\.2\.0\.norm\.weight"):
         module.load_state_dict({**good, prefix + "layers.2.0.norm.weight": torch.ones(32)})
@@ -323,7 +329,7 @@ def test_a_query_that_a_mask_leaves_without_keys_does_not_see_the_future() -> No
     # Without keys the cross-attention adds nothing but its output bias: the value weights do not matter.
     before = net(tokens, prefix_mask=mask)[:, :3]
     with torch.no_grad():
-        net.model.cross_attention[0].kv_proj.weight.mul_(2)  # pyright: ignore[reportAttributeAccessIssue]
+        net.model.get_parameter("cross_attention.0.kv_proj.weight").mul_(2)
     assert torch.equal(net(tokens, prefix_mask=mask)[:, :3], before)
 
 
@@ -344,7 +350,7 @@ def test_bfloat16_positions_do_not_collapse() -> None:
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(2 if parameter.ndim == 2 else 1)  # sharper attention than new weights give
-        net.model.position_embed[0].weight.zero_()  # pyright: ignore[reportArgumentType, reportCallIssue]
+        net.model.get_parameter("position_embed.0.weight").zero_()
     net.bfloat16()
     tokens = torch.randint(7, (1, 1000))
     mask = torch.arange(1000)[None] >= 980  # twenty neighbours, so that each key's position counts
