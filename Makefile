@@ -40,16 +40,17 @@ constraints:  ## resolve the newest versions that pyproject.toml allows and pin 
 	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
 	$(PYTHON) -m venv "$$fresh"; \
 	"$$fresh/bin/pip" install torch==$(TORCH) --editable '.[dev,bench]'; \
+	"$$fresh/bin/pip" freeze --all --exclude-editable > "$$fresh/all"; \
 	{ echo '# The versions that make sets up. Written by `make constraints`; commit them when `make check test` passes.'; \
 	  echo '# What torch takes along on some platforms only (CUDA libraries, triton) is left to torch, which pins it itself.'; \
-	  "$$fresh/bin/pip" freeze --all --exclude-editable | sed -E 's/\+[A-Za-z0-9.]+$$//; /^(pip=|nvidia-|cuda-|triton)/d'; \
+	  sed -E 's/\+[A-Za-z0-9.]+$$//; /^(pip=|nvidia-|cuda-|triton)/d' "$$fresh/all"; \
 	} > "$$fresh/constraints.txt"; \
 	if grep -n '@' "$$fresh/constraints.txt"; then echo 'make: these were not taken from an index' >&2; exit 1; fi; \
 	cp "$$fresh/constraints.txt" constraints.txt
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf .venv dist .pytest_cache .ruff_cache .hypothesis
-	find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find . \( -path ./.git -o -path ./runs \) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # A set-up that was cut short may have left half a package behind, which pip cannot tell from a whole one: it starts anew.
 # The stamp carries the time at which the set-up began, so that an edit of pyproject.toml in the meantime is not missed.

@@ -23,9 +23,7 @@ seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 30.0
 data = torch.tensor(list(Path(file).read_bytes()))
 train, held_out = data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :]
 
-config = PerceiverARConfig(
-    vocab_size=256, context_length=1024, num_latents=256, dim=128, num_layers=3, num_heads=2
-)
+config = PerceiverARConfig(vocab_size=256, context_length=1024, num_latents=256, dim=128, num_layers=3, num_heads=2)
 torch.manual_seed(0)
 model = PerceiverAR(config)
 rule = OptimConfig()

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,7 +31,6 @@ from perceiver_ar.config import DataConfig, OptimConfig, PerceiverARConfig, Trai
 from perceiver_ar.data.tokens import TokenFile, Windows
 from perceiver_ar.objective import IGNORE, next_token_loss
 from perceiver_ar.optim import lr_factor, make_optimizer
-from perceiver_ar.training import parse_duration
 
 MODEL = PerceiverARConfig(context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2)
 DROPPING = MODEL.replace(prefix_dropout=0.5, mlp_dropout=0.1)
@@ -53,7 +53,7 @@ def one_thread() -> Iterator[None]:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six documents of some 800 bytes."""
     folder = tmp_path_factory.mktemp("corpus")
-    words, rng = "the cat sat on a mat and the dog ran to her house".split(), random.Random(0)
+    words, rng = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "her", "house"], random.Random(0)
     for number in range(6):
         (folder / f"{number}.txt").write_text(" ".join(rng.choice(words) for _ in range(200)) + "\n")
     return folder
@@ -282,3 +282,269 @@ def test_a_run_killed_thirty_times_at_random_moments_equals_an_undisturbed_one(
     kills = train_with_kills(server, command, tmp_path / "run", (after(rng.uniform(0, 3)) for _ in range(60)))
     assert kills >= 30
     assert_same_runs(tmp_path / "run", tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_says_how_to_go_on_and_then_equals_an_undisturbed_one(
+    server: Server, command: list[str], undisturbed: Path, tmp_path: Path, number: int
+) -> None:
+    run = tmp_path / "my run"
+    arguments = [*command, "--trainer.checkpoint_every", "1h", "--out", run]
+    assert server.run(*arguments, until=lambda: bool(metrics_or_nothing(run)), send=[number]) == 130
+    step = checkpoint(run)["global_step"]
+    assert 0 < step < 90
+    assert not (run / "summary.json").exists()
+    last = server.messages()[-1]
+    assert last.startswith(f"perceiver-ar: stopped at step {step},")
+    *_, words = last.partition("go on with: perceiver-ar ")
+    assert server.run(*shlex.split(words)) == 0, server.messages()
+    assert_same_runs(run, undisturbed)
+
+
+def metrics_or_nothing(run: Path) -> list[dict[str, str]]:
+    return metrics(run) if (run / "metrics.csv").exists() else []
+
+
+def test_an_interrupt_while_files_are_read_leaves_nothing(server: Server, command: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    reading = lambda: any(run.glob("tokens/.unfinished-*"))  # noqa: E731
+    assert server.run(*command, "--out", run, until=reading, send=[signal.SIGINT]) == 130
+    assert server.messages()[-1:] == ["perceiver-ar: interrupted"]
+    assert not run.exists()
+
+
+def test_a_second_interrupt_stops_at_once_and_what_was_saved_before_goes_on(
+    server: Server, command: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    saved = lambda: (run / "model.safetensors").exists()  # noqa: E731
+    assert server.run(*command, "--out", run, until=saved, send=[signal.SIGINT, signal.SIGINT]) == 130
+    assert "Traceback" not in server.stderr.read_text()
+    assert server.run("train", "--out", run, "--resume") == 0, server.messages()
+    assert_same_runs(run, undisturbed)
+
+
+# Resuming.
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_weights_leaves_no_old_weights(recipe: Recipe) -> None:
+    summary = train(recipe)
+    expected = parameters(recipe.out)
+    (Path(recipe.out) / "summary.json").unlink()
+    PerceiverAR(MODEL).save_pretrained(recipe.out)  # of an earlier checkpoint
+    again = train(recipe, resume=True)
+    assert again["bits_per_byte"] == summary["bits_per_byte"]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in parameters(recipe.out).items())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_more_steps_for_a_finished_run_are_the_steps_of_a_longer_one(
+    recipe: Recipe, tmp_path: Path, optimizer: Any
+) -> None:
+    recipe = replace(recipe, model=DROPPING, optim=replace(CONSTANT, name=optimizer))
+    train(replace(recipe, max_steps=20, out=str(tmp_path / "long")))
+    train(replace(recipe, max_steps=9))
+    assert train(replace(recipe, max_steps=20), resume=True)["steps"] == 20
+    assert_same_parameters(recipe.out, tmp_path / "long")
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = train(recipe)
+    before = content(Path(recipe.out))
+    capsys.readouterr()
+    assert train(recipe, resume=True) == summary
+    assert train(replace(recipe, max_steps=3), resume=True) == summary
+    assert content(Path(recipe.out)) == before
+    assert "is finished (12 steps)" in capsys.readouterr().err
+
+
+def test_a_finished_run_can_be_resumed_with_more_time(recipe: Recipe) -> None:
+    timed = replace(recipe, max_steps=None, max_time="0.3s")
+    first = train(timed)
+    second = train(replace(timed, max_time="0.8s"), resume=True)
+    assert second["steps"] > first["steps"]
+    assert second["train_seconds"] >= 0.8
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "model": {"model": MODEL.replace(num_layers=2)},
+    "optim": {"optim": OptimConfig(lr=1e-4)},
+    "data": {"data": DataConfig(validation_fraction=0.3)},
+    "seed": {"seed": 1},
+    "modality": {"modality": "bytes"},
+    "paths": {"paths": ("elsewhere",)},
+    "trainer.batch_size": {"trainer": replace(TRAINER, batch_size=8)},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_the_steps_depend_on_cannot_change_on_resuming(recipe: Recipe, name: str) -> None:
+    train(replace(recipe, max_steps=1))
+    before = content(Path(recipe.out))
+    with pytest.raises(InputError, match=f", but {name} changed"):
+        train(replace(recipe, max_steps=2, **CHANGES[name]), resume=True)
+    assert content(Path(recipe.out)) == before
+
+
+# Without dropout the micro-batches are the same sums in another order. Muon's iteration in bfloat16 would show that.
+ADAMW = OptimConfig(name="adamw", lr=1e-4, schedule="constant", warmup=0.0)
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 2), (1, None), (None, 1)])
+def test_a_run_may_go_on_with_another_micro_batch_size(
+    recipe: Recipe, tmp_path: Path, first: int | None, then: int | None
+) -> None:
+    recipe = replace(recipe, optim=ADAMW, max_steps=14)
+    train(replace(recipe, out=str(tmp_path / "same")))
+    train(replace(recipe, trainer=replace(TRAINER, micro_batch_size=first), max_steps=7))
+    summary = train(replace(recipe, trainer=replace(TRAINER, micro_batch_size=then)), resume=True)
+    assert summary["steps"] == 14 and checkpoint(recipe.out)["global_step"] == 14
+    assert_same_parameters(recipe.out, tmp_path / "same", tolerance=1e-5)
+
+
+def test_a_run_that_went_on_with_another_micro_batch_size_can_be_killed_and_resumed(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = replace(recipe, optim=ADAMW)
+    train(replace(recipe, out=str(tmp_path / "same")))
+    for steps, size in ((3, 1), (7, 4), (10, 2), (12, None)):
+        train(replace(recipe, trainer=replace(TRAINER, micro_batch_size=size), max_steps=steps), resume=steps > 3)
+    assert_same_parameters(recipe.out, tmp_path / "same", tolerance=1e-5)
+
+
+# The steps themselves.
+
+
+def test_the_same_recipe_gives_the_same_parameters_and_another_seed_others(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(recipe, model=DROPPING)
+    summary = train(recipe)
+    torch.manual_seed(123)  # what happened in the process before does not matter
+    again = train(replace(recipe, out=str(tmp_path / "again")))
+    assert again["bits_per_byte"] == summary["bits_per_byte"]
+    assert_same_parameters(recipe.out, tmp_path / "again")
+    train(replace(recipe, out=str(tmp_path / "other"), seed=1))
+    assert not torch.equal(parameters(recipe.out)["embed.weight"], parameters(tmp_path / "other")["embed.weight"])
+
+
+def test_training_is_this_plain_loop(recipe: Recipe) -> None:
+    recipe = replace(recipe, model=DROPPING, seed=5)
+    train(recipe)
+    torch.manual_seed(recipe.seed)
+    model = PerceiverAR(recipe.model)
+    optimizer = make_optimizer(model, recipe.optim)
+    windows = Windows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, 8, recipe.seed)
+    for step in range(12):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor(recipe.optim, (step + 0.5) / 12)
+        batch = windows.batch(4 * step, 4)
+        torch.manual_seed(recipe.seed * 1_000_003 + step)
+        loss = next_token_loss(model(batch["tokens"], 24, mask=batch.get("mask")), batch["labels"])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.grad_clip)
+        optimizer.step()
+    assert all(torch.equal(tensor, parameters(recipe.out)[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_the_gradient_of_micro_batches_is_that_of_the_whole_batch(
+    recipe: Recipe, tmp_path: Path, micro_batch_size: int
+) -> None:
+    trainer = replace(TRAINER, batch_size=6)
+    recipe = replace(recipe, model=MODEL.replace(init="normal"), optim=replace(ADAMW, grad_clip=0.0), max_steps=1)
+    whole = replace(recipe, out=str(tmp_path / "whole"), trainer=trainer)
+    train(whole)
+    train(replace(recipe, trainer=replace(trainer, micro_batch_size=micro_batch_size)))
+    windows = Windows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, 8, recipe.seed)
+    assert not (windows.batch(0, 6)["labels"] == IGNORE).any()  # else the mean of means were another mean
+    ours, theirs = (checkpoint(out)["optimizer_states"][0]["state"] for out in (recipe.out, whole.out))
+    assert len(ours) == len(parameters(recipe.out))
+    for i, state in ours.items():
+        assert state["exp_avg"].abs().max() > 0
+        assert_close(state["exp_avg"], theirs[i]["exp_avg"], 1e-5)  # after one step the gradient, times 1 - beta
+
+
+def test_the_gradient_is_clipped_to_its_largest_norm(recipe: Recipe) -> None:
+    recipe = replace(recipe, optim=replace(ADAMW, grad_clip=1e-3), max_steps=1)
+    train(recipe)
+    gradients = [
+        state["exp_avg"] / (1 - 0.9) for state in checkpoint(recipe.out)["optimizer_states"][0]["state"].values()
+    ]
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+    assert float(metrics(recipe.out)[-1]["grad_norm"]) > 0.1  # what it was before
+
+
+def test_no_limit_on_the_gradient_is_a_limit_that_is_never_reached(recipe: Recipe, tmp_path: Path) -> None:
+    train(replace(recipe, optim=OptimConfig(grad_clip=0.0)))
+    train(replace(recipe, optim=OptimConfig(grad_clip=1e9), out=str(tmp_path / "other")))
+    assert_same_parameters(recipe.out, tmp_path / "other")
+
+
+def test_a_model_learns_what_can_be_learned(recipe: Recipe) -> None:
+    summary = train(replace(recipe, max_steps=100))
+    assert summary["bits_per_byte"] < 3.5  # of 8 at the start; the letters alone take about 4
+    assert summary["bits_per_byte"] > 1  # words are drawn at random: nobody can do better
+
+
+@pytest.mark.parametrize("name", ["lucidrains", "krasserm", "paper"])
+def test_published_networks_can_be_trained(recipe: Recipe, name: str) -> None:
+    model = PerceiverARConfig.preset(
+        name, context_length=32, num_latents=8, dim=16, num_layers=2, num_heads=2, head_dim=8
+    )
+    assert train(replace(recipe, model=model))["bits_per_byte"] < 8
+
+
+def test_bf16_and_recomputed_activations_change_little(recipe: Recipe, tmp_path: Path) -> None:
+    exact = train(replace(recipe, max_steps=30))["bits_per_byte"]
+    trainer = replace(TRAINER, precision="bf16", activation_checkpointing=True)
+    rough = train(replace(recipe, max_steps=30, trainer=trainer, out=str(tmp_path / "rough")))["bits_per_byte"]
+    assert rough == pytest.approx(exact, rel=0.02)
+    assert {tensor.dtype for tensor in parameters(tmp_path / "rough").values()} == {torch.float32}
+
+
+def test_time_and_steps_end_a_run_whichever_comes_first(recipe: Recipe, tmp_path: Path) -> None:
+    assert train(replace(recipe, max_time="1h"))["steps"] == 12
+    summary = train(replace(recipe, max_steps=10**9, max_time="0.5s", out=str(tmp_path / "timed")))
+    assert 0.5 <= summary["train_seconds"] < 10
+    assert float(metrics(tmp_path / "timed")[-1]["lr"]) < 0.01 * recipe.optim.muon_lr  # it fell with the clock
+
+
+def test_measurements_are_spread_evenly_over_the_run(recipe: Recipe) -> None:
+    train(replace(recipe, max_steps=20, trainer=replace(TRAINER, evaluations=4, sample_tokens=3)))
+    measured = [int(row["step"]) for row in metrics(recipe.out) if row["validation_bits"]]
+    assert measured == [5, 10, 15]  # and the end, which is in summary.json
+    samples = sorted(path.name for path in (Path(recipe.out) / "samples").iterdir())
+    assert samples == [f"step-{step:06d}.txt" for step in (5, 10, 15, 20)]
+
+
+# What is wrong is said before anything is made.
+
+
+def test_too_little_data_for_one_window_leaves_nothing(recipe: Recipe) -> None:
+    with pytest.raises(InputError, match="context_length"):
+        train(replace(recipe, model=MODEL.replace(context_length=100_000)))
+    assert not Path(recipe.out).exists()
+
+
+def test_an_error_leaves_an_empty_directory_as_it_was(recipe: Recipe) -> None:
+    Path(recipe.out).mkdir()
+    with pytest.raises(InputError, match="does not exist"):
+        train(replace(recipe, paths=("missing",)))
+    assert list(Path(recipe.out).iterdir()) == []
+
+
+def test_a_directory_that_holds_anything_is_never_touched(recipe: Recipe) -> None:
+    Path(recipe.out).mkdir()
+    (Path(recipe.out) / "thesis.tex").write_text("...")
+    with pytest.raises(InputError, match="already exists"):
+        train(recipe)
+    assert content(Path(recipe.out)) == {"thesis.tex": b"..."}
+
+
+def test_one_document_is_not_split(recipe: Recipe, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = train(replace(recipe, paths=(str(corpus / "1.txt"),)))
+    assert "bits_per_byte" not in summary and summary["steps"] == 12
+    assert "none is held out" in capsys.readouterr().err

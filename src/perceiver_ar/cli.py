@@ -1,6 +1,6 @@
 """The command: verbs to functions. Results go to stdout, progress and messages to stderr.
 
-Exit status: 0 done; 1 failed; 2 the input was wrong, with one line that says what, where and what to do; 130 interrupted.
+Exit status: 0 done; 1 failed; 2 the input was wrong, and one line says what, where and what to do; 130 interrupted.
 """
 
 import argparse
@@ -168,7 +168,9 @@ def evaluate_verb(argv: list[str]) -> None:
     parser.add_argument("--stride", type=int | None, help="tokens from window to window; 1 is exact and slow "
                         "(default: half the latents)")  # fmt: skip
     parser.add_argument("--num_latents", type=int | None, help="latents per window (default: as trained)")
-    parser.add_argument("--context_lengths", type=str | None, help="a table, a CSV and a plot for these context lengths")
+    parser.add_argument(
+        "--context_lengths", type=str | None, help="a table, a CSV and a plot for these context lengths"
+    )
     parser.add_argument("--max_tokens", type=int | None, help="score only so many tokens from the start")
     parser.add_argument("--batch_size", type=int, default=8, help="windows at once")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the computation")
@@ -248,7 +250,7 @@ def generate_verb(argv: list[str]) -> None:
         "generate",
         "Lets the model of a run write, and shows it as it is drawn.",
         "  perceiver-ar generate runs/books --prompt 'Call me'\n"
-        "  perceiver-ar generate runs/code --prompt_file start.py --max_new_tokens 2000 --temperature 0.7 --top_p 0.95\n"
+        "  perceiver-ar generate runs/code --prompt_file start.py --max_new_tokens 2000 --top_p 0.95\n"
         "  perceiver-ar generate runs/books --seed 1 --out sample.txt",
     )
     parser.add_argument("run", help="a run directory")

@@ -290,7 +290,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "krasserm": {
         "qk_norm": False,
         "activation": "gelu",
-        "out_bias": "all",
+        "out_bias": "cross",
         "final_norm": False,
         "tie_embeddings": True,
         "logits_bias": True,
@@ -313,7 +313,7 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Share of the bytes held out, as whole documents."""
     split_on: str | None = None
-    """Text that separates documents inside a file, dropped itself, such as '\\n\\n\\n\\n'; None: a file is a document."""
+    """Text between documents in one file, not kept itself, such as '\\n\\n\\n\\n'; None: a file is a document."""
     tokenizer: str | None = None
     """A Hugging Face tokenizers file (tokenizer.json); None: every byte is a token."""
     bpe_vocab_size: int | None = None

@@ -1,7 +1,7 @@
 """What a network costs, counted from its settings; no torch.
 
-FLOPs count two per multiply-add of the matrix products, attention at its causal half among the latents; element-wise work
-is left out. A training step is three forward passes' worth (each product has two in the backward pass).
+FLOPs count two per multiply-add of the matrix products, attention at its causal half among the latents; element-wise
+work is left out. A training step is three forward passes' worth (each product has two in the backward pass).
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ def costs(config: PerceiverARConfig, context: int | None = None, latents: int | 
             + per cross layer  2 (N D W + 2 T E W + N W D + 2 N D F) + 4 W (N P + N^2 / 2)
             + per self layer   2 (3 N D W + N W D + 2 N D F)         + 4 W (N^2 / 2)
 
-    with T context, N latents, P = T - N, D dim, E embedding width, W heads times channels, F hidden width, V vocabulary.
+    with T context, N latents, P = T - N, D dim, E embedding width, W heads times channels, F hidden, V vocabulary.
     """
     T = context or config.context_length
     N = min(latents or config.num_latents, T)

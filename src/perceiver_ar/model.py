@@ -440,8 +440,8 @@ def init_weights(model: PerceiverAR) -> None:
     if config.init in ("fan_in", "zero_out") and not config.tie_embeddings:
         nn.init.zeros_(model.head.weight)
     if config.position_table == "sinusoidal":
-        for table in model.position_embed:
-            table.weight = nn.Parameter(sinusoids(*table.weight.shape), requires_grad=False)
+        for rows, table in zip(config.table_sizes, model.position_embed, strict=True):
+            table.weight = nn.Parameter(sinusoids(rows, config.width_embed), requires_grad=False)
 
 
 def sinusoids(rows: int, dim: int) -> Tensor:

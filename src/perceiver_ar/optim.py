@@ -1,7 +1,9 @@
 """The learning rule: Muon for the hidden matrices, AdamW for everything else, and schedules of the learning rate.
 
-Muon (Jordan 2024; torch.optim.Muon) replaces a matrix's momentum by the nearest orthogonal matrix, so that every
-direction learns at the same pace. Embeddings, the head, norms and biases are not such maps, and get AdamW.
+Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a matrix by the nearest
+orthogonal matrix, so that every direction learns at the same pace. Embeddings, the head, norms and biases are not such
+maps, and get AdamW. Ours differs from torch.optim.Muon in one thing, which is worth more than the choice of any other setting here
+(docs/log.md): projections fused into one parameter are orthogonalised apart, as the separate maps they are.
 """
 
 import math
@@ -9,50 +11,84 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from perceiver_ar.config import OptimConfig
+
+FUSED = {"qkv_proj.weight": 3, "kv_proj.weight": 2}
+"""Parameters that hold several matrices, one above the other, by the end of their names."""
 
 
 class MuonAdamW(Optimizer):
     """Muon and AdamW behind one optimizer, so that one schedule, one state and one step serve both.
 
-    The two parts own no state: they work on this optimizer's parameter groups and state.
+    The first parameter group is Muon's. `pieces[i]` is how many matrices its i-th parameter holds. The AdamW part owns
+    no state: it works on this optimizer's second group and state.
     """
 
-    def __init__(self, hidden: list[nn.Parameter], rest: list[nn.Parameter], config: OptimConfig) -> None:
-        self.muon = Muon(hidden, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    def __init__(self, hidden: list[nn.Parameter], pieces: list[int], rest: list[nn.Parameter], config: OptimConfig):
+        assert len(hidden) == len(pieces)
+        muon = {"params": hidden, "pieces": pieces, "lr": config.muon_lr, "momentum": config.momentum}
         self.adamw = AdamW(rest, lr=config.lr, betas=config.betas, weight_decay=0.0)
-        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        super().__init__([muon | {"weight_decay": config.weight_decay}, *self.adamw.param_groups], {})
         self._share()
 
     def _share(self) -> None:
-        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        self.muon.state = self.adamw.state = self.state
+        self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._share()
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.muon.step()
+        group = self.param_groups[0]
+        for parameter, pieces in zip(group["params"], group["pieces"], strict=True):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+            update = parameter.grad.lerp(momentum, group["momentum"])  # Nesterov
+            matrices = update.unflatten(0, (pieces, -1))
+            rows, columns = matrices.shape[1:]
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            step = group["lr"] * math.sqrt(max(1.0, rows / columns))
+            parameter.add_(orthogonalize(matrices).flatten(0, 1), alpha=-step)
         self.adamw.step()
         return loss
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Each of (M, rows, columns) with its singular values brought near 1 (0.7 ... 1.2), by Newton-Schulz in bfloat16.
+
+    The quintic x -> a x + b x^3 + c x^5 with Jordan's coefficients, which trade exactness for few steps.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The optimizer of `config` over the trainable parameters of `model`; each group keeps its peak as `initial_lr`."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = [p for name, p in parameters.items() if p.ndim == 2 and name.endswith("_proj.weight")]
-    known = {id(p) for p in hidden}
-    rest = [p for p in parameters.values() if id(p) not in known]
+    hidden = {name: p for name, p in parameters.items() if p.ndim == 2 and name.endswith("_proj.weight")}
     if config.name == "muon" and hidden:
-        optimizer: Optimizer = MuonAdamW(hidden, rest, config)
+        pieces = [next((n for end, n in FUSED.items() if name.endswith(f".{end}")), 1) for name in hidden]
+        rest = [p for name, p in parameters.items() if name not in hidden]
+        optimizer: Optimizer = MuonAdamW(list(hidden.values()), pieces, rest, config)
     else:
         matrices = [p for p in parameters.values() if p.ndim >= 2]
         vectors = [p for p in parameters.values() if p.ndim < 2]

@@ -1,12 +1,12 @@
 """The run directory: a trained model and everything needed to use it or to resume its training.
 
-    config.json, model.safetensors      the network; safetensors cannot hold code
-    codec.json (tokenizer.json)         files to ids and back
-    recipe.yaml                         the complete settings; training it again reproduces the run
-    summary.json                        how good it is; written last, so a run that has it is finished
-    metrics.csv, tensorboard/           what was measured on the way
-    samples/, plots/                    what it writes, and pictures
-    tokens/, checkpoints/               only for resuming
+config.json, model.safetensors      the network; safetensors cannot hold code
+codec.json (tokenizer.json)         files to ids and back
+recipe.yaml                         the complete settings; training it again reproduces the run
+summary.json                        how good it is; written last, so a run that has it is finished
+metrics.csv, tensorboard/           what was measured on the way
+samples/, plots/                    what it writes, and pictures
+tokens/, checkpoints/               only for resuming
 """
 
 import json

@@ -1,27 +1,24 @@
 """Training: from files to a run directory, on Lightning's Trainer.
 
-A run is a function of its recipe. The weights come from the seed, training window i from the seed and i, the randomness of
-step k from the seed and k. So a run that was killed and resumed makes exactly the steps that an undisturbed one makes.
+A run is a function of its recipe. The weights come from the seed, training window i from the seed and i, the randomness
+of step k from the seed and k. So a run that was killed and resumed makes exactly the steps that an undisturbed one makes.
 (Bounded by `max_time` instead of `max_steps`, the learning rate follows the clock, and no two runs are the same.)
 """
 
-import contextlib
 import csv
 import importlib.util
-import json
 import logging
 import math
 import shlex
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -56,8 +53,8 @@ class Interrupted(KeyboardInterrupt):
 def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     """Makes the run that `recipe` describes, or goes on with the one in `recipe.out`.
 
-    Returns its summary: `bits_per_byte`, `nats_per_token` and more on the held-out documents (absent when nothing is held
-    out), `gzip_bits_per_byte` and `xz_bits_per_byte` of the same bytes, `train_seconds`, `tokens_seen` (targets),
+    Returns its summary: `bits_per_byte`, `nats_per_token` and more on the held-out documents (absent when nothing is
+    held out), `gzip_bits_per_byte` and `xz_bits_per_byte` of the same bytes, `train_seconds`, `tokens_seen` (targets),
     `steps`, `parameters`.
 
     Raises:
@@ -96,7 +93,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
 
 
 def check_resumable(run: Run, recipe: Recipe) -> Recipe:
-    """The recipe so far. Raises InputError unless there is one and `recipe` changes nothing that its steps depend on."""
+    """The recipe so far. Raises InputError unless there is one and `recipe` keeps all that its steps depend on."""
     before = Run.open(run.path).recipe()
     fixed = ("paths", "modality", "seed", "model", "data", "optim")
     changed = [name for name in fixed if getattr(before, name) != getattr(recipe, name)]
@@ -124,7 +121,7 @@ def choose_precision(settings: TrainerConfig) -> str:
         if device == "cuda":
             native = torch.cuda.is_bf16_supported()
         else:
-            native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+            native = device == "cpu" and torch.cpu._is_avx512_bf16_supported()  # float32 is faster without
         return "bf16-mixed" if native else "32-true"
     if settings.precision == "fp16" and device != "cuda":
         raise InputError(f"trainer.precision is fp16, which needs a CUDA device, not {device}: use bf16, 32 or auto")
@@ -178,7 +175,7 @@ class PerceiverARModule(pl.LightningModule):
         self.model, self.recipe = model, recipe
         model.activation_checkpointing = recipe.trainer.activation_checkpointing
         # In a list, so that its parameters are not listed, and saved, a second time.
-        self.compiled: list[nn.Module] = [torch.compile(model)] if recipe.trainer.compile else [model]  # type: ignore[list-item]
+        self.compiled: list[Any] = [torch.compile(model) if recipe.trainer.compile else model]
         self.first_window = 0
         self.seconds_before = 0.0  # spent in earlier parts of a resumed run
         self.started = time.perf_counter()
@@ -267,11 +264,20 @@ class Batches:
 class Watch(Callback):
     """All that happens between steps: the progress bar, metrics, evaluations and samples, checkpoints, stopping."""
 
-    COLUMNS = ("step", "tokens", "seconds", "train_bits", "validation_bits", "lr", "grad_norm", "tokens_per_second")
+    COLUMNS: tuple[str, ...] = (
+        "step",
+        "tokens",
+        "seconds",
+        "train_bits",
+        "validation_bits",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+    )
 
     def __init__(self, run: Run, held_out: TokenFile | None, codec: Codec, recipe: Recipe, autocast: bool) -> None:
         self.run, self.held_out, self.codec, self.recipe = run, held_out, codec, recipe
-        self.precision = "bf16" if autocast else "32"
+        self.precision: Literal["32", "bf16"] = "bf16" if autocast else "32"
         self.stop_asked = False
         self.checkpoint_seconds = parse_duration(recipe.trainer.checkpoint_every, "trainer.checkpoint_every")
         self.handlers: dict[int, Any] = {}
@@ -336,9 +342,7 @@ class Watch(Callback):
         new = module.steps - self.logged_steps
         rate = new * self.recipe.trainer.batch_size * self.recipe.model.num_latents / (seconds - self.logged_at + 1e-9)
         lr = module.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]
-        self.add_row(
-            module, train_bits=bits, lr=lr, grad_norm=float(module.grad_norm), tokens_per_second=round(rate)
-        )
+        self.add_row(module, train_bits=bits, lr=lr, grad_norm=float(module.grad_norm), tokens_per_second=round(rate))
         self.logged_at, self.logged_steps = seconds, module.steps
         progress = module.progress()
         left = duration(seconds * (1 - progress) / progress) if seconds > 5 else "..."
@@ -366,7 +370,10 @@ class Watch(Callback):
             logger.log_metrics(dict(values), step=module.steps)
 
     def write_rows(self) -> None:
-        with atomic_path(self.run.metrics_file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        with (
+            atomic_path(self.run.metrics_file) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, self.COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
@@ -415,13 +422,12 @@ def fit(
             f"perceiver-ar train --out {shlex.quote(str(run.path))} --resume"
         )
     model.to("cpu").eval()
-    return finish(run, recipe, module, held_out, codec)
+    return finish(run, recipe, module, watch)
 
 
-def finish(
-    run: Run, recipe: Recipe, module: PerceiverARModule, held_out: TokenFile | None, codec: Codec
-) -> dict[str, Any]:
+def finish(run: Run, recipe: Recipe, module: PerceiverARModule, watch: Watch) -> dict[str, Any]:
     """The last evaluation and sample, the loss curve, and `summary.json`, which marks the run as finished."""
+    held_out, codec = watch.held_out, watch.codec
     model = module.model
     summary: dict[str, Any] = {
         "steps": module.steps,
@@ -432,18 +438,24 @@ def finish(
     references: dict[str, float] = {}
     if held_out is not None and len(held_out) > 1:
         limit = 10 * recipe.trainer.evaluation_tokens
-        result = evaluate(model, held_out.tokens, byte_lengths=codec.byte_lengths(), max_tokens=limit)
-        compressed = compressed_bits_per_byte(codec.decode(held_out.tokens[:limit]))
+        result = evaluate(
+            model,
+            held_out.tokens,
+            byte_lengths=codec.byte_lengths(),
+            max_tokens=limit,
+            precision=watch.precision,
+        )
+        compressed = compressed_bits_per_byte(codec.decode(held_out.tokens[: limit + 1]))
         references = {"gzip": compressed["gzip_bits_per_byte"], "xz": compressed["xz_bits_per_byte"]}
         summary = {**result.to_dict(), **compressed, **summary, "held_out_documents": held_out.num_documents}
     sample(model, codec, run, recipe, module.steps)
-    draw_loss(run, references if codec.vocab_size == 256 else {})
+    draw_loss(run, codec, references)
     run.write_summary(summary)
     return summary
 
 
 def save(trainer: pl.Trainer, module: PerceiverARModule, run: Run) -> None:
-    """Everything needed to go on, and the weights for use. Each file replaces the last good one only when it is whole."""
+    """Everything needed to go on, and the weights for use; each file replaces the last good one when it is whole."""
     with atomic_path(run.checkpoint_file) as temporary:
         trainer.save_checkpoint(temporary)
     module.model.save_pretrained(run.path)
@@ -473,7 +485,7 @@ def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int
     console.print("  " + text.replace("\n", "\n  "), markup=False, style="dim")
 
 
-def draw_loss(run: Run, references: dict[str, float]) -> None:
+def draw_loss(run: Run, codec: Codec, references: dict[str, float]) -> None:
     from perceiver_ar.plots import plot_loss
 
     rows = read_metrics(run.metrics_file)
@@ -481,7 +493,14 @@ def draw_loss(run: Run, references: dict[str, float]) -> None:
         name: [(float(row["tokens"]), float(row[name])) for row in rows if row[name]]
         for name in ("train_bits", "validation_bits")
     }
-    plot_loss(run.plots / "loss.png", curves["train_bits"], curves["validation_bits"], references)
+    bytewise = codec.vocab_size == 256  # then a token is a byte, and compressors compare
+    plot_loss(
+        run.plots / "loss.png",
+        curves["train_bits"],
+        curves["validation_bits"],
+        references if bytewise else {},
+        y_label="bits per byte" if bytewise else "bits per token",
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -499,7 +518,9 @@ def as_module(module: pl.LightningModule) -> PerceiverARModule:
 
 def windows_text(recipe: Recipe) -> str:
     model = recipe.model
-    return f"context {model.context_length:,}, {model.num_latents:,} latents, {recipe.trainer.batch_size} windows a step"
+    return (
+        f"context {model.context_length:,}, {model.num_latents:,} latents, {recipe.trainer.batch_size} windows a step"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -8,8 +8,8 @@ equal the package's up to rounding. What the package gets wrong on valid use is 
 
 - a sequence no longer than `cross_attn_seq_len` has one latent, its last position (the package raises AssertionError);
 - a prefix mask of any length up to the sequence's works together with prefix dropout (the package fails on indexing);
-- a query that a mask leaves without any key gets zeros from the attention (the package averages all values, the future's
-  too);
+- a query that a mask leaves without any key gets zeros from the attention (the package averages all values, also the
+  future's);
 - heads of fewer than 32 channels are rotated whole (the package crashes);
 - positions are rotated in float32 or better whatever the model's dtype (the package's bfloat16 positions collapse);
 - in `generate`, an EOS in the prompt does not end the sampling, `temperature=0` is greedy, and at least one candidate
@@ -152,8 +152,8 @@ class AutoregressiveWrapper(nn.Module):
     ) -> Tensor:
         """Samples up to seq_len new ids after start_tokens (B, n), n >= 1; returns only the new ones.
 
-        The prefix stays at cross_attn_seq_len tokens while latents grow to fill max_seq_len; then the window slides, one
-        token at a time. Draws come from torch's global generator, one per row and step, as in the package.
+        The prefix stays at cross_attn_seq_len tokens while latents grow to fill max_seq_len; then the window slides by
+        one token at a time. Draws come from torch's global generator, one per row and step, as in the package.
 
         Args:
             eos_token: when every row has drawn it, sampling ends, and everything after it in a row becomes pad_value.
