@@ -1,9 +1,9 @@
-"""Training step, forward and backward: ours through `compat.lucidrains` beside perceiver-ar-pytorch, on the same weights.
+"""Forward and backward of a training step: ours through `compat.lucidrains` beside perceiver-ar-pytorch.
 
     make benchmark ARGS="--contexts 4096,16384 --repeats 5"
 
-Both run in one process, in turns, so that whatever else the machine does hits both. Prints seconds (median, min, max)
-and the ratio of the medians as a Markdown table.
+Same weights, same tokens; both run in one process, in turns, so that whatever else the machine does hits both. Prints
+seconds (median, min, max) and the ratio of the medians as a Markdown table.
 """
 
 import argparse

@@ -301,7 +301,9 @@ def test_kept_prefixes_of_other_shapes_are_refused_with_their_shape(shape: tuple
 
 @pytest.mark.parametrize("index_dims", [(), (3, 4), (2, 2, 3)])
 @pytest.mark.parametrize("beyond", [12, 13, 24, -1])
-def test_positions_beyond_the_tables_are_errors_and_not_other_positions(index_dims: tuple[int, ...], beyond: int) -> None:
+def test_positions_beyond_the_tables_are_errors_and_not_other_positions(
+    index_dims: tuple[int, ...], beyond: int
+) -> None:
     model = small(position_table="learned", index_dims=index_dims)
     with pytest.raises((IndexError, InputError)):
         model(random_tokens(model, 1, 1), positions=torch.tensor([beyond]))

@@ -1,7 +1,8 @@
 """Training: a run is a function of its recipe, whatever happens to the process on the way.
 
-The tests that kill and interrupt use real processes and real signals. They fork them, with the command's `main`, from one
-process that has imported torch and the package (`Server`): an import takes seconds, and a kill during it shows nothing.
+The tests that kill and interrupt use real processes and real signals. They fork them, with the command's `main`, from
+one process that has imported torch and the package (`Server`): an import takes seconds, and a kill during it shows
+nothing.
 """
 
 import csv
@@ -14,9 +15,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +55,9 @@ def one_thread() -> Iterator[None]:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six documents of some 800 bytes."""
     folder = tmp_path_factory.mktemp("corpus")
-    words, rng = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "her", "house"], random.Random(0)
+    words, rng = ["the ", "cat ", "sat ", "on ", "a ", "mat ", "and ", "ran\n"], random.Random(0)
     for number in range(6):
-        (folder / f"{number}.txt").write_text(" ".join(rng.choice(words) for _ in range(200)) + "\n")
+        (folder / f"{number}.txt").write_text("".join(rng.choice(words) for _ in range(200)))
     return folder
 
 
@@ -112,6 +114,10 @@ for line in sys.stdin:
 """
 
 
+Moment = Callable[[], bool]
+"""Whether it has come."""
+
+
 class Server:
     """Starts processes that run the command, one at a time."""
 
@@ -124,17 +130,16 @@ class Server:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.jobs, self.answers = self.process.stdin, self.process.stdout
 
-    def run(self, *argv: object, until: Callable[[], bool] | None = None, send: Sequence[int] = ()) -> int:
-        """Runs the command, and as soon as `until` holds sends it the signals. Returns its exit status."""
+    def run(self, *argv: object, signals: Iterable[tuple[Moment, int]] = ()) -> int:
+        """Runs the command, sends it the signals as soon as their moments have come, and returns its exit status."""
         job = {"argv": [str(word) for word in argv], "stdout": str(self.stdout), "stderr": str(self.stderr)}
+        self.stderr.write_text("")
         self.jobs.write(json.dumps(job).encode() + b"\n")
-        child, signals = int(self.answers.readline()), list(send)
+        child, coming = int(self.answers.readline()), list(signals)
         while not select.select([self.answers], [], [], 0.001)[0]:
-            if signals and until is not None and until():
+            if coming and coming[0][0]():
                 with suppress(ProcessLookupError):  # it has just ended by itself
-                    os.kill(child, signals.pop(0))
-                if signals:
-                    time.sleep(0.05)  # two of a kind at once would be one
+                    os.kill(child, coming.pop(0)[1])
         return int(self.answers.readline())
 
     def messages(self) -> list[str]:
@@ -154,7 +159,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def long_corpus(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """So much text that reading it takes a while."""
     file = tmp_path_factory.mktemp("long") / "corpus.txt"
-    file.write_text((corpus / "1.txt").read_text() * 8000)
+    file.write_text((corpus / "1.txt").read_text() * 3000)
     return file
 
 
@@ -162,7 +167,7 @@ def long_corpus(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(corpus: Path, long_corpus: Path) -> list[str]:
     """`train` with all that draws random numbers; without --out."""
     settings = {
-        "max_steps": 90,
+        "max_steps": 60,
         "model.context_length": 32,
         "model.num_latents": 8,
         "model.dim": 16,
@@ -175,7 +180,7 @@ def command(corpus: Path, long_corpus: Path) -> list[str]:
         "trainer.micro_batch_size": 2,
         "trainer.precision": 32,
         "trainer.device": "cpu",
-        "trainer.evaluations": 9,
+        "trainer.evaluations": 6,
         "trainer.evaluation_tokens": 100,
         "trainer.sample_tokens": 2,
         "trainer.checkpoint_every": "0.1s",
@@ -207,12 +212,8 @@ def assert_same_runs(run: Path, undisturbed: Path) -> None:
     )
     assert held_out == expected
     steps = [int(row["step"]) for row in metrics(run) if row["train_bits"]]
-    assert steps == sorted(set(steps)) and steps[-1] == int(expected_steps(undisturbed))
+    assert steps == sorted(set(steps)) and steps[-1] == theirs["steps"]
     assert not [path for path in run.rglob("*") if path.name.startswith(".unfinished")]
-
-
-def expected_steps(run: Path) -> int:
-    return json.loads((run / "summary.json").read_text())["steps"]
 
 
 def assert_usable(run: Path) -> None:
@@ -221,14 +222,15 @@ def assert_usable(run: Path) -> None:
         PerceiverAR.from_pretrained(run)
     if (run / "checkpoints" / "last.ckpt").exists():
         checkpoint(run)
+        assert (run / "model.safetensors").exists()  # saved before: what resuming does not make again is there
 
 
-def train_with_kills(server: Server, command: list[str], run: Path, moments: Iterable[Callable[[], bool]]) -> int:
+def train_with_kills(server: Server, command: list[str], run: Path, moments: Iterable[Moment]) -> int:
     """Starts and resumes until the run is finished; returns how often it was killed."""
     kills, moments = 0, iter(moments)
     while True:
         begin = ["train", "--resume"] if (run / "recipe.yaml").exists() else command
-        status = server.run(*begin, "--out", run, until=next(moments, None), send=[signal.SIGKILL])
+        status = server.run(*begin, "--out", run, signals=[(moment, signal.SIGKILL) for moment in islice(moments, 1)])
         if status == 0:
             return kills
         assert status == -signal.SIGKILL, server.messages()
@@ -236,7 +238,17 @@ def train_with_kills(server: Server, command: list[str], run: Path, moments: Ite
         assert_usable(run)
 
 
-def after(seconds: float) -> Callable[[], bool]:
+def appears(run: Path, pattern: str) -> Moment:
+    return lambda: any(run.glob(pattern))
+
+
+def last_step(run: Path) -> int:
+    """The last one in the metrics, as far as they are written; 0 before the first."""
+    rows = metrics(run) if (run / "metrics.csv").exists() else []
+    return max((int(row["step"]) for row in rows), default=0)
+
+
+def after(seconds: float) -> Moment:
     begun: list[float] = []
 
     def passed() -> bool:
@@ -251,21 +263,15 @@ def test_a_run_killed_at_telling_moments_and_resumed_equals_an_undisturbed_one(
 ) -> None:
     run = tmp_path / "run"
 
-    def begun(pattern: str) -> Callable[[], bool]:
-        return lambda: any(run.glob(pattern))
-
-    def steps(least: int) -> Callable[[], bool]:
-        return lambda: (run / "metrics.csv").exists() and any(int(row["step"]) >= least for row in metrics(run))
-
     moments = [
-        begun("tokens/.unfinished-*"),  # in the middle of reading the files
-        begun("codec.json"),
-        begun("metrics.csv"),  # before the first checkpoint
-        begun("checkpoints/.unfinished-*"),
-        begun(".unfinished-model*"),  # the checkpoint is new, the weights are old
-        steps(50),
-        begun("samples/step-000090.txt"),  # all steps are made, but it is not finished
-        begun("plots/.unfinished-*"),
+        appears(run, "tokens/.unfinished-*"),  # in the middle of reading the files
+        appears(run, "codec.json"),
+        appears(run, "metrics.csv"),  # before the first checkpoint
+        appears(run, ".unfinished-model*"),
+        appears(run, "checkpoints/.unfinished-*"),  # the weights are new, the checkpoint is old
+        lambda: last_step(run) >= 40,
+        appears(run, "samples/step-000060.txt"),  # all steps are made, but it is not finished
+        appears(run, "plots/.unfinished-*"),
     ]
     kills = train_with_kills(server, command, run, moments)
     assert kills >= 5  # a moment may be missed on a busy machine
@@ -290,9 +296,9 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_then_equals_an_undisturb
 ) -> None:
     run = tmp_path / "my run"
     arguments = [*command, "--trainer.checkpoint_every", "1h", "--out", run]
-    assert server.run(*arguments, until=lambda: bool(metrics_or_nothing(run)), send=[number]) == 130
+    assert server.run(*arguments, signals=[(lambda: last_step(run) > 0, number)]) == 130
     step = checkpoint(run)["global_step"]
-    assert 0 < step < 90
+    assert 0 < step < 60
     assert not (run / "summary.json").exists()
     last = server.messages()[-1]
     assert last.startswith(f"perceiver-ar: stopped at step {step},")
@@ -301,40 +307,30 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_then_equals_an_undisturb
     assert_same_runs(run, undisturbed)
 
 
-def metrics_or_nothing(run: Path) -> list[dict[str, str]]:
-    return metrics(run) if (run / "metrics.csv").exists() else []
-
-
 def test_an_interrupt_while_files_are_read_leaves_nothing(server: Server, command: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    reading = lambda: any(run.glob("tokens/.unfinished-*"))  # noqa: E731
-    assert server.run(*command, "--out", run, until=reading, send=[signal.SIGINT]) == 130
+    assert server.run(*command, "--out", run, signals=[(appears(run, "tokens/.unfinished-*"), signal.SIGINT)]) == 130
     assert server.messages()[-1:] == ["perceiver-ar: interrupted"]
     assert not run.exists()
 
 
-def test_a_second_interrupt_stops_at_once_and_what_was_saved_before_goes_on(
-    server: Server, command: list[str], undisturbed: Path, tmp_path: Path
+def test_a_second_interrupt_stops_at_once_and_the_last_checkpoint_goes_on(
+    server: Server, command: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    saved = lambda: (run / "model.safetensors").exists()  # noqa: E731
-    assert server.run(*command, "--out", run, until=saved, send=[signal.SIGINT, signal.SIGINT]) == 130
-    assert "Traceback" not in server.stderr.read_text()
-    assert server.run("train", "--out", run, "--resume") == 0, server.messages()
-    assert_same_runs(run, undisturbed)
+    long_steps = ["--model.dim", 128, "--trainer.batch_size", 256, "--trainer.micro_batch_size", 256, "--max_steps", 6]
+    asked = lambda: "once more to stop at once" in server.stderr.read_text()  # noqa: E731
+    signals = [(appears(run, "checkpoints/last.ckpt"), signal.SIGINT), (asked, signal.SIGINT)]
+    assert server.run(*command, *long_steps, "--out", run, signals=signals) == 130
+    assert server.messages()[-1] == (
+        f"perceiver-ar: stopped at once; go on from the last checkpoint with: perceiver-ar train --out {run} --resume"
+    )
+    step = checkpoint(run)["global_step"]
+    assert server.run("train", "--out", run, "--resume", "--max_steps", step + 1) == 0, server.messages()
+    assert checkpoint(run)["global_step"] == step + 1
 
 
 # Resuming.
-
-
-def test_a_kill_between_the_last_checkpoint_and_the_weights_leaves_no_old_weights(recipe: Recipe) -> None:
-    summary = train(recipe)
-    expected = parameters(recipe.out)
-    (Path(recipe.out) / "summary.json").unlink()
-    PerceiverAR(MODEL).save_pretrained(recipe.out)  # of an earlier checkpoint
-    again = train(recipe, resume=True)
-    assert again["bits_per_byte"] == summary["bits_per_byte"]
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in parameters(recipe.out).items())
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -448,17 +444,18 @@ def test_training_is_this_plain_loop(recipe: Recipe) -> None:
     assert all(torch.equal(tensor, parameters(recipe.out)[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 30])
 def test_the_gradient_of_micro_batches_is_that_of_the_whole_batch(
     recipe: Recipe, tmp_path: Path, micro_batch_size: int
 ) -> None:
-    trainer = replace(TRAINER, batch_size=6)
+    trainer = replace(TRAINER, batch_size=60)
     recipe = replace(recipe, model=MODEL.replace(init="normal"), optim=replace(ADAMW, grad_clip=0.0), max_steps=1)
     whole = replace(recipe, out=str(tmp_path / "whole"), trainer=trainer)
     train(whole)
     train(replace(recipe, trainer=replace(trainer, micro_batch_size=micro_batch_size)))
     windows = Windows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, 8, recipe.seed)
-    assert not (windows.batch(0, 6)["labels"] == IGNORE).any()  # else the mean of means were another mean
+    ignored = (windows.batch(0, 60)["labels"] == IGNORE).sum(dim=1)
+    assert 0 < ignored.count_nonzero() < 60  # rows without all targets count less
     ours, theirs = (checkpoint(out)["optimizer_states"][0]["state"] for out in (recipe.out, whole.out))
     assert len(ours) == len(parameters(recipe.out))
     for i, state in ours.items():
@@ -485,8 +482,8 @@ def test_no_limit_on_the_gradient_is_a_limit_that_is_never_reached(recipe: Recip
 
 def test_a_model_learns_what_can_be_learned(recipe: Recipe) -> None:
     summary = train(replace(recipe, max_steps=100))
-    assert summary["bits_per_byte"] < 3.5  # of 8 at the start; the letters alone take about 4
-    assert summary["bits_per_byte"] > 1  # words are drawn at random: nobody can do better
+    assert summary["bits_per_byte"] < 1.5  # of 8 at the start
+    assert summary["bits_per_byte"] > 0.75  # words are drawn at random, 0.83 bits per byte: nobody can do better
 
 
 @pytest.mark.parametrize("name", ["lucidrains", "krasserm", "paper"])
@@ -509,7 +506,7 @@ def test_time_and_steps_end_a_run_whichever_comes_first(recipe: Recipe, tmp_path
     assert train(replace(recipe, max_time="1h"))["steps"] == 12
     summary = train(replace(recipe, max_steps=10**9, max_time="0.5s", out=str(tmp_path / "timed")))
     assert 0.5 <= summary["train_seconds"] < 10
-    assert float(metrics(tmp_path / "timed")[-1]["lr"]) < 0.01 * recipe.optim.muon_lr  # it fell with the clock
+    assert float(metrics(tmp_path / "timed")[-1]["lr"]) < 0.1 * recipe.optim.muon_lr  # it fell with the clock
 
 
 def test_measurements_are_spread_evenly_over_the_run(recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a matrix by the nearest
 orthogonal matrix, so that every direction learns at the same pace. Embeddings, the head, norms and biases are not such
-maps, and get AdamW. Ours differs from torch.optim.Muon in one thing, which is worth more than the choice of any other setting here
+maps, and get AdamW. Ours differs from torch.optim.Muon in one thing, which is worth more than most settings here
 (docs/log.md): projections fused into one parameter are orthogonalised apart, as the separate maps they are.
 """
 
@@ -30,7 +30,7 @@ class MuonAdamW(Optimizer):
     def __init__(self, hidden: list[nn.Parameter], pieces: list[int], rest: list[nn.Parameter], config: OptimConfig):
         assert len(hidden) == len(pieces)
         muon = {"params": hidden, "pieces": pieces, "lr": config.muon_lr, "momentum": config.momentum}
-        self.adamw = AdamW(rest, lr=config.lr, betas=config.betas, weight_decay=0.0)
+        self.adamw = AdamW(rest, lr=config.adamw_lr, betas=config.betas, weight_decay=0.0)
         super().__init__([muon | {"weight_decay": config.weight_decay}, *self.adamw.param_groups], {})
         self._share()
 
@@ -93,7 +93,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         matrices = [p for p in parameters.values() if p.ndim >= 2]
         vectors = [p for p in parameters.values() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = AdamW(groups, lr=config.lr, betas=config.betas)
+        optimizer = AdamW(groups, lr=config.adamw_lr, betas=config.betas)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer

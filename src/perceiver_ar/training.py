@@ -1,7 +1,7 @@
 """Training: from files to a run directory, on Lightning's Trainer.
 
 A run is a function of its recipe. The weights come from the seed, training window i from the seed and i, the randomness
-of step k from the seed and k. So a run that was killed and resumed makes exactly the steps that an undisturbed one makes.
+of step k from the seed and k. So a run that was killed and resumed makes exactly the steps of an undisturbed one.
 (Bounded by `max_time` instead of `max_steps`, the learning rate follows the clock, and no two runs are the same.)
 """
 
@@ -16,11 +16,13 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -42,12 +44,21 @@ from perceiver_ar.objective import next_token_loss
 from perceiver_ar.optim import lr_factor, make_optimizer
 from perceiver_ar.run import Run
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)
 BPE_BYTES = 100_000_000  # enough text to choose merges from
 
 
+def say(message: str, style: str | None = None) -> None:
+    """One message on stderr, above the progress bar. A terminal may wrap it, a log does not."""
+    console.print(message, style=style, soft_wrap=True)
+
+
 class Interrupted(KeyboardInterrupt):
-    """Training ended early because the user asked for it; everything is saved, and the message says how to go on."""
+    """Training ended early because the user asked for it; the message says how to go on."""
+
+
+class StopAtOnce(BaseException):
+    """A signal that does not wait for the running step. (At a KeyboardInterrupt Lightning would exit.)"""
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
@@ -66,7 +77,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
         before = check_resumable(run, recipe)
         if (summary := run.summary()) is not None:
             if not goes_further(recipe, before):
-                console.print(
+                say(
                     f"{run.path} is finished ({summary['steps']} steps), so there is nothing to do. "
                     "To train it further, resume with a larger --max_steps or --max_time."
                 )
@@ -87,7 +98,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
         if not resume:  # nothing was learned yet: leave no trace
             shutil.rmtree(run.path, ignore_errors=True)
             if existed:
-                run.path.mkdir()
+                run.path.mkdir(exist_ok=True)
         raise
     return fit(run, recipe, windows, held_out, codec, precision)
 
@@ -163,7 +174,7 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     )
     save_codec(codec, run.path)
     if validation is None:
-        console.print("Only one document, so none is held out: give --data.validation or --data.split_on to measure.")
+        say("Only one document, so none is held out: give --data.validation or --data.split_on to measure.")
     return tokens, validation, codec
 
 
@@ -196,12 +207,12 @@ class PerceiverARModule(pl.LightningModule):
         factor = lr_factor(self.recipe.optim, self.progress())
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
             group["lr"] = group["initial_lr"] * factor
-        torch.manual_seed(self.recipe.seed * 1_000_003 + batch_idx)
+        torch.manual_seed((self.recipe.seed * 1_000_003 + batch_idx) % 2**63)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         tokens, labels = batch["tokens"], batch["labels"]
         prefix_len = tokens.shape[1] - labels.shape[1]
-        loss = next_token_loss(self.compiled[0](tokens, prefix_len, mask=batch.get("mask")), labels)
+        loss = batch["weight"] * next_token_loss(self.compiled[0](tokens, prefix_len, mask=batch.get("mask")), labels)
         self.loss_sum, self.losses = self.loss_sum + loss.detach(), self.losses + 1
         return loss
 
@@ -241,24 +252,34 @@ class PerceiverARModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.seconds_before, self.first_window = checkpoint["seconds"], checkpoint["windows"]
+        # Lightning counts micro-batches, and there may now be more or fewer of them in a step.
+        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        further = checkpoint["global_step"] * self.accumulate - counts["total"]["ready"]
+        for group in (counts["total"], counts["current"]):
+            group.update({name: count + further for name, count in group.items()})
 
     def on_train_start(self) -> None:
         self.started = time.perf_counter()
 
 
 class Batches:
-    """The endless sequence of micro-batches, from the window on that the module says (a resumed run skips ahead)."""
+    """The endless sequence of micro-batches, from the window on that the module says (a resumed run skips ahead).
+
+    `weight` is a micro-batch's share of the targets of its step, times the number of micro-batches: a step's mean of the
+    weighted mean losses is the mean over its targets, however it is cut.
+    """
 
     def __init__(self, windows: Windows, module: PerceiverARModule) -> None:
         self.windows, self.module = windows, module
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        settings = self.module.recipe.trainer
-        count = settings.micro_batch_size or settings.batch_size
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        pieces, size = self.module.accumulate, self.module.recipe.trainer.batch_size
         first = self.module.first_window
         while True:
-            yield self.windows.batch(first, count)
-            first += count
+            targets = np.diff(self.windows.spans(first, size)).reshape(pieces, -1).sum(axis=1)
+            for i, weight in enumerate(pieces * targets / targets.sum()):
+                yield self.windows.batch(first + i * size // pieces, size // pieces) | {"weight": float(weight)}
+            first += size
 
 
 class Watch(Callback):
@@ -279,8 +300,8 @@ class Watch(Callback):
         self.run, self.held_out, self.codec, self.recipe = run, held_out, codec, recipe
         self.precision: Literal["32", "bf16"] = "bf16" if autocast else "32"
         self.stop_asked = False
-        self.checkpoint_seconds = parse_duration(recipe.trainer.checkpoint_every, "trainer.checkpoint_every")
         self.handlers: dict[int, Any] = {}
+        self.checkpoint_seconds = parse_duration(recipe.trainer.checkpoint_every, "trainer.checkpoint_every")
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -301,20 +322,26 @@ class Watch(Callback):
         self.write_rows()
         self.task = self.bar.add_task("training", total=1.0, left="")
         self.bar.start()
+        for number in self.handlers:  # Lightning has just taken one
+            signal.signal(number, self.on_signal)
+
+    @contextmanager
+    def stopping_on_signals(self) -> Iterator[None]:
+        """Meanwhile SIGINT or SIGTERM ends the training after the running step, a second one at once."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.on_signal)
+        try:
+            yield
+        finally:
+            while self.handlers:
+                signal.signal(*self.handlers.popitem())
 
     def on_signal(self, number: int, frame: Any) -> None:
-        if self.stop_asked:  # asked twice: at once
-            self.restore_handlers()
-            raise KeyboardInterrupt
+        if self.stop_asked:
+            raise StopAtOnce
         self.stop_asked = True
-        console.print("\nStopping after this step; once more to stop at once.")
-
-    def restore_handlers(self) -> None:
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
+        say("\nStopping after this step; once more to stop at once.")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -349,7 +376,7 @@ class Watch(Callback):
         text = f"step {module.steps:,}  {bits:.3f} bits/token  {rate:,.0f} tokens/s"
         self.bar.update(self.task, completed=progress, description=text, left=left)
         if self.bar.disable and seconds - self.printed_at >= 10:
-            console.print(f"{text}  {100 * progress:.0f}%  {left} left")
+            say(f"{text}  {100 * progress:.0f}%  {left} left")
             self.printed_at = seconds
 
     def examine(self, module: PerceiverARModule) -> None:
@@ -358,7 +385,7 @@ class Watch(Callback):
             limit = self.recipe.trainer.evaluation_tokens
             result = evaluate(module.model, self.held_out.tokens, max_tokens=limit, precision=self.precision)
             self.add_row(module, validation_bits=result.bits_per_token)
-            console.print(f"step {module.steps:,}  held out: {result.bits_per_token:.3f} bits/token")
+            say(f"step {module.steps:,}  held out: {result.bits_per_token:.3f} bits/token")
         sample(module.model, self.codec, self.run, self.recipe, module.steps)
 
     def add_row(self, module: PerceiverARModule, **values: float) -> None:
@@ -380,7 +407,6 @@ class Watch(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.bar.stop()
-        self.restore_handlers()
 
 
 def fit(
@@ -388,7 +414,7 @@ def fit(
 ) -> dict[str, Any]:
     """Trains to the end of the recipe, then measures, draws and writes the summary."""
     quiet_lightning()
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed % 2**63)
     model = PerceiverAR(recipe.model)
     module = PerceiverARModule(model, recipe)
     watch = Watch(run, held_out, codec, recipe, autocast=precision != "32-true")
@@ -411,16 +437,18 @@ def fit(
     checkpoint = run.checkpoint_file if run.checkpoint_file.exists() else None
     if checkpoint is not None:
         check_checkpoint(checkpoint)
-    console.print(
+    say(
         f"{model.num_parameters():,} parameters, {windows_text(recipe)}, {precision}"
         + (", resuming" if checkpoint else "")
     )
-    trainer.fit(module, Batches(windows, module), ckpt_path=checkpoint, weights_only=True)
+    resume = f"perceiver-ar train --out {shlex.quote(str(run.path))} --resume"
+    try:
+        with watch.stopping_on_signals(), suppress(SystemExit):  # Lightning's, at a SIGTERM before the first step
+            trainer.fit(module, Batches(windows, module), ckpt_path=checkpoint, weights_only=True)
+    except StopAtOnce:
+        raise Interrupted(f"stopped at once; go on from the last checkpoint with: {resume}") from None
     if watch.stop_asked:
-        raise Interrupted(
-            f"stopped at step {module.steps:,}, everything saved; go on with: "
-            f"perceiver-ar train --out {shlex.quote(str(run.path))} --resume"
-        )
+        raise Interrupted(f"stopped at step {module.steps:,}, everything saved; go on with: {resume}")
     model.to("cpu").eval()
     return finish(run, recipe, module, watch)
 
@@ -455,10 +483,13 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, watch: Watch) ->
 
 
 def save(trainer: pl.Trainer, module: PerceiverARModule, run: Run) -> None:
-    """Everything needed to go on, and the weights for use; each file replaces the last good one when it is whole."""
+    """The weights for use, and everything needed to go on; each file replaces the last good one when it is whole.
+
+    The checkpoint comes last: resuming from one that is at the end of the run saves no weights again.
+    """
+    module.model.save_pretrained(run.path)
     with atomic_path(run.checkpoint_file) as temporary:
         trainer.save_checkpoint(temporary)
-    module.model.save_pretrained(run.path)
 
 
 def check_checkpoint(path: Path) -> None:
@@ -481,8 +512,8 @@ def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int
     ids = generate(model, prompt, length, temperature=0.8, stop_tokens=stop, seed=recipe.seed)
     text = codec.decode(ids[0].cpu().numpy()).decode("utf-8", errors="replace")
     write_text(run.samples / f"step-{step:06d}.txt", text)
-    console.print(f"step {step:,}  sample:")
-    console.print("  " + text.replace("\n", "\n  "), markup=False, style="dim")
+    say(f"step {step:,}  sample:")
+    say("  " + text.replace("\n", "\n  "), style="dim")
 
 
 def draw_loss(run: Run, codec: Codec, references: dict[str, float]) -> None:
