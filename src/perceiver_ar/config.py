@@ -387,8 +387,8 @@ class TrainerConfig:
     micro_batch_size: int | None = None
     """Windows per forward pass; less than batch_size accumulates gradients in less memory. None: batch_size."""
     short_prefix: float = 0.5
-    """Share of the micro-batches whose prefix is cut to a random length, down to none. Always whole, the model would
-    know nothing of how texts begin; and less prefix is less work."""
+    """Share of the steps whose windows have their prefix cut to a random length, down to none.
+    Always whole, the model would not learn to write from little, and less prefix is less work."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
     """auto: bfloat16 autocast where the processor multiplies it natively, else float32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -265,8 +265,8 @@ class PerceiverARModule(pl.LightningModule):
 class Batches:
     """The endless sequence of micro-batches, from the window on that the module says (a resumed run skips ahead).
 
-    `weight` is a micro-batch's share of the targets of its step, times the number of micro-batches: a step's mean of the
-    weighted mean losses is the mean over its targets, however it is cut.
+    `weight` is a micro-batch's share of the targets of its step, times the number of micro-batches: a step's mean of
+    the weighted mean losses is the mean over its targets, however it is divided.
     """
 
     def __init__(self, windows: Windows, module: PerceiverARModule) -> None:
@@ -278,8 +278,19 @@ class Batches:
         while True:
             targets = np.diff(self.windows.spans(first, size)).reshape(pieces, -1).sum(axis=1)
             for i, weight in enumerate(pieces * targets / targets.sum()):
-                yield self.windows.batch(first + i * size // pieces, size // pieces) | {"weight": float(weight)}
+                batch = self.windows.batch(first + i * size // pieces, size // pieces)
+                yield self.shorten(batch, first // size) | {"weight": float(weight)}
             first += size
+
+    def shorten(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Cuts the prefix to a random length, in the share of the steps that the recipe says."""
+        recipe = self.module.recipe
+        random = np.random.default_rng((recipe.seed % 2**63, step))
+        prefix_len = recipe.model.context_length - recipe.model.num_latents
+        cut = random.integers(prefix_len + 1)
+        if random.random() >= recipe.trainer.short_prefix:
+            return batch
+        return {name: x if name == "labels" else x[:, cut:] for name, x in batch.items()}
 
 
 class Watch(Callback):
