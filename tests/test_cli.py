@@ -8,26 +8,30 @@ import json
 import math
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from perceiver_ar import PerceiverARConfig, Run, evaluate, generate
+from perceiver_ar import PerceiverAR, PerceiverARConfig, Run, evaluate, generate
 from perceiver_ar.cli import main
 
 VERBS = ["train", "evaluate", "generate", "info"]
 SMALL = [
     "--model.context_length=32", "--model.num_latents=8", "--model.dim=16", "--model.num_layers=1",
     "--model.num_heads=2", "--trainer.batch_size=4", "--trainer.precision=32", "--trainer.device=cpu",
-    "--trainer.evaluations=1", "--trainer.evaluation_tokens=100", "--trainer.sample_tokens=0", "--max_steps=4",
+    "--trainer.evaluations=1", "--trainer.evaluation_tokens=100", "--trainer.sample_tokens=0", "--max_steps=60",
 ]  # fmt: skip
 
 
@@ -73,24 +77,35 @@ def parameters(run: Path) -> dict[str, bytes]:
 
 
 def assert_refused(capsys: pytest.CaptureFixture[str], *argv: object, says: object) -> None:
-    """Exit status 2, nothing on stdout, one line on stderr that holds `says`."""
+    """Exit status 2, nothing on stdout, one line on stderr that holds `says`, but for notes of what was begun."""
     capsys.readouterr()
     status = main([str(word) for word in argv])
     captured = capsys.readouterr()
     assert (status, captured.out) == (2, "")
-    assert captured.err.startswith("perceiver-ar: ")
-    assert captured.err.count("\n") == 1 and captured.err.endswith("\n")
-    assert str(says) in captured.err
+    lines = [
+        line for line in captured.err.splitlines() if not re.search(r"to train on|none is held out|, resuming$", line)
+    ]
+    assert len(lines) == 1 and lines[0].startswith("perceiver-ar: "), captured.err
+    assert str(says) in lines[0]
 
 
 # The command as a whole.
 
 
-def test_help_comes_without_torch() -> None:
-    program = "import sys; from perceiver_ar.cli import main; assert main(['--help']) == 0; sys.exit('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 0
-    assert all(verb in result.stdout for verb in VERBS)
+HELP = """
+import atexit, sys
+from perceiver_ar.cli import main
+
+atexit.register(lambda: print("torch" in sys.modules))
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("verb", [[], ["train"]])
+def test_help_comes_without_torch(verb: list[str]) -> None:
+    result = subprocess.run([sys.executable, "-c", HELP, *verb, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "perceiver-ar" in result.stdout
+    assert result.stdout.endswith("False\n")
 
 
 def test_the_command_is_a_module_whose_exit_status_is_that_of_main() -> None:
@@ -109,6 +124,12 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == __version__ + "\n"
+
+
+def test_the_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {verb} " in shown for verb in VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -223,7 +244,8 @@ def test_train_refuses_bad_files_names_them_and_makes_nothing(
 ) -> None:
     path = bad_input(tmp_path)
     before = content(tmp_path)
-    assert_refused(capsys, "train", path, "--out", tmp_path / "run", *SMALL, says=path.name)
+    says = {"empty.txt": "empty", "short.txt": "give more data"}.get(path.name, path.name)
+    assert_refused(capsys, "train", path, "--out", tmp_path / "run", *SMALL, says=says)
     assert content(tmp_path) == before and not (tmp_path / "run").exists()
 
 
@@ -231,9 +253,7 @@ def test_train_without_out_is_refused(corpus: Path, capsys: pytest.CaptureFixtur
     assert_refused(capsys, "train", corpus, *SMALL, says="--out")
 
 
-def test_a_run_that_exists_is_not_overwritten(
-    run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_exists_is_not_overwritten(run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = content(run)
     assert_refused(capsys, "train", corpus, "--out", run, *SMALL, says=f"{run} already exists")
     assert content(run) == before
@@ -244,3 +264,485 @@ def test_a_file_is_no_place_for_a_run(corpus: Path, tmp_path: Path, capsys: pyte
     assert_refused(capsys, "train", corpus, "--out", tmp_path / "file", *SMALL, says="already exists")
     assert_refused(capsys, "train", corpus, "--out", tmp_path / "file" / "run", *SMALL, says=tmp_path / "file")
     assert content(tmp_path) == {"file": b"mine"}
+
+
+# Resuming.
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = content(run)
+    capsys.readouterr()
+    assert main(["train", "--out", str(run), "--resume"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and f"{run} is finished (60 steps)" in captured.err
+    assert json.loads(captured.out) == json.loads((run / "summary.json").read_text())
+    assert content(run) == before
+
+
+def test_resuming_with_more_steps_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["train", "--out", str(run), "--resume", "--max_steps", "62"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 62
+    assert Run(run).recipe().max_steps == 62
+
+
+def test_a_run_can_be_moved_and_resumed_without_its_sources(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    moved = run.rename(tmp_path / "moved")
+    (moved / "summary.json").unlink()
+    assert main(["train", "--resume", "--out", "moved"]) == 0
+    assert (moved / "summary.json").exists() and not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model.dim=32"], "model"),
+        (["--model.prefix_dropout=0.5"], "model"),
+        (["--trainer.batch_size=8"], "trainer.batch_size"),
+        (["--trainer.short_prefix=0"], "trainer.short_prefix"),
+        (["--optim.lr=1"], "optim"),
+        (["--seed=1"], "seed"),
+        (["elsewhere"], "paths"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(
+    run: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(run)
+    assert_refused(capsys, "train", *options, "--out", run, "--resume", "--max_steps=62", says=f"{says} changed")
+    assert_refused(capsys, "train", "--preset=lucidrains", "--out", run, "--resume", "--max_steps=62", says="--preset")
+    assert content(run) == before
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(capsys, "train", "--out", tmp_path / "none", "--resume", says=tmp_path / "none")
+    assert_refused(capsys, "train", "--resume", says="--out")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_text("...")
+    assert_refused(capsys, "train", "--out", tmp_path / "photos", "--resume", says=tmp_path / "photos")
+    assert_refused(capsys, "train", "--out", tmp_path / "photos" / "1.jpg", "--resume", says="1.jpg")
+    assert content(tmp_path) == {"photos/1.jpg": b"..."}
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def scramble(file: Path) -> None:
+    file.write_bytes(b"\xff\x00\x9c{]: no" * 40)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+RESUMED = ["recipe.yaml", "codec.json", "checkpoints/last.ckpt", "tokens/train.json", "tokens/train.bin",
+           "tokens/train.documents.npy", "tokens/validation.json", "tokens/validation.bin"]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [scramble, empty])
+@pytest.mark.parametrize("name", RESUMED)
+def test_resuming_names_the_damaged_file_and_changes_nothing(
+    run: Path, name: str, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(run / name)
+    before = content(run)
+    assert_refused(capsys, "train", "--out", run, "--resume", "--max_steps=62", says=run / name)
+    assert content(run) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints/last.ckpt", "tokens/train.bin", "tokens/train.documents.npy"])
+def test_resuming_notices_files_that_are_cut_short(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cut(run / name)
+    assert_refused(capsys, "train", "--out", run, "--resume", "--max_steps=62", says=run / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- a\n- list\n", "recipe.yaml"),
+        ("colour: blue\n", "colour"),
+        ("out: x\nmodel: {depth: 3}\n", "depth"),
+        ("out: x\nmodel: {dim: wide}\n", "recipe.yaml"),
+        ("out: x\nmodel: 3\n", "recipe.yaml"),
+        ("out: x\nmodel: {num_heads: 3}\n", "num_heads 3"),
+        ("out: x\nmax_steps: many\n", "recipe.yaml"),
+    ],
+)
+def test_resuming_names_what_is_wrong_with_a_recipe(
+    run: Path, text: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "recipe.yaml").write_text(text)
+    assert_refused(capsys, "train", "--out", run, "--resume", says=says)
+
+
+def test_a_checkpoint_of_something_else_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"weights": torch.zeros(3)}, run / "checkpoints" / "last.ckpt")
+    assert_refused(capsys, "train", "--out", run, "--resume", "--max_steps=62", says=run / "checkpoints" / "last.ckpt")
+
+
+def test_damaged_metrics_do_not_stop_a_run_that_is_resumed(run: Path) -> None:
+    scramble(run / "metrics.csv")
+    assert main(["train", "--out", str(run), "--resume", "--max_steps=62"]) == 0
+    with open(run / "metrics.csv", newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["train_bits"]] == ["62"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory of its own with room for a megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_no_space_left_for_the_tokens_leaves_nothing(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "big.txt").write_text("tell me more " * 120_000)
+    argv = "train", tmp_path / "big.txt", "--out", small_disk / "run", *SMALL
+    assert_refused(capsys, *argv, says="No space left on device")
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("room", [20_000, 100_000], ids=["for nothing", "for the weights"])
+def test_no_space_left_for_a_checkpoint_leaves_the_last_one(
+    small_disk: Path, corpus: Path, room: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_disk / "run"
+    assert main(["train", str(corpus), "--out", str(run), *SMALL]) == 0
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
+    assert_refused(capsys, "train", "--out", run, "--resume", "--max_steps=62", says=run)
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+    filler.unlink()
+    assert main(["train", "--out", str(run), "--resume"]) == 0
+    assert json.loads((run / "summary.json").read_text())["steps"] == 62
+
+
+# Recipes.
+
+
+def test_training_a_recipe_again_reproduces_the_run(finished: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    assert main(["train", "--config", str(finished / "recipe.yaml"), "--out", str(again)]) == 0
+    assert parameters(again) == parameters(finished)
+    first, second = (yaml.safe_load((path / "recipe.yaml").read_text()) for path in (finished, again))
+    assert second == first | {"out": str(again)}
+
+
+def test_options_after_a_config_win(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    argv = ["train", "--config", str(finished / "recipe.yaml"), "--out", str(other), "--model.dim=32", "--max_steps=1"]
+    assert main(argv) == 0
+    recipe = Run(other).recipe()
+    assert (recipe.model.dim, recipe.model.num_latents, recipe.max_steps) == (32, 8, 1)
+
+
+def test_a_preset_sets_the_model_and_options_win(corpus: Path, tmp_path: Path) -> None:
+    options = ["--preset", "lucidrains", "--max_steps=1", "--model.rotary_fraction=0.25"]
+    assert main(["train", str(corpus), "--out", str(tmp_path / "run"), *SMALL, *options]) == 0
+    model = Run(tmp_path / "run").recipe().model
+    sizes = {"context_length": 32, "num_latents": 8, "dim": 16, "num_layers": 1, "num_heads": 2}
+    assert model == PerceiverARConfig.preset("lucidrains", **sizes, rotary_fraction=0.25)
+
+
+def test_paths_in_a_config_may_be_one(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"paths: {corpus}\n")
+    argv = ["train", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), *SMALL]
+    assert main([*argv, "--max_steps=1"]) == 0
+    assert Run(tmp_path / "run").recipe().paths == (str(corpus),)
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"{]", b"colour: blue", b"model: {depth: 2}", b"max_steps: many"])
+def test_a_config_that_does_not_fit_is_refused(
+    text: bytes, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_bytes(text)
+    argv = "train", corpus, "--config", tmp_path / "config.yaml", "--out", tmp_path / "run"
+    assert_refused(capsys, *argv, says="")
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_config_prints_a_recipe_that_trains(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["train", str(corpus), "--out", str(tmp_path / "run"), *SMALL, "--print_config"])
+    assert exit.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["num_latents"] == 8
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(shown))
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml"), "--max_steps=1"]) == 0
+    assert Run(tmp_path / "run").recipe().paths == (str(corpus),)
+
+
+def test_a_run_may_train_its_own_tokenizer(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["train", str(corpus), "--out", str(run), *SMALL, "--data.bpe_vocab_size=270"]) == 0
+    assert Run(run).recipe().model.vocab_size == Run(run).codec().vocab_size <= 270
+    capsys.readouterr()
+    assert main(["evaluate", str(run), str(corpus / "0.txt"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["bytes"] == (corpus / "0.txt").stat().st_size > shown["tokens"]
+    assert shown["bits_per_byte"] == pytest.approx(shown["bits_per_token"] * shown["tokens"] / shown["bytes"])
+    assert generated(capsys, run, "--prompt=the c", "--temperature=0", "--max_new_tokens=3").strip()
+
+
+# Evaluating.
+
+
+def test_evaluate_prints_one_json_object_that_equals_the_api(
+    finished: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for paths in ([], [str(corpus / "0.txt")]):
+        capsys.readouterr()
+        assert main(["evaluate", str(finished), *paths, "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        run = Run(finished)
+        codec = run.codec()
+        if paths:
+            tokens = np.array([0, *(corpus / "0.txt").read_bytes()])
+        else:
+            tokens = np.fromfile(finished / "tokens" / "validation.bin", dtype=np.uint8)
+        expected = evaluate(run.model(), tokens, byte_lengths=codec.byte_lengths()).to_dict()
+        del shown["seconds"], expected["seconds"]
+        assert shown == expected
+        assert shown["tokens"] == len(tokens) - 1
+        assert 0 < shown["bits_per_byte"] < 10
+
+
+def test_stride_one_is_the_naive_loop(finished: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", str(finished), str(corpus / "0.txt"), "--stride=1", "--max_tokens=60", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    model, tokens = Run(finished).model(), torch.tensor([0, *(corpus / "0.txt").read_bytes()])
+    nats = []
+    with torch.no_grad():
+        for target in range(1, 61):
+            context = tokens[max(0, target - 32) : target]
+            logits = model(context[None])[0, -1].double()
+            nats.append(-logits.log_softmax(-1)[tokens[target]].item())
+    assert shown["tokens"] == 60
+    assert shown["nats_per_token"] == pytest.approx(sum(nats) / 60, abs=1e-6)
+    assert shown["perplexity"] == pytest.approx(math.exp(sum(nats) / 60), rel=1e-6)
+
+
+def test_evaluate_without_json_shows_the_same_numbers(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", str(finished), "--json"]) == 0
+    exact = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", str(finished)]) == 0
+    shown = capsys.readouterr().out
+    assert f"bits per byte    {exact['bits_per_byte']:.4f}\n" in shown
+    assert f"tokens scored    {exact['tokens']:,}\n" in shown
+
+
+def test_context_lengths_give_a_table_a_csv_and_a_picture(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--context_lengths", "8,16,32"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    with open(run / "plots" / "context.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["context_length"] for row in rows] == ["8", "16", "32"]
+    assert len({row["tokens"] for row in rows}) == 1
+    for row, line in zip(rows, shown[1:], strict=True):
+        assert line.split() == [row["context_length"], *(f"{float(row[name]):.4f}" for name in
+                                ("bits_per_byte", "bits_per_token"))]  # fmt: skip
+    assert (run / "plots" / "context.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert main(["evaluate", str(run), "--context_lengths", "8,16", "--json"]) == 0
+    assert [row["context_length"] for row in json.loads(capsys.readouterr().out)["context_lengths"]] == [8, 16]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["missing.txt"], "missing.txt"),
+        (["--stride", "0"], "stride is 0"),
+        (["--stride", "9"], "stride is 9"),
+        (["--num_latents", "99"], "num_latents is 99"),
+        (["--max_tokens", "0"], "max_tokens is 0"),
+        (["--batch_size", "0"], "batch_size is 0"),
+        (["--context_lengths", "8,many"], "--context_lengths is '8,many'"),
+        (["--context_lengths", "64"], "context_length is 64"),
+        (["--context_lengths", "0"], "context_length is 0"),
+        (["--context_lengths", ""], "--context_lengths is ''"),
+        (["--temperature", "1"], "--temperature"),
+        (["--stride", "half"], "stride"),
+    ],
+)
+def test_evaluate_refuses_with_one_line(
+    finished: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(capsys, "evaluate", finished, *options, says=says)
+
+
+def test_evaluate_says_when_nothing_was_held_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "tokens" / "validation.json").unlink()
+    assert_refused(capsys, "evaluate", run, says="held nothing out")
+
+
+# Generating.
+
+
+def generated(capsys: pytest.CaptureFixture[str], run: Path, *options: str) -> str:
+    capsys.readouterr()
+    assert main(["generate", str(run), *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_seed_repeats_the_text_and_another_changes_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, again, other = (generated(capsys, finished, "--max_new_tokens=40", f"--seed={n}") for n in (1, 1, 2))
+    assert first == again != other
+
+
+def test_temperature_zero_is_the_likeliest_continuation(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = generated(capsys, finished, "--prompt=the c", "--temperature=0", "--max_new_tokens=20")
+    run = Run(finished)
+    prompt = torch.tensor([[0, *b"the c"]])
+    ids = generate(run.model(), prompt, 20, temperature=0.0, stop_tokens=[0])
+    assert text == bytes(ids[0].tolist()).decode(errors="replace") + "\n"
+
+
+def test_the_file_holds_what_stdout_shows_and_statistics_go_to_stderr(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "text.txt"
+    argv = ["generate", str(finished), "--seed=3", "--max_new_tokens=60", "--out", str(out)]
+    capsys.readouterr()
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert captured.out == out.read_text(errors="replace") + "\n"
+    assert re.fullmatch(r"\d+ tokens in [\d.]+ s, [\d.]+ tokens/s\n", captured.err)
+
+
+def test_a_prompt_file_is_the_prompt(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompt.txt").write_text("the cät s")
+    options = "--temperature=0", "--max_new_tokens=12"
+    from_file = generated(capsys, finished, "--prompt_file", str(tmp_path / "prompt.txt"), *options)
+    assert from_file == generated(capsys, finished, "--prompt=the cät s", *options)
+    assert from_file != generated(capsys, finished, "--prompt=the c", *options)
+
+
+@pytest.fixture
+def cycle(run: Path) -> Path:
+    """A run whose model knows one text by heart and writes it again and again: "aé€😀"."""
+    text = "aé€😀".encode()
+    model = PerceiverAR(PerceiverARConfig(dim=256, context_length=32, num_latents=8, num_layers=0, cross_layers=()))
+    with torch.no_grad():
+        model.embed.weight.copy_(torch.eye(256))
+        for byte, following in zip(text, text[1:] + text[:1], strict=True):
+            model.head.weight[following, byte] = 1.0
+    model.save_pretrained(run)
+    return run
+
+
+def test_characters_of_several_bytes_come_whole(cycle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--prompt=a", "--temperature=0"
+    assert generated(capsys, cycle, *options, "--max_new_tokens=20") == "é€😀aé€😀a\n"
+    assert generated(capsys, cycle, *options, "--max_new_tokens=4") == "é\N{REPLACEMENT CHARACTER}\n"
+
+
+def test_a_reader_that_goes_away_ends_the_text_quietly(
+    cycle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["generate", str(cycle), "--prompt=a"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interrupt_keeps_what_was_written(cycle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "text.txt"
+    capsys.readouterr()
+    threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+    argv = ["generate", str(cycle), "--prompt=a", "--temperature=0", "--max_new_tokens=1000000000", "--out", str(out)]
+    assert main(argv) == 130
+    captured = capsys.readouterr()
+    assert captured.out.startswith("é€😀aé€😀") and captured.out == out.read_text(errors="replace") + "\n"
+    assert captured.err.splitlines()[-1].startswith("perceiver-ar: interrupted")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file"),
+        (["--prompt_file", "missing.txt"], "missing.txt"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--temperature", "inf"], "temperature"),
+        (["--top_k", "0"], "top_k is 0"),
+        (["--top_p", "2"], "top_p is 2"),
+        (["--max_new_tokens", "-1"], "max_new_tokens is -1"),
+        (["--max_new_tokens", "many"], "max_new_tokens"),
+        (["--repetition_penalty", "0"], "repetition_penalty is 0"),
+        (["--promt", "a"], "--promt"),
+    ],
+)
+def test_generate_refuses_with_one_line(
+    finished: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(capsys, "generate", finished, *options, says=says)
+
+
+# Describing.
+
+
+def test_info_shows_what_the_run_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["info", str(finished), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"] == sum(tensor.numel() for tensor in load_file(finished / "model.safetensors").values())
+    assert (facts["context_length"], facts["latents"], facts["dim"], facts["steps"]) == (32, 8, 16, 60)
+    assert main(["info", str(finished)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in shown] == [name.replace("_", " ") for name in facts]
+
+
+# Runs that cannot be used.
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate", "info"])
+def test_verbs_say_what_is_wrong_with_a_run(
+    verb: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(capsys, verb, tmp_path / "none", says=tmp_path / "none")
+    assert_refused(capsys, verb, tmp_path, says=tmp_path / "config.json")
+    assert_refused(capsys, verb, run / "config.json", says="is a file")
+    assert_refused(capsys, verb, says="run")
+    for damage, name in [
+        (cut, "model.safetensors"), (empty, "model.safetensors"), (scramble, "model.safetensors"),
+        (remove, "model.safetensors"), (scramble, "config.json"), (cut, "config.json"), (remove, "config.json"),
+    ]:  # fmt: skip
+        before = (run / name).read_bytes()
+        damage(run / name)
+        assert_refused(capsys, verb, run, says=run / name)
+        (run / name).write_bytes(before)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate"])
+@pytest.mark.parametrize("damage", [scramble, empty, remove])
+def test_verbs_name_a_damaged_codec(verb: str, damage: Any, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(run / "codec.json")
+    assert_refused(capsys, verb, run, says=run / "codec.json")
+
+
+def test_weights_of_another_network_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"dim": 32}))
+    assert_refused(capsys, "info", run, says="embed.weight has shape (256, 16), not (256, 32)")
+    (run / "config.json").write_text(json.dumps(settings | {"model_type": "gpt2"}))
+    assert_refused(capsys, "info", run, says="'gpt2'")

@@ -130,7 +130,6 @@ def test_another_kind_of_model_is_refused_by_name() -> None:
         ({"rotary_base": 0.0}, ["rotary_base is 0.0", "positive"]),
         ({"rotary_layers": -1}, ["rotary_layers is -1", "not be negative"]),
         ({"index_dims": (0, 64), "position_table": "learned"}, ["index_dims is (0, 64)", "at least 1"]),
-        ({"index_dims": (8, 8), "position_table": "learned"}, ["index_dims", "64", "context_length 4096"]),
         ({"dim": 15, "num_heads": 3, "position_table": "sinusoidal"}, ["15", "sinusoidal", "even"]),
         ({"dim": 4, "num_heads": 1, "mlp_ratio": 0.1}, ["mlp_ratio is 0.1", "dim"]),
     ],

@@ -120,19 +120,25 @@ def train_verb(argv: list[str]) -> None:
         out = option_value(argv, "--out")
         if out is None:
             raise InputError("--resume needs the run to go on with: give --out RUN")
+        if preset is not None:
+            raise InputError("--resume goes on with the same model, so --preset changes nothing: leave it out")
         run = Run.open(out)
         run.recipe()  # says clearly what is wrong with it, if anything is
         argv = ["--config", str(run.recipe_file), *argv]
         from_files |= run.recipe_dict()
     elif (config_file := option_value(argv, "--config")) and Path(config_file).is_file():
-        loaded = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
+        try:
+            loaded = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise InputError(f"--config {config_file} is not YAML: give a file of settings") from None
         from_files |= loaded if isinstance(loaded, dict) else {}
     settings = parser.instantiate(parser.parse_args(argv)).as_dict()
     for name in ("config", "preset"):
         settings.pop(name)
     resume = settings.pop("resume")
     # The parser does not take positional arguments from files.
-    settings["paths"] = tuple(settings["paths"] or from_files.get("paths") or ())
+    paths = settings["paths"] or from_files.get("paths") or ()
+    settings["paths"] = (paths,) if isinstance(paths, str) else tuple(paths)
     if settings["max_steps"] is not None and settings["max_time"] is None and "--max_time" in argv:
         raise InputError("--max_time needs a duration such as 5m")
     recipe = Recipe(**settings)

@@ -12,7 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from types import UnionType
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from perceiver_ar.errors import InputError
 
@@ -112,10 +113,7 @@ class PerceiverARConfig:
     """Feed-forward ratio in cross-attention layers, if not mlp_ratio."""
 
     def __post_init__(self) -> None:
-        # YAML and JSON have lists where the fields are tuples.
-        object.__setattr__(self, "cross_layers", tuple(self.cross_layers))
-        object.__setattr__(self, "index_dims", tuple(self.index_dims))
-
+        _check_types(self)
         for name in ("vocab_size", "context_length", "num_latents", "dim", "num_heads"):
             _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         _check(self.num_layers >= 0, f"num_layers is {self.num_layers}: it must not be negative")
@@ -133,10 +131,18 @@ class PerceiverARConfig:
             f"dim {self.dim} is not a multiple of cross_num_heads {self.heads_cross}: change one, "
             "or give cross_head_dim",
         )
-        for name in ("head_dim", "embed_dim", "cross_num_heads", "cross_head_dim", "cross_mlp_ratio"):
+        for name in ("head_dim", "embed_dim", "cross_num_heads", "cross_head_dim", "cross_mlp_ratio", "rotary_base"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"{name} is {value}: it must be positive, or left out")
         _check(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}: it must be positive")
+        for name, ratio in {"mlp_ratio": self.mlp_ratio, "cross_mlp_ratio": self.cross_mlp_ratio or 1.0}.items():
+            _check(
+                int(self.dim * ratio) >= 1, f"{name} is {ratio}: with dim {self.dim} that is no hidden unit, raise it"
+            )
+        _check(
+            self.rotary_layers is None or self.rotary_layers >= 0,
+            f"rotary_layers is {self.rotary_layers}: it must not be negative, or be left out for all",
+        )
         for name in ("prefix_dropout", "attention_dropout", "mlp_dropout"):
             _check(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
         for name in ("rotary_fraction", "rotary_heads_fraction"):
@@ -165,6 +171,11 @@ class PerceiverARConfig:
         _check(
             not self.index_dims or self.position_table != "none",
             f"index_dims is {self.index_dims} but position_table is 'none': set position_table",
+        )
+        _check(min(self.index_dims, default=1) >= 1, f"index_dims is {self.index_dims}: each size must be at least 1")
+        _check(
+            self.position_table != "sinusoidal" or self.width_embed % 2 == 0,
+            f"position_table is 'sinusoidal' and the embeddings' width {self.width_embed}: it must be even",
         )
 
     # Sizes with their defaults filled in.
@@ -232,8 +243,6 @@ class PerceiverARConfig:
             return cls(**settings)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        except TypeError as error:
-            raise InputError(f"{where}: a value has the wrong type ({error})") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -320,7 +329,7 @@ class DataConfig:
     """Train a byte-level BPE tokenizer of this size on the files first."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "validation", tuple(self.validation))
+        _check_types(self, "data.")
         if self.split_on is not None:  # shells pass backslashes on
             object.__setattr__(self, "split_on", self.split_on.replace("\\n", "\n").replace("\\t", "\t"))
         _check(
@@ -364,7 +373,7 @@ class OptimConfig:
     """Largest norm of the whole gradient; 0: no clipping."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
+        _check_types(self, "optim.")
         for name in ("muon_lr", "lr", "weight_decay", "grad_clip"):
             value = getattr(self, name)
             _check(value is None or value >= 0, f"optim.{name} is {value}: it must not be negative")
@@ -407,6 +416,7 @@ class TrainerConfig:
     """Time between checkpoints, as in max_time."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "trainer.")
         for name in ("batch_size", "micro_batch_size"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"trainer.{name} is {value}: it must be at least 1")
@@ -445,7 +455,7 @@ class Recipe:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "paths", tuple(self.paths))
+        _check_types(self)
         _check(self.out != "", "out is missing: name the run directory to make, as in --out runs/mine")
         _check(self.max_steps is None or self.max_steps >= 1, f"max_steps is {self.max_steps}: it must be at least 1")
         if self.max_time is not None:
@@ -466,9 +476,12 @@ class Recipe:
         """The inverse of `to_dict`. Raises InputError that names `where` for what does not belong."""
         groups = {"model": PerceiverARConfig, "data": DataConfig, "optim": OptimConfig, "trainer": TrainerConfig}
         try:
+            for name in groups:
+                group = settings.get(name) or {}
+                _check(isinstance(group, Mapping), f"{name} is {group!r}: it must be a group of settings")
             parts = {name: group(**settings.get(name) or {}) for name, group in groups.items()}
             return cls(**{**settings, **parts})
-        except TypeError as error:
+        except (InputError, TypeError) as error:
             raise InputError(f"{where}: {error}") from None
 
 
@@ -481,6 +494,32 @@ def parse_duration(text: str, name: str) -> float:
     if seconds <= 0:
         raise InputError(f"{name} is {text!r}: it must be more than nothing")
     return seconds
+
+
+def _check_types(settings: Any, group: str = "") -> None:
+    """Refuses values that are not of their field's type; lists, which YAML and JSON have, become tuples."""
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+            value = tuple(value)
+            object.__setattr__(settings, name, value)
+        choices = " or ".join(repr(choice) for choice in get_args(kind)) if get_origin(kind) is Literal else ""
+        words = choices or (str(kind) if get_args(kind) else kind.__name__)
+        _check(_fits(value, kind), f"{group}{name} is {value!r}: it must be {words}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        kinds = [part for part in get_args(kind) if part is not Ellipsis]
+        kinds = kinds * len(value) if Ellipsis in get_args(kind) and isinstance(value, tuple) else kinds
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if isinstance(kind, UnionType):
+        return any(_fits(value, choice) for choice in get_args(kind))
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _check(ok: bool, message: str) -> None:

@@ -103,7 +103,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         prefix_keep: Tensor | None = None,
     ) -> Tensor:
         """The final latents (B, N, D) that `forward` turns into logits; same arguments."""
-        config, P = self.config, self.check(tokens, prefix_len, mask)
+        config, P = self.config, self.check(tokens, prefix_len, mask, prefix_keep)
         places = self.places(tokens, mask, positions)
         latent_mask = None if mask is None else mask[:, P:]
         self_mask = latent_mask if config.mask_self_attention else None
@@ -128,8 +128,8 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
 
     # The context: which tokens, where they stand, how they are embedded.
 
-    def check(self, tokens: Tensor, prefix_len: int | None, mask: Tensor | None) -> int:
-        """The prefix length to use. Raises InputError where tokens, prefix length and mask do not fit together."""
+    def check(self, tokens: Tensor, prefix_len: int | None, mask: Tensor | None, prefix_keep: Tensor | None) -> int:
+        """The prefix length to use. Raises InputError where tokens, prefix length and masks do not fit together."""
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise InputError(f"tokens have shape {tuple(tokens.shape)}: they must be (batch, length), neither empty")
         T = tokens.shape[1]
@@ -140,6 +140,14 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
             )
         if mask is not None and mask.shape != tokens.shape:
             raise InputError(f"mask has shape {tuple(mask.shape)}, tokens {tuple(tokens.shape)}: they must be equal")
+        if mask is not None and mask.dtype != torch.bool:
+            raise InputError(f"mask is of {mask.dtype}: it must be of torch.bool, True for real tokens")
+        layers = len(self.config.cross_layers)
+        if prefix_keep is not None and prefix_keep.shape[:-1] not in ((len(tokens),), (layers, len(tokens))):
+            raise InputError(
+                f"prefix_keep has shape {tuple(prefix_keep.shape)} for {layers} cross-attention layers and "
+                f"{len(tokens)} rows: it must be (rows, kept) or (layers, rows, kept)"
+            )
         if prefix_len is None:
             return max(0, T - self.config.num_latents)
         if not 0 <= prefix_len < T:
@@ -159,7 +167,11 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         elif positions.ndim == 3 and positions.shape[-1] == len(sizes):
             places = positions
         else:
-            places = torch.stack(torch.unravel_index(positions, sizes), dim=-1)
+            axes = []  # the first axis takes what is left, so that too large a position is an error
+            for size in reversed(sizes[1:]):
+                axes.insert(0, positions % size)
+                positions = positions // size
+            places = torch.stack([positions, *axes], dim=-1)
         places = places if places.ndim == 3 else places[None]
         if places.shape[0] not in (1, tokens.shape[0]) or places.shape[1] != tokens.shape[1]:
             raise InputError(

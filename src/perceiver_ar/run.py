@@ -85,11 +85,14 @@ class Run:
     def summary(self) -> dict[str, Any] | None:
         """What `summary.json` says; None before the run is finished."""
         try:
-            return json.loads(self.summary_file.read_text(encoding="utf-8"))
+            summary = json.loads(self.summary_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (json.JSONDecodeError, UnicodeDecodeError):
-            raise InputError(f"{self.summary_file} is damaged (not JSON): delete it and resume the run") from None
+            summary = None
+        if not isinstance(summary, dict) or "steps" not in summary:
+            raise InputError(f"{self.summary_file} is damaged: delete it and resume the run")
+        return summary
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_text(self.summary_file, json.dumps(summary, indent=2) + "\n")

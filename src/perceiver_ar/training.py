@@ -6,6 +6,7 @@ of step k from the seed and k. So a run that was killed and resumed makes exactl
 """
 
 import csv
+import errno
 import importlib.util
 import logging
 import math
@@ -26,8 +27,10 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from perceiver_ar.config import Recipe, TrainerConfig, parse_duration
@@ -75,24 +78,26 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     run = Run(recipe.out)
     if resume:
         before = check_resumable(run, recipe)
-        if (summary := run.summary()) is not None:
-            if not goes_further(recipe, before):
-                say(
-                    f"{run.path} is finished ({summary['steps']} steps), so there is nothing to do. "
-                    "To train it further, resume with a larger --max_steps or --max_time."
-                )
-                return summary
-            run.summary_file.unlink()
+        if (summary := run.summary()) is not None and not goes_further(recipe, before):
+            say(
+                f"{run.path} is finished ({summary['steps']} steps), so there is nothing to do. "
+                "To train it further, resume with a larger --max_steps or --max_time."
+            )
+            return summary
         run.remove_unfinished_files()
     elif run.is_taken():
         raise InputError(f"{run.path} already exists: give another --out, or go on with --resume")
     precision = choose_precision(recipe.trainer)
     existed = run.path.exists()
     try:
-        run.write_recipe(recipe)  # first, so that a run killed at any later moment can be resumed
+        if not resume:  # first, so that a run killed at any later moment can be resumed
+            run.write_recipe(recipe)
         tokens, held_out, codec = prepare_tokens(run, recipe)
         recipe = replace(recipe, model=recipe.model.replace(vocab_size=codec.vocab_size))
         windows = Windows(tokens, recipe.model.context_length, recipe.model.num_latents, recipe.seed)
+        if run.checkpoint_file.exists():
+            check_checkpoint(run.checkpoint_file)
+        run.summary_file.unlink(missing_ok=True)  # from here on the run is unfinished
         run.write_recipe(recipe)
     except BaseException:
         if not resume:  # nothing was learned yet: leave no trace
@@ -108,8 +113,9 @@ def check_resumable(run: Run, recipe: Recipe) -> Recipe:
     before = Run.open(run.path).recipe()
     fixed = ("paths", "modality", "seed", "model", "data", "optim")
     changed = [name for name in fixed if getattr(before, name) != getattr(recipe, name)]
-    if before.trainer.batch_size != recipe.trainer.batch_size:
-        changed.append("trainer.batch_size")
+    for name in ("batch_size", "short_prefix"):
+        if getattr(before.trainer, name) != getattr(recipe.trainer, name):
+            changed.append(f"trainer.{name}")
     if changed:
         raise InputError(
             f"{run.path}: --resume goes on with the same recipe, but {', '.join(changed)} changed: "
@@ -444,10 +450,9 @@ def fit(
         limit_val_batches=0,
         use_distributed_sampler=False,
         default_root_dir=run.path,
+        plugins=[DirectCheckpoints()],
     )
     checkpoint = run.checkpoint_file if run.checkpoint_file.exists() else None
-    if checkpoint is not None:
-        check_checkpoint(checkpoint)
     say(
         f"{model.num_parameters():,} parameters, {windows_text(recipe)}, {precision}"
         + (", resuming" if checkpoint else "")
@@ -493,24 +498,37 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, watch: Watch) ->
     return summary
 
 
+class DirectCheckpoints(TorchCheckpointIO):
+    """Writes the file itself: Lightning's own way is a copy in memory and one in /tmp, which a kill leaves there."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        torch.save(checkpoint, path)
+
+
 def save(trainer: pl.Trainer, module: PerceiverARModule, run: Run) -> None:
     """The weights for use, and everything needed to go on; each file replaces the last good one when it is whole.
 
     The checkpoint comes last: resuming from one that is at the end of the run saves no weights again.
     """
-    module.model.save_pretrained(run.path)
-    with atomic_path(run.checkpoint_file) as temporary:
-        trainer.save_checkpoint(temporary)
+    try:
+        module.model.save_pretrained(run.path)
+        with atomic_path(run.checkpoint_file) as temporary:
+            trainer.save_checkpoint(temporary)
+    except (SafetensorError, RuntimeError) as error:  # what these writers raise instead of an OSError
+        reason = f"cannot save ({' '.join(str(error).split())}); make room on the disk, then --resume"
+        raise OSError(errno.EIO, reason, str(run.path)) from error
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raises InputError where the checkpoint cannot be read. No pickled code runs."""
+    """Raises InputError where the checkpoint cannot be read or is none of ours. No pickled code runs."""
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"state_dict", "optimizer_states", "loops", "seconds", "windows"} - set(content)
+        reason = f"without {', '.join(sorted(missing))}" if missing else ""
     except Exception as error:
-        raise InputError(
-            f"{path} is damaged ({type(error).__name__}): restore it, or delete it to train again from the start"
-        ) from None
+        reason = type(error).__name__
+    if reason:
+        raise InputError(f"{path} is damaged ({reason}): restore it, or delete it to train again from the start")
 
 
 def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int) -> None:
@@ -546,11 +564,14 @@ def draw_loss(run: Run, codec: Codec, references: dict[str, float]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The whole rows of metrics.csv; a row cut off by a kill is left out."""
+    """The whole rows of metrics.csv; a row cut off by a kill is left out, and all of what is not our table."""
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and row["step"].isdigit()]
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != Watch.COLUMNS:
+            return []
+        return [row for row in reader if None not in row.values() and row["step"].isdigit()]
 
 
 def as_module(module: pl.LightningModule) -> PerceiverARModule:

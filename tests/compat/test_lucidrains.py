@@ -377,6 +377,19 @@ def test_dropout_runs_in_training_and_repeats_under_a_seed() -> None:
     assert not torch.equal(results[0], net.eval()(tokens, labels=tokens))
 
 
+@pytest.mark.parametrize("silent", ["down_proj", "out_proj"])
+def test_dropout_reaches_the_cross_attention_and_the_feed_forward_blocks(silent: str) -> None:
+    net = random_net(dropout=0.3).train()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if silent in name:  # without the one kind of block only the other can make results vary
+                parameter.zero_()
+    tokens = torch.randint(7, (2, 12))
+    assert not torch.equal(net(tokens), net(tokens))
+    net.eval()
+    assert torch.equal(net(tokens), net(tokens))
+
+
 def test_an_eos_in_the_prompt_does_not_end_the_sampling() -> None:
     # The package's recorded run stops after one step because of it.
     data = BASE.case("generate_eos_in_prompt")
