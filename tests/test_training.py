@@ -312,6 +312,17 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_then_equals_an_undisturb
     assert_same_runs(run, undisturbed)
 
 
+def test_a_run_stopped_before_its_first_step_can_be_resumed(
+    server: Server, command: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    ready = appears(run, "tensorboard/*")  # written when Lightning sets up, which takes SIGTERM for itself
+    assert server.run(*command, "--out", run, signals=[(ready, signal.SIGTERM)]) == 130
+    assert server.messages()[-1].endswith(f"go on with: perceiver-ar train --out {run} --resume")
+    assert server.run("train", "--out", run, "--resume") == 0, server.messages()
+    assert_same_runs(run, undisturbed)
+
+
 def test_an_interrupt_while_files_are_read_leaves_nothing(server: Server, command: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert server.run(*command, "--out", run, signals=[(appears(run, "tokens/.unfinished-*"), signal.SIGINT)]) == 130
@@ -378,6 +389,19 @@ def test_a_finished_run_can_be_resumed_with_more_time(recipe: Recipe) -> None:
     second = train(replace(timed, max_time="0.8s"), resume=True)
     assert second["steps"] > first["steps"]
     assert second["train_seconds"] >= 0.8
+
+
+def test_a_finished_run_that_goes_on_is_unfinished_until_the_new_end(recipe: Recipe) -> None:
+    recipe = replace(recipe, trainer=replace(TRAINER, sample_tokens=1))
+    train(replace(recipe, max_steps=3))
+    samples = (Path(recipe.out) / "samples").rename(Path(recipe.out) / "moved")
+    (Path(recipe.out) / "samples").touch()  # nothing can be written into that
+    with pytest.raises(FileExistsError):
+        train(recipe, resume=True)
+    assert not (Path(recipe.out) / "summary.json").exists()
+    (Path(recipe.out) / "samples").unlink()
+    samples.rename(Path(recipe.out) / "samples")
+    assert train(recipe, resume=True)["steps"] == 12
 
 
 CHANGES: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from perceiver_ar.config import PRESETS, Recipe
 from perceiver_ar.costs import costs
@@ -83,11 +83,16 @@ def complain(message: str) -> None:
     print(f"perceiver-ar: {message}", file=sys.stderr)
 
 
-def make_parser(verb: str, description: str, examples: str) -> ArgumentParser:
+class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the line ends of our descriptions; says each option's type and default."""
+
+
+def make_parser(verb: str, arguments: str, description: str, examples: str) -> ArgumentParser:
     return ArgumentParser(
         prog=f"perceiver-ar {verb}",
+        usage=f"perceiver-ar {verb} {arguments} [OPTION...]",
         description=f"{description}\n\nexamples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -96,6 +101,7 @@ def make_parser(verb: str, description: str, examples: str) -> ArgumentParser:
 def train_verb(argv: list[str]) -> None:
     parser = make_parser(
         "train",
+        "[PATH...] --out RUN",
         "Trains a Perceiver AR on files and makes a run directory.",
         "  perceiver-ar train books/ --out runs/books --max_time 1h\n"
         "  perceiver-ar train corpus.txt.xz --data.split_on '\\n\\n\\n\\n' --out runs/corpus --max_steps 2000\n"
@@ -107,6 +113,7 @@ def train_verb(argv: list[str]) -> None:
     parser.add_argument("--config", action="config", help="a YAML file of settings, such as another run's recipe.yaml")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
     parser.add_argument("--preset", choices=list(PRESETS), help="start the --model settings from a published network")
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the settings' own words are the help
     parser.add_class_arguments(Recipe, skip={"paths"})
     if preset := option_value(argv, "--preset"):
         if preset not in PRESETS:
@@ -139,8 +146,6 @@ def train_verb(argv: list[str]) -> None:
     # The parser does not take positional arguments from files.
     paths = settings["paths"] or from_files.get("paths") or ()
     settings["paths"] = (paths,) if isinstance(paths, str) else tuple(paths)
-    if settings["max_steps"] is not None and settings["max_time"] is None and "--max_time" in argv:
-        raise InputError("--max_time needs a duration such as 5m")
     recipe = Recipe(**settings)
 
     from perceiver_ar.training import train
@@ -163,6 +168,7 @@ def option_value(argv: list[str], option: str) -> str | None:
 def evaluate_verb(argv: list[str]) -> None:
     parser = make_parser(
         "evaluate",
+        "RUN [PATH...]",
         "Scores every token of files exactly once, each with as much context as there is.",
         "  perceiver-ar evaluate runs/books new_book.txt\n"
         "  perceiver-ar evaluate runs/books                        (the documents it held out)\n"
@@ -254,6 +260,7 @@ def show_context_table(run: "Run", results: "list[Evaluation]", as_json: bool) -
 def generate_verb(argv: list[str]) -> None:
     parser = make_parser(
         "generate",
+        "RUN",
         "Lets the model of a run write, and shows it as it is drawn.",
         "  perceiver-ar generate runs/books --prompt 'Call me'\n"
         "  perceiver-ar generate runs/code --prompt_file start.py --max_new_tokens 2000 --top_p 0.95\n"
@@ -335,7 +342,7 @@ def to_device(model: Any) -> Any:
 
 
 def info_verb(argv: list[str]) -> None:
-    parser = make_parser("info", "Shows what a run is and what it costs.", "  perceiver-ar info runs/books")
+    parser = make_parser("info", "RUN", "Shows what a run is and what it costs.", "  perceiver-ar info runs/books")
     parser.add_argument("run", help="a run directory")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)

@@ -396,7 +396,7 @@ class TrainerConfig:
     micro_batch_size: int | None = None
     """Windows per forward pass; less than batch_size accumulates gradients in less memory. None: batch_size."""
     short_prefix: float = 0.5
-    """Share of the steps whose windows have their prefix cut to a random length, down to none.
+    """Share of the steps whose windows have their prefix cut to 3/4, 1/2, 1/4 or nothing of it, at random.
     Always whole, the model would not learn to write from little, and less prefix is less work."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
     """auto: bfloat16 autocast where the processor multiplies it natively, else float32."""

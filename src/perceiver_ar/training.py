@@ -84,9 +84,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
                 "To train it further, resume with a larger --max_steps or --max_time."
             )
             return summary
-        run.remove_unfinished_files()
     elif run.is_taken():
         raise InputError(f"{run.path} already exists: give another --out, or go on with --resume")
+    run.remove_unfinished_files()
     precision = choose_precision(recipe.trainer)
     existed = run.path.exists()
     try:
@@ -289,11 +289,14 @@ class Batches:
             first += size
 
     def shorten(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Cuts the prefix to a random length, in the share of the steps that the recipe says."""
+        """Cuts a prefix of P to 0, P/4, P/2 or 3P/4, in the share of the steps that the recipe says.
+
+        Few lengths, because kernels are made, and kept, for every new shape.
+        """
         recipe = self.module.recipe
         random = np.random.default_rng((recipe.seed % 2**63, step))
         prefix_len = recipe.model.context_length - recipe.model.num_latents
-        cut = random.integers(prefix_len + 1)
+        cut = prefix_len - random.integers(4) * prefix_len // 4
         if random.random() >= recipe.trainer.short_prefix:
             return batch
         return {name: x if name == "labels" else x[:, cut:] for name, x in batch.items()}
