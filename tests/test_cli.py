@@ -370,10 +370,10 @@ def test_resuming_notices_files_that_are_cut_short(run: Path, name: str, capsys:
         ("- a\n- list\n", "recipe.yaml"),
         ("colour: blue\n", "colour"),
         ("out: x\nmodel: {depth: 3}\n", "depth"),
-        ("out: x\nmodel: {dim: wide}\n", "recipe.yaml"),
-        ("out: x\nmodel: 3\n", "recipe.yaml"),
+        ("out: x\nmodel: {dim: wide}\n", "dim"),
+        ("out: x\nmodel: 3\n", "model"),
         ("out: x\nmodel: {num_heads: 3}\n", "num_heads 3"),
-        ("out: x\nmax_steps: many\n", "recipe.yaml"),
+        ("out: x\nmax_steps: many\n", "max_steps"),
     ],
 )
 def test_resuming_names_what_is_wrong_with_a_recipe(

@@ -35,6 +35,7 @@ from perceiver_ar.config import DataConfig, OptimConfig, PerceiverARConfig, Trai
 from perceiver_ar.data.tokens import TokenFile, Windows
 from perceiver_ar.objective import IGNORE, next_token_loss
 from perceiver_ar.optim import lr_factor, make_optimizer
+from perceiver_ar.training import Batches, PerceiverARModule
 
 MODEL = PerceiverARConfig(context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2)
 DROPPING = MODEL.replace(prefix_dropout=0.5, mlp_dropout=0.1)
@@ -471,29 +472,43 @@ def test_any_integer_is_a_seed(recipe: Recipe, seed: int) -> None:
 
 
 def test_training_is_this_plain_loop(recipe: Recipe) -> None:
-    recipe = replace(recipe, model=DROPPING, seed=5)
+    recipe = replace(recipe, model=DROPPING, seed=5, trainer=replace(TRAINER, short_prefix=0.0))
     train(recipe)
     torch.manual_seed(5)
     model = PerceiverAR(recipe.model)
     optimizer = make_optimizer(model, recipe.optim)
     windows = Windows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, 8, seed=5)
-    lengths = []
     for step in range(12):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor(recipe.optim, (step + 0.5) / 12)
-        batch, rng = windows.batch(4 * step, 4), np.random.default_rng((5, step))
-        assert "mask" not in batch
-        shorter = rng.integers(25)  # of the 24 tokens of the prefix, drawn for every step and used for half of them
-        tokens = batch["tokens"][:, shorter:] if rng.random() < 0.5 else batch["tokens"]
-        lengths.append(tokens.shape[1])
+        batch = windows.batch(4 * step, 4)
         torch.manual_seed(5 * 1_000_003 + step)
-        loss = next_token_loss(model(tokens, tokens.shape[1] - 8), batch["labels"])
+        loss = next_token_loss(model(batch["tokens"], 24, mask=batch.get("mask")), batch["labels"])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.grad_clip)
         optimizer.step()
-    assert max(lengths) == 32 and len(set(lengths)) > 4
-    assert all(torch.equal(tensor, parameters(recipe.out)[name]) for name, tensor in model.state_dict().items())
+    trained = parameters(recipe.out)
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_steps_has_shorter_prefixes_and_the_same_targets(recipe: Recipe, share: float) -> None:
+    tokens = np.arange(1000) % 256
+    trainer = replace(TRAINER, micro_batch_size=2, short_prefix=share)
+    windows = Windows(tokens, 32, 8, recipe.seed)
+    batches = Batches(windows, PerceiverARModule(PerceiverAR(MODEL), replace(recipe, trainer=trainer)))
+    lengths = []
+    for i, batch in enumerate(islice(batches, 200)):
+        whole = windows.batch(2 * i, 2)
+        lengths.append(batch["tokens"].shape[1])
+        assert torch.equal(batch["labels"], whole["labels"])
+        assert torch.equal(batch["tokens"], whole["tokens"][:, 32 - lengths[-1] :])
+        assert batch.keys() - {"weight"} == whole.keys()
+    assert lengths[0::2] == lengths[1::2]  # of the two micro-batches of a step
+    shorter = [length for length in lengths if length < 32]
+    assert abs(len(shorter) / 200 - share) < 0.2
+    assert share == 0.0 or (min(shorter) == 8 and len(set(shorter)) > 2)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 30])
