@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from perceiver_ar_pytorch import PerceiverAR as Theirs
+from perceiver_ar_pytorch import PerceiverAR as Theirs  # pyright: ignore[reportMissingImports]  # extra: bench
 
 from perceiver_ar.compat.lucidrains import PerceiverAR as Ours
 

@@ -706,7 +706,7 @@ def test_info_shows_what_the_run_is(finished: Path, capsys: pytest.CaptureFixtur
     assert main(["info", str(finished), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"] == sum(tensor.numel() for tensor in load_file(finished / "model.safetensors").values())
-    assert (facts["context_length"], facts["latents"], facts["dim"], facts["steps"]) == (32, 8, 16, 60)
+    assert (facts["context_length"], facts["num_latents"], facts["dim"], facts["steps"]) == (32, 8, 16, 60)
     assert main(["info", str(finished)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in shown] == [name.replace("_", " ") for name in facts]

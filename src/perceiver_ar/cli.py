@@ -4,6 +4,8 @@ Exit status: 0 done; 1 failed; 2 the input was wrong, and one line says what, wh
 """
 
 import argparse
+import errno
+import io
 import json
 import os
 import sys
@@ -72,7 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.strerror is None:
             raise
-        complain(f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
+        remedy = {errno.ENOSPC: "free some space", errno.EACCES: "change its mode or choose another place"}
+        place = f": {error.filename}" if error.filename else ""
+        complain(
+            f"{error.strerror}{place}; {remedy.get(error.errno or 0, 'choose another place, or look at the disk')}"
+        )
         return 2
     except KeyboardInterrupt as error:
         complain(str(error) or "interrupted")
@@ -139,6 +145,9 @@ def train_verb(argv: list[str]) -> None:
         except (yaml.YAMLError, UnicodeDecodeError):
             raise InputError(f"--config {config_file} is not YAML: give a file of settings") from None
         from_files |= loaded if isinstance(loaded, dict) else {}
+    for name in ("preset", "resume"):
+        if from_files.get(name):
+            raise InputError(f"the --config file sets {name}, which only the command line can: give --{name} there")
     settings = parser.instantiate(parser.parse_args(argv)).as_dict()
     for name in ("config", "preset"):
         settings.pop(name)
@@ -201,12 +210,17 @@ def evaluate_verb(argv: list[str]) -> None:
         tokens = tokens_to_score(run, codec, args.paths, Path(scratch))
         options: dict[str, Any] = {"num_latents": args.num_latents, "byte_lengths": codec.byte_lengths()}
         options |= {"max_tokens": args.max_tokens, "batch_size": args.batch_size, "precision": args.precision}
+        options |= {"stride": args.stride, "progress": show_scored if sys.stderr.isatty() else None}
         if lengths is None:
-            results = [evaluate(model, tokens, stride=args.stride, **options)]
+            results = [evaluate(model, tokens, **options)]
             print(json.dumps(results[0].to_dict()) if args.json else describe(results[0]))
             return
         results = evaluate_context_lengths(model, tokens, lengths, **options)
     show_context_table(run, results, args.json)
+
+
+def show_scored(done: int, total: int) -> None:
+    print(f"\rscored {done:,} of {total:,} tokens", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def parse_lengths(text: str | None) -> list[int] | None:
@@ -223,7 +237,9 @@ def tokens_to_score(run: "Run", codec: "Codec", paths: list[str], scratch: Path)
     from perceiver_ar.data.tokens import TokenFile, prepare
 
     if paths:
-        return prepare(find_files(paths), codec, scratch, validation_fraction=0.0)[0].tokens
+        split_on = run.recipe().data.split_on if run.recipe_file.exists() else None
+        sources = find_files(paths)
+        return prepare(sources, codec, scratch, validation_fraction=0.0, split_on=split_on, progress=False)[0].tokens
     if not (run.tokens / "validation.json").exists():
         raise InputError(f"{run.path} held nothing out: name the files to evaluate")
     return TokenFile.open(run.tokens / "validation").tokens
@@ -245,15 +261,15 @@ def show_context_table(run: "Run", results: "list[Evaluation]", as_json: bool) -
     from perceiver_ar.evaluation import write_table
     from perceiver_ar.plots import plot_context
 
-    write_table(run.plots / "context.csv", results)
-    plot_context(run.plots / "context.png", results, {})
     if as_json:
         print(json.dumps({"context_lengths": [result.to_dict() for result in results]}))
-        return
-    print(f"{'context':>9}  {'bits per byte':>13}  {'bits per token':>14}")
-    for result in results:
-        per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
-        print(f"{result.context_length:>9,}  {per_byte:>13}  {result.bits_per_token:>14.4f}")
+    else:
+        print(f"{'context':>9}  {'bits per byte':>13}  {'bits per token':>14}")
+        for result in results:
+            per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+            print(f"{result.context_length:>9,}  {per_byte:>13}  {result.bits_per_token:>14.4f}")
+    write_table(run.plots / "context.csv", results)
+    plot_context(run.plots / "context.png", results, {})
     print(f"table and plot: {run.plots / 'context.csv'}, {run.plots / 'context.png'}", file=sys.stderr)
 
 
@@ -275,6 +291,7 @@ def generate_verb(argv: list[str]) -> None:
     parser.add_argument("--top_p", type=float | None, help="draw from the likeliest tokens that hold this share")
     parser.add_argument("--min_p", type=float | None, help="draw from tokens at least so likely as a share of the best")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes used tokens less likely")
+    parser.add_argument("--ignore_end", action="store_true", help="go on where a document ends, with a new one")
     parser.add_argument("--seed", type=int | None, help="the same seed draws the same text")
     parser.add_argument("--out", type=str | None, help="also write what was generated into this file")
     args = parser.parse_args(argv)
@@ -300,12 +317,14 @@ def generate_verb(argv: list[str]) -> None:
         top_p=args.top_p,
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
-        stop_tokens=codec.separator[-1:],
+        stop_tokens=() if args.ignore_end else codec.separator[-1:],
         seed=args.seed,
     )
     ids: list[int] = []
     text, started = Utf8Stream(), time.perf_counter()
     interrupted = False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than the model
     try:
         for step in steps:
             ids.append(int(step.tokens[0]))
@@ -313,11 +332,12 @@ def generate_verb(argv: list[str]) -> None:
             sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted = True
+    finally:
+        if args.out is not None:
+            with atomic_path(args.out) as temporary:
+                temporary.write_bytes(codec.decode(ids))
     seconds = time.perf_counter() - started
     print(text.close())
-    if args.out is not None:
-        with atomic_path(args.out) as temporary:
-            temporary.write_bytes(codec.decode(ids))
     print(f"{len(ids)} tokens in {seconds:.1f} s, {len(ids) / seconds:.1f} tokens/s", file=sys.stderr)
     if interrupted:
         raise KeyboardInterrupt("interrupted; what was drawn until then is above")
@@ -363,9 +383,9 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
     model = run.model()
     config, parameters = model.config, model.num_parameters()
     yield "parameters", parameters
-    yield "vocabulary", config.vocab_size
+    yield "vocab_size", config.vocab_size
     yield "context_length", config.context_length
-    yield "latents", config.num_latents
+    yield "num_latents", config.num_latents
     yield "self_attention_layers", config.num_layers
     yield "cross_attention_layers", len(config.cross_layers)
     yield "dim", config.dim

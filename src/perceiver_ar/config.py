@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 
 MODEL_TYPE = "perceiver_ar"
 
@@ -115,65 +115,65 @@ class PerceiverARConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         for name in ("vocab_size", "context_length", "num_latents", "dim", "num_heads"):
-            _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        _check(self.num_layers >= 0, f"num_layers is {self.num_layers}: it must not be negative")
-        _check(
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        require(self.num_layers >= 0, f"num_layers is {self.num_layers}: it must not be negative")
+        require(
             self.num_latents <= self.context_length,
             f"num_latents is {self.num_latents}, more than context_length {self.context_length}: "
             "lower num_latents or raise context_length",
         )
-        _check(
+        require(
             self.head_dim is not None or self.dim % self.num_heads == 0,
             f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: change one of them, or give head_dim",
         )
-        _check(
+        require(
             self.cross_head_dim is not None or self.head_dim is not None or self.dim % self.heads_cross == 0,
             f"dim {self.dim} is not a multiple of cross_num_heads {self.heads_cross}: change one, "
             "or give cross_head_dim",
         )
         for name in ("head_dim", "embed_dim", "cross_num_heads", "cross_head_dim", "cross_mlp_ratio", "rotary_base"):
             value = getattr(self, name)
-            _check(value is None or value > 0, f"{name} is {value}: it must be positive, or left out")
-        _check(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}: it must be positive")
+            require(value is None or value > 0, f"{name} is {value}: it must be positive, or left out")
+        require(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}: it must be positive")
         for name, ratio in {"mlp_ratio": self.mlp_ratio, "cross_mlp_ratio": self.cross_mlp_ratio or 1.0}.items():
-            _check(
+            require(
                 int(self.dim * ratio) >= 1, f"{name} is {ratio}: with dim {self.dim} that is no hidden unit, raise it"
             )
-        _check(
+        require(
             self.rotary_layers is None or self.rotary_layers >= 0,
             f"rotary_layers is {self.rotary_layers}: it must not be negative, or be left out for all",
         )
         for name in ("prefix_dropout", "attention_dropout", "mlp_dropout"):
-            _check(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+            require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
         for name in ("rotary_fraction", "rotary_heads_fraction"):
-            _check(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}: it must be in [0, 1]")
+            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}: it must be in [0, 1]")
         for at in self.cross_layers:
-            _check(
+            require(
                 0 <= at <= self.num_layers,
                 f"cross_layers has {at}: with num_layers {self.num_layers} its numbers must be 0 ... {self.num_layers}",
             )
-        _check(
+        require(
             list(self.cross_layers) == sorted(self.cross_layers),
             f"cross_layers is {self.cross_layers}: write its numbers in rising order",
         )
-        _check(
+        require(
             self.width_embed == self.dim or self.query_proj,
             f"embed_dim {self.width_embed} differs from dim {self.dim}: that needs query_proj",
         )
-        _check(
+        require(
             self.width_embed == self.dim or self.latent_keys == "context",
             f"embed_dim {self.width_embed} differs from dim {self.dim}: that needs latent_keys 'context'",
         )
-        _check(
+        require(
             self.width_embed == self.dim or not self.tie_embeddings,
             f"embed_dim {self.width_embed} differs from dim {self.dim}: tie_embeddings needs them equal",
         )
-        _check(
+        require(
             not self.index_dims or self.position_table != "none",
             f"index_dims is {self.index_dims} but position_table is 'none': set position_table",
         )
-        _check(min(self.index_dims, default=1) >= 1, f"index_dims is {self.index_dims}: each size must be at least 1")
-        _check(
+        require(min(self.index_dims, default=1) >= 1, f"index_dims is {self.index_dims}: each size must be at least 1")
+        require(
             self.position_table != "sinusoidal" or self.width_embed % 2 == 0,
             f"position_table is 'sinusoidal' and the embeddings' width {self.width_embed}: it must be even",
         )
@@ -332,16 +332,16 @@ class DataConfig:
         _check_types(self, "data.")
         if self.split_on is not None:  # shells pass backslashes on
             object.__setattr__(self, "split_on", self.split_on.replace("\\n", "\n").replace("\\t", "\t"))
-        _check(
+        require(
             0 <= self.validation_fraction < 1,
             f"data.validation_fraction is {self.validation_fraction}: it must be in [0, 1)",
         )
-        _check(self.split_on != "", "data.split_on is empty: give a text, or leave it out")
-        _check(
+        require(self.split_on != "", "data.split_on is empty: give a text, or leave it out")
+        require(
             self.bpe_vocab_size is None or self.bpe_vocab_size > 256,
             f"data.bpe_vocab_size is {self.bpe_vocab_size}: it must be more than 256, the single bytes",
         )
-        _check(
+        require(
             self.tokenizer is None or self.bpe_vocab_size is None,
             "data.tokenizer and data.bpe_vocab_size are both given: choose one",
         )
@@ -376,9 +376,10 @@ class OptimConfig:
         _check_types(self, "optim.")
         for name in ("muon_lr", "lr", "weight_decay", "grad_clip"):
             value = getattr(self, name)
-            _check(value is None or value >= 0, f"optim.{name} is {value}: it must not be negative")
+            require(value is None or value >= 0, f"optim.{name} is {value}: it must not be negative")
+        require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {self.betas}: both must be in [0, 1)")
         for name in ("warmup", "decay", "momentum"):
-            _check(0 <= getattr(self, name) <= 1, f"optim.{name} is {getattr(self, name)}: it must be in [0, 1]")
+            require(0 <= getattr(self, name) <= 1, f"optim.{name} is {getattr(self, name)}: it must be in [0, 1]")
 
     @property
     def adamw_lr(self) -> float:
@@ -409,7 +410,7 @@ class TrainerConfig:
     evaluations: int = 10
     """How many times, evenly spread over the run, to measure and to sample."""
     evaluation_tokens: int = 100_000
-    """Most held-out tokens to score each time; the last time all of them are scored."""
+    """Most held-out tokens to score each time; at the end, ten times as many."""
     sample_tokens: int = 200
     """Length of the samples; 0: none."""
     checkpoint_every: str = "60s"
@@ -419,15 +420,15 @@ class TrainerConfig:
         _check_types(self, "trainer.")
         for name in ("batch_size", "micro_batch_size"):
             value = getattr(self, name)
-            _check(value is None or value >= 1, f"trainer.{name} is {value}: it must be at least 1")
-        _check(
+            require(value is None or value >= 1, f"trainer.{name} is {value}: it must be at least 1")
+        require(
             self.batch_size % (self.micro_batch_size or self.batch_size) == 0,
             f"trainer.batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}",
         )
-        _check(0 <= self.short_prefix <= 1, f"trainer.short_prefix is {self.short_prefix}: it must be in [0, 1]")
+        require(0 <= self.short_prefix <= 1, f"trainer.short_prefix is {self.short_prefix}: it must be in [0, 1]")
         for name in ("evaluations", "sample_tokens"):
-            _check(getattr(self, name) >= 0, f"trainer.{name} is {getattr(self, name)}: it must not be negative")
-        _check(
+            require(getattr(self, name) >= 0, f"trainer.{name} is {getattr(self, name)}: it must not be negative")
+        require(
             self.evaluation_tokens >= 2, f"trainer.evaluation_tokens is {self.evaluation_tokens}: it must be at least 2"
         )
         parse_duration(self.checkpoint_every, "trainer.checkpoint_every")
@@ -456,8 +457,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check(self.out != "", "out is missing: name the run directory to make, as in --out runs/mine")
-        _check(self.max_steps is None or self.max_steps >= 1, f"max_steps is {self.max_steps}: it must be at least 1")
+        require(self.out != "", "out is missing: name the run directory to make, as in --out runs/mine")
+        require(self.max_steps is None or self.max_steps >= 1, f"max_steps is {self.max_steps}: it must be at least 1")
+        require(
+            self.modality == "text" or (self.data.tokenizer is None and self.data.bpe_vocab_size is None),
+            "modality is 'bytes', but a tokenizer reads text: leave out one of them",
+        )
         if self.max_time is not None:
             parse_duration(self.max_time, "max_time")
         elif self.max_steps is None:
@@ -478,7 +483,7 @@ class Recipe:
         try:
             for name in groups:
                 group = settings.get(name) or {}
-                _check(isinstance(group, Mapping), f"{name} is {group!r}: it must be a group of settings")
+                require(isinstance(group, Mapping), f"{name} is {group!r}: it must be a group of settings")
             parts = {name: group(**settings.get(name) or {}) for name, group in groups.items()}
             return cls(**{**settings, **parts})
         except (InputError, TypeError) as error:
@@ -505,7 +510,7 @@ def _check_types(settings: Any, group: str = "") -> None:
             object.__setattr__(settings, name, value)
         choices = " or ".join(repr(choice) for choice in get_args(kind)) if get_origin(kind) is Literal else ""
         words = choices or (str(kind) if get_args(kind) else kind.__name__)
-        _check(_fits(value, kind), f"{group}{name} is {value!r}: it must be {words}")
+        require(_fits(value, kind), f"{group}{name} is {value!r}: it must be {words}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -520,8 +525,3 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, kind)
-
-
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise InputError(message)

@@ -3,3 +3,9 @@
 
 class InputError(ValueError):
     """What the user gave cannot work. The message names the value, the place and the remedy, in one line."""
+
+
+def require(ok: bool, message: str) -> None:
+    """Raises InputError with `message` unless `ok`."""
+    if not ok:
+        raise InputError(message)

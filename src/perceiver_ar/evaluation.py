@@ -20,7 +20,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
 from perceiver_ar.generation import evaluation_mode
 from perceiver_ar.model import PerceiverAR
@@ -49,18 +49,18 @@ def windows(
     Raises:
         InputError: fewer than two tokens, or numbers that do not fit together.
     """
-    _check(
+    require(
         num_tokens >= 2, f"there are {num_tokens} tokens to evaluate on: it takes at least 2, one to predict another"
     )
-    _check(
+    require(
         1 <= num_latents <= context_length,
         f"num_latents is {num_latents} with context_length {context_length}: it must be in 1 ... {context_length}",
     )
-    _check(
+    require(
         1 <= stride <= num_latents,
         f"stride is {stride} with num_latents {num_latents}: it must be in 1 ... {num_latents}",
     )
-    _check(
+    require(
         1 <= first_target < num_tokens,
         f"first_target is {first_target} with {num_tokens} tokens: it must be in 1 ... {num_tokens - 1}",
     )
@@ -141,18 +141,18 @@ def evaluate(
     """
     config = model.config
     T = config.context_length if context_length is None else context_length
-    _check(
+    require(
         1 <= T <= config.context_length,
         f"context_length is {T}: it must be in 1 ... {config.context_length}, the model's own",
     )
     N = min(config.num_latents, T) if num_latents is None else num_latents
     stride = max(1, N // 2) if stride is None else stride
-    _check(batch_size >= 1, f"batch_size is {batch_size}: it must be at least 1")
-    _check(max_tokens is None or max_tokens >= 1, f"max_tokens is {max_tokens}: it must be at least 1, or left out")
-    _check(precision in ("32", "bf16"), f"precision is {precision!r}: choose 32 or bf16")
+    require(batch_size >= 1, f"batch_size is {batch_size}: it must be at least 1")
+    require(max_tokens is None or max_tokens >= 1, f"max_tokens is {max_tokens}: it must be at least 1, or left out")
+    require(precision in ("32", "bf16"), f"precision is {precision!r}: choose 32 or bf16")
     x = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asanyarray(tokens)
-    _check(x.ndim == 1, f"the tokens to evaluate on have shape {x.shape}: they must be one sequence, (n,)")
-    _check(x.dtype.kind in "iu", f"the tokens to evaluate on have type {x.dtype}: ids are integers")
+    require(x.ndim == 1, f"the tokens to evaluate on have shape {x.shape}: they must be one sequence, (n,)")
+    require(x.dtype.kind in "iu", f"the tokens to evaluate on have type {x.dtype}: ids are integers")
     end = len(x) if max_tokens is None else min(len(x), first_target + max_tokens)
     lengths = None if byte_lengths is None else np.asarray(byte_lengths, dtype=np.int64)
     if lengths is not None and lengths.shape != (config.vocab_size,):
@@ -183,7 +183,7 @@ def evaluate(
                     progress(done, total)
 
     nats = math.fsum(sums) / total
-    _check(math.isfinite(nats), "the model's weights give NaN: use weights from before training diverged")
+    require(math.isfinite(nats), "the model's weights give NaN: use weights from before training diverged")
     bits = nats / math.log(2)
     return Evaluation(
         tokens=total,
@@ -255,14 +255,14 @@ def evaluate_context_lengths(
     longest = max(context_lengths, default=1)
     if first_target is None:
         first_target = longest
-        _check(
+        require(
             len(tokens) > longest,
             f"{len(tokens)} tokens are too few for context length {longest}: give a longer text or shorter lengths",
         )
     evaluations = []
     for length in context_lengths:
-        latents = min(num_latents or model.config.num_latents, length)
-        step = min(stride or max(1, latents // 2), max(1, length // 2), latents)
+        latents = min(model.config.num_latents if num_latents is None else num_latents, length)
+        step = min(max(1, latents // 2) if stride is None else stride, max(1, length // 2), latents)
         evaluation = evaluate(
             model,
             tokens,
@@ -281,7 +281,7 @@ def compressed_bits_per_byte(data: bytes) -> dict[str, float]:
 
     Sizes of whole files, headers included. Raises InputError where there are no bytes.
     """
-    _check(len(data) > 0, "there are no bytes to compress: give a file that is not empty")
+    require(len(data) > 0, "there are no bytes to compress: give a file that is not empty")
     sizes = {
         "gzip_bits_per_byte": len(gzip.compress(data, compresslevel=9, mtime=0)),
         "xz_bits_per_byte": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
@@ -296,8 +296,3 @@ def write_table(path: str | os.PathLike[str], evaluations: Iterable[Evaluation])
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows(evaluation.to_dict() for evaluation in evaluations)
-
-
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise InputError(message)

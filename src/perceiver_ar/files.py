@@ -17,7 +17,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     A kill at any moment leaves the previous file, or none. The temporary name keeps the suffix, because some writers
     (matplotlib, numpy) choose their format by it.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe cannot be replaced
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f"{TEMPORARY}{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.model import PerceiverAR
 
 Prompt = Tensor | Sequence[Any]
@@ -125,22 +125,22 @@ def stream(
         InputError: at once for arguments that cannot work, later if the model's weights give NaN.
     """
     config = model.config
-    _check(max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}: it must not be negative")
-    _check(0 <= temperature < math.inf, f"temperature is {temperature}: it must be 0 (greedy) or more, and finite")
-    _check(top_k is None or top_k >= 1, f"top_k is {top_k}: it must be at least 1, or left out")
-    _check(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}: it must be in (0, 1], or left out")
-    _check(min_p is None or 0 <= min_p <= 1, f"min_p is {min_p}: it must be in [0, 1], or left out")
-    _check(
+    require(max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}: it must not be negative")
+    require(0 <= temperature < math.inf, f"temperature is {temperature}: it must be 0 (greedy) or more, and finite")
+    require(top_k is None or top_k >= 1, f"top_k is {top_k}: it must be at least 1, or left out")
+    require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}: it must be in (0, 1], or left out")
+    require(min_p is None or 0 <= min_p <= 1, f"min_p is {min_p}: it must be in [0, 1], or left out")
+    require(
         0 < repetition_penalty < math.inf,
         f"repetition_penalty is {repetition_penalty}: it must be more than 0, where 1 changes nothing",
     )
-    _check(
+    require(
         refill_latents is None or 1 <= refill_latents <= config.num_latents,
         f"refill_latents is {refill_latents}: it must be in 1 ... {config.num_latents}, the model's num_latents",
     )
     stops = {int(token) for token in stop_tokens}
     for token in stops:
-        _check(
+        require(
             0 <= token < config.vocab_size,
             f"stop_tokens has id {token}: this model's vocabulary is ids 0 ... {config.vocab_size - 1}",
         )
@@ -183,7 +183,7 @@ def stream(
                 fresh = next_logits(model, [row.context for row in now], [row.window for row in now])
             # Drawn on the CPU in float64: what a seed gives does not depend on the device.
             exact = fresh.cpu().double()
-            _check(
+            require(
                 bool(exact.amax(-1).isfinite().all()),
                 "the model's weights give NaN or infinite logits: use weights from before training diverged",
             )
@@ -250,19 +250,19 @@ def prompt_rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:
         InputError: no rows, an empty row, or what is not an id below `vocab_size`; names the row and the id.
     """
     if isinstance(prompt, Tensor):
-        _check(prompt.ndim in (1, 2), f"the prompt has shape {tuple(prompt.shape)}: it must be (B, T) or (T,)")
+        require(prompt.ndim in (1, 2), f"the prompt has shape {tuple(prompt.shape)}: it must be (B, T) or (T,)")
         prompt = prompt[None] if prompt.ndim == 1 else prompt
-    _check(len(prompt) > 0, "the prompt has no rows: give at least one")
+    require(len(prompt) > 0, "the prompt has no rows: give at least one")
     rows = []
     for r, ids in enumerate(prompt):
         try:
             row = ids if isinstance(ids, Tensor) else torch.tensor(ids)
         except (TypeError, ValueError, RuntimeError):
             raise InputError(f"prompt row {r} is no sequence of ids: encode it with the model's codec") from None
-        _check(row.ndim == 1, f"prompt row {r} has shape {tuple(row.shape)}: a row is a 1-D sequence of ids")
-        _check(len(row) > 0, f"prompt row {r} is empty: generation needs a start token, such as the codec's separator")
+        require(row.ndim == 1, f"prompt row {r} has shape {tuple(row.shape)}: a row is a 1-D sequence of ids")
+        require(len(row) > 0, f"prompt row {r} is empty: generation needs a start token, such as the codec's separator")
         whole = not (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool)
-        _check(whole, f"prompt row {r} has type {row.dtype}: ids are integers")
+        require(whole, f"prompt row {r} has type {row.dtype}: ids are integers")
         row = row.long()
         wrong = ((row < 0) | (row >= vocab_size)).nonzero()
         if len(wrong) > 0:
@@ -282,7 +282,7 @@ def _generators(seed: int | Sequence[int] | None, rows: int) -> list[torch.Gener
             generator.seed()
         return generators
     seeds = list(seed) if isinstance(seed, Sequence) else [int(seed) + r for r in range(rows)]
-    _check(
+    require(
         len(seeds) == rows, f"seed has {len(seeds)} numbers, the prompt {rows} rows: give each row one, or one in all"
     )
     for generator, one in zip(generators, seeds, strict=True):
@@ -344,8 +344,3 @@ def sample(logits: Tensor, temperature: float = 1.0, *, generator: torch.Generat
     probabilities = (logits / temperature).softmax(-1)
     ids = torch.multinomial(probabilities.reshape(-1, logits.shape[-1]), 1, generator=generator)
     return ids.reshape(logits.shape[:-1])
-
-
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise InputError(message)

@@ -120,10 +120,10 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
                 if before == i:
                     if prefix is None or keep is not None:
                         prefix = self.prefix(tokens, places, mask, P, keep)
-                    u = self.run(layer, u, query_rotary, prefix, latent)
+                    u = self.apply_layer(layer, u, query_rotary, prefix, latent)
             if i < config.num_layers:
                 rotated = config.rotary_layers is None or i < config.rotary_layers
-                u = self.run(self.self_attention[i], u, self_rotary if rotated else None, self_mask)
+                u = self.apply_layer(self.self_attention[i], u, self_rotary if rotated else None, self_mask)
         return self.norm(u)
 
     # The context: which tokens, where they stand, how they are embedded.
@@ -222,7 +222,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         dtype = torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
         return rotary_tables(config, positions, heads, channels, dtype)
 
-    def run(self, layer: nn.Module, *inputs: Any) -> Tensor:
+    def apply_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
         if self.activation_checkpointing and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
@@ -367,8 +367,8 @@ def merge_heads(x: Tensor) -> Tensor:
 
 def place(x: Tensor, rotary: Rotary | None, config: PerceiverARConfig) -> Tensor:
     """Queries or keys (B, H, K, C), normalised per head if so set, then turned to their positions."""
-    if config.qk_norm:
-        x = (F.layer_norm if config.norm == "layernorm" else F.rms_norm)(x, x.shape[-1:])
+    if config.qk_norm:  # autocast on CUDA gives float32
+        x = (F.layer_norm if config.norm == "layernorm" else F.rms_norm)(x, x.shape[-1:]).to(x.dtype)
     return x if rotary is None else rotate(x, rotary)
 
 
@@ -449,8 +449,11 @@ def init_weights(model: PerceiverAR) -> None:
                     nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-    if config.init in ("fan_in", "zero_out") and not config.tie_embeddings:
-        nn.init.zeros_(model.head.weight)
+    if config.init in ("fan_in", "zero_out"):
+        if config.tie_embeddings:  # the embedding is the head, and normalised latents have length sqrt(dim)
+            nn.init.normal_(model.embed.weight, std=1 / math.sqrt(config.dim))
+        else:
+            nn.init.zeros_(model.head.weight)
     if config.position_table == "sinusoidal":
         for rows, table in zip(config.table_sizes, model.position_embed, strict=True):
             table.weight = nn.Parameter(sinusoids(rows, config.width_embed), requires_grad=False)

@@ -111,6 +111,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
 def check_resumable(run: Run, recipe: Recipe) -> Recipe:
     """The recipe so far. Raises InputError unless there is one and `recipe` keeps all that its steps depend on."""
     before = Run.open(run.path).recipe()
+    recipe = replace(recipe, model=recipe.model.replace(vocab_size=before.model.vocab_size))  # the codec's, not ours
     fixed = ("paths", "modality", "seed", "model", "data", "optim")
     changed = [name for name in fixed if getattr(before, name) != getattr(recipe, name)]
     for name in ("batch_size", "short_prefix"):
@@ -162,6 +163,8 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
         return TokenFile.open(run.tokens / "train"), validation, load_codec(run.path)
     data = recipe.data
     sources = find_files(recipe.paths) if recipe.paths else standard_library()
+    out = run.path.resolve()  # may lie in a folder that is trained on
+    sources = [source for source in sources if out not in source.path.resolve().parents]
     held_out_sources = find_files(data.validation) if data.validation else None
     if data.tokenizer is not None:
         codec: Codec = TokenizerCodec.from_file(data.tokenizer)
@@ -179,7 +182,7 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
         seed=recipe.seed,
     )
     save_codec(codec, run.path)
-    if validation is None:
+    if validation is None and data.validation_fraction > 0:
         say("Only one document, so none is held out: give --data.validation or --data.split_on to measure.")
     return tokens, validation, codec
 
@@ -198,6 +201,7 @@ class PerceiverARModule(pl.LightningModule):
         self.started = time.perf_counter()
         self.loss_sum: Tensor | float = 0.0
         self.losses = 0
+        self.last_loss: Tensor | float = 0.0
         self.grad_norm: Tensor | float = 0.0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -219,7 +223,8 @@ class PerceiverARModule(pl.LightningModule):
         tokens, labels = batch["tokens"], batch["labels"]
         prefix_len = tokens.shape[1] - labels.shape[1]
         loss = batch["weight"] * next_token_loss(self.compiled[0](tokens, prefix_len, mask=batch.get("mask")), labels)
-        self.loss_sum, self.losses = self.loss_sum + loss.detach(), self.losses + 1
+        self.last_loss = loss.detach()
+        self.loss_sum, self.losses = self.loss_sum + self.last_loss, self.losses + 1
         return loss
 
     def take_mean_loss(self) -> float:
@@ -354,6 +359,7 @@ class Watch(Callback):
         try:
             yield
         finally:
+            self.bar.stop()
             while self.handlers:
                 signal.signal(*self.handlers.popitem())
 
@@ -378,6 +384,11 @@ class Watch(Callback):
             self.evaluations_done = due
             self.examine(module)
         if finished or self.stop_asked or module.seconds - self.saved_at >= self.checkpoint_seconds:
+            if not math.isfinite(float(module.last_loss)):
+                raise InputError(
+                    f"training diverged by step {module.steps} (the loss is {float(module.last_loss)}): lower optim.lr "
+                    f"or optim.muon_lr; what was saved before is kept in {self.run.path}"
+                )
             save(trainer, module, self.run)
             self.saved_at = module.seconds
         if finished or self.stop_asked:
@@ -468,7 +479,7 @@ def fit(
         raise Interrupted(f"stopped at once; go on from the last checkpoint with: {resume}") from None
     if watch.stop_asked:
         raise Interrupted(f"stopped at step {module.steps:,}, everything saved; go on with: {resume}")
-    model.to("cpu").eval()
+    model.to(choose_device(recipe.trainer)).eval()
     return finish(run, recipe, module, watch)
 
 
@@ -483,6 +494,7 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, watch: Watch) ->
         "parameters": model.num_parameters(),
     }
     references: dict[str, float] = {}
+    last: list[tuple[float, float]] = []
     if held_out is not None and len(held_out) > 1:
         limit = 10 * recipe.trainer.evaluation_tokens
         result = evaluate(
@@ -494,9 +506,10 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, watch: Watch) ->
         )
         compressed = compressed_bits_per_byte(codec.decode(held_out.tokens[: limit + 1]))
         references = {"gzip": compressed["gzip_bits_per_byte"], "xz": compressed["xz_bits_per_byte"]}
+        last = [(module.tokens_seen, result.bits_per_token)]
         summary = {**result.to_dict(), **compressed, **summary, "held_out_documents": held_out.num_documents}
     sample(model, codec, run, recipe, module.steps)
-    draw_loss(run, codec, references)
+    draw_loss(run, codec, last, references)
     run.write_summary(summary)
     return summary
 
@@ -548,7 +561,7 @@ def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int
     say("  " + text.replace("\n", "\n  "), style="dim")
 
 
-def draw_loss(run: Run, codec: Codec, references: dict[str, float]) -> None:
+def draw_loss(run: Run, codec: Codec, last: list[tuple[float, float]], references: dict[str, float]) -> None:
     from perceiver_ar.plots import plot_loss
 
     rows = read_metrics(run.metrics_file)
@@ -560,7 +573,7 @@ def draw_loss(run: Run, codec: Codec, references: dict[str, float]) -> None:
     plot_loss(
         run.plots / "loss.png",
         curves["train_bits"],
-        curves["validation_bits"],
+        curves["validation_bits"] + last,
         references if bytewise else {},
         y_label="bits per byte" if bytewise else "bits per token",
     )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from perceiver_ar import model as network
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
-from perceiver_ar.generation import keep_top_k, sample
+from perceiver_ar.generation import evaluation_mode, keep_top_k, sample
 from perceiver_ar.objective import next_token_loss
 
 __all__ = ["AutoregressiveWrapper", "PerceiverAR"]
@@ -160,20 +160,18 @@ class AutoregressiveWrapper(nn.Module):
             temperature: 0 is greedy.
             filter_thres: only the int((1 - filter_thres) * num_tokens) most likely ids, and at least one, can be drawn.
         """
-        was_training = self.net.training
-        self.net.eval()
         out, n = start_tokens, start_tokens.shape[1]
-        for _ in range(seq_len):
-            logits = self.net(out[:, -self.max_seq_len :], **kwargs)[:, -1]
-            k = max(1, int((1 - filter_thres) * logits.shape[-1]))
-            out = torch.cat([out, sample(keep_top_k(logits, k), temperature)[:, None]], dim=1)
-            if eos_token is not None:
-                is_eos = out[:, n:] == eos_token
-                if is_eos.any(dim=1).all():
-                    after = is_eos.long().cumsum(dim=1) - is_eos.long() >= 1
-                    out[:, n:] = out[:, n:].masked_fill(after, self.pad_value)
-                    break
-        self.net.train(was_training)
+        with evaluation_mode(self.net):
+            for _ in range(seq_len):
+                logits = self.net(out[:, -self.max_seq_len :], **kwargs)[:, -1]
+                k = max(1, int((1 - filter_thres) * logits.shape[-1]))
+                out = torch.cat([out, sample(keep_top_k(logits, k), temperature)[:, None]], dim=1)
+                if eos_token is not None:
+                    is_eos = out[:, n:] == eos_token
+                    if is_eos.any(dim=1).all():
+                        after = is_eos.long().cumsum(dim=1) - is_eos.long() >= 1
+                        out[:, n:] = out[:, n:].masked_fill(after, self.pad_value)
+                        break
         return out[:, n:]
 
 
