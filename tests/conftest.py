@@ -2,15 +2,14 @@
 
 import os
 
-WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if WORKER:  # one thread per worker, also in the processes that tests start; set before torch reads it
-    os.environ["OMP_NUM_THREADS"] = "1"
+# One thread, also in the processes that tests start: on models so small, threads cost more than they bring,
+# and two of them wait for each other whenever something else runs.
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it
 
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import torch
+from hypothesis import settings
 
-if WORKER:
-    torch.set_num_threads(1)
+torch.set_num_threads(1)
 
 # No deadline: the first example of a test pays for torch's warm-up, and machines are shared. With CI set, as every CI
 # system does, the examples are the same in each run, so that a failure belongs to the change under test.

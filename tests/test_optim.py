@@ -2,7 +2,6 @@
 
 import copy
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,15 +18,6 @@ SMALL = PerceiverARConfig(
     vocab_size=11, context_length=12, num_latents=4, dim=16, num_layers=2, num_heads=2, mlp_ratio=3.0, mlp_bias=True
 )
 FUSED = {"qkv_proj.weight": 3, "kv_proj.weight": 2, "q_proj.weight": 1, "out_proj.weight": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost models of this size more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def set_gradients(model: nn.Module, seed: int) -> None:

@@ -3,7 +3,6 @@
 import csv
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +13,6 @@ from safetensors import safe_open
 from perceiver_ar import InputError, PerceiverAR, PerceiverARConfig, Recipe, Run, TrainerConfig, evaluate, train
 from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.evaluation import compressed_bits_per_byte
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost models of this size more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
