@@ -225,6 +225,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> PerceiverARConfig:
         "cross_num_heads": draw(st.sampled_from([None, 1, 2])),
         "cross_head_dim": draw(st.sampled_from([None, None, 3, 6])),
         "cross_mlp_ratio": draw(st.sampled_from([None, 1.5])),
+        "prefix_chunk": draw(st.sampled_from([None, 1, 2, 3])),
     }
     return PerceiverARConfig(**{**settings, **fixed})
 

@@ -14,7 +14,7 @@ PACKAGE = "perceiver_ar"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 BOTTOM = {"errors", "files"}
-NETWORK = BOTTOM | {"config", "attention", "cache", "model"}
+NETWORK = BOTTOM | {"config", "attention", "heads", "streaming", "cache", "model"}
 BELOW_THE_TASKS = NETWORK | {"objective", "generation", "optim", "data", "run", "costs"}
 
 # Every module, or folder of modules, and what it may import of ours. Modules of one folder may import each other.
@@ -23,6 +23,8 @@ MAY_IMPORT = {
     "files": set[str](),
     "config": BOTTOM,
     "attention": BOTTOM | {"config"},
+    "heads": BOTTOM | {"config"},
+    "streaming": BOTTOM | {"config", "attention", "heads"},
     "cache": BOTTOM | {"config"},
     "model": NETWORK - {"model"},
     "objective": NETWORK,

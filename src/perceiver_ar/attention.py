@@ -9,19 +9,20 @@ For a query, piece c of the keys gives an output O_c and lse_c, the log of the s
 is attention over all keys, and the gradient of piece c needs only q, k_c, v_c, the merged O and lse, and dO, because
 the probabilities are exp(score - lse) with the merged lse. Fused kernels take exactly these (FlashAttention, arXiv
 2205.14135; ring attention, arXiv 2310.01889, uses the same two facts). So a cross-attention of latents to prefix and
-latents is one plain piece and one square causal piece, and no rectangular mask is ever built.
+latents is one plain piece and one square causal piece, and no rectangular mask is ever built; and a piece can be made,
+read and dropped before the next one is made (streaming.py).
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+aten = torch.ops.aten
 
 
 class Piece(NamedTuple):
@@ -46,67 +47,257 @@ def attend(q: Tensor, pieces: Sequence[Piece], *, dropout: float = 0.0) -> Tenso
     assert pieces and all(not piece.causal or piece.k.shape[2] == q.shape[2] for piece in pieces)
     if dropout > 0.0 or q.device.type != "cpu":
         return _attend_whole(q, pieces, dropout)
-    biases = [None if piece.mask is None else _bias(piece.mask, q) for piece in pieces]
-    causal = [piece.causal for piece in pieces]
-    tensors = [tensor for piece in pieces for tensor in (piece.k, piece.v)]
-    # The kernel reads channels as neighbours in memory whatever the stride says.
-    q, *tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, *tensors))
-    return _MergedAttention.apply(q, causal, biases, *tensors)  # type: ignore[no-any-return]
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # the same without the dispatcher's detour
+        return attend_pieces(q, pieces)[0]
+    k, v, causal, masks = (list(column) for column in zip(*pieces, strict=True))
+    return _attention(q, k, v, causal, masks)[0]
 
 
-def _bias(mask: Tensor, q: Tensor) -> Tensor:
-    """(B, K) bool -> (B, 1, 1, K), 0 where seen and -inf where not, in the type of the scores."""
-    return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))[:, None, None]
+# Piece by piece: for callers that make their pieces one after another. No gradients flow through these two.
 
 
-def _expand(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    # The kernel wants the full shape; stride 0 gives it without memory.
-    return None if bias is None else bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+def attend_pieces(q: Tensor, pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
+    """Attention to all keys of `pieces` (B, H, N, C), and its lse (B, H, N), -inf where a query sees nothing."""
+    q = _neighbours(q)
+    total: Tensor | None = None
+    lse = q.new_empty(0)
+    for piece in pieces:
+        out, piece_lse = _forward(q, piece)
+        if total is None:
+            total, lse = out, piece_lse
+        else:
+            merged = torch.logaddexp(lse, piece_lse)
+            total = total.to(lse.dtype) * _weight(lse, merged)
+            total.addcmul_(out, _weight(piece_lse, merged))
+            lse = merged
+    assert total is not None
+    return _heads_inside(total.to(q.dtype)), lse.contiguous()
 
 
-class _MergedAttention(torch.autograd.Function):
-    """Forward: one fused kernel per piece, merged. Backward: one fused kernel per piece, from the merged output."""
+def piece_gradients(d_out: Tensor, q: Tensor, piece: Piece, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `piece` gives to the gradients of q, and those of its k and v; `out` and `lse` are the merged ones."""
+    # Where nothing is seen every probability is exp(-inf - lse) = 0 for a finite lse.
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    k, v = _neighbours(piece.k), _neighbours(piece.v)
+    return _kernels(q, piece).backward(d_out, q, k, v, out, lse, piece.causal, _bias(piece, q))
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, causal: list[bool], biases: list[Tensor | None], *tensors: Tensor) -> Tensor:
-        pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
-        outs, lses = [], []
-        for (k, v), square, bias in zip(pairs, causal, biases, strict=True):
-            out, lse = _flash(q, k, v, 0.0, square, attn_mask=_expand(bias, q, k))
-            if bias is not None:  # for a query that sees nothing here, the kernel returns lse 0
-                seen = bias == 0
-                seen = seen.cummax(-1).values.transpose(-1, -2) if square else seen.any(-1, keepdim=True)
-                lse = lse.masked_fill(~seen.squeeze(-1), float("-inf"))
-            outs.append(out)
-            lses.append(lse)
-        out, lse = outs[0], lses[0]
-        if len(pairs) > 1:
-            lse = torch.logsumexp(torch.stack(lses), dim=0)
-            total = torch.zeros_like(out, dtype=lse.dtype)
-            for piece_out, piece_lse in zip(outs, lses, strict=True):
-                total.addcmul_(piece_out, _weight(piece_lse, lse).unsqueeze(-1))
-            out = total.to(q.dtype)
-        # Where nothing is seen every probability is exp(-inf - lse) = 0 for a finite lse.
-        ctx.save_for_backward(q, out, lse.masked_fill(lse == float("-inf"), 0.0), *tensors)
-        ctx.causal, ctx.biases = causal, biases
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (d_out,) = grads
-        q, out, lse, *tensors = ctx.saved_tensors
-        d_q: Tensor | None = None
-        d_tensors: list[Tensor] = []
-        for k, v, square, bias in zip(tensors[::2], tensors[1::2], ctx.causal, ctx.biases, strict=True):
-            piece_d_q, d_k, d_v = _flash_backward(d_out, q, k, v, out, lse, 0.0, square, attn_mask=_expand(bias, q, k))
-            d_q = piece_d_q if d_q is None else d_q + piece_d_q
-            d_tensors += [d_k, d_v]
-        return d_q, None, None, *d_tensors
+def _forward(q: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+    k, v, bias = _neighbours(piece.k), _neighbours(piece.v), _bias(piece, q)
+    out, lse = _kernels(q, piece).forward(q, k, v, piece.causal, bias)
+    if bias is not None:  # for a query that sees nothing here, the kernels return lse 0 and an output that may be NaN
+        seen = bias[..., 0, :] == 0
+        seen = seen.cummax(-1).values if piece.causal else seen.any(-1, keepdim=True)
+        lse = lse.masked_fill(~seen, float("-inf"))
+        out = out.masked_fill(~seen.unsqueeze(-1), 0.0)
+    return out, lse
 
 
 def _weight(piece_lse: Tensor, lse: Tensor) -> Tensor:
-    """exp(piece_lse - lse), and 0 where the piece, or every piece, saw nothing."""
-    return torch.exp(piece_lse - lse.masked_fill(lse == float("-inf"), 0.0))
+    """exp(piece_lse - lse) (B, H, N, 1), and 0 where the piece, or every piece, saw nothing."""
+    return torch.exp(piece_lse - lse.masked_fill(lse == float("-inf"), 0.0)).unsqueeze(-1)
+
+
+def _bias(piece: Piece, q: Tensor) -> Tensor | None:
+    """The mask as the kernels take it: (B, H, N, K), 0 where seen and -inf where not; stride 0 makes it small."""
+    if piece.mask is None:
+        return None
+    B, K = piece.mask.shape
+    room = q.new_zeros(B, math.ceil(K / 16) * 16)  # kernels on CUDA want aligned rows
+    bias = room[:, :K].masked_fill_(~piece.mask, float("-inf"))
+    return bias[:, None, None, :].expand(B, q.shape[1], q.shape[2], K)
+
+
+def _neighbours(x: Tensor) -> Tensor:
+    """Kernels read channels as neighbours in memory whatever the stride says."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _heads_inside(x: Tensor) -> Tensor:
+    """(B, H, K, C), laid out as (B, K, H, C): merging heads then costs nothing."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+# PyTorch's fused kernels that return the lse. They are no public interface: a new torch is tried before it is let in.
+
+
+class Kernels(Protocol):
+    """Attention to one piece. `bias` is an additive mask; the lse given to `backward` is finite."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    @staticmethod
+    def backward(
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def _kernels(q: Tensor, piece: Piece) -> type[Kernels]:
+    if q.device.type == "cpu":
+        return CpuFlash
+    if q.device.type == "cuda":
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        if half and piece.mask is None and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+            return CudaFlash
+        if q.dtype != torch.float64 and q.shape[-1] % 8 == 0:
+            return CudaEfficient
+    return Plain
+
+
+class CpuFlash:
+    """float64, float32, bfloat16 and float16 on the CPU."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
+
+    @staticmethod
+    def backward(
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(d_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias)
+
+
+class CudaFlash:
+    """FlashAttention-2 on CUDA: half precision, no mask."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+        return out, lse
+
+    @staticmethod
+    def backward(
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        unused = torch.zeros(2, dtype=torch.int64, device=q.device)  # the state of dropout's random numbers
+        return aten._scaled_dot_product_flash_attention_backward(
+            d_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused
+        )
+
+
+class CudaEfficient:
+    """Memory-efficient attention on CUDA: float32, and masks. Its lse is as long as the next multiple of 32."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal)
+        return out, lse[..., : q.shape[2]]
+
+    @staticmethod
+    def backward(
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        unused = torch.zeros((), dtype=torch.int64, device=q.device)
+        lse = F.pad(lse, (0, -lse.shape[-1] % 32))
+        d_q, d_k, d_v, _ = aten._scaled_dot_product_efficient_attention_backward(
+            d_out, q, k, v, bias, out, lse, unused, unused, 0.0, [True, True, True, False], causal
+        )
+        return d_q, d_k, d_v
+
+
+class Plain:
+    """Any device and type, in ordinary operations: holds the scores of the piece."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        scores = Plain.scores(q, k, causal, bias)
+        lse = scores.logsumexp(-1)
+        return (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse
+
+    @staticmethod
+    def backward(
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        p = (Plain.scores(q, k, causal, bias) - lse.unsqueeze(-1)).exp()
+        delta = (d_out.to(p.dtype) * out).sum(-1, keepdim=True)
+        d_scores = (p * ((d_out @ v.mT) - delta) * q.shape[-1] ** -0.5).to(q.dtype)
+        return d_scores @ k, d_scores.mT @ q, p.to(d_out.dtype).mT @ d_out
+
+    @staticmethod
+    def scores(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Tensor:
+        scores = (q @ k.mT).to(torch.float64 if q.dtype == torch.float64 else torch.float32) * q.shape[-1] ** -0.5
+        if bias is not None:
+            scores = scores + bias
+        if causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        return scores
+
+
+# The same as one operator, opaque to torch.compile, with its gradient.
+
+
+@torch.library.custom_op("perceiver_ar::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], causal: Sequence[bool], masks: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    return attend_pieces(q, map(Piece, k, v, causal, masks))
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Any, v: Any, causal: Any, masks: Any) -> tuple[Tensor, Tensor]:
+    return fake_attention(q)
+
+
+def fake_attention(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes and layouts of what `attend_pieces` returns."""
+    B, H, N, _ = q.shape
+    lse = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return fake_heads(q), q.new_empty(B, H, N, dtype=lse)
+
+
+def fake_heads(x: Tensor) -> Tensor:
+    B, H, K, C = x.shape
+    return x.new_empty(B, K, H, C).transpose(1, 2)
+
+
+@torch.library.custom_op("perceiver_ar::attention_backward", mutates_args=())
+def _attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    causal: Sequence[bool],
+    masks: Sequence[Tensor | None],
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    d_out, q = _neighbours(d_out), _neighbours(q)
+    d_q: Tensor | None = None
+    d_k, d_v = [], []
+    for piece in map(Piece, k, v, causal, masks):
+        piece_d_q, piece_d_k, piece_d_v = piece_gradients(d_out, q, piece, out, lse)
+        d_q = piece_d_q if d_q is None else d_q.add_(piece_d_q)
+        d_k.append(_heads_inside(piece_d_k))
+        d_v.append(_heads_inside(piece_d_v))
+    assert d_q is not None
+    return _heads_inside(d_q), d_k, d_v
+
+
+@_attention_backward.register_fake
+def _(d_out: Tensor, q: Tensor, k: Any, v: Any, *_: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return fake_heads(q), [fake_heads(x) for x in k], [fake_heads(x) for x in v]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.causal, masks = inputs
+    ctx.save_for_backward(q, *k, *v, *masks, *output)
+
+
+def _gradients(ctx: Any, d_out: Tensor, d_lse: Any) -> tuple[Any, ...]:
+    pieces = len(ctx.causal)
+    q, *saved, out, lse = ctx.saved_tensors
+    k, v, masks = (saved[i * pieces : (i + 1) * pieces] for i in range(3))
+    d_q, d_k, d_v = _attention_backward(d_out, q, k, v, ctx.causal, masks, out, lse)
+    # To torch, a list with a None in it is no list of tensors, and takes one None in all.
+    d_masks = None if any(mask is None for mask in masks) else [None] * pieces
+    return d_q, d_k, d_v, None, d_masks
+
+
+_attention.register_autograd(_gradients, setup_context=_save)
 
 
 def _attend_whole(q: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:

@@ -49,6 +49,9 @@ class PerceiverARConfig:
     """Dropout on cross-attention probabilities in training; needs a masked kernel, so it is slow."""
     mlp_dropout: float = 0.0
     """Dropout on the hidden units of the feed-forward blocks in training."""
+    prefix_chunk: int | None = None
+    """Tokens of the prefix that cross-attention reads at once, so that memory does not grow with the context; the
+    results are the same. 0: all at once; None: all, unless their keys and values would take 1/128 of the memory."""
 
     # Shape of a block.
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -139,6 +142,10 @@ class PerceiverARConfig:
             require(
                 int(self.dim * ratio) >= 1, f"{name} is {ratio}: with dim {self.dim} that is no hidden unit, raise it"
             )
+        require(
+            self.prefix_chunk is None or self.prefix_chunk >= 0,
+            f"prefix_chunk is {self.prefix_chunk}: it must be at least 1, 0 for no pieces, or left out",
+        )
         require(
             self.rotary_layers is None or self.rotary_layers >= 0,
             f"rotary_layers is {self.rotary_layers}: it must not be negative, or be left out for all",

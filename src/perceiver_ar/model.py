@@ -28,9 +28,8 @@ from perceiver_ar.attention import Piece, attend
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path, write_text
-
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, each broadcastable to (B, H, length, rotated channels / 2)."""
+from perceiver_ar.heads import Rotary, merge_heads, place, rotary_tables, split_heads, split_keys_values
+from perceiver_ar.streaming import Prefix, automatic_chunk, coordinates, embed, running, stream_attention
 
 
 class Span(NamedTuple):
@@ -38,6 +37,8 @@ class Span(NamedTuple):
 
     h: Tensor
     """(B, K, D) embeddings, before any normalisation."""
+    positions: Tensor
+    """(B or 1, K)"""
     rotary: Rotary | None
     """Their rotation as keys."""
     mask: Tensor | None
@@ -77,7 +78,8 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         """Logits (B, N, V) of the tokens that follow each of the last N = T - prefix_len positions.
 
         Args:
-            tokens: (B, T) integer ids, 1 <= T <= context_length.
+            tokens: (B, T) integer ids, 1 <= T <= context_length, of any integer type. They may be on another device
+                than the model: the part that is being read is fetched.
             prefix_len: how many of the first tokens are prefix, 0 <= prefix_len < T; None: as many latents as
                 num_latents allows. An explicit value may ask for more or fewer latents than in training.
             mask: (B, T) bool, True for real tokens, False for padding. No query sees a padded key, and by default
@@ -104,22 +106,23 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
     ) -> Tensor:
         """The final latents (B, N, D) that `forward` turns into logits; same arguments."""
         config, P = self.config, self.check(tokens, prefix_len, mask, prefix_keep)
-        places = self.places(tokens, mask, positions)
-        latent_mask = None if mask is None else mask[:, P:]
-        self_mask = latent_mask if config.mask_self_attention else None
+        positions = self.positions(tokens, mask, positions)
+        tables = [self.embed.weight, *(table.weight for table in self.position_embed)]
+        context = Prefix(tables, tokens, positions, mask, None)
 
-        latent = self.span(tokens[:, P:], places[:, P:], latent_mask)
+        latent = self.span(context, P, context.length)
         u = self.query_proj(latent.h).to(latent.h.dtype)  # autocast would start the residual stream in half precision
-        at = self.flat(places[:, P:]) + config.query_position_offset
+        at = latent.positions + config.query_position_offset
         query_rotary, self_rotary = self.rotary(at, cross=True), self.rotary(at, cross=False)
+        self_mask = latent.mask if config.mask_self_attention else None
 
-        prefix: Span | None = None
+        prefix: Span | Prefix | None = None
         keeps = self.prefix_keeps(tokens, P, prefix_keep)
         for i in range(config.num_layers + 1):
             for before, layer, keep in zip(config.cross_layers, self.cross_attention, keeps, strict=True):
                 if before == i:
                     if prefix is None or keep is not None:
-                        prefix = self.prefix(tokens, places, mask, P, keep)
+                        prefix = self.prefix(context, P, keep)
                     u = self.apply_layer(layer, u, query_rotary, prefix, latent)
             if i < config.num_layers:
                 rotated = config.rotary_layers is None or i < config.rotary_layers
@@ -154,37 +157,17 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
             raise InputError(f"prefix_len is {prefix_len} with {T} tokens: it must be in 0 ... {T - 1}")
         return prefix_len
 
-    def places(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        """Positions as (B or 1, T, axes): one coordinate per position table, or the bare position without tables."""
+    def positions(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+        """Positions as `Prefix` takes them: (B or 1, T) or, by axes, (B or 1, T, axes); None: 0 ... T - 1."""
         if positions is None:
-            if mask is None:
-                positions = torch.arange(tokens.shape[1], device=tokens.device)
-            else:
-                positions = (mask.long().cumsum(1) - 1).clamp_(min=0)
-        sizes = self.config.table_sizes
-        if len(sizes) <= 1:
-            places = positions[..., None]
-        elif positions.ndim == 3 and positions.shape[-1] == len(sizes):
-            places = positions
-        else:
-            axes = []  # the first axis takes what is left, so that too large a position is an error
-            for size in reversed(sizes[1:]):
-                axes.insert(0, positions % size)
-                positions = positions // size
-            places = torch.stack([positions, *axes], dim=-1)
-        places = places if places.ndim == 3 else places[None]
-        if places.shape[0] not in (1, tokens.shape[0]) or places.shape[1] != tokens.shape[1]:
-            raise InputError(
-                f"positions have shape {tuple(positions.shape)}, tokens {tuple(tokens.shape)}: give one each"
-            )
-        return places
-
-    def flat(self, places: Tensor) -> Tensor:
-        """(B or 1, K, axes) -> (B or 1, K): the running position that rotations go by."""
-        flat = places[..., 0]
-        for axis, size in enumerate(self.config.table_sizes[1:], start=1):
-            flat = flat * size + places[..., axis]
-        return flat
+            return None if mask is None else (mask.cumsum(1) - 1).clamp_(min=0)
+        axes = len(self.config.table_sizes)
+        shape = positions.shape
+        positions = positions if positions.ndim > 1 else positions[None]
+        fits = positions.ndim == 2 or (positions.ndim == 3 and axes > 1 and shape[-1] == axes)
+        if not fits or positions.shape[0] not in (1, len(tokens)) or positions.shape[1] != tokens.shape[1]:
+            raise InputError(f"positions have shape {tuple(shape)}, tokens {tuple(tokens.shape)}: give one each")
+        return positions
 
     def prefix_keeps(self, tokens: Tensor, P: int, prefix_keep: Tensor | None) -> list[Tensor | None]:
         """For each cross-attention layer the indices (B, K) of the prefix tokens it reads; None: all."""
@@ -197,30 +180,32 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         noise = torch.rand(layers, tokens.shape[0], P, device=tokens.device)
         return list(noise.topk(P - dropped, dim=-1, sorted=False).indices)
 
-    def prefix(self, tokens: Tensor, places: Tensor, mask: Tensor | None, P: int, keep: Tensor | None) -> Span:
-        """The first P tokens, or those at the indices `keep` (B, K): what is dropped is never embedded."""
-        if keep is None:
-            return self.span(tokens[:, :P], places[:, :P], None if mask is None else mask[:, :P])
-        row = torch.arange(len(tokens), device=tokens.device)[:, None]
-        places = places.expand(len(tokens), -1, -1)
-        return self.span(tokens[row, keep], places[row, keep], None if mask is None else mask[row, keep])
+    def prefix(self, context: Prefix, P: int, keep: Tensor | None) -> Span | Prefix:
+        """The first P tokens, or those at the indices `keep` (B, K): what is dropped is never embedded.
 
-    def span(self, tokens: Tensor, places: Tensor, mask: Tensor | None) -> Span:
-        h = self.embed(tokens)
-        for axis, table in enumerate(self.position_embed):
-            h = h + table(places[..., axis])
-        return Span(h, self.rotary(self.flat(places), cross=True), mask)
+        As ids where they are to be streamed, else embedded.
+        """
+        prefix = Prefix(context.tables, *(None if x is None else x[:, :P] for x in context[1:4]), keep)  # type: ignore[arg-type]
+        chunk = self.config.prefix_chunk
+        if self.training and self.config.attention_dropout > 0:
+            chunk = 0
+        elif chunk is None:
+            dtype = self.embed.weight.dtype
+            chunk = automatic_chunk(self.config, len(context.tokens), prefix.length, dtype, self.embed.weight.device)
+        if 0 < chunk < prefix.length:
+            return prefix._replace(chunk=chunk)
+        return self.span(prefix, 0, prefix.length)
+
+    def span(self, tokens: Prefix, start: int, stop: int) -> Span:
+        ids, positions, mask = tokens.part(start, stop)
+        places = coordinates(self.config, positions)
+        positions = running(self.config, places)
+        return Span(embed(tokens.tables, ids, places), positions, self.rotary(positions, cross=True), mask)
 
     def rotary(self, positions: Tensor, *, cross: bool) -> Rotary | None:
         """The rotation of heads at integer positions (B or 1, K)."""
-        config = self.config
-        if not config.rotary:
-            return None
-        heads, channels = (
-            (config.heads_cross, config.width_head_cross) if cross else (config.num_heads, config.width_head)
-        )
         dtype = torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
-        return rotary_tables(config, positions, heads, channels, dtype)
+        return rotary_tables(self.config, positions, cross=cross, dtype=dtype)
 
     def apply_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
         if self.activation_checkpointing and self.training:
@@ -305,6 +290,7 @@ class CrossLayer(nn.Module):
     def __init__(self, config: PerceiverARConfig) -> None:
         super().__init__()
         self.config = config
+        self.settings = config.to_json()  # as the streaming operator takes them
         width = config.heads_cross * config.width_head_cross
         self.query_norm = make_norm(config, config.dim)
         self.context_norm = make_norm(config, config.width_embed)
@@ -313,26 +299,30 @@ class CrossLayer(nn.Module):
         self.out_proj = nn.Linear(width, config.dim, bias=config.out_bias != "none")
         self.mlp = MLP(config, config.cross_mlp_ratio or config.mlp_ratio)
 
-    def forward(self, u: Tensor, rotary: Rotary | None, prefix: Span, latent: Span) -> Tensor:
-        """u (B, N, D) -> (B, N, D). `rotary` turns the queries; the spans bring the rotation of their keys."""
+    def forward(self, u: Tensor, rotary: Rotary | None, prefix: Span | Prefix, latent: Span) -> Tensor:
+        """u (B, N, D) -> (B, N, D). `rotary` turns the queries; the spans bring the rotation of their keys.
+
+        A prefix that comes as ids is streamed.
+        """
         x = self.query_norm(u)
         q = place(split_heads(self.q_proj(x), self.config.heads_cross), rotary, self.config)
         # lucidrains and krasserm take the keys at latent positions from the normalised query stream instead.
         own = x if self.config.latent_keys == "query" else self.context_norm(latent.h)
-        pieces = [Piece(*self.keys_values(own, latent.rotary), causal=True, mask=latent.mask)]
-        if prefix.h.shape[1] > 0:
+        piece = Piece(*self.keys_values(own, latent.rotary), causal=True, mask=latent.mask)
+        if isinstance(prefix, Prefix):
+            norm, projection = self.context_norm.parameters(), self.kv_proj.parameters()
+            out = stream_attention(self.settings, q, piece, prefix, list(norm), list(projection))
+        else:
             k, v = self.keys_values(self.context_norm(prefix.h), prefix.rotary)
-            pieces.insert(0, Piece(k, v, mask=prefix.mask))
-        dropout = self.config.attention_dropout if self.training else 0.0
-        out = self.out_proj(merge_heads(attend(q, pieces, dropout=dropout)))
+            dropout = self.config.attention_dropout if self.training else 0.0
+            out = attend(q, [Piece(k, v, mask=prefix.mask), piece], dropout=dropout)
+        out = self.out_proj(merge_heads(out))
         u = u + out if self.config.query_residual else out.to(u.dtype)
         return u + self.mlp(u)
 
     def keys_values(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Normalised context (B, K, D) -> keys and values, each (B, H, K, C)."""
-        k, v = self.kv_proj(x).chunk(2, dim=-1)
-        k, v = split_heads(k, self.config.heads_cross), split_heads(v, self.config.heads_cross)
-        return place(k, rotary, self.config), v
+        return split_keys_values(self.kv_proj(x), rotary, self.config)
 
 
 class SelfLayer(nn.Module):
@@ -353,23 +343,6 @@ class SelfLayer(nn.Module):
         q, k = place(q, rotary, self.config), place(k, rotary, self.config)
         u = u + self.out_proj(merge_heads(attend(q, [Piece(k, v, causal=True, mask=mask)])))
         return u + self.mlp(u)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, K, H * C) -> (B, H, K, C)"""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """(B, H, K, C) -> (B, K, H * C)"""
-    return x.transpose(1, 2).flatten(2)
-
-
-def place(x: Tensor, rotary: Rotary | None, config: PerceiverARConfig) -> Tensor:
-    """Queries or keys (B, H, K, C), normalised per head if so set, then turned to their positions."""
-    if config.qk_norm:  # autocast on CUDA gives float32
-        x = (F.layer_norm if config.norm == "layernorm" else F.rms_norm)(x, x.shape[-1:]).to(x.dtype)
-    return x if rotary is None else rotate(x, rotary)
 
 
 class MLP(nn.Module):
@@ -394,35 +367,6 @@ class MLP(nn.Module):
 
 def make_norm(config: PerceiverARConfig, dim: int) -> nn.Module:
     return nn.LayerNorm(dim) if config.norm == "layernorm" else nn.RMSNorm(dim, eps=1e-5)
-
-
-def rotary_tables(
-    config: PerceiverARConfig, positions: Tensor, heads: int, channels: int, dtype: torch.dtype
-) -> Rotary:
-    """Cosines and sines (B or 1, H or 1, K, R / 2) of integer positions (B or 1, K), for the first R channels.
-
-    Angles are computed in float64 where there is such a thing: float32 angles are off by 0.06 at position 10^6, and
-    bfloat16 cannot tell positions apart beyond 256.
-    """
-    exact = torch.float32 if positions.device.type == "mps" else torch.float64
-    pairs = int(config.rotary_fraction * channels / 2 + 1e-6)
-    base = config.context_length if config.rotary_base is None else config.rotary_base
-    j = torch.arange(pairs, device=positions.device, dtype=exact)
-    exponent = j / max(pairs - 1, 1) if config.rotary_endpoint else j / max(pairs, 1)
-    angles = positions[..., None].to(exact) * base**-exponent
-    angles = angles[:, None]
-    if config.rotary_heads_fraction < 1:  # the other heads turn by angle 0
-        turned = torch.arange(heads, device=angles.device) < int(config.rotary_heads_fraction * heads + 1e-6)
-        angles = angles * turned[:, None, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turns the channel pairs (c, c + R/2), c < R/2, of x (B, H, K, C) by their angles; the rest passes."""
-    cos, sin = rotary
-    half = cos.shape[-1]
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest.to(cos.dtype)], dim=-1).to(x.dtype)
 
 
 def init_weights(model: PerceiverAR) -> None:

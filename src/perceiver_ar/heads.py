@@ -1,0 +1,77 @@
+"""Queries, keys and values as heads: split, normalised, and turned to their positions (RoPE, arXiv 2104.09864).
+
+Shapes: B batch, K length, H heads, C channels per head, R rotated channels.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perceiver_ar.config import PerceiverARConfig
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines, each broadcastable to (B, H, K, R / 2)."""
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, K, H * C) -> (B, H, K, C)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, K, C) -> (B, K, H * C)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def split_keys_values(kv: Tensor, rotary: Rotary | None, config: PerceiverARConfig) -> tuple[Tensor, Tensor]:
+    """A fused projection (B, K, 2 * H * C) of context tokens -> keys in their places and values, each (B, H, K, C)."""
+    k, v = (split_heads(x, config.heads_cross) for x in kv.chunk(2, dim=-1))
+    return place(k, rotary, config), v
+
+
+def place(x: Tensor, rotary: Rotary | None, config: PerceiverARConfig) -> Tensor:
+    """Queries or keys (B, H, K, C), normalised per head if so set, then turned to their positions."""
+    if config.qk_norm:  # autocast on CUDA gives float32
+        x = (F.layer_norm if config.norm == "layernorm" else F.rms_norm)(x, x.shape[-1:]).to(x.dtype)
+    return x if rotary is None else rotate(x, rotary)
+
+
+def rotary_tables(config: PerceiverARConfig, positions: Tensor, *, cross: bool, dtype: torch.dtype) -> Rotary | None:
+    """Cosines and sines (B or 1, H or 1, K, R / 2) of integer positions (B or 1, K); None for a model without rotary.
+
+    `cross`: for the heads of cross-attention, else of self-attention. Angles are computed in float64 where there is
+    such a thing: float32 angles are off by 0.06 at position 10^6, and bfloat16 cannot tell positions apart beyond 256.
+    """
+    if not config.rotary:
+        return None
+    kept = rotary_speeds if torch.compiler.is_compiling() else _kept_rotary_speeds
+    speeds = kept(config, cross, positions.device)
+    angles = positions[:, None, :, None].to(speeds.dtype) * speeds
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotary_speeds(config: PerceiverARConfig, cross: bool, device: torch.device) -> Tensor:
+    """Angles from one position to the next: (H or 1, 1, R / 2) in float64, or float32 on devices without it."""
+    heads, channels = (config.heads_cross, config.width_head_cross) if cross else (config.num_heads, config.width_head)
+    pairs = int(config.rotary_fraction * channels / 2 + 1e-6)
+    base = config.context_length if config.rotary_base is None else config.rotary_base
+    j = torch.arange(pairs, dtype=torch.float64)
+    exponent = j / max(pairs - 1, 1) if config.rotary_endpoint else j / max(pairs, 1)
+    speeds = (base**-exponent)[None, None]
+    if config.rotary_heads_fraction < 1:  # the other heads turn by angle 0
+        turned = torch.arange(heads) < int(config.rotary_heads_fraction * heads + 1e-6)
+        speeds = speeds * turned[:, None, None]
+    return speeds.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+
+_kept_rotary_speeds = lru_cache(rotary_speeds)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turns the channel pairs (c, c + R/2), c < R/2, of x (B, H, K, C) by their angles; the rest passes."""
+    cos, sin = rotary
+    half = cos.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest.to(cos.dtype)], dim=-1).to(x.dtype)
