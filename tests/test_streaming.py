@@ -181,7 +181,7 @@ def operator_calls() -> list[tuple[Any, tuple[Any, ...]]]:
     ]
     for positions, part_mask, kept in ((None, None, None), (torch.arange(9)[None], mask, keep)):
         prefix = (tokens, positions, part_mask, kept)
-        calls.append((streaming._stream, (q, k, v, None, *prefix, weights, config.to_json(), 4)))
+        calls.append((streaming._stream, (q, k, v, None, *prefix, weights, config.to_json(), 4, "")))
     return calls
 
 
@@ -254,30 +254,51 @@ def test_attention_in_ordinary_operations_is_that_of_the_fused_kernel(seed: int,
 
 # Several processes.
 
-DISTRIBUTED = """
+DATA_PARALLEL = """
+parallel = DistributedDataParallel(streamed)
+own = tokens[2 * rank : 2 * rank + 2]
+next_token_loss(parallel(own, 45), own[:, 45:]).backward()
+compare([p.grad for p in streamed.parameters()], expected[2:])
+"""
+
+PREFIX_PARALLEL = """
+for model in (dense, streamed):
+    model.prefix_group = dist.group.WORLD
+    for inputs in ({}, {"mask": mask}, {"prefix_keep": keep}):
+        model.prefix_group = None
+        expected = results(model, tokens, 45, **inputs)
+        model.prefix_group = dist.group.WORLD
+        compare(results(model, tokens, 45, **inputs), expected)
+    compare(results(model, tokens[:, :6], 1), results(alone, tokens[:, :6], 1))  # a token for more than one rank
+"""
+
+SCRIPT = """
 import sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, sys.argv[1])
-from test_streaming import pair, tokens_of, results
-dist.init_process_group("gloo")
-dense, streamed = pair(7)
-rank, tokens = dist.get_rank(), tokens_of(dense, 4, 50)
-expected = results(dense, tokens, 45)
-parallel = DistributedDataParallel(streamed)
+from test_streaming import assert_same, pair, results, tokens_of
 from perceiver_ar.objective import next_token_loss
-own = tokens[2 * rank : 2 * rank + 2]
-next_token_loss(parallel(own, 45), own[:, 45:]).backward()
-for parameter, wanted in zip(streamed.parameters(), expected[2:], strict=True):
-    torch.testing.assert_close(parameter.grad, wanted, rtol=1e-5, atol=1e-6)
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+(dense, streamed), (alone, _) = pair(7), pair(7)
+rank, tokens = dist.get_rank(), tokens_of(dense, 4, 50)
+generator = torch.Generator().manual_seed(0)
+mask = torch.rand(4, 50, generator=generator) < 0.7
+keep = torch.rand(4, 45, generator=generator).argsort(-1)[:, :20]
+expected = results(dense, tokens, 45)
+def compare(actual, wanted):
+    assert_same(actual, wanted, 1e-5)
+{body}
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_have_the_gradient_of_both_batches(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("body", "ranks"), [(DATA_PARALLEL, 2), (PREFIX_PARALLEL, 2), (PREFIX_PARALLEL, 4)])
+def test_several_processes_have_the_loss_and_gradients_of_one(body: str, ranks: int, tmp_path: Path) -> None:
     script = tmp_path / "distributed.py"
-    script.write_text(DISTRIBUTED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    script.write_text(SCRIPT.replace("{body}", body))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(script)]
     run = subprocess.run([*command, str(Path(__file__).parent)], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]

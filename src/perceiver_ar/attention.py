@@ -67,10 +67,11 @@ def attend_pieces(q: Tensor, pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
             total, lse = out, piece_lse
         else:
             merged = torch.logaddexp(lse, piece_lse)
-            total = total.to(lse.dtype) * _weight(lse, merged)
-            total.addcmul_(out, _weight(piece_lse, merged))
+            total = total.to(lse.dtype) * piece_weight(lse, merged)
+            total.addcmul_(out, piece_weight(piece_lse, merged))
             lse = merged
-    assert total is not None
+    if total is None:
+        total, lse = torch.zeros_like(q), fake_attention(q)[1].fill_(float("-inf"))
     return _heads_inside(total.to(q.dtype)), lse.contiguous()
 
 
@@ -93,7 +94,7 @@ def _forward(q: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _weight(piece_lse: Tensor, lse: Tensor) -> Tensor:
+def piece_weight(piece_lse: Tensor, lse: Tensor) -> Tensor:
     """exp(piece_lse - lse) (B, H, N, 1), and 0 where the piece, or every piece, saw nothing."""
     return torch.exp(piece_lse - lse.masked_fill(lse == float("-inf"), 0.0)).unsqueeze(-1)
 

@@ -22,6 +22,7 @@ from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from perceiver_ar.attention import Piece, attend
@@ -49,12 +50,17 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
     """Next-token logits for the last positions of a long context.
 
     Setting `activation_checkpointing` recomputes each layer in the backward pass instead of keeping its activations.
+    Setting `prefix_group` to a process group of torch.distributed makes its ranks share the prefix: all are given the
+    same tokens, each reads its part of the prefix, and all have the same logits and, after backward, the same
+    gradients. Then keys and values take a rank's share of the memory and time. (Ring attention, arXiv 2310.01889, with
+    nothing that goes round: the latents' queries are few, so every rank has them all.)
     """
 
     def __init__(self, config: PerceiverARConfig) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.prefix_group: ProcessGroup | None = None
         self.embed = nn.Embedding(config.vocab_size, config.width_embed)
         self.position_embed = nn.ModuleList(nn.Embedding(rows, config.width_embed) for rows in config.table_sizes)
         self.query_proj = nn.Linear(config.width_embed, config.dim) if config.query_proj else nn.Identity()
@@ -187,6 +193,9 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         """
         prefix = Prefix(context.tables, *(None if x is None else x[:, :P] for x in context[1:4]), keep)  # type: ignore[arg-type]
         chunk = self.config.prefix_chunk
+        if self.prefix_group is not None:
+            ranks = self.prefix_group.size()
+            return prefix._replace(chunk=chunk or -(-prefix.length // ranks) or 1, group=self.prefix_group.group_name)
         if self.training and self.config.attention_dropout > 0:
             chunk = 0
         elif chunk is None:

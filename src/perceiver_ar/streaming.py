@@ -2,7 +2,8 @@
 
 Memory for keys and values does not grow with the context, only the token ids do, in whatever integer type and on
 whatever device they are. The backward pass makes every piece again. Output and gradients are those of the dense
-computation (attention.py says why the pieces merge exactly).
+computation (attention.py says why the pieces merge exactly). The processes of a group can share the prefix of a
+sequence: each reads its part, and what they have read is merged in the same way.
 
 Shapes: B batch, P prefix, K some of its tokens, N latents, E embedding width, H heads, C channels per head.
 """
@@ -14,10 +15,12 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
-from perceiver_ar.attention import Piece, attend_pieces, fake_attention, fake_heads, piece_gradients
+from perceiver_ar.attention import Piece, attend_pieces, fake_attention, fake_heads, piece_gradients, piece_weight
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.heads import Rotary, rotary_tables, split_keys_values
 
@@ -42,6 +45,8 @@ class Prefix(NamedTuple):
     """(B, kept) indices of the tokens that survive prefix dropout; None: all do."""
     chunk: int = 0
     """Tokens of a row to read at once; 0: all."""
+    group: str = ""
+    """Name of the process group whose ranks share the prefix; none: this process reads it all."""
 
     @property
     def length(self) -> int:
@@ -134,24 +139,29 @@ def stream_attention(
     """
     weights = [*prefix.tables, *norm, *projection]
     ids = prefix.tokens, prefix.positions, prefix.mask, prefix.keep
-    return _stream(q, own.k, own.v, own.mask, *ids, weights, settings, prefix.chunk)[0]
+    return _stream(q, own.k, own.v, own.mask, *ids, weights, settings, prefix.chunk, prefix.group)[0]
 
 
 class _Reader:
     """Makes the pieces of a prefix, with the projection's weights in the type of the queries."""
 
-    def __init__(self, prefix: list[Any], weights: Sequence[Tensor], settings: str, chunk: int, dtype: torch.dtype):
+    def __init__(
+        self, prefix: list[Any], weights: Sequence[Tensor], settings: str, chunk: int, group: str, dtype: torch.dtype
+    ):
         self.config = _read_config(settings)
         num_tables, num_norm = 1 + len(self.config.table_sizes), 2 if self.config.norm == "layernorm" else 1
         self.tables = list(weights[:num_tables])
         self.norm = list(weights[num_tables : num_tables + num_norm])
         self.projection = [weight.to(dtype) for weight in weights[num_tables + num_norm :]]
         self.prefix, self.chunk = Prefix(self.tables, *prefix), chunk
+        self.group = _resolve_process_group(group) if group else None
+        self.rank, self.ranks = (self.group.rank(), self.group.size()) if self.group else (0, 1)
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Tokens, coordinates and mask, part after part."""
-        for start in range(0, self.prefix.length, self.chunk):
-            tokens, positions, mask = self.prefix.part(start, min(start + self.chunk, self.prefix.length))
+        """Tokens, coordinates and mask, part after part of what this rank reads."""
+        first, end = (self.prefix.length * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        for start in range(first, end, self.chunk):
+            tokens, positions, mask = self.prefix.part(start, min(start + self.chunk, end))
             yield tokens, coordinates(self.config, positions), mask
 
     def rotary(self, places: Tensor) -> Rotary | None:
@@ -168,6 +178,23 @@ class _Reader:
         for tokens, places, mask in self.parts():
             h = embed(self.tables, tokens, places)
             yield Piece(*self.keys_values(self.rotary(places), h, *self.norm, *self.projection), mask=mask)
+
+    def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention to what all ranks have read, from what this one has."""
+        if self.group is None:
+            return out, lse
+        lses = [torch.empty_like(lse) for _ in range(self.ranks)]
+        dist.all_gather(lses, lse, group=self.group)
+        merged = torch.stack(lses).logsumexp(0)
+        total = out.to(lse.dtype) * piece_weight(lse, merged)
+        dist.all_reduce(total, group=self.group)
+        return total.to(out.dtype), merged
+
+    def add_up(self, *gradients: Tensor) -> None:
+        """Sums over the ranks, in place."""
+        if self.group is not None:
+            for gradient in gradients:
+                dist.all_reduce(gradient, group=self.group)
 
 
 @lru_cache
@@ -188,15 +215,17 @@ def _stream(
     weights: Sequence[Tensor],
     settings: str,
     chunk: int,
+    group: str,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        reader = _Reader([tokens, positions, mask, keep], weights, settings, chunk, q.dtype)
+        reader = _Reader([tokens, positions, mask, keep], weights, settings, chunk, group, q.dtype)
 
         def pieces() -> Iterator[Piece]:
-            yield Piece(k, v, causal=True, mask=own_mask)
+            if reader.rank == 0:
+                yield Piece(k, v, causal=True, mask=own_mask)
             yield from reader.pieces()
 
-        return attend_pieces(q, pieces())
+        return reader.merge(*attend_pieces(q, pieces()))
 
 
 @_stream.register_fake
@@ -220,12 +249,13 @@ def _stream_backward(
     weights: Sequence[Tensor],
     settings: str,
     chunk: int,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     with torch.autocast(q.device.type, enabled=False):
-        reader = _Reader([tokens, positions, mask, keep], weights, settings, chunk, q.dtype)
+        reader = _Reader([tokens, positions, mask, keep], weights, settings, chunk, group, q.dtype)
         d_weights = [torch.zeros_like(weight, memory_format=torch.contiguous_format) for weight in weights]
         d_tables, d_rest = d_weights[: len(reader.tables)], d_weights[len(reader.tables) :]
-        d_q, d_k, d_v = piece_gradients(d_out, q, Piece(k, v, causal=True, mask=own_mask), out, lse)
+        d_q = torch.zeros_like(q)
         for part_tokens, places, part_mask in reader.parts():
             h = embed(reader.tables, part_tokens, places)
             keys_values = partial(reader.keys_values, reader.rotary(places))
@@ -240,6 +270,9 @@ def _stream_backward(
             _add_rows(d_tables[0], part_tokens, d_h)
             for axis, total in enumerate(d_tables[1:]):
                 _add_rows(total, places[..., axis], d_h)
+        reader.add_up(d_q, *d_weights)
+        own_d_q, d_k, d_v = piece_gradients(d_out, q, Piece(k, v, causal=True, mask=own_mask), out, lse)
+        d_q = d_q + own_d_q
         return *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (d_q, d_k, d_v)), d_weights  # type: ignore[return-value]
 
 
@@ -259,14 +292,14 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, weights, ctx.settings, ctx.chunk = inputs
+    *tensors, weights, ctx.settings, ctx.chunk, ctx.group = inputs
     ctx.save_for_backward(*output, *tensors, *weights)
 
 
 def _gradients(ctx: Any, d_out: Tensor, d_lse: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    d_q, d_k, d_v, d_weights = _stream_backward(d_out, *saved[:10], saved[10:], ctx.settings, ctx.chunk)
-    return d_q, d_k, d_v, None, None, None, None, None, d_weights, None, None
+    d_q, d_k, d_v, d_weights = _stream_backward(d_out, *saved[:10], saved[10:], ctx.settings, ctx.chunk, ctx.group)
+    return d_q, d_k, d_v, None, None, None, None, None, d_weights, None, None, None
 
 
 _stream.register_autograd(_gradients, setup_context=_save)

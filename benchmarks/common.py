@@ -1,0 +1,114 @@
+"""What the benchmarks share: contenders with the same sizes, fair timing, and what the machine could do at best."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_ar.compat.lucidrains import PerceiverAR as Ours
+
+Step = Callable[[], None]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def machine() -> str:
+    """One line: processor, threads, torch."""
+    if DEVICE == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+        name = f"{name} ({platform.machine()}), {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
+
+
+def settings(context: int, latents: int, dim: int, depth: int) -> dict[str, int]:
+    """Arguments of perceiver-ar-pytorch, 64 channels a head, bytes."""
+    sizes = {"num_tokens": 256, "dim": dim, "depth": depth, "heads": dim // 64}
+    return sizes | {"max_seq_len": context, "cross_attn_seq_len": context - latents}
+
+
+def make_theirs(sizes: dict[str, int]) -> nn.Module:
+    from perceiver_ar_pytorch import PerceiverAR  # pyright: ignore[reportMissingImports]  # extra: bench
+
+    torch.manual_seed(0)
+    return PerceiverAR(**sizes).to(DEVICE)
+
+
+def make_ours(sizes: dict[str, int]) -> Ours:
+    torch.manual_seed(0)
+    return Ours(**sizes).to(DEVICE)  # type: ignore[arg-type]
+
+
+def make_dense(context: int, dim: int, depth: int) -> nn.Module:
+    """A causal Transformer of that width and depth (Llama, fused attention): every token goes through all layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]  # extra: bench
+
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=dim,
+        intermediate_size=dim * 8 // 3,  # three matrices there: as many weights as two of 4 dim
+        num_hidden_layers=depth + 1,
+        num_attention_heads=dim // 64,
+        max_position_embeddings=context,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(DEVICE)
+
+
+def dense_training_flops(context: int, dim: int, depth: int) -> float:
+    """3 * (2 T M + L * 4 T^2 D / 2): M weights of matrices, L layers; one forward and two backward products each."""
+    matrices = (depth + 1) * (4 * dim * dim + 3 * dim * (dim * 8 // 3)) + 256 * dim
+    return 3 * (2 * context * matrices + (depth + 1) * 2 * context**2 * dim)
+
+
+def training_step(loss: Callable[[], Tensor], model: nn.Module, bf16: bool) -> Step:
+    """Forward and backward."""
+
+    def step() -> None:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+            value = loss()
+        value.backward()
+        model.zero_grad()
+        synchronize()
+
+    return step
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_turns(steps: list[Step], repeats: int) -> list[list[float]]:
+    """Seconds of each step, `repeats` times in turns, after one unmeasured turn: what disturbs one disturbs all."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for turn in range(repeats + 1):
+        for step, measured in zip(steps, seconds, strict=True):
+            start = time.perf_counter()
+            step()
+            if turn:
+                measured.append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} ... {max(seconds):.2f})"
+
+
+def product_peak(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of the best of ten products of two square matrices: what the machine can do at most."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=DEVICE) for _ in range(2))
+
+    def product() -> None:
+        a @ b
+        synchronize()
+
+    return 2 * size**3 / min(in_turns([product], 10)[0])
