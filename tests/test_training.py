@@ -30,7 +30,7 @@ from reference import assert_close
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perceiver_ar import InputError, PerceiverAR, Recipe, train
+from perceiver_ar import InputError, PerceiverAR, Recipe, Run, train
 from perceiver_ar.config import DataConfig, OptimConfig, PerceiverARConfig, TrainerConfig
 from perceiver_ar.data.tokens import TokenFile, Windows
 from perceiver_ar.objective import IGNORE, next_token_loss
@@ -378,6 +378,18 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(
     assert "is finished (12 steps)" in capsys.readouterr().err
 
 
+def test_the_recipe_keeps_the_precision_that_auto_chose_and_resuming_keeps_to_it(recipe: Recipe) -> None:
+    recipe = replace(recipe, trainer=replace(TRAINER, precision="auto"))
+    train(replace(recipe, max_steps=1))
+    run = Run(recipe.out)
+    chosen = run.recipe()
+    assert chosen.trainer.precision in ("32", "bf16")
+    other = replace(chosen.trainer, precision="bf16" if chosen.trainer.precision == "32" else "32")
+    run.write_recipe(replace(chosen, trainer=other))  # as if it came from a machine that is fast at the other
+    train(replace(recipe, max_steps=2), resume=True)
+    assert run.recipe().trainer.precision == other.precision
+
+
 def test_a_finished_run_can_be_resumed_with_more_time(recipe: Recipe) -> None:
     timed = replace(recipe, max_steps=None, max_time="0.3s")
     first = train(timed)
@@ -420,7 +432,7 @@ def test_what_the_steps_depend_on_cannot_change_on_resuming(recipe: Recipe, name
     assert content(Path(recipe.out)) == before
 
 
-# Without dropout the micro-batches are the same sums in another order. Muon's iteration in bfloat16 would show that.
+# Without dropout the micro-batches are the same sums in another order. Muon makes small differences large.
 ADAMW = OptimConfig(name="adamw", lr=1e-4, schedule="constant", warmup=0.0)
 
 

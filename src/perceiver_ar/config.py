@@ -407,7 +407,7 @@ class TrainerConfig:
     """Share of the steps whose windows have their prefix cut to 3/4, 1/2, 1/4 or nothing of it, at random.
     Always whole, the model would not learn to write from little, and less prefix is less work."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
-    """auto: bfloat16 autocast where the processor multiplies it natively, else float32."""
+    """auto: bfloat16 autocast where the processor is faster at it, else float32; the recipe keeps which it was."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
     compile: bool = False

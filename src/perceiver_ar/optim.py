@@ -27,8 +27,16 @@ class MuonAdamW(Optimizer):
     no state: it works on this optimizer's second group and state.
     """
 
-    def __init__(self, hidden: list[nn.Parameter], pieces: list[int], rest: list[nn.Parameter], config: OptimConfig):
+    def __init__(
+        self,
+        hidden: list[nn.Parameter],
+        pieces: list[int],
+        rest: list[nn.Parameter],
+        config: OptimConfig,
+        dtype: torch.dtype = torch.float32,
+    ):
         assert len(hidden) == len(pieces)
+        self.dtype = dtype
         muon = {"params": hidden, "pieces": pieces, "lr": config.muon_lr, "momentum": config.momentum}
         self.adamw = AdamW(rest, lr=config.adamw_lr, betas=config.betas, weight_decay=0.0)
         super().__init__([muon | {"weight_decay": config.weight_decay}, *self.adamw.param_groups], {})
@@ -60,18 +68,19 @@ class MuonAdamW(Optimizer):
             rows, columns = matrices.shape[1:]
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             step = group["lr"] * math.sqrt(max(1.0, rows / columns))
-            parameter.add_(orthogonalize(matrices).flatten(0, 1), alpha=-step)
+            parameter.add_(orthogonalize(matrices, self.dtype).flatten(0, 1), alpha=-step)
         self.adamw.step()
         return loss
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Each of (M, rows, columns) with its singular values brought near 1 (0.7 ... 1.2), by Newton-Schulz in bfloat16.
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
+    """Each of (M, rows, columns) with its singular values brought near 1 (0.7 ... 1.2), by Newton-Schulz in `dtype`.
 
-    The quintic x -> a x + b x^3 + c x^5 with Jordan's coefficients, which trade exactness for few steps.
+    The quintic x -> a x + b x^3 + c x^5 with Jordan's coefficients, which trade exactness for few steps. So bfloat16
+    is exact enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.to(dtype)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
@@ -81,14 +90,17 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The optimizer of `config` over the trainable parameters of `model`; each group keeps its peak as `initial_lr`."""
+def make_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32) -> Optimizer:
+    """The optimizer of `config` over the trainable parameters of `model`; each group keeps its peak as `initial_lr`.
+
+    `dtype`: of Muon's matrix products; bfloat16 learns as well and is faster where the device is faster in it.
+    """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = {name: p for name, p in parameters.items() if p.ndim == 2 and name.endswith("_proj.weight")}
     if config.name == "muon" and hidden:
         pieces = [next((n for end, n in FUSED.items() if name.endswith(f".{end}")), 1) for name in hidden]
         rest = [p for name, p in parameters.items() if name not in hidden]
-        optimizer: Optimizer = MuonAdamW(list(hidden.values()), pieces, rest, config)
+        optimizer: Optimizer = MuonAdamW(list(hidden.values()), pieces, rest, config, dtype)
     else:
         matrices = [p for p in parameters.values() if p.ndim >= 2]
         vectors = [p for p in parameters.values() if p.ndim < 2]
