@@ -4,6 +4,7 @@
 """
 
 import csv
+import ctypes
 import json
 import math
 import os
@@ -136,6 +137,7 @@ def test_the_help_of_train_has_every_setting_of_the_model(capsys: pytest.Capture
         main(["train", "--help"])
     shown = capsys.readouterr().out
     assert all(f"--model.{name} " in shown for name in vars(PerceiverARConfig()))
+    assert "(required)" not in shown  # the files, for one, are not
 
 
 # Wrong input.
@@ -202,6 +204,10 @@ def a_few_words(tmp_path: Path) -> Path:
     return tmp_path / "short.txt"
 
 
+def a_file_without_a_name(tmp_path: Path) -> str:
+    return ""
+
+
 def a_missing_file(tmp_path: Path) -> Path:
     return tmp_path / "missing.txt"
 
@@ -215,17 +221,34 @@ def a_device(tmp_path: Path) -> Path:
 
 
 def a_file_that_may_not_be_read(tmp_path: Path) -> Path:
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
     (tmp_path / "secret.txt").write_text("secret " * 100)
     (tmp_path / "secret.txt").chmod(0)
     return tmp_path / "secret.txt"
 
 
+@pytest.fixture
+def bound_by_modes() -> Iterator[None]:
+    """Root, too, may only read what modes allow: meanwhile it lacks the capabilities that let it read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    if sys.platform != "linux":
+        pytest.skip("root may read everything")
+    libc, header = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0)
+    before, without = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()  # twice effective, permitted, inheritable
+    assert libc.capget(header, before) == 0
+    without[:] = before
+    without[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, without) == 0
+    yield
+    assert libc.capset(header, before) == 0
+
+
+@pytest.mark.usefixtures("bound_by_modes")
 @pytest.mark.parametrize(
     "bad_input",
     [
-        an_empty_folder, an_empty_file, binary, a_damaged_archive, a_few_words, a_missing_file,
+        an_empty_folder, an_empty_file, binary, a_damaged_archive, a_few_words, a_missing_file, a_file_without_a_name,
         a_pattern_that_matches_nothing, a_device, a_file_that_may_not_be_read,
     ],
     ids=lambda function: function.__name__.replace("_", " "),
@@ -234,10 +257,11 @@ def test_train_refuses_bad_files_names_them_and_makes_nothing(
     bad_input: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = bad_input(tmp_path)
-    before = content(tmp_path)
-    says = {"empty.txt": "empty", "short.txt": "give more data"}.get(path.name, path.name)
+    before = sorted(tmp_path.iterdir())
+    name = Path(path).name
+    says = {"empty.txt": "empty.txt is empty", "short.txt": "give more data", "": "an empty path"}.get(name, name)
     assert_refused(capsys, "train", path, "--out", tmp_path / "run", *SMALL, says=says)
-    assert content(tmp_path) == before and not (tmp_path / "run").exists()
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_train_without_out_is_refused(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,7 +383,7 @@ def test_resuming_notices_files_that_are_cut_short(run: Path, name: str, capsys:
     ("text", "says"),
     [
         ("- a\n- list\n", "recipe.yaml"),
-        ("colour: blue\n", "colour"),
+        ("colour: blue\n", "unknown settings colour"),
         ("out: x\nmodel: {depth: 3}\n", "depth"),
         ("out: x\nmodel: {dim: wide}\n", "dim"),
         ("out: x\nmodel: 3\n", "model"),
@@ -619,6 +643,26 @@ def test_the_file_holds_what_stdout_shows_and_statistics_go_to_stderr(
     assert re.fullmatch(r"\d+ tokens in [\d.]+ s, [\d.]+ tokens/s\n", captured.err)
 
 
+def test_options_may_stand_in_a_file_and_those_after_it_win(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("prompt: the c\ntemperature: 0\nmax_new_tokens: 7\n")
+    options = "--prompt=the c", "--temperature=0"
+    assert generated(capsys, finished, f"--config={file}") == generated(
+        capsys, finished, *options, "--max_new_tokens=7"
+    )
+    assert generated(capsys, finished, f"--config={file}", "--max_new_tokens=3") == generated(
+        capsys, finished, *options, "--max_new_tokens=3"
+    )
+    file.write_text("stride: 2\nmax_tokens: 50\n")
+    capsys.readouterr()
+    assert main(["evaluate", str(finished), "--config", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stride"] == 2
+    file.write_text("colour: blue\n")
+    assert_refused(capsys, "generate", finished, "--config", file, says="colour")
+
+
 def test_a_prompt_file_is_the_prompt(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompt.txt").write_text("the cät s")
     options = "--temperature=0", "--max_new_tokens=12"
@@ -675,6 +719,10 @@ def test_an_interrupt_keeps_what_was_written(cycle: Path, tmp_path: Path, capsys
         (["--prompt_file", "missing.txt"], "missing.txt"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--temperature", "inf"], "temperature"),
+        (["--prompt", "caf\udce9"], "--prompt is not UTF-8 text (byte 0xe9 at offset 3)"),
+        (["--prompt_file", sys.executable], f"--prompt_file {sys.executable} is not UTF-8 text"),
+        (["--prompt_file", "/"], "--prompt_file / is a folder"),
+        (["--out", "/"], "--out / is a folder"),
         (["--top_k", "0"], "top_k is 0"),
         (["--top_p", "2"], "top_p is 2"),
         (["--max_new_tokens", "-1"], "max_new_tokens is -1"),
@@ -729,6 +777,24 @@ def test_verbs_say_what_is_wrong_with_a_run(
 def test_verbs_name_a_damaged_codec(verb: str, damage: Any, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(run / "codec.json")
     assert_refused(capsys, verb, run, says=run / "codec.json")
+
+
+@pytest.mark.usefixtures("bound_by_modes")
+@pytest.mark.parametrize(
+    ("name", "argv"),
+    [
+        ("config.json", ["info"]),
+        ("model.safetensors", ["info"]),
+        ("codec.json", ["generate"]),
+        ("recipe.yaml", ["train", "--resume", "--max_steps=62", "--out"]),
+        ("checkpoints/last.ckpt", ["train", "--resume", "--max_steps=62", "--out"]),
+    ],
+)
+def test_files_of_a_run_that_may_not_be_read_are_not_called_damaged(
+    run: Path, name: str, argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / name).chmod(0)
+    assert_refused(capsys, *argv, run, says=f"Permission denied: {run / name}; change its mode")
 
 
 def test_weights_of_another_network_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -575,6 +575,19 @@ def test_bf16_and_recomputed_activations_change_little(recipe: Recipe, tmp_path:
     assert {tensor.dtype for tensor in parameters(tmp_path / "rough").values()} == {torch.float32}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "bf16", "activation_checkpointing": True, "micro_batch_size": 2}]
+)
+def test_a_compiled_network_learns_the_same_at_all_lengths_of_the_prefix(
+    recipe: Recipe, tmp_path: Path, options: Any
+) -> None:
+    trainer = replace(TRAINER, short_prefix=0.8, **options)
+    plain = train(replace(recipe, max_steps=20, trainer=trainer))["bits_per_byte"]
+    compiled = replace(recipe, max_steps=20, trainer=replace(trainer, compile=True), out=str(tmp_path / "compiled"))
+    assert train(compiled)["bits_per_byte"] == pytest.approx(plain, rel=0.02 if options else 1e-3)
+
+
 def test_time_and_steps_end_a_run_whichever_comes_first(recipe: Recipe, tmp_path: Path) -> None:
     assert train(replace(recipe, max_time="1h"))["steps"] == 12
     summary = train(replace(recipe, max_steps=10**9, max_time="0.5s", out=str(tmp_path / "timed")))

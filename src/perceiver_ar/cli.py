@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         verbs[argv[0]](argv[1:])
         return 0
     except (InputError, argparse.ArgumentError) as error:
-        complain(" ".join(str(error).split()))
+        remedy = "" if isinstance(error, InputError) else f"; perceiver-ar {argv[0]} --help has all options"
+        complain(" ".join(str(error).split()) + remedy)
         return 2
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -94,7 +96,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 def make_parser(verb: str, arguments: str, description: str, examples: str) -> ArgumentParser:
-    return ArgumentParser(
+    parser = ArgumentParser(
         prog=f"perceiver-ar {verb}",
         usage=f"perceiver-ar {verb} {arguments} [OPTION...]",
         description=f"{description}\n\nexamples:\n{examples}",
@@ -102,6 +104,13 @@ def make_parser(verb: str, arguments: str, description: str, examples: str) -> A
         exit_on_error=False,
         allow_abbrev=False,
     )
+    what = "settings, such as another run's recipe.yaml" if verb == "train" else "options; those after it win"
+    parser.add_argument("--config", action="config", help=f"a YAML file of {what}")
+    return parser
+
+
+def add_paths(parser: ArgumentParser, help: str) -> None:
+    parser.add_argument("paths", nargs="*", help=help).required = False  # or the help would say that it is
 
 
 def train_verb(argv: list[str]) -> None:
@@ -115,8 +124,7 @@ def train_verb(argv: list[str]) -> None:
         "  perceiver-ar train --out runs/python --max_time 5m      (Python's own source)\n"
         "  perceiver-ar train --out runs/books --resume            (go on where it stopped)",
     )
-    parser.add_argument("paths", nargs="*", help="files, folders, patterns, or - for standard input; .gz .xz .bz2 .zst")
-    parser.add_argument("--config", action="config", help="a YAML file of settings, such as another run's recipe.yaml")
+    add_paths(parser, "files, folders, patterns, - for standard input; also .gz .xz .bz2 .zst; none: Python's source")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
     parser.add_argument("--preset", choices=list(PRESETS), help="start the --model settings from a published network")
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the settings' own words are the help
@@ -185,7 +193,7 @@ def evaluate_verb(argv: list[str]) -> None:
         "  perceiver-ar evaluate runs/books new_book.txt --json",
     )
     parser.add_argument("run", help="a run directory")
-    parser.add_argument("paths", nargs="*", help="files as for train; none: what the run held out")
+    add_paths(parser, "files as for train; none: what the run held out")
     parser.add_argument("--stride", type=int | None, help="tokens from window to window; 1 is exact and slow "
                         "(default: half the latents)")  # fmt: skip
     parser.add_argument("--num_latents", type=int | None, help="latents per window (default: as trained)")
@@ -297,6 +305,8 @@ def generate_verb(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.prompt is not None and args.prompt_file is not None:
         raise InputError("--prompt and --prompt_file are both given: choose one")
+    if args.out is not None and Path(args.out).is_dir():
+        raise InputError(f"--out {args.out} is a folder: name a file in it")
 
     import torch
 
@@ -345,14 +355,24 @@ def generate_verb(argv: list[str]) -> None:
 
 def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> list[int]:
     """The ids to go on from: the prompt as the start of a document."""
+    from perceiver_ar.data.codec import WrongModality
+
     if prompt_file is not None:
+        where = f"--prompt_file {prompt_file}"
         try:
             data = Path(prompt_file).read_bytes()
         except FileNotFoundError:
-            raise InputError(f"--prompt_file {prompt_file}: no such file") from None
+            raise InputError(f"{where}: no such file; check the path") from None
+        except IsADirectoryError:
+            raise InputError(f"{where} is a folder: name a file") from None
     else:
+        where = "--prompt"
         data = (prompt or "").encode("utf-8", errors="surrogateescape")
-    return [*codec.separator, *codec.encode(data).tolist()] or [0]
+    try:
+        pieces = [ids.tolist() for ids in codec.encode_stream([data], where)]
+    except WrongModality as error:
+        raise InputError(f"this run cannot read the prompt: {error} in training") from None
+    return [*codec.separator, *chain.from_iterable(pieces)] or [0]
 
 
 def to_device(model: Any) -> Any:

@@ -25,7 +25,8 @@ class PerceiverARConfig:
     """Settings of a `PerceiverAR`. Sizes are counts; rates are shares between 0 and 1."""
 
     vocab_size: int = 256
-    """Number of different token ids; ids are 0 ... vocab_size - 1 and none of them is special to the model."""
+    """Number of different token ids; ids are 0 ... vocab_size - 1 and none of them is special to the model.
+    Training sets it to what its data have."""
     context_length: int = 4096
     """Most tokens the model sees at once: prefix and latents together."""
     num_latents: int = 512
@@ -487,6 +488,8 @@ class Recipe:
     def from_dict(cls, settings: Mapping[str, Any], where: str = "the settings") -> Self:
         """The inverse of `to_dict`. Raises InputError that names `where` for what does not belong."""
         groups = {"model": PerceiverARConfig, "data": DataConfig, "optim": OptimConfig, "trainer": TrainerConfig}
+        if unknown := sorted(map(str, set(settings) - {entry.name for entry in dataclasses.fields(cls)})):
+            raise InputError(f"{where}: unknown settings {', '.join(unknown)}: is this a recipe of perceiver-ar?")
         try:
             for name in groups:
                 group = settings.get(name) or {}

@@ -262,7 +262,10 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         model = cls(PerceiverARConfig.load(path))
         file = path / "model.safetensors"
         try:
+            file.open("rb").close()  # safetensors takes what may not be read for missing
             tensors = load_file(file)
+        except PermissionError:
+            raise
         except FileNotFoundError:
             raise InputError(f"{file}: no such file, so there is no trained model here (yet)") from None
         except (SafetensorError, OSError) as error:

@@ -214,7 +214,8 @@ class PerceiverARModule(pl.LightningModule):
         self.model, self.recipe = model, recipe
         model.activation_checkpointing = recipe.trainer.activation_checkpointing
         # In a list, so that its parameters are not listed, and saved, a second time.
-        self.compiled: list[Any] = [torch.compile(model) if recipe.trainer.compile else model]
+        # Kernels for one shape each: there are few (see Batches), and inductor cannot lower attention of any length.
+        self.compiled: list[Any] = [torch.compile(model, dynamic=False) if recipe.trainer.compile else model]
         self.first_window = 0
         self.seconds_before = 0.0  # spent in earlier parts of a resumed run
         self.started = time.perf_counter()
@@ -561,6 +562,8 @@ def check_checkpoint(path: Path) -> None:
         content = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"state_dict", "optimizer_states", "loops", "seconds", "windows"} - set(content)
         reason = f"without {', '.join(sorted(missing))}" if missing else ""
+    except PermissionError:
+        raise
     except Exception as error:
         reason = type(error).__name__
     if reason:

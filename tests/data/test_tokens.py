@@ -344,8 +344,10 @@ def test_wrong_settings_are_named(tmp_path, options, message):
 
 
 def test_nothing_to_train_on_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="all files are empty"):
+    with pytest.raises(InputError, match="data/a is empty; give files"):
         prepare(find_files(write_files(tmp_path / "data", {"a": b""})), TEXT, tmp_path / "out")
+    with pytest.raises(InputError, match="data/a and all other files are empty; give files"):
+        prepare(find_files(write_files(tmp_path / "data", {"b": b""})), TEXT, tmp_path / "out")
     with pytest.raises(InputError, match="no files given"):
         prepare([], TEXT, tmp_path / "out")
 

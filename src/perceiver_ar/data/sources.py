@@ -201,7 +201,7 @@ def _at(path: str) -> list[Source]:
     except PermissionError:
         raise _permission_denied(path) from None
     except OSError as error:
-        raise InputError(f"{path} does not exist ({error.strerror}); check the path") from None
+        raise InputError(f"{path or 'an empty path'} does not exist ({error.strerror}); check the path") from None
     if stat.S_ISDIR(mode):
         if found := _walk(path):
             return found

@@ -279,9 +279,13 @@ def _add_all(writer: _Writer, sources: Sequence[Source], split_on: bytes | None,
             if source.named:
                 raise
             skipped.append((source.name, error))
+    if not sources:
+        raise InputError("no files given; name files, folders or patterns")
+    if not writer.lengths and skipped:
+        raise InputError(f"none of {len(skipped)} files can be read: {skipped[0][1]}")
     if not writer.lengths:
-        reason = f"none of {len(skipped)} files can be read: {skipped[0][1]}" if skipped else "all files are empty"
-        raise InputError(reason if sources else "no files given; name files, folders or patterns")
+        names = f"{sources[0].name} is" if len(sources) == 1 else f"{sources[0].name} and all other files are"
+        raise InputError(f"{names} empty; give files with something in them")
     if skipped:
         names = ", ".join(name for name, _ in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
         print(f"skipped {len(skipped)} of {len(sources)} files ({names}): {skipped[0][1]}", file=sys.stderr)
