@@ -110,7 +110,8 @@ def make_parser(verb: str, arguments: str, description: str, examples: str) -> A
 
 
 def add_paths(parser: ArgumentParser, help: str) -> None:
-    parser.add_argument("paths", nargs="*", help=help).required = False  # or the help would say that it is
+    action = parser.add_argument("paths", nargs="*", help=help)
+    action.required = False  # pyright: ignore[reportOptionalMemberAccess]  # or the help would say that it is
 
 
 def train_verb(argv: list[str]) -> None:
