@@ -215,7 +215,7 @@ class PerceiverARModule(pl.LightningModule):
         model.activation_checkpointing = recipe.trainer.activation_checkpointing
         # In a list, so that its parameters are not listed, and saved, a second time.
         # Kernels for one shape each: there are few (see Batches), and inductor cannot lower attention of any length.
-        self.compiled: list[Any] = [torch.compile(model, dynamic=False) if recipe.trainer.compile else model]
+        self.compiled: list[Any] = [torch.compile(model) if recipe.trainer.compile else model]
         self.first_window = 0
         self.seconds_before = 0.0  # spent in earlier parts of a resumed run
         self.started = time.perf_counter()
