@@ -690,6 +690,18 @@ def test_characters_of_several_bytes_come_whole(cycle: Path, capsys: pytest.Capt
     assert generated(capsys, cycle, *options, "--max_new_tokens=4") == "é\N{REPLACEMENT CHARACTER}\n"
 
 
+def test_text_ends_with_the_stop_text(cycle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--prompt=a", "--temperature=0"
+    assert generated(capsys, cycle, *options, "--stop=😀") == "é€😀\n"
+    assert generated(capsys, cycle, *options, "--stop=aé") == "é€😀aé\n"
+    assert generated(capsys, cycle, *options, "--stop=a") == "é€😀a\n"
+
+
+def test_bfloat16_and_sliding_write_text_too(cycle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--prompt=a", "--temperature=0", "--max_new_tokens=20"
+    assert generated(capsys, cycle, *options, "--precision=bf16", "--slide") == "é€😀aé€😀a\n"
+
+
 def test_a_reader_that_goes_away_ends_the_text_quietly(
     cycle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -728,6 +740,11 @@ def test_an_interrupt_keeps_what_was_written(cycle: Path, tmp_path: Path, capsys
         (["--max_new_tokens", "-1"], "max_new_tokens is -1"),
         (["--max_new_tokens", "many"], "max_new_tokens"),
         (["--repetition_penalty", "0"], "repetition_penalty is 0"),
+        (["--frequency_penalty", "inf"], "frequency_penalty"),
+        (["--refill_latents", "9"], "refill_latents is 9: it must be in 1 ... 8"),
+        (["--stop", ""], "--stop '' cannot be encoded"),
+        (["--stop", "a\udcff"], "cannot be encoded"),
+        (["--precision", "int4"], "--precision"),
         (["--promt", "a"], "--promt"),
     ],
 )

@@ -1,6 +1,10 @@
 """Generation draws from the logits of the windows it reports, row by row, whatever the batch."""
 
 import math
+import os
+import statistics
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,21 +15,11 @@ from hypothesis import strategies as st
 from reference import assert_close, configs, randomize
 from torch import Tensor
 
-from perceiver_ar import generation
-from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.config import PRESETS, PerceiverARConfig
 from perceiver_ar.errors import InputError
-from perceiver_ar.generation import (
-    Window,
-    generate,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    next_window,
-    penalise_repetition,
-    sample,
-    stream,
-)
+from perceiver_ar.generation import generate, stream
 from perceiver_ar.model import PerceiverAR
+from perceiver_ar.windows import longest_context
 
 
 def tiny(**fields: Any) -> PerceiverAR:
@@ -42,60 +36,7 @@ def random_rows(lengths: list[int], vocab_size: int, seed: int) -> list[Tensor]:
     return [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
 
 
-# Windows
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> tuple[PerceiverARConfig, int, int | None]:
-    context_length = draw(st.integers(1, 24))
-    num_latents = draw(st.integers(1, context_length))
-    config = PerceiverARConfig(
-        context_length=context_length,
-        num_latents=num_latents,
-        position_table=draw(st.sampled_from(["none", "learned"])),
-    )
-    return config, draw(st.integers(1, 40)), draw(st.none() | st.integers(1, num_latents))
-
-
-@given(plans())
-def test_windows_keep_within_the_settings_grow_and_refill(plan: tuple[PerceiverARConfig, int, int | None]) -> None:
-    config, prompt_length, refill_latents = plan
-    most, longest = config.num_latents, config.context_length
-    fewer = refill_latents or max(1, most // 2)
-    window, refills = None, 0
-    for t in range(prompt_length, prompt_length + 100):
-        previous, window = window, next_window(config, window, t, refill_latents)
-        length = t - window.start
-        assert window.start >= 0
-        assert 1 <= window.num_latents <= min(most, length)
-        assert length <= longest
-        if t <= longest:
-            assert window.start == 0  # nothing is forgotten before it must be
-        if previous is None:
-            assert window.num_latents == (t if t <= most else fewer)
-            continue
-        assert window.start >= previous.start
-        if window.num_latents == previous.num_latents + 1:
-            grown = True
-        else:
-            grown = False
-            refills += 1
-            assert window.num_latents == fewer
-            assert previous.num_latents == most or t - previous.start > longest
-        assert window.start == previous.start or not grown
-        assert length >= min(t, longest - (most - fewer))
-    assert refills >= (99 - most) // (most - fewer + 1)
-
-
-def test_windows_of_a_short_prompt_step_by_step() -> None:
-    config = PerceiverARConfig(context_length=8, num_latents=4)
-    window, seen = None, []
-    for t in range(2, 16):
-        window = next_window(config, window, t)
-        seen.append((t - window.start, window.num_latents))
-    # (length, latents): grow to 4, refill with 2 over the same context; at a full context refill over a shorter one.
-    grow = [(2, 2), (3, 3), (4, 4), (5, 2), (6, 3), (7, 4), (8, 2)]
-    assert seen == [*grow, (6, 2), (7, 3), (8, 4), (6, 2), (7, 3), (8, 4), (6, 2)]
+# Steps
 
 
 def test_position_tables_smaller_than_the_context_limit_the_window() -> None:
@@ -103,32 +44,84 @@ def test_position_tables_smaller_than_the_context_limit_the_window() -> None:
     assert generate(model, torch.zeros(2, 9, dtype=torch.long), 20).shape == (2, 20)
 
 
-# Steps
+@st.composite
+def small_presets(draw: st.DrawFn) -> PerceiverARConfig:
+    context_length = draw(st.integers(1, 10))
+    num_layers = draw(st.integers(0, 2))
+    return PerceiverARConfig.preset(
+        draw(st.sampled_from(sorted(PRESETS))),
+        vocab_size=draw(st.integers(2, 7)),
+        context_length=context_length,
+        num_latents=draw(st.integers(1, context_length)),
+        dim=8,
+        num_heads=2,
+        head_dim=draw(st.sampled_from([4, 5])),
+        num_layers=num_layers,
+        cross_layers=tuple(sorted(draw(st.lists(st.integers(0, num_layers), min_size=1, max_size=3)))),
+    )
 
 
-@settings(max_examples=40)
+def check_every_step(data: st.DataObject, seed: int) -> None:
+    """Draws a model, a ragged prompt and settings; goes on until every row has refilled thrice and its start moved."""
+    config = data.draw(st.one_of(configs(), small_presets()))
+    if config.index_dims and data.draw(st.booleans()):
+        config = config.replace(index_dims=(2, 3))  # fewer positions than the context has tokens
+    dtype, tolerance = data.draw(st.sampled_from([(torch.float64, 1e-9), (torch.float32, 1e-4)]))
+    model = randomize(PerceiverAR(config).to(dtype).eval(), seed)
+    longest = longest_context(config)
+    lengths = data.draw(st.lists(st.integers(1, 2 * longest), min_size=1, max_size=3))
+    some_latents = st.none() | st.integers(1, config.num_latents)
+    options: Any = {"refill_latents": data.draw(some_latents), "prompt_latents": data.draw(some_latents)}
+    fewer = options["refill_latents"] or max(1, config.num_latents // 2)
+    count = longest + 3 * (config.num_latents - fewer + 1)
+
+    prompt = random_rows(lengths, config.vocab_size, seed)
+    rows = [row.tolist() for row in prompt]
+    starts, refills, latents = [0] * len(rows), [0] * len(rows), [0] * len(rows)
+    steps = 0
+    for step in stream(model, prompt, max_new_tokens=count, seed=seed, **options):
+        for r, row in enumerate(rows):
+            start, num_latents = int(step.window_start[r]), int(step.num_latents[r])
+            context = torch.tensor([row[start:]])
+            assert context.shape[1] <= config.context_length
+            with torch.no_grad():
+                expected = model(context, prefix_len=context.shape[1] - num_latents)[0, -1]
+            assert_close(step.logits[r], expected, tolerance)
+            refills[r] += num_latents != latents[r] + 1
+            starts[r], latents[r] = start, num_latents
+            row.append(int(step.tokens[r]))
+            assert_close(step.logprobs[r], step.logits[r].double().log_softmax(-1)[row[-1]], 1e-12)
+        steps += 1
+    assert steps == count
+    assert min(refills) >= 3
+    assert min(starts) > 0
+
+
+@settings(max_examples=200)
 @given(st.data(), seeds)
 def test_every_step_has_the_logits_of_an_uncached_forward_over_the_window_it_reports(
     data: st.DataObject, seed: int
 ) -> None:
-    config = data.draw(configs())
-    model = randomize(PerceiverAR(config).double().eval(), seed)
-    longest = 2 * config.context_length
-    lengths = data.draw(st.lists(st.integers(1, longest), min_size=1, max_size=3))
-    refill_latents = data.draw(st.none() | st.integers(1, config.num_latents))
-    prompt = random_rows(lengths, config.vocab_size, seed)
-    rows = [row.tolist() for row in prompt]
-    count = 0
-    for step in stream(model, prompt, max_new_tokens=longest, seed=seed, refill_latents=refill_latents):
-        for r, row in enumerate(rows):
-            context = torch.tensor([row[int(step.window_start[r]) :]])
-            assert context.shape[1] <= config.context_length
-            with torch.no_grad():
-                expected = model(context, prefix_len=context.shape[1] - int(step.num_latents[r]))[0, -1]
-            assert_close(step.logits[r], expected, 1e-9)
-            row.append(int(step.tokens[r]))
-        count += 1
-    assert count == longest
+    check_every_step(data, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000)
+@given(st.data(), seeds)
+def test_thousands_of_models_give_the_logits_of_uncached_forwards(data: st.DataObject, seed: int) -> None:
+    check_every_step(data, seed)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_far_from_the_start_the_logits_are_those_of_an_uncached_forward(dtype: torch.dtype, tolerance: float) -> None:
+    model = tiny().to(dtype)
+    row = torch.randint(11, (1_000_000,), generator=torch.Generator().manual_seed(0))
+    for step in stream(model, row, max_new_tokens=30, seed=0):
+        context = row[int(step.window_start) :]
+        with torch.no_grad():
+            expected = model(context[None], prefix_len=len(context) - int(step.num_latents))[:, -1]
+        assert_close(step.logits, expected, tolerance)
+        row = torch.cat([row, step.tokens])
 
 
 @settings(max_examples=15)
@@ -138,7 +131,7 @@ def test_a_row_gives_the_same_alone_in_a_batch_and_in_any_order(
 ) -> None:
     model = tiny(position_table="learned") if table else MODEL
     prompt = random_rows(lengths, 11, seed)
-    options: Any = {"top_p": 0.9, "repetition_penalty": 1.2, "temperature": 1.1}
+    options: Any = {"top_p": 0.9, "repetition_penalty": 1.2, "temperature": 1.1, "frequency_penalty": 0.1}
     together = generate(model, prompt, 16, seed=seed, **options)
     for r, row in enumerate(prompt):
         assert generate(model, row, 16, seed=seed + r, **options)[0].tolist() == together[r].tolist()
@@ -195,22 +188,16 @@ def test_steps_draw_as_hugging_face_orders_the_filters() -> None:
         row.append(int(step.tokens[0]))
 
 
-def test_a_finished_row_repeats_its_stop_token_and_costs_no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_row_repeats_its_stop_token_and_costs_no_forward() -> None:
     prompt, stops = [[1], [2, 3], [4, 5, 6]], [0, 7]
     sizes = []
-    next_logits = generation.next_logits
-
-    def counting(model: PerceiverAR, contexts: Any, windows: Any) -> Tensor:
-        sizes.append(len(contexts))
-        return next_logits(model, contexts, windows)
-
-    monkeypatch.setattr(generation, "next_logits", counting)
     free = generate(MODEL, prompt, 60, seed=4)
     first = [next(i for i, token in enumerate(row) if token in stops) for row in free.tolist()]
     assert len(set(first)) == 3
     assert min(first) > 0
-    sizes.clear()
+    hook = MODEL.head.register_forward_hook(lambda module, inputs, logits: sizes.append(len(logits)))
     steps = list(stream(MODEL, prompt, max_new_tokens=60, seed=4, stop_tokens=stops))
+    hook.remove()
     ids = torch.stack([step.tokens for step in steps], dim=1)
     assert len(steps) == max(first) + 1  # ends with the last row
     for r, at in enumerate(first):
@@ -252,6 +239,7 @@ def test_between_steps_the_model_is_as_it_was() -> None:
     for i, step in enumerate(steps):
         assert int(step.tokens) == int(expected[0, i])
         assert not step.logits.requires_grad
+        assert not step.logits.is_inference()
         assert [module.training for module in model.modules()] == modes
         assert torch.is_grad_enabled()
         if i == 5:
@@ -272,64 +260,135 @@ def test_low_precision_models_generate() -> None:
     assert step.tokens.dtype == torch.int64
 
 
+def test_autocast_generates_what_its_forward_predicts() -> None:
+    model, row = tiny().float(), [1, 2, 3]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for step in stream(model, [row], max_new_tokens=12, seed=0):
+            context = torch.tensor([row[int(step.window_start) :]])
+            expected = model(context, prefix_len=context.shape[1] - int(step.num_latents))[:, -1]
+            assert_close(step.logits, expected, 0.05)
+            row.append(int(step.tokens))
+
+
 def test_nothing_is_generated_where_nothing_is_asked_for() -> None:
     assert generate(MODEL, [[1], [2, 3]], 0).shape == (2, 0)
     assert list(stream(MODEL, [[1]], max_new_tokens=0)) == []
 
 
-# Filters
-
-rows_of_logits = st.lists(
-    st.lists(st.floats(-6, 6).map(lambda x: round(x, 3)), min_size=7, max_size=7, unique=True), min_size=1, max_size=3
-).map(lambda rows: torch.tensor(rows, dtype=torch.float64))
-
-
-def kept(logits: Tensor) -> list[set[int]]:
-    return [{i for i, x in enumerate(row) if x > -math.inf} for row in logits.tolist()]
-
-
-@given(rows_of_logits, st.integers(1, 9))
-def test_top_k_keeps_the_k_most_likely(logits: Tensor, k: int) -> None:
-    filtered = keep_top_k(logits, k)
-    assert kept(filtered) == [set(sorted(range(7), key=lambda i, row=row: -row[i])[:k]) for row in logits.tolist()]
-    assert torch.equal(torch.where(filtered > -math.inf, filtered, logits), logits)
+@pytest.mark.slow
+def test_a_hundred_thousand_tokens_take_constant_memory_and_time_each() -> None:
+    config = PerceiverARConfig(context_length=4096, num_latents=64, dim=32, num_layers=2, num_heads=2)
+    model = randomize(PerceiverAR(config).eval(), seed=0)
+    seconds, memory, start = [], [], time.perf_counter()
+    for i, _ in enumerate(stream(model, [[1]], max_new_tokens=100_000, seed=0), start=1):
+        if i % 10_000 == 0:
+            seconds.append(time.perf_counter() - start)
+            memory.append(resident_bytes())
+            start = time.perf_counter()
+    print(f"seconds per 10,000 tokens {[round(s, 1) for s in seconds]}, MB {[m >> 20 for m in memory]}")
+    assert len(seconds) == 10
+    assert max(memory[1:]) - memory[1] < 20 << 20
+    assert statistics.median(seconds[-3:]) < 1.5 * statistics.median(seconds[1:4])
 
 
-@given(rows_of_logits, st.floats(0.001, 1))
-def test_top_p_keeps_the_fewest_with_that_probability(logits: Tensor, p: float) -> None:
-    filtered = keep_top_p(logits, p)
-    for row, chosen in zip(logits.softmax(-1).tolist(), kept(filtered), strict=True):
-        order = sorted(range(7), key=lambda i: -row[i])
-        fewest = next((n for n in range(1, 8) if sum(row[i] for i in order[:n]) >= p - 1e-9), 7)
-        most = next((n for n in range(1, 8) if sum(row[i] for i in order[:n]) >= p + 1e-9), 7)
-        assert chosen in [set(order[:n]) for n in range(fewest, most + 1)]
-    assert torch.equal(torch.where(filtered > -math.inf, filtered, logits), logits)
+def resident_bytes() -> int:
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        pytest.skip("the memory of a process is read from /proc")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@given(rows_of_logits, st.floats(0, 1))
-def test_min_p_keeps_those_not_much_less_likely_than_the_best(logits: Tensor, p: float) -> None:
-    for row, chosen in zip(logits.softmax(-1).tolist(), kept(keep_min_p(logits, p)), strict=True):
-        assert {i for i in range(7) if row[i] >= (p + 1e-9) * max(row)} <= chosen
-        assert chosen <= {i for i in range(7) if row[i] >= (p - 1e-9) * max(row)}
-        assert row.index(max(row)) in chosen
+# Settings
 
 
-@given(rows_of_logits, st.floats(0.1, 5), st.sets(st.integers(0, 6)))
-def test_the_penalty_is_for_the_ids_seen(logits: Tensor, penalty: float, ids: set[int]) -> None:
-    seen = torch.tensor([i in ids for i in range(7)]).expand_as(logits)
-    for row, after in zip(logits.tolist(), penalise_repetition(logits, seen, penalty).tolist(), strict=True):
-        for i, (x, y) in enumerate(zip(row, after, strict=True)):
-            assert y == (x if i not in ids else x / penalty if x > 0 else x * penalty)
+def test_samples_are_rows_of_their_own_and_the_prompt_is_read_once() -> None:
+    prompt, read = random_rows([9, 5], 11, seed=0), []
+    expected = generate(MODEL, [row for row in prompt for _ in range(3)], 20, seed=2)
+    hook = MODEL.cross_attention[0].kv_proj.register_forward_hook(  # type: ignore[union-attr]
+        lambda module, inputs, output: read.append(output.shape[0] * output.shape[1])
+    )
+    steps = stream(MODEL, prompt, max_new_tokens=20, seed=2, num_samples=3)
+    step = next(steps)
+    hook.remove()
+    assert sum(read) == 9 - 1 + 5 - 1 + 6  # each prompt once, but for its last token
+    tokens = torch.stack([step.tokens, *(step.tokens for step in steps)], dim=1)
+    assert torch.equal(tokens, expected)
 
 
-def test_samples_follow_the_softmax() -> None:
-    p = torch.tensor([0.5, 0.3, 0.2, 0.0])
-    generator = torch.Generator().manual_seed(0)
-    logits = 2 * p.log().expand(20, 1000, 4)
-    counts = torch.bincount(sample(logits, 2.0, generator=generator).flatten(), minlength=4)
-    assert ((counts / 20_000 - p).abs() < 4 * (p * (1 - p) / 20_000).sqrt() + 1e-12).all()
-    assert sample(logits, 0.0).shape == (20, 1000)
-    assert sample(p, 0.0) == 0
+def test_a_row_ends_with_a_stop_sequence() -> None:
+    free = generate(MODEL, [[1], [2, 3]], 60, seed=4).tolist()
+    sequence = free[0][20:23]
+    at = next(i for i in range(3, 60) if free[0][i - 3 : i] == sequence)
+    ids = generate(MODEL, [[1], [2, 3]], 60, seed=4, stop_sequences=[[0, 0, 0, 0, 0, 0], sequence])
+    assert ids[0].tolist() == free[0][:at] + [sequence[-1]] * (ids.shape[1] - at)
+    # What the prompt ends with is no part of it.
+    prompt, last = [[1, *sequence[:-1]]], sequence[-1]
+    assert generate(MODEL, prompt, 2, allowed_next=only(last), stop_sequences=[sequence]).tolist() == [[last, last]]
+
+
+def only(*ids: int) -> Any:
+    allowed = torch.zeros(11, dtype=torch.bool)
+    allowed[list(ids)] = True
+    return lambda row: allowed
+
+
+def test_only_ids_that_may_come_next_are_drawn() -> None:
+    def alternate(row: Tensor) -> Tensor:
+        return torch.arange(11) % 2 != row[-1] % 2
+
+    for temperature in (0.0, 5.0):
+        ids = generate(MODEL, [[1], [2]], 30, seed=0, allowed_next=alternate, temperature=temperature)
+        assert (ids[:, 1:] % 2 != ids[:, :-1] % 2).all()
+        assert (ids[:, 0] % 2).tolist() == [0, 1]
+    with pytest.raises(InputError, match=r"row 1 cannot go on after 3 tokens: .* leave no id that may come next"):
+        generate(MODEL, [[1, 1], [2, 2, 2]], 1, allowed_next=lambda row: torch.full((11,), len(row) < 3))
+
+
+def test_processors_are_called_as_those_of_transformers() -> None:
+    seen = []
+
+    def ban_the_last(input_ids: Tensor, scores: Tensor) -> Tensor:
+        seen.append(input_ids[0].tolist())
+        return scores.scatter(1, input_ids[:, -1:], float("-inf"))
+
+    ids = generate(MODEL, [[1, 2]], 30, seed=0, logits_processors=[ban_the_last])[0].tolist()
+    assert all(a != b for a, b in zip([2, *ids], ids, strict=False))
+    assert seen == [[1, 2, *ids[:i]] for i in range(30)]
+    with pytest.raises(InputError, match=r"row 0 cannot go on after 1 tokens: .* leave NaN"):
+        generate(MODEL, [[1]], 1, logits_processors=[lambda input_ids, scores: scores * math.nan])
+
+
+def test_the_frequency_penalty_counts_what_the_row_has_drawn() -> None:
+    row, drawn = [3, 3, 3], [0] * 11
+    for step in stream(MODEL, [row], max_new_tokens=40, temperature=0.0, frequency_penalty=0.7):
+        expected = [x - 0.7 * n for x, n in zip(step.logits[0].tolist(), drawn, strict=True)]
+        assert int(step.tokens) == expected.index(max(expected))
+        drawn[int(step.tokens)] += 1
+    assert sum(n > 0 for n in drawn) > 2
+
+
+@pytest.mark.parametrize("num_layers", [0, 1])
+def test_sliding_windows_are_exact_where_latents_know_nothing_of_each_other(num_layers: int) -> None:
+    # Keys and values of the first self-attention layer depend on the context alone, and here it drops nothing.
+    model = tiny(num_layers=num_layers, context_length=40)
+    row = [1, 2, 3, 4, 5, 6, 7]
+    for i, step in enumerate(stream(model, [row], max_new_tokens=33, seed=3, slide=True)):
+        assert step.window_start == 0
+        assert step.num_latents == min(2 + i, 4)
+        with torch.no_grad():
+            expected = model(torch.tensor([row]), prefix_len=len(row) - int(step.num_latents))[:, -1]
+        assert_close(step.logits, expected, 1e-9)
+        row.append(int(step.tokens))
+
+
+@pytest.mark.parametrize("fields", [{}, {"latent_keys": "query"}, {"position_table": "learned"}])
+def test_sliding_rows_give_the_same_alone_and_in_a_batch(fields: dict[str, Any]) -> None:
+    model, prompt = tiny(**fields), random_rows([1, 5, 14], 11, seed=0)
+    together = list(stream(model, prompt, max_new_tokens=40, seed=0, slide=True))
+    for r, row in enumerate(prompt):
+        for a, b in zip(together, stream(model, row, max_new_tokens=40, seed=r, slide=True), strict=True):
+            assert_close(a.logits[r], b.logits[0], 1e-9)
+            assert a.tokens[r] == b.tokens[0]
 
 
 # Errors
@@ -358,7 +417,11 @@ def test_samples_follow_the_softmax() -> None:
         ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ([[1]], {"refill_latents": 0}, "refill_latents is 0"),
         ([[1]], {"refill_latents": 5}, r"refill_latents is 5: it must be in 1 \.\.\. 4"),
+        ([[1]], {"prompt_latents": 5}, r"prompt_latents is 5: it must be in 1 \.\.\. 4"),
         ([[1]], {"stop_tokens": [11]}, "stop_tokens has id 11"),
+        ([[1]], {"stop_sequences": [[1], []]}, "a stop sequence is empty"),
+        ([[1]], {"num_samples": 0}, "num_samples is 0"),
+        ([[1]], {"frequency_penalty": math.inf}, "frequency_penalty is inf"),
         ([[1]], {"seed": [1, 2]}, "seed has 2 numbers, the prompt 1 rows"),
     ],
 )
@@ -373,7 +436,3 @@ def test_weights_of_nan_are_named() -> None:
     torch.nn.init.constant_(model.head.weight, math.nan)
     with pytest.raises(InputError, match="the model's weights give NaN"):
         generate(model, [[1]], 3)
-
-
-def test_a_window_is_a_plain_value() -> None:
-    assert Window(1, 2) == Window(1, 2)

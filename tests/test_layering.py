@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 BOTTOM = {"errors", "files"}
 NETWORK = BOTTOM | {"config", "attention", "heads", "streaming", "cache", "model"}
-BELOW_THE_TASKS = NETWORK | {"objective", "generation", "optim", "data", "run", "costs"}
+BELOW_THE_TASKS = NETWORK | {"objective", "windows", "sampling", "generation", "optim", "data", "run", "costs"}
 
 # Every module, or folder of modules, and what it may import of ours. Modules of one folder may import each other.
 MAY_IMPORT = {
@@ -25,15 +25,17 @@ MAY_IMPORT = {
     "attention": BOTTOM | {"config"},
     "heads": BOTTOM | {"config"},
     "streaming": BOTTOM | {"config", "attention", "heads"},
-    "cache": BOTTOM | {"config"},
+    "cache": BOTTOM | {"config", "attention"},
     "model": NETWORK - {"model"},
     "objective": NETWORK,
-    "generation": NETWORK,
+    "windows": BOTTOM | {"config"},
+    "sampling": BOTTOM,
+    "generation": NETWORK | {"windows", "sampling"},
     "optim": {"errors", "config"},
     "costs": BOTTOM | {"config"},
     "data": BOTTOM | {"config"},
     "run": NETWORK | {"data"},
-    "compat": BOTTOM | {"config", "model", "objective", "generation"},
+    "compat": BOTTOM | {"config", "model", "objective", "sampling", "generation"},
     "evaluation": BELOW_THE_TASKS,
     "plots": BOTTOM | {"config", "evaluation"},
     "training": BELOW_THE_TASKS | {"evaluation", "plots"},
@@ -51,7 +53,7 @@ ONLY_IN = {
     "transformers": "huggingface",
     "matplotlib": "plots",
 }
-WITHOUT_TORCH = {"errors", "files", "config", "costs"}
+WITHOUT_TORCH = {"errors", "files", "config", "costs", "windows"}
 
 
 class Import(NamedTuple):

@@ -289,7 +289,7 @@ def generate_verb(argv: list[str]) -> None:
         "Lets the model of a run write, and shows it as it is drawn.",
         "  perceiver-ar generate runs/books --prompt 'Call me'\n"
         "  perceiver-ar generate runs/code --prompt_file start.py --max_new_tokens 2000 --top_p 0.95\n"
-        "  perceiver-ar generate runs/books --seed 1 --out sample.txt",
+        "  perceiver-ar generate runs/books --stop '\n\n' --seed 1 --out sample.txt",
     )
     parser.add_argument("run", help="a run directory")
     parser.add_argument("--prompt", type=str | None, help="text to go on from")
@@ -300,7 +300,16 @@ def generate_verb(argv: list[str]) -> None:
     parser.add_argument("--top_p", type=float | None, help="draw from the likeliest tokens that hold this share")
     parser.add_argument("--min_p", type=float | None, help="draw from tokens at least so likely as a share of the best")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes used tokens less likely")
+    parser.add_argument(
+        "--frequency_penalty", type=float, default=0.0, help="taken from a token's logit per earlier use"
+    )
+    parser.add_argument("--stop", type=str | None, help="end once this was written")
     parser.add_argument("--ignore_end", action="store_true", help="go on where a document ends, with a new one")
+    parser.add_argument(
+        "--refill_latents", type=int | None, help="latents to go on with when all are used (default: half)"
+    )
+    parser.add_argument("--slide", action="store_true", help="drop the oldest latent instead: constant time per token")
+    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of weights and computation")
     parser.add_argument("--seed", type=int | None, help="the same seed draws the same text")
     parser.add_argument("--out", type=str | None, help="also write what was generated into this file")
     args = parser.parse_args(argv)
@@ -318,7 +327,10 @@ def generate_verb(argv: list[str]) -> None:
 
     run = Run.open(args.run)
     model, codec = to_device(run.model()), run.codec()
+    if args.precision == "bf16":
+        model = model.to(torch.bfloat16)
     prompt = prompt_ids(codec, args.prompt, args.prompt_file)
+    stop = stop_bytes(codec, args.stop)
     steps = stream(
         model,
         torch.tensor(prompt)[None],
@@ -328,10 +340,14 @@ def generate_verb(argv: list[str]) -> None:
         top_p=args.top_p,
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
+        frequency_penalty=args.frequency_penalty,
         stop_tokens=() if args.ignore_end else codec.separator[-1:],
         seed=args.seed,
+        refill_latents=args.refill_latents,
+        slide=args.slide,
     )
     ids: list[int] = []
+    ending = b""
     text, started = Utf8Stream(), time.perf_counter()
     interrupted = False
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -339,8 +355,13 @@ def generate_verb(argv: list[str]) -> None:
     try:
         for step in steps:
             ids.append(int(step.tokens[0]))
-            sys.stdout.write(text.push(codec.decode([ids[-1]])))
+            data = codec.decode([ids[-1]])
+            sys.stdout.write(text.push(data))
             sys.stdout.flush()
+            ending += data
+            if stop and stop in ending:
+                break
+            ending = ending[1 - len(stop) :] if len(stop) > 1 else b""
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -374,6 +395,21 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
     except WrongModality as error:
         raise InputError(f"this run cannot read the prompt: {error} in training") from None
     return [*codec.separator, *chain.from_iterable(pieces)] or [0]
+
+
+def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
+    """The bytes that end a text, empty without any. Looked for in bytes, as a tokenizer may write them in many ways."""
+    if stop is None:
+        return b""
+    stop = stop.replace("\\n", "\n").replace("\\t", "\t")  # shells pass backslashes on
+    data = stop.encode("utf-8", errors="surrogateescape")
+    try:
+        written = codec.decode(codec.encode(data))
+    except InputError as error:
+        raise InputError(f"--stop {stop!r} cannot be encoded: {error}") from None
+    if not data or written != data:
+        raise InputError(f"--stop {stop!r} cannot be encoded: give text that the model can write")
+    return data
 
 
 def to_device(model: Any) -> Any:

@@ -1,40 +1,38 @@
-"""Generation: every token is drawn from the logits of a forward over a stated window of its row.
+"""Generation: every token is drawn from the logits of a forward over a stated window of its row (windows.py).
 
-A window says which tokens are context and how many of them are latents. Every token adds a latent; when all are used,
-the same context is taken again with fewer (refill; the authors' sampling, Hawthorne et al. 2022, arXiv 2202.07765).
-Windows follow from numbers of tokens alone and rows know nothing of each other, so a row gives the same tokens alone
-and in any batch.
+Each step computes one latent per row, over cached keys and values (cache.py); where a row's window refills, its other
+latents are computed anew before, over the cached prefix. Rows know nothing of each other, so a row gives the same
+tokens alone and in any batch.
 
 Shapes: B batch, T tokens of a row so far, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from perceiver_ar.cache import Cache
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.model import PerceiverAR
+from perceiver_ar.sampling import LogitsProcessor, Sampling, penalise_repetition
+from perceiver_ar.windows import Schedule, longest_context, next_window
 
 Prompt = Tensor | Sequence[Any]
 """(B, T) or (T,) integer ids, or rows of any lengths: a list of 1-D sequences, arrays or tensors of ids."""
 
-
-@dataclass(frozen=True)
-class Window:
-    """Of a row's tokens 0 ... t - 1, those from `start` on are the context, and its last `num_latents` are latents."""
-
-    start: int
-    num_latents: int
+READ = 4096
+"""Prefix tokens to read into the cache at once, over all rows: their activations are all that is held beside it."""
 
 
 class Step(NamedTuple):
-    """One new token per row. In a row that finished before, everything repeats the step that drew its stop token."""
+    """One new token per row. In a row that finished before, everything repeats the step that drew its last token."""
 
     tokens: Tensor
     """(B,) int64, on the prompt's device (CPU for lists)."""
@@ -45,48 +43,8 @@ class Step(NamedTuple):
     """(B,) int64."""
     num_latents: Tensor
     """(B,) int64."""
-
-
-def next_window(
-    config: PerceiverARConfig, previous: Window | None, num_tokens: int, refill_latents: int | None = None
-) -> Window:
-    """The window for the token after the first `num_tokens` of a row; `previous` was for the token before, if any.
-
-    Always 0 <= start, num_tokens - start <= context_length and 1 <= num_latents <= min(config.num_latents,
-    num_tokens - start); starts never go back.
-    """
-    most, fewer = config.num_latents, refill_latents or max(1, config.num_latents // 2)
-    longest = min(config.context_length, config.max_positions or config.context_length)
-    # Past the context length the start moves, but only at refills, and then far enough to grow again: latents remember
-    # the tokens they have read, so what a cache keeps of them is true only as long as the context begins where it did.
-    start = 0 if previous is None else previous.start
-    full = num_tokens - start > longest
-    if full:
-        start = num_tokens - max(longest - (most - fewer), 1)
-    if previous is None:
-        num_latents = num_tokens if num_tokens <= most else fewer
-    elif previous.num_latents >= most or full:
-        num_latents = fewer
-    else:
-        num_latents = previous.num_latents + 1
-    return Window(start, min(num_latents, num_tokens - start))
-
-
-def next_logits(model: PerceiverAR, contexts: Sequence[Tensor], windows: Sequence[Window]) -> Tensor:
-    """Logits (rows, V) of each row's next token, given the tokens (n,) in its window, n its own.
-
-    Rows whose windows have the same shape go through the network together. A cache would replace this function alone.
-    """
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for row, (context, window) in enumerate(zip(contexts, windows, strict=True)):
-        shapes.setdefault((len(context), window.num_latents), []).append(row)
-    parts, order = [], []
-    for (length, num_latents), rows in shapes.items():
-        batch = torch.stack([contexts[row] for row in rows])
-        # The head is applied to the last latent alone: elsewhere it costs as much as a layer and is not asked for.
-        parts.append(model.head(model.latents(batch, length - num_latents)[:, -1]))
-        order += rows
-    return torch.cat(parts)[torch.tensor(order).argsort().to(parts[0].device)]
+    logprobs: Tensor
+    """(B,) float64, the tokens' log-probabilities under the logits."""
 
 
 def stream(
@@ -99,109 +57,141 @@ def stream(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    allowed_next: Callable[[Tensor], Tensor] | None = None,
     stop_tokens: Sequence[int] = (),
+    stop_sequences: Sequence[Sequence[int]] = (),
+    num_samples: int = 1,
     seed: int | Sequence[int] | None = None,
     refill_latents: int | None = None,
+    prompt_latents: int | None = None,
+    slide: bool = False,
 ) -> Iterator[Step]:
     """Continues every row of a prompt token by token.
 
     Whatever mode the model is in, it computes in evaluation mode and without gradients; between steps it is as it was.
+    The cache has the type of the model's weights, or of autocast, and room for the longest context that comes up.
 
     Args:
-        prompt: see `Prompt`; every row has at least one token.
+        prompt: see `Prompt`; every row has at least one token. Of longer rows the model sees the last context_length.
         max_new_tokens: most steps to make.
-        temperature: divides the logits; 0: always the most likely token, and no filter matters but the penalty.
+        temperature: divides the logits; 0: always the most likely token, and no filter matters but the penalties.
         top_k, top_p, min_p, repetition_penalty: see `keep_top_k`, `keep_top_p`, `keep_min_p`, `penalise_repetition`
-            (of ids in the row's prompt and output). Applied as in Hugging Face transformers: penalty, temperature,
-            top-k, top-p, min-p.
+            (of ids in the row's prompt and output) in `perceiver_ar.sampling`. Applied as in Hugging Face
+            transformers: penalties, processors, temperature, top-k, top-p, min-p.
+        frequency_penalty: subtracted from an id's logit for each time that the row has drawn it.
+        logits_processors: callables that turn a row's ids so far (1, T) and logits (1, V) float64, on the CPU, into
+            other logits, as those of Hugging Face transformers.
+        allowed_next: from a row's ids so far (T,) to (V,) bool, True where an id may come next; say a codec's order.
         stop_tokens: a row that draws one of these ids is finished: it repeats that id and costs nothing more. The
             stream ends when all rows are finished.
+        stop_sequences: a row whose output ends with one of these sequences of ids is finished likewise.
+        num_samples: rows of output for each row of the prompt, next to each other; the prompt is read once.
         seed: of the draws. An integer: row r uses seed + r; a sequence: one for each row; None: new ones each time.
             What a row draws depends on its own seed and tokens only.
         refill_latents: with how many latents to go on when all are used, 1 ... num_latents; None: half of them. Fewer:
             refills are rarer, and the tokens right after one are predicted with less depth.
+        prompt_latents: with how many to begin, 1 ... num_latents; None: as many as the prompt has tokens, or, if that
+            is too many, refill_latents. 1, with half at refills, is how the authors sample.
+        slide: instead of refills, drop the oldest latent, and the oldest token of a full context. Every step then costs
+            the same, but the remaining latents still know what the dropped ones knew: after the first drop the logits
+            are those of no single forward. With position tables a full context is still followed by a refill.
 
     Raises:
-        InputError: at once for arguments that cannot work, later if the model's weights give NaN.
+        InputError: at once for arguments that cannot work; later if the model's weights give NaN, or a row may not go
+            on with any id.
     """
     config = model.config
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty)
     require(max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}: it must not be negative")
-    require(0 <= temperature < math.inf, f"temperature is {temperature}: it must be 0 (greedy) or more, and finite")
-    require(top_k is None or top_k >= 1, f"top_k is {top_k}: it must be at least 1, or left out")
-    require(top_p is None or 0 < top_p <= 1, f"top_p is {top_p}: it must be in (0, 1], or left out")
-    require(min_p is None or 0 <= min_p <= 1, f"min_p is {min_p}: it must be in [0, 1], or left out")
-    require(
-        0 < repetition_penalty < math.inf,
-        f"repetition_penalty is {repetition_penalty}: it must be more than 0, where 1 changes nothing",
-    )
-    require(
-        refill_latents is None or 1 <= refill_latents <= config.num_latents,
-        f"refill_latents is {refill_latents}: it must be in 1 ... {config.num_latents}, the model's num_latents",
-    )
-    stops = {int(token) for token in stop_tokens}
-    for token in stops:
+    require(num_samples >= 1, f"num_samples is {num_samples}: it must be at least 1")
+    for name, value in {"refill_latents": refill_latents, "prompt_latents": prompt_latents}.items():
         require(
-            0 <= token < config.vocab_size,
-            f"stop_tokens has id {token}: this model's vocabulary is ids 0 ... {config.vocab_size - 1}",
+            value is None or 1 <= value <= config.num_latents,
+            f"{name} is {value}: it must be in 1 ... {config.num_latents}, the model's num_latents",
         )
-    rows = prompt_rows(prompt, config.vocab_size)
-    generators = _generators(seed, len(rows))
+    stops = [(int(token),) for token in stop_tokens] + [tuple(map(int, sequence)) for sequence in stop_sequences]
+    for stop in stops:
+        require(len(stop) > 0, "a stop sequence is empty: give at least one id, or leave it out")
+        for token in stop:
+            require(
+                0 <= token < config.vocab_size,
+                f"stop_tokens has id {token}: this model's vocabulary is ids 0 ... {config.vocab_size - 1}",
+            )
+    prompts = prompt_rows(prompt, config.vocab_size)
+    generators = _generators(seed, len(prompts) * num_samples)
+    schedule = Schedule(refill_latents, prompt_latents, slide)
 
-    def choose(logits: Tensor, seen: Tensor | None, generators: Sequence[torch.Generator]) -> list[int]:
-        if seen is not None:
+    def adjust(row: _Row, logits: Tensor) -> Tensor:
+        """Logits (V,) after penalties, processors and what is allowed."""
+        if repetition_penalty != 1.0:
+            seen = torch.zeros(len(logits), dtype=torch.bool)
+            seen[list(row.seen)] = True
             logits = penalise_repetition(logits, seen, repetition_penalty)
-        if temperature == 0:
-            return sample(logits, 0.0).tolist()
-        # Less the largest: a temperature near zero may not overflow.
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-        if top_k is not None:
-            logits = keep_top_k(logits, top_k)
-        if top_p is not None:
-            logits = keep_top_p(logits, top_p)
-        if min_p is not None:
-            logits = keep_min_p(logits, min_p)
-        return [int(sample(row, generator=generator)) for row, generator in zip(logits, generators, strict=True)]
+        if frequency_penalty != 0.0:
+            times = torch.zeros_like(logits)
+            times[list(row.drawn)] = torch.tensor(list(row.drawn.values()), dtype=times.dtype)
+            logits = logits - frequency_penalty * times
+        if row.history is not None:
+            ids = torch.tensor(row.history)
+            for processor in logits_processors:
+                logits = processor(ids[None], logits[None])[0]
+            if allowed_next is not None:
+                logits = logits.masked_fill(~allowed_next(ids).cpu(), float("-inf"))
+            best = float(logits.amax())
+            require(
+                math.isfinite(best),
+                f"row {row.index} cannot go on after {len(ids)} tokens: logits_processors and allowed_next leave "
+                f"{'NaN' if math.isnan(best) else 'no id that may come next'}",
+            )
+        return logits
 
     def steps() -> Iterator[Step]:
-        device, home = model.embed.weight.device, rows[0].device
-        states = []
-        for tokens, generator in zip(rows, generators, strict=True):
-            window = next_window(config, None, len(tokens), refill_latents)
-            states.append(_Row(tokens[window.start :].to(device), len(tokens), window, generator))
-        seen = None
-        if repetition_penalty != 1.0:
-            seen = torch.zeros(len(rows), config.vocab_size, dtype=torch.bool)
-            for r, tokens in enumerate(rows):
-                seen[r, tokens.cpu()] = True
+        if max_new_tokens == 0:
+            return
+        home = prompts[0].device
+        rows = [
+            _Row(i, prompts[i // num_samples], generator, config, schedule, bool(logits_processors or allowed_next))
+            for i, generator in enumerate(generators)
+        ]
+        plain = repetition_penalty == 1.0 and frequency_penalty == 0.0 and rows[0].history is None
+        tokens, starts, latents = ([0] * len(rows) for _ in range(3))
+        logprobs = torch.empty(len(rows), dtype=torch.float64)
         logits: Tensor | None = None
+        modules = list(model.modules())
+        with _inference(modules):
+            decoder = Decoder(model, rows, num_samples, max_new_tokens)
         for _ in range(max_new_tokens):
-            active = [r for r, row in enumerate(states) if not row.finished]
-            if not active:
+            if not decoder.rows:
                 return
-            now = [states[r] for r in active]
-            with evaluation_mode(model), torch.no_grad():
-                fresh = next_logits(model, [row.context for row in now], [row.window for row in now])
-            # Drawn on the CPU in float64: what a seed gives does not depend on the device.
-            exact = fresh.cpu().double()
-            require(
-                bool(exact.amax(-1).isfinite().all()),
-                "the model's weights give NaN or infinite logits: use weights from before training diverged",
-            )
-            drawn = choose(exact, None if seen is None else seen[active], [row.generator for row in now])
-            for r, row, token in zip(active, now, drawn, strict=True):
-                row.add(token, finished=token in stops)
-                if seen is not None:
-                    seen[r, token] = True
-            logits = fresh if logits is None else logits.index_copy(0, torch.tensor(active, device=device), fresh)
+            with _inference(modules):
+                fresh = decoder.next_logits()
+                # Drawn on the CPU in float64: what a seed gives does not depend on the device.
+                exact = fresh.cpu().double()
+                require(
+                    bool(exact.amax(-1).isfinite().all()),
+                    "the model's weights give NaN or infinite logits: use weights from before training diverged",
+                )
+                adjusted = exact if plain else torch.stack(list(map(adjust, decoder.rows, exact)))
+                drawn = sampling.draw(adjusted, [row.generator for row in decoder.rows])
+                order = torch.tensor([row.index for row in decoder.rows])
+                chosen = exact.log_softmax(-1).gather(-1, torch.tensor(drawn)[:, None])[:, 0]
+                for row, token in zip(decoder.rows, drawn, strict=True):
+                    tokens[row.index], starts[row.index] = token, row.window.start
+                    latents[row.index] = row.window.num_latents
+                decoder.add(drawn, stops)
+            # Copies, as what was computed for inference alone is not for others to use.
+            logits = fresh.new_empty(len(rows), fresh.shape[-1]) if logits is None else logits
+            logits = logits.index_copy(0, order.to(fresh.device), fresh)
+            logprobs = logprobs.index_copy(0, order, chosen)
             yield Step(
-                torch.tensor([row.token for row in states], device=home),
+                torch.tensor(tokens, device=home),
                 logits,
-                torch.tensor([row.window.start for row in states], device=home),
-                torch.tensor([row.window.num_latents for row in states], device=home),
+                torch.tensor(starts, device=home),
+                torch.tensor(latents, device=home),
+                logprobs.to(home),
             )
-            for row in now:
-                if not row.finished:
-                    row.move(next_window(config, row.window, row.num_tokens, refill_latents))
 
     return steps()
 
@@ -209,7 +199,7 @@ def stream(
 def generate(model: PerceiverAR, prompt: Prompt, max_new_tokens: int, **settings: Any) -> Tensor:
     """The new ids (B, n) int64, on the prompt's device (CPU for lists); `stream` says which settings there are.
 
-    n is max_new_tokens, or less where all rows stop before.
+    B counts every sample, and n is max_new_tokens, or less where all rows stop before.
 
     Raises:
         InputError: see `stream`.
@@ -217,30 +207,147 @@ def generate(model: PerceiverAR, prompt: Prompt, max_new_tokens: int, **settings
     rows = prompt_rows(prompt, model.config.vocab_size)
     steps = stream(model, rows, max_new_tokens=max_new_tokens, **settings)
     columns = [step.tokens for step in steps]
-    return torch.stack(columns, dim=1) if columns else rows[0].new_empty(len(rows), 0)
+    return torch.stack(columns, dim=1) if columns else rows[0].new_empty(len(rows) * settings.get("num_samples", 1), 0)
 
 
-@dataclass
 class _Row:
-    """What a stream keeps of a row: nothing that its window has left behind."""
+    """What a stream keeps of a row: its window and counts of ids, and the whole history only if asked for."""
 
-    context: Tensor
-    """(n,) the last n of its tokens, on the model's device."""
-    num_tokens: int
-    window: Window
-    generator: torch.Generator
-    finished: bool = False
-    token: int = -1
-    """The last one drawn."""
+    def __init__(
+        self,
+        index: int,
+        prompt: Tensor,
+        generator: torch.Generator,
+        config: PerceiverARConfig,
+        schedule: Schedule,
+        history: bool,
+    ) -> None:
+        longest = longest_context(config)
+        self.index, self.generator, self.config, self.schedule = index, generator, config, schedule
+        self.num_tokens = len(prompt)
+        self.ids = deque(prompt[-longest:].tolist(), maxlen=longest)
+        self.seen, self.drawn = set(prompt.bincount().nonzero()[:, 0].tolist()), Counter[int]()
+        self.history: list[int] | None = prompt.tolist() if history else None
+        self.ending: deque[int] = deque()
+        self.window = next_window(config, None, self.num_tokens, schedule)
+        self.kept, self.dropped = 0, 0
+        """Of the cached context: how many positions hold after a refill, behind how many that left the window."""
 
-    def move(self, window: Window) -> None:
-        self.context = self.context[window.start - self.window.start :]
-        self.window = window
+    @property
+    def origin(self) -> int:
+        """The token at position 0. Rotations only know differences, so without tables it can stay where it is."""
+        return self.window.start if self.config.table_sizes else 0
 
-    def add(self, token: int, finished: bool) -> None:
-        self.context = torch.cat([self.context, self.context.new_tensor([token])])
+    @property
+    def prefix_len(self) -> int:
+        return self.num_tokens - self.window.start - self.window.num_latents
+
+    def add(self, token: int, stops: Sequence[tuple[int, ...]]) -> bool:
+        """One more token, and the window for the next; False where the row ends."""
         self.num_tokens += 1
-        self.token, self.finished = token, finished
+        self.ids.append(token)
+        self.seen.add(token)
+        self.drawn[token] += 1
+        if self.history is not None:
+            self.history.append(token)
+        if stops:
+            self.ending.append(token)
+            if any(tuple(islice(self.ending, max(0, len(self.ending) - len(stop)), None)) == stop for stop in stops):
+                return False
+            if len(self.ending) >= max(map(len, stops)):
+                self.ending.popleft()
+        before, self.window = self.window, next_window(self.config, self.window, self.num_tokens, self.schedule)
+        if self.window.refill:
+            # All but the newest token are cached; the keys of those that were latents may have come from elsewhere.
+            true = self.num_tokens - 1 - before.start
+            true -= before.num_latents if self.config.latent_keys == "query" else 0
+            self.dropped = self.window.start - before.start
+            moved = self.dropped > 0 and self.config.table_sizes
+            self.kept = 0 if moved else min(max(true - self.dropped, 0), self.prefix_len)
+        return True
+
+
+class Decoder:
+    """The network over a cache of which every row has a slot. `rows` are those that go on, in the slots' order."""
+
+    def __init__(self, model: PerceiverAR, rows: Sequence[_Row], num_samples: int, max_new_tokens: int) -> None:
+        """rows: every prompt num_samples times in a row; each prompt is read once."""
+        weight = model.embed.weight
+        longest = max(row.num_tokens for row in rows) + max_new_tokens
+        context = min(longest_context(model.config), longest)
+        self.model = model
+        self.rows = list(rows[::num_samples])
+        device, dtype = weight.device, weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        self.cache = Cache.empty(model.config, len(self.rows), context, dtype, device)
+        self._refill()
+        if num_samples > 1:
+            self.cache = self.cache.repeat(num_samples)
+        self.rows = list(rows)
+        self._refilled = True
+
+    def next_logits(self) -> Tensor:
+        """Logits (rows, V) of each row's next token."""
+        if not self._refilled:
+            self._refill()
+        self._refilled = False
+        tokens = [[row.ids[-1]] for row in self.rows]
+        positions = [row.num_tokens - 1 - row.origin for row in self.rows]
+        latents = self.model.latents(self._tensor(tokens), positions=self._positions(positions, 1), cache=self.cache)
+        self.cache.advance(1)
+        return self.model.head(latents[:, -1])
+
+    def add(self, tokens: Sequence[int], stops: Sequence[tuple[int, ...]]) -> None:
+        """Each row's next token. Rows that end with it give up their slot to the last one."""
+        going_on = [row.add(token, stops) for row, token in zip(self.rows, tokens, strict=True)]
+        for slot in reversed(range(len(self.rows))):
+            if not going_on[slot]:
+                last = len(self.rows) - 1
+                if slot < last:
+                    self.cache.copy_row(last, slot)
+                    self.rows[slot] = self.rows[last]
+                self.rows.pop()
+                self.cache = self.cache.rows(0, last)
+
+    def _refill(self) -> None:
+        """Computes all latents but the last of every row whose window refills.
+
+        Neighbours of equal lengths go through the network together.
+        """
+
+        def shape(slot: int) -> tuple[int, ...]:
+            row = self.rows[slot]
+            return row.window.refill, row.dropped, row.kept, row.prefix_len, row.window.num_latents
+
+        for (refill, dropped, kept, P, N), group in groupby(range(len(self.rows)), shape):
+            if not refill:
+                continue
+            slots = list(group)
+            rows, cache = self.rows[slots[0] : slots[-1] + 1], self.cache.rows(slots[0], slots[-1] + 1)
+            cache.cross.keep(kept, dropped)
+            cache.own.keep(0)
+            tokens = self._tensor(
+                [list(islice(row.ids, len(row.ids) - N - P + kept, len(row.ids) - 1)) for row in rows]
+            )
+            at = [row.window.start + kept - row.origin for row in rows]
+            prefix, chunk = P - kept, max(1, READ // len(rows))
+            for start in range(0, prefix, chunk):
+                part = tokens[:, start : min(start + chunk, prefix)]
+                self.model.read(part, self._positions([first + start for first in at], part.shape[1]), cache)
+                cache.cross.advance(part.shape[1])
+            if N > 1:
+                positions = self._positions([first + prefix for first in at], N - 1)
+                self.model.latents(tokens[:, prefix:], positions=positions, cache=cache)
+                cache.advance(N - 1)
+
+    def _positions(self, first: Sequence[int], n: int) -> Tensor:
+        """n positions from each of `first` on: (rows, n), or (1, n) where all are the same."""
+        starts = first[:1] if len(set(first)) == 1 else first
+        return self._tensor(starts)[:, None] + torch.arange(n, device=self.model.embed.weight.device)
+
+    def _tensor(self, ids: Any) -> Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self.model.embed.weight.device)
 
 
 def prompt_rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:
@@ -291,56 +398,23 @@ def _generators(seed: int | Sequence[int] | None, rows: int) -> list[torch.Gener
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def _inference(modules: Sequence[nn.Module]) -> Iterator[None]:
+    with _evaluating(modules), torch.inference_mode():
+        yield
+
+
+def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Every submodule in evaluation mode, and afterwards in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    return _evaluating(list(model.modules()))
+
+
+@contextmanager
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
-
-
-# Filters of logits (..., V): what may not be drawn becomes -inf.
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keeps the k most likely ids, or all if there are no more."""
-    values, ids = logits.topk(min(k, logits.shape[-1]))
-    return torch.full_like(logits, float("-inf")).scatter_(-1, ids, values)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps the fewest most likely ids that have probability p together (nucleus sampling, arXiv 1904.09751)."""
-    if p >= 1:  # rounding could reach 1 too early
-        return logits
-    values, ids = logits.sort(dim=-1, descending=True)
-    probabilities = values.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    before[..., 0] = 0.0  # the first one stays, rounding or not
-    return torch.empty_like(logits).scatter_(-1, ids, values.masked_fill(before >= p, float("-inf")))
-
-
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps ids at least p times as likely as the most likely one (arXiv 2407.01082)."""
-    if p <= 0:
-        return logits
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), float("-inf"))
-
-
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divides positive logits of ids in `seen` (..., V) bool by the penalty and multiplies negative ones by it.
-
-    Above 1 these ids become less likely, below 1 more (CTRL, arXiv 1909.05858).
-    """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def sample(logits: Tensor, temperature: float = 1.0, *, generator: torch.Generator | None = None) -> Tensor:
-    """Ids (...) drawn from softmax(logits / temperature), logits (..., V); at temperature 0 the most likely ones."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits / temperature).softmax(-1)
-    ids = torch.multinomial(probabilities.reshape(-1, logits.shape[-1]), 1, generator=generator)
-    return ids.reshape(logits.shape[:-1])
+        for module in training:
+            module.training = True

@@ -13,8 +13,10 @@ Shapes: B batch, T context, P prefix, N latents (T = P + N), D dim, H heads, C c
 
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +28,15 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from perceiver_ar.attention import Piece, attend
+from perceiver_ar.cache import Cache
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path, write_text
 from perceiver_ar.heads import Rotary, merge_heads, place, rotary_tables, split_heads, split_keys_values
 from perceiver_ar.streaming import Prefix, automatic_chunk, coordinates, embed, running, stream_attention
+
+Past = Callable[[Tensor, Tensor], list[Piece]]
+"""Takes the new positions' keys and values and gives the pieces to attend to: a layer of a cache."""
 
 
 class Span(NamedTuple):
@@ -109,8 +115,15 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         prefix_keep: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """The final latents (B, N, D) that `forward` turns into logits; same arguments."""
+        """The final latents (B, N, D) that `forward` turns into logits; same arguments.
+
+        With a cache, all tokens are latents, at these positions, behind what the cache holds of their context. Their
+        keys and values are written to the cache; `cache.advance(N)` keeps them.
+        """
+        if cache is not None:
+            prefix_len = 0
         config, P = self.config, self.check(tokens, prefix_len, mask, prefix_keep)
         positions = self.positions(tokens, mask, positions)
         tables = [self.embed.weight, *(table.weight for table in self.position_embed)]
@@ -119,21 +132,35 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         latent = self.span(context, P, context.length)
         u = self.query_proj(latent.h).to(latent.h.dtype)  # autocast would start the residual stream in half precision
         at = latent.positions + config.query_position_offset
-        query_rotary, self_rotary = self.rotary(at, cross=True), self.rotary(at, cross=False)
+        same = config.query_position_offset == 0
+        query_rotary = latent.rotary if same else self.rotary(at, cross=True)
+        same = (config.heads_cross, config.width_head_cross) == (config.num_heads, config.width_head)
+        self_rotary = query_rotary if same else self.rotary(at, cross=False)
         self_mask = latent.mask if config.mask_self_attention else None
 
-        prefix: Span | Prefix | None = None
+        prefix: Span | Prefix | Past | None = None
         keeps = self.prefix_keeps(tokens, P, prefix_keep)
         for i in range(config.num_layers + 1):
-            for before, layer, keep in zip(config.cross_layers, self.cross_attention, keeps, strict=True):
+            for c, (before, layer) in enumerate(zip(config.cross_layers, self.cross_attention, strict=True)):
                 if before == i:
-                    if prefix is None or keep is not None:
-                        prefix = self.prefix(context, P, keep)
+                    if cache is not None:
+                        prefix = partial(cache.cross.update, layer_idx=c)
+                    elif prefix is None or keeps[c] is not None:
+                        prefix = self.prefix(context, P, keeps[c])
                     u = self.apply_layer(layer, u, query_rotary, prefix, latent)
             if i < config.num_layers:
-                rotated = config.rotary_layers is None or i < config.rotary_layers
-                u = self.apply_layer(self.self_attention[i], u, self_rotary if rotated else None, self_mask)
+                rotary = self_rotary if config.rotary_layers is None or i < config.rotary_layers else None
+                past = None if cache is None else partial(cache.own.update, layer_idx=i)
+                u = self.apply_layer(self.self_attention[i], u, rotary, self_mask, past)
         return self.norm(u)
+
+    def read(self, tokens: Tensor, positions: Tensor, cache: Cache) -> None:
+        """Writes prefix tokens (B, K) at positions (B or 1, K) to a cache; `cache.cross.advance(K)` keeps them."""
+        tables = [self.embed.weight, *(table.weight for table in self.position_embed)]
+        prefix = Prefix(tables, tokens, self.positions(tokens, None, positions), None, None)
+        span = self.span(prefix, 0, prefix.length)
+        for c, layer in enumerate(cast("list[CrossLayer]", self.cross_attention)):
+            cache.cross.update(*layer.keys_values(layer.context_norm(span.h), span.rotary), c)
 
     # The context: which tokens, where they stand, how they are embedded.
 
@@ -311,10 +338,10 @@ class CrossLayer(nn.Module):
         self.out_proj = nn.Linear(width, config.dim, bias=config.out_bias != "none")
         self.mlp = MLP(config, config.cross_mlp_ratio or config.mlp_ratio)
 
-    def forward(self, u: Tensor, rotary: Rotary | None, prefix: Span | Prefix, latent: Span) -> Tensor:
+    def forward(self, u: Tensor, rotary: Rotary | None, prefix: Span | Prefix | Past, latent: Span) -> Tensor:
         """u (B, N, D) -> (B, N, D). `rotary` turns the queries; the spans bring the rotation of their keys.
 
-        A prefix that comes as ids is streamed.
+        A prefix that comes as ids is streamed; `Past` takes the place of one that was read before.
         """
         x = self.query_norm(u)
         q = place(split_heads(self.q_proj(x), self.config.heads_cross), rotary, self.config)
@@ -324,10 +351,12 @@ class CrossLayer(nn.Module):
         if isinstance(prefix, Prefix):
             norm, projection = self.context_norm.parameters(), self.kv_proj.parameters()
             out = stream_attention(self.settings, q, piece, prefix, list(norm), list(projection))
-        else:
+        elif isinstance(prefix, Span):
             k, v = self.keys_values(self.context_norm(prefix.h), prefix.rotary)
             dropout = self.config.attention_dropout if self.training else 0.0
             out = attend(q, [Piece(k, v, mask=prefix.mask), piece], dropout=dropout)
+        else:
+            out = attend(q, prefix(piece.k, piece.v))
         out = self.out_proj(merge_heads(out))
         u = u + out if self.config.query_residual else out.to(u.dtype)
         return u + self.mlp(u)
@@ -349,11 +378,13 @@ class SelfLayer(nn.Module):
         self.out_proj = nn.Linear(width, config.dim, bias=config.out_bias == "all")
         self.mlp = MLP(config, config.mlp_ratio)
 
-    def forward(self, u: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
-        """u (B, N, D) -> (B, N, D); mask (B, N), True where a latent is a real token."""
-        q, k, v = (split_heads(x, self.config.num_heads) for x in self.qkv_proj(self.norm(u)).chunk(3, dim=-1))
-        q, k = place(q, rotary, self.config), place(k, rotary, self.config)
-        u = u + self.out_proj(merge_heads(attend(q, [Piece(k, v, causal=True, mask=mask)])))
+    def forward(self, u: Tensor, rotary: Rotary | None, mask: Tensor | None, past: Past | None = None) -> Tensor:
+        """u (B, N, D) -> (B, N, D); mask (B, N), True where a latent is a real token; `past`: latents before these."""
+        qkv = self.qkv_proj(self.norm(u)).unflatten(-1, (3, self.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = place(qkv[:2], rotary, self.config)
+        v = qkv[2]
+        pieces = [Piece(k, v, causal=True, mask=mask)] if past is None else past(k, v)
+        u = u + self.out_proj(merge_heads(attend(q, pieces)))
         return u + self.mlp(u)
 
 

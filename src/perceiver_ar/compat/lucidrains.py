@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from perceiver_ar import model as network
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
-from perceiver_ar.generation import evaluation_mode, keep_top_k, sample
+from perceiver_ar.generation import evaluation_mode
 from perceiver_ar.objective import next_token_loss
+from perceiver_ar.sampling import keep_top_k, sample
 
 __all__ = ["AutoregressiveWrapper", "PerceiverAR"]
 

@@ -1,0 +1,95 @@
+"""Sampling: from logits to ids. Functions of logits (..., V), V vocabulary; what may not be drawn becomes -inf."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perceiver_ar.errors import require
+
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+"""Ids so far (1, T) int64 and logits (1, V) -> logits (1, V), as Hugging Face transformers' logits processors."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw; `generation.stream` says what the settings mean."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        t, k, p, m = self.temperature, self.top_k, self.top_p, self.min_p
+        require(0 <= t < math.inf, f"temperature is {t}: it must be 0 (greedy) or more, and finite")
+        require(k is None or k >= 1, f"top_k is {k}: it must be at least 1, or left out")
+        require(p is None or 0 < p <= 1, f"top_p is {p}: it must be in (0, 1], or left out")
+        require(m is None or 0 <= m <= 1, f"min_p is {m}: it must be in [0, 1], or left out")
+        require(
+            0 < self.repetition_penalty < math.inf,
+            f"repetition_penalty is {self.repetition_penalty}: it must be more than 0, where 1 changes nothing",
+        )
+        require(
+            math.isfinite(self.frequency_penalty),
+            f"frequency_penalty is {self.frequency_penalty}: it must be finite, where 0 changes nothing",
+        )
+
+    def draw(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+        """One id for each row of (B, V), after penalties; each row from its own generator."""
+        if self.temperature == 0:
+            return sample(logits, 0.0).tolist()
+        # Less the largest: a temperature near zero may not overflow.
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        if self.top_k is not None:
+            logits = keep_top_k(logits, self.top_k)
+        if self.top_p is not None:
+            logits = keep_top_p(logits, self.top_p)
+        if self.min_p is not None:
+            logits = keep_min_p(logits, self.min_p)
+        return [int(sample(row, generator=generator)) for row, generator in zip(logits, generators, strict=True)]
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Keeps the k most likely ids, or all if there are no more."""
+    values, ids = logits.topk(min(k, logits.shape[-1]))
+    return torch.full_like(logits, float("-inf")).scatter_(-1, ids, values)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keeps the fewest most likely ids that have probability p together (nucleus sampling, arXiv 1904.09751)."""
+    if p >= 1:  # rounding could reach 1 too early
+        return logits
+    values, ids = logits.sort(dim=-1, descending=True)
+    probabilities = values.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    before[..., 0] = 0.0  # the first one stays, rounding or not
+    return torch.empty_like(logits).scatter_(-1, ids, values.masked_fill(before >= p, float("-inf")))
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Keeps ids at least p times as likely as the most likely one (arXiv 2407.01082)."""
+    if p <= 0:
+        return logits
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), float("-inf"))
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divides positive logits of ids in `seen` (..., V) bool by the penalty and multiplies negative ones by it.
+
+    Above 1 these ids become less likely, below 1 more (CTRL, arXiv 1909.05858).
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sample(logits: Tensor, temperature: float = 1.0, *, generator: torch.Generator | None = None) -> Tensor:
+    """Ids (...) drawn from softmax(logits / temperature), logits (..., V); at temperature 0 the most likely ones."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits / temperature).softmax(-1)
+    ids = torch.multinomial(probabilities.reshape(-1, logits.shape[-1]), 1, generator=generator)
+    return ids.reshape(logits.shape[:-1])
