@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2# processes that share the tests
+BENCH ?= train# or decode
 TORCH := 2.13.0# what `make constraints` pins; pyproject.toml says what works
 
 BIN := .venv/bin
@@ -34,8 +35,8 @@ check: .venv/.ready  ## lint, format and types
 	$(BIN)/ruff format --check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
-benchmark: .venv/.bench  ## speed beside the reference package; ARGS go to the benchmark
-	$(BIN)/python benchmarks/train.py $(ARGS)
+benchmark: .venv/.bench  ## speed beside others; BENCH=train or decode, ARGS go to the benchmark
+	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 constraints:  ## resolve the newest versions that pyproject.toml allows and pin them in constraints.txt
 	$(require_python)
