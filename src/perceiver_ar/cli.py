@@ -289,7 +289,7 @@ def generate_verb(argv: list[str]) -> None:
         "Lets the model of a run write, and shows it as it is drawn.",
         "  perceiver-ar generate runs/books --prompt 'Call me'\n"
         "  perceiver-ar generate runs/code --prompt_file start.py --max_new_tokens 2000 --top_p 0.95\n"
-        "  perceiver-ar generate runs/books --stop '\n\n' --seed 1 --out sample.txt",
+        "  perceiver-ar generate runs/books --stop '\\n\\n' --seed 1 --out sample.txt",
     )
     parser.add_argument("run", help="a run directory")
     parser.add_argument("--prompt", type=str | None, help="text to go on from")
