@@ -12,7 +12,7 @@ from torch import Tensor
 from perceiver_ar.config import PerceiverARConfig
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, each broadcastable to (B, H, K, R / 2)."""
+"""Cosines and signed sines, each broadcastable to (B, H, K, R)."""
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -39,7 +39,9 @@ def place(x: Tensor, rotary: Rotary | None, config: PerceiverARConfig) -> Tensor
 
 
 def rotary_tables(config: PerceiverARConfig, positions: Tensor, *, cross: bool, dtype: torch.dtype) -> Rotary | None:
-    """Cosines and sines (B or 1, H or 1, K, R / 2) of integer positions (B or 1, K); None for a model without rotary.
+    """Cosines and sines (B or 1, H or 1, K, R) of integer positions (B or 1, K); None for a model without rotary.
+
+    Sines are negative in the first half of the channels, so that `rotate` needs no halves of its own.
 
     `cross`: for the heads of cross-attention, else of self-attention. Angles are computed in float64 where there is
     such a thing: float32 angles are off by 0.06 at position 10^6, and bfloat16 cannot tell positions apart beyond 256.
@@ -49,7 +51,8 @@ def rotary_tables(config: PerceiverARConfig, positions: Tensor, *, cross: bool, 
     kept = rotary_speeds if torch.compiler.is_compiling() else _kept_rotary_speeds
     speeds = kept(config, cross, positions.device)
     angles = positions[:, None, :, None].to(speeds.dtype) * speeds
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotary_speeds(config: PerceiverARConfig, cross: bool, device: torch.device) -> Tensor:
@@ -72,6 +75,7 @@ _kept_rotary_speeds = lru_cache(rotary_speeds)
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turns the channel pairs (c, c + R/2), c < R/2, of x (B, H, K, C) by their angles; the rest passes."""
     cos, sin = rotary
-    half = cos.shape[-1]
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest.to(cos.dtype)], dim=-1).to(x.dtype)
+    R, C = cos.shape[-1], x.shape[-1]
+    turned, rest = x.split([R, C - R], dim=-1)
+    turned = torch.addcmul(turned * cos, turned.roll(R // 2, dims=-1), sin).to(x.dtype)
+    return turned if R == C else torch.cat([turned, rest], dim=-1)
