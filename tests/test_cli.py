@@ -358,7 +358,8 @@ def remove(file: Path) -> None:
     file.unlink()
 
 
-RESUMED = ["recipe.yaml", "codec.json", "checkpoints/last.ckpt", "tokens/train.json", "tokens/train.bin",
+CHECKPOINT = "checkpoints/step-000060.ckpt"
+RESUMED = ["recipe.yaml", "codec.json", CHECKPOINT, "tokens/train.json", "tokens/train.bin",
            "tokens/train.documents.npy", "tokens/validation.json", "tokens/validation.bin"]  # fmt: skip
 
 
@@ -373,7 +374,7 @@ def test_resuming_names_the_damaged_file_and_changes_nothing(
     assert content(run) == before
 
 
-@pytest.mark.parametrize("name", ["checkpoints/last.ckpt", "tokens/train.bin", "tokens/train.documents.npy"])
+@pytest.mark.parametrize("name", [CHECKPOINT, "tokens/train.bin", "tokens/train.documents.npy"])
 def test_resuming_notices_files_that_are_cut_short(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     cut(run / name)
     assert_refused(capsys, "train", "--out", run, "--resume", "--max_steps=62", says=run / name)
@@ -399,8 +400,35 @@ def test_resuming_names_what_is_wrong_with_a_recipe(
 
 
 def test_a_checkpoint_of_something_else_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"weights": torch.zeros(3)}, run / "checkpoints" / "last.ckpt")
-    assert_refused(capsys, "train", "--out", run, "--resume", "--max_steps=62", says=run / "checkpoints" / "last.ckpt")
+    torch.save({"weights": torch.zeros(3)}, run / CHECKPOINT)
+    assert_refused(capsys, "train", "--out", run, "--resume", "--max_steps=62", says=run / CHECKPOINT)
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty, remove])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_goes_on(
+    run: Path, finished: Path, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--out", str(run), "--resume", "--max_steps=62"]) == 0
+    expected = parameters(run)
+    damage(run / "checkpoints" / "step-000062.ckpt")
+    (run / "summary.json").unlink()
+    capsys.readouterr()
+    assert main(["train", "--out", str(run), "--resume"]) == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert f"{run / 'checkpoints' / 'step-000062.ckpt'} is damaged" in line and "of step 60" in line
+    assert parameters(run) == expected
+    damage(run / CHECKPOINT)
+    damage(run / "checkpoints" / "step-000062.ckpt")
+    before = content(run)
+    assert_refused(capsys, "train", "--out", run, "--resume", "--max_steps=64", says="no whole one before it")
+    assert content(run) == before
 
 
 def test_damaged_metrics_do_not_stop_a_run_that_is_resumed(run: Path) -> None:
@@ -437,14 +465,45 @@ def test_no_space_left_for_a_checkpoint_leaves_the_last_one(
 ) -> None:
     run = small_disk / "run"
     assert main(["train", str(corpus), "--out", str(run), *SMALL]) == 0
-    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    before = (run / CHECKPOINT).read_bytes()
     filler = small_disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
     assert_refused(capsys, "train", "--out", run, "--resume", "--max_steps=62", says=run)
-    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert (run / CHECKPOINT).read_bytes() == before
+    assert len(list((run / "checkpoints").iterdir())) == 2  # nothing half made takes the room
     filler.unlink()
     assert main(["train", "--out", str(run), "--resume"]) == 0
     assert json.loads((run / "summary.json").read_text())["steps"] == 62
+
+
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
+    small_disk: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, filler = small_disk / "run", small_disk / "filler"
+    command = ["train", str(corpus), *SMALL, "--optim.schedule=constant", "--optim.warmup=0"]
+    assert main([*command, "--out", str(run)]) == 0
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 20_000))
+    seen: list[str] = []
+
+    def make_room() -> None:
+        while len(list((run / "checkpoints").iterdir())) < 3 and len(seen) < 3000:
+            seen.append(capsys.readouterr().err)
+            if filler.exists() and "cannot save" in "".join(seen):
+                filler.unlink()
+            threading.Event().wait(0.01)
+
+    helper = threading.Thread(target=make_room)
+    helper.start()
+    options = ["--max_steps=400", "--trainer.checkpoint_every=0.1s", "--trainer.evaluations=0"]
+    assert main(["train", "--out", str(run), "--resume", *options]) == 0
+    helper.join()
+    said = "".join(seen) + capsys.readouterr().err
+    assert "cannot save" in said and "the last good checkpoint is that of step 60, going on" in said
+    again = tmp_path / "again"
+    assert main([*command, "--out", str(again), *options]) == 0
+    assert parameters(run) == parameters(again)
+    steps = [int(row["step"]) for row in csv.DictReader((run / "metrics.csv").read_text().splitlines())]
+    assert steps == sorted(set(steps)) and steps[-1] == 400
 
 
 # Recipes.
@@ -804,7 +863,7 @@ def test_verbs_name_a_damaged_codec(verb: str, damage: Any, run: Path, capsys: p
         ("model.safetensors", ["info"]),
         ("codec.json", ["generate"]),
         ("recipe.yaml", ["train", "--resume", "--max_steps=62", "--out"]),
-        ("checkpoints/last.ckpt", ["train", "--resume", "--max_steps=62", "--out"]),
+        (CHECKPOINT, ["train", "--resume", "--max_steps=62", "--out"]),
     ],
 )
 def test_files_of_a_run_that_may_not_be_read_are_not_called_damaged(

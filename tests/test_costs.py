@@ -4,7 +4,12 @@ That counter knows matrix products (`mm`, `addmm`, `bmm`) but not the fused atte
 compared with it, and attention with a count of the pairs of query and key that see each other.
 """
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +18,8 @@ from reference import configs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from perceiver_ar import PerceiverAR, PerceiverARConfig
-from perceiver_ar.costs import costs
+from perceiver_ar import PerceiverAR, PerceiverARConfig, Recipe, TrainerConfig
+from perceiver_ar.costs import costs, training_bytes
 
 SIZES = PerceiverARConfig(vocab_size=31, context_length=24, num_latents=6, dim=16, num_layers=2, num_heads=2)
 PAPER = {"vocab_size": 31, "context_length": 24, "num_latents": 6, "dim": 16, "num_layers": 3, "num_heads": 4}
@@ -106,3 +111,62 @@ def test_longer_contexts_cost_the_cross_attention_only() -> None:
     width, dim = 16, 16
     assert long.forward_flops - short.forward_flops == 10_000 * (4 * dim * width + 4 * 6 * width)
     assert long.context_bytes == 2 * short.context_bytes
+
+
+# Memory.
+
+
+PEAK = """
+import json, sys, torch
+from perceiver_ar import PerceiverAR, PerceiverARConfig, next_token_loss
+from perceiver_ar.config import OptimConfig
+from perceiver_ar.optim import make_optimizer
+
+def peak():
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+
+def train(config, windows, bf16, checkpointing):
+    model = PerceiverAR(config)
+    model.activation_checkpointing = checkpointing
+    optimizer = make_optimizer(model, OptimConfig())
+    tokens = torch.randint(config.vocab_size, (windows, config.context_length + 1))
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(tokens[:, :-1], config.context_length - config.num_latents)
+            loss = next_token_loss(logits, tokens[:, -config.num_latents :])
+        loss.backward()
+        optimizer.step()
+    return model.num_parameters()
+
+train(PerceiverARConfig(context_length=32, num_latents=8, dim=32, num_layers=1, num_heads=2), 1, False, False)
+before = peak()
+settings, windows, bf16, checkpointing = json.loads(sys.argv[1])
+print(train(PerceiverARConfig(**settings), windows, bf16, checkpointing), peak() - before)
+"""
+SIZED = {
+    "many layers": ({"context_length": 512, "num_latents": 256, "dim": 256, "num_layers": 6}, 6, "32", False),
+    "long prefix": ({"context_length": 8192, "num_latents": 128, "dim": 128, "num_layers": 2}, 6, "32", False),
+    "streamed prefix": (
+        {"context_length": 8192, "num_latents": 512, "dim": 128, "num_layers": 4, "prefix_chunk": 512}, 6, "32", False
+    ),
+    "bfloat16": ({"context_length": 2048, "num_latents": 256, "dim": 256, "num_layers": 4}, 6, "bf16", False),
+    "recomputed": ({"context_length": 2048, "num_latents": 512, "dim": 256, "num_layers": 4}, 6, "32", True),
+    "many parameters": ({"context_length": 256, "num_latents": 128, "dim": 512, "num_layers": 8}, 1, "32", False),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if i != 1 else name
+                                  for i, name in enumerate(SIZED)])  # fmt: skip
+def test_the_memory_of_training_is_estimated_within_a_fifth(name: str) -> None:
+    sizes, windows, precision, checkpointing = SIZED[name]
+    settings: dict[str, Any] = {"prefix_chunk": 0, "num_heads": 4, **sizes}
+    trainer: Any = {"batch_size": windows, "precision": precision, "activation_checkpointing": checkpointing}
+    recipe = Recipe(out="x", model=PerceiverARConfig(**settings), trainer=TrainerConfig(**trainer))
+    # Small blocks are given back at once, so that what the process holds is what torch has allocated.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "100000"}
+    argument = json.dumps([settings, windows, precision == "bf16", checkpointing])
+    result = subprocess.run([sys.executable, "-c", PEAK, argument], capture_output=True, text=True, env=environment)
+    parameters, seen = map(int, result.stdout.split())
+    assert training_bytes(recipe, parameters) == pytest.approx(seen, rel=0.2)

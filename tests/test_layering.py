@@ -38,9 +38,12 @@ MAY_IMPORT = {
     "compat": BOTTOM | {"config", "model", "objective", "sampling", "generation"},
     "evaluation": BELOW_THE_TASKS,
     "plots": BOTTOM | {"config", "evaluation"},
-    "training": BELOW_THE_TASKS | {"evaluation", "plots"},
+    "checkpoints": BOTTOM,
+    "report": BOTTOM | {"run"},
+    "trouble": NETWORK | {"costs", "optim"},
+    "training": BELOW_THE_TASKS | {"checkpoints", "trouble", "report", "evaluation", "plots"},
     "huggingface": BELOW_THE_TASKS,
-    "cli": BELOW_THE_TASKS | {"compat", "evaluation", "plots", "training", "huggingface"},
+    "cli": BELOW_THE_TASKS | {"trouble", "compat", "evaluation", "plots", "training", "huggingface"},
     "__main__": {"cli"},
 }
 

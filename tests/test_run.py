@@ -40,7 +40,9 @@ def test_a_finished_run_holds_what_it_should_and_nothing_else(run: Run) -> None:
     files = {name for name in files if not name.startswith("tensorboard/")}
     assert files == {
         "config.json", "model.safetensors", "codec.json", "recipe.yaml", "summary.json", "metrics.csv",
-        "checkpoints/last.ckpt", "plots/loss.png",
+        "checkpoints/step-000005.ckpt", "checkpoints/step-000005.json",
+        "checkpoints/step-000010.ckpt", "checkpoints/step-000010.json",
+        "plots/loss.png", "plots/context.png", "plots/context.csv", "report.html",
         "samples/step-000005.txt", "samples/step-000010.txt",
         "tokens/train.bin", "tokens/train.json", "tokens/train.documents.npy",
         "tokens/validation.bin", "tokens/validation.json", "tokens/validation.documents.npy",
@@ -98,7 +100,7 @@ def test_the_picture_is_a_whole_png(run: Run) -> None:
 
 
 def test_the_checkpoint_holds_no_code(run: Run) -> None:
-    content = torch.load(run.checkpoint_file, weights_only=True)
+    content = torch.load(run.checkpoints / "step-000010.ckpt", weights_only=True)
     assert content["global_step"] == 10
     weights = PerceiverAR.from_pretrained(run.path).state_dict()
     assert all(torch.equal(content["state_dict"][f"model.{name}"], tensor) for name, tensor in weights.items())

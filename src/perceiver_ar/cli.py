@@ -127,6 +127,9 @@ def train_verb(argv: list[str]) -> None:
     )
     add_paths(parser, "files, folders, patterns, - for standard input; also .gz .xz .bz2 .zst; none: Python's source")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
+    parser.add_argument(
+        "--find_batch", action="store_true", help="choose the largest trainer.micro_batch_size that the memory holds"
+    )
     parser.add_argument("--preset", choices=list(PRESETS), help="start the --model settings from a published network")
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the settings' own words are the help
     parser.add_class_arguments(Recipe, skip={"paths"})
@@ -154,13 +157,13 @@ def train_verb(argv: list[str]) -> None:
         except (yaml.YAMLError, UnicodeDecodeError):
             raise InputError(f"--config {config_file} is not YAML: give a file of settings") from None
         from_files |= loaded if isinstance(loaded, dict) else {}
-    for name in ("preset", "resume"):
+    for name in ("preset", "resume", "find_batch"):
         if from_files.get(name):
             raise InputError(f"the --config file sets {name}, which only the command line can: give --{name} there")
     settings = parser.instantiate(parser.parse_args(argv)).as_dict()
     for name in ("config", "preset"):
         settings.pop(name)
-    resume = settings.pop("resume")
+    resume, find_batch = settings.pop("resume"), settings.pop("find_batch")
     # The parser does not take positional arguments from files.
     paths = settings["paths"] or from_files.get("paths") or ()
     settings["paths"] = (paths,) if isinstance(paths, str) else tuple(paths)
@@ -168,8 +171,9 @@ def train_verb(argv: list[str]) -> None:
 
     from perceiver_ar.training import train
 
-    summary = train(recipe, resume=resume)
-    print(json.dumps(summary, indent=2))
+    summary = train(recipe, resume=resume, find_batch=find_batch)
+    if summary:  # of several processes the first one has it
+        print(json.dumps(summary, indent=2))
 
 
 def option_value(argv: list[str], option: str) -> str | None:
@@ -437,6 +441,10 @@ def info_verb(argv: list[str]) -> None:
 
 
 def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
+    import torch
+
+    from perceiver_ar.trouble import expected_bytes
+
     model = run.model()
     config, parameters = model.config, model.num_parameters()
     yield "parameters", parameters
@@ -452,9 +460,9 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
         recipe = run.recipe()
         yield "windows_per_step", recipe.trainer.batch_size
         yield "training_gigaflops_per_step", recipe.trainer.batch_size * window.training_flops / 1e9
-    # Float32 weights and gradients, and Adam's two moments or Muon's one for most of them.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        yield "training_megabytes", expected_bytes(recipe, parameters, device) / 1e6
     yield "weights_megabytes", 4 * parameters / 1e6
-    yield "training_state_megabytes_at_most", 16 * parameters / 1e6
     yield "context_keys_values_megabytes", window.context_bytes / 1e6
     for name, value in (run.summary() or {}).items():
         if name in ("steps", "tokens_seen", "train_seconds", "bits_per_byte", "nats_per_token"):

@@ -379,15 +379,21 @@ class OptimConfig:
     """wsd: share of the run over which they fall to zero."""
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
+    skip_spikes: float = 0.0
+    """Skip a step whose gradient norm is more than so many times the median of the last 100; 0: none, 10 is careful."""
+    ema: float = 0.0
+    """Share of the old in a running mean of the weights, taken at every step, which is then what is measured and
+    written; such as 0.999. 0: the weights themselves."""
 
     def __post_init__(self) -> None:
         _check_types(self, "optim.")
-        for name in ("muon_lr", "lr", "weight_decay", "grad_clip"):
+        for name in ("muon_lr", "lr", "weight_decay", "grad_clip", "skip_spikes"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"optim.{name} is {value}: it must not be negative")
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {self.betas}: both must be in [0, 1)")
         for name in ("warmup", "decay", "momentum"):
             require(0 <= getattr(self, name) <= 1, f"optim.{name} is {getattr(self, name)}: it must be in [0, 1]")
+        require(0 <= self.ema < 1, f"optim.ema is {self.ema}: it must be in [0, 1)")
 
     @property
     def adamw_lr(self) -> float:
@@ -403,10 +409,15 @@ class TrainerConfig:
     batch_size: int = 8
     """Windows per optimizer step."""
     micro_batch_size: int | None = None
-    """Windows per forward pass; less than batch_size accumulates gradients in less memory. None: batch_size."""
+    """Windows per forward pass on each device; less than its share of batch_size accumulates gradients in less memory.
+    None: all its share."""
+    devices: int = 1
+    """Devices that share each step, each with a process of its own; torchrun and SLURM say it themselves."""
     short_prefix: float = 0.5
     """Share of the steps whose windows have their prefix cut to 3/4, 1/2, 1/4 or nothing of it, at random.
     Always whole, the model would not learn to write from little, and less prefix is less work."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: each of several devices holds the whole network; fsdp: a share of weights, gradients and optimizer state."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
     """auto: bfloat16 autocast where the processor is faster at it, else float32; the recipe keeps which it was."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -422,24 +433,40 @@ class TrainerConfig:
     sample_tokens: int = 200
     """Length of the samples; 0: none."""
     checkpoint_every: str = "60s"
-    """Time between checkpoints, as in max_time."""
+    """Time between checkpoints, as in max_time; there is one after each evaluation, too."""
+    keep_best: int = 1
+    """How many of the checkpoints that predicted held-out text best to keep, beside the last two."""
 
     def __post_init__(self) -> None:
         _check_types(self, "trainer.")
-        for name in ("batch_size", "micro_batch_size"):
+        for name in ("batch_size", "micro_batch_size", "devices"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"trainer.{name} is {value}: it must be at least 1")
         require(
-            self.batch_size % (self.micro_batch_size or self.batch_size) == 0,
-            f"trainer.batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}",
+            self.batch_size % self.devices == 0,
+            f"trainer.batch_size {self.batch_size} is not a multiple of devices {self.devices}, which share it",
+        )
+        require(
+            self.batch_size % (self.devices * self.micro_batch) == 0,
+            f"trainer.batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            + (f" times devices {self.devices}" if self.devices > 1 else ""),
         )
         require(0 <= self.short_prefix <= 1, f"trainer.short_prefix is {self.short_prefix}: it must be in [0, 1]")
-        for name in ("evaluations", "sample_tokens"):
+        for name in ("evaluations", "sample_tokens", "keep_best"):
             require(getattr(self, name) >= 0, f"trainer.{name} is {getattr(self, name)}: it must not be negative")
         require(
             self.evaluation_tokens >= 2, f"trainer.evaluation_tokens is {self.evaluation_tokens}: it must be at least 2"
         )
         parse_duration(self.checkpoint_every, "trainer.checkpoint_every")
+
+    @property
+    def micro_batch(self) -> int:
+        """micro_batch_size with its default filled in."""
+        return self.micro_batch_size or self.batch_size // self.devices
+
+    @property
+    def sharded(self) -> bool:
+        return self.strategy == "fsdp" and self.devices > 1
 
 
 @dataclass(frozen=True)
@@ -470,6 +497,10 @@ class Recipe:
         require(
             self.modality == "text" or (self.data.tokenizer is None and self.data.bpe_vocab_size is None),
             "modality is 'bytes', but a tokenizer reads text: leave out one of them",
+        )
+        require(
+            not (self.trainer.sharded and self.optim.ema),
+            f"optim.ema is {self.optim.ema}, which trainer.strategy fsdp does not have: use ddp, or leave it out",
         )
         if self.max_time is not None:
             parse_duration(self.max_time, "max_time")

@@ -6,7 +6,7 @@ work is left out. A training step is three forward passes' worth (each product h
 
 from dataclasses import dataclass
 
-from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.config import PerceiverARConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,44 @@ def costs(config: PerceiverARConfig, context: int | None = None, latents: int | 
     query = 2 * N * E * D if config.query_proj else 0
     forward = 2 * N * config.vocab_size * D + query + layers * cross + config.num_layers * own
     return Costs(forward_flops=forward, training_flops=3 * forward, context_bytes=context_bytes)
+
+
+def training_bytes(
+    recipe: Recipe, parameters: int, windows: int | None = None, prefix_chunk: int | None = None
+) -> float:
+    """About the most memory that training takes on a device, with so many windows at once; default: the recipe's.
+
+    `prefix_chunk` tokens of a prefix are read at once; None: as the model's settings say; 0, or left open there: all.
+
+        weights, their gradients, Muon's one moment or Adam's two, the mean of the weights, DDP's buckets;
+        under FSDP a share of each
+      + per window  3 N V                                                        logits and their gradients
+                  + per cross layer  N (4 D + 7 W + 2 E + 2 F) + P (2 E + 5 W)   kept for the backward pass
+                  + per self layer   N (4 D + 7 W + 2 F)
+
+    floats; for the letters see `costs`, but P is what prefix dropout leaves of it, or one piece. Keys and values of the
+    prefix have 3 W kept and 2 W of gradients, when little else is left. With activation checkpointing a layer keeps
+    its input, and one at a time all of it. Autocast keeps 2.3 bytes instead of 4, the mean of what is kept in two and
+    in four, and a copy of the weights in two.
+
+    This is what is allocated. On a CPU the C library's allocator may hold half as much again (docs/log.md).
+    """
+    config = recipe.model
+    B = recipe.trainer.micro_batch if windows is None else windows
+    N, D, E = config.num_latents, config.dim, config.width_embed
+    P = (config.context_length - N) * (1 - config.prefix_dropout)
+    P = min(P, (config.prefix_chunk if prefix_chunk is None else prefix_chunk) or P)
+    W, F = config.heads_cross * config.width_head_cross, int((config.cross_mlp_ratio or config.mlp_ratio) * D)
+    cross = N * (4 * D + 7 * W + 2 * E + 2 * F) + P * (2 * E + 5 * W)
+    W, F = config.num_heads * config.width_head, int(config.mlp_ratio * D)
+    own = N * (4 * D + 7 * W + 2 * F)
+    layers = [cross] * len(config.cross_layers) + [own] * config.num_layers
+    kept = sum(layers)
+    if recipe.trainer.activation_checkpointing:
+        kept = N * D * len(layers) + max(layers, default=0)
+    half = recipe.trainer.precision in ("bf16", "fp16")
+    moments = 1.1 if recipe.optim.name == "muon" else 2
+    states = 2 + moments + (recipe.optim.ema > 0) + half / 2
+    if recipe.trainer.devices > 1:
+        states = states / recipe.trainer.devices if recipe.trainer.sharded else states + 1
+    return 4 * states * parameters + B * ((2.3 if half else 4) * kept + 4 * 3 * N * config.vocab_size)

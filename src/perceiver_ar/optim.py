@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
 
 from perceiver_ar.config import OptimConfig
@@ -64,13 +65,21 @@ class MuonAdamW(Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
             update = parameter.grad.lerp(momentum, group["momentum"])  # Nesterov
-            matrices = update.unflatten(0, (pieces, -1))
+            matrices = whole(update).unflatten(0, (pieces, -1))
             rows, columns = matrices.shape[1:]
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             step = group["lr"] * math.sqrt(max(1.0, rows / columns))
-            parameter.add_(orthogonalize(matrices, self.dtype).flatten(0, 1), alpha=-step)
+            orthogonal = orthogonalize(matrices, self.dtype).flatten(0, 1)
+            if isinstance(update, DTensor):  # each rank has made all of it, and takes its share
+                orthogonal = distribute_tensor(orthogonal, update.device_mesh, update.placements, src_data_rank=None)
+            parameter.add_(orthogonal, alpha=-step)
         self.adamw.step()
         return loss
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which FSDP gives each rank a share. All ranks have to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:

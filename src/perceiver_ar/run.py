@@ -5,7 +5,7 @@ codec.json (tokenizer.json)         files to ids and back
 recipe.yaml                         the complete settings; training it again reproduces the run
 summary.json                        how good it is; written last, so a run that has it is finished
 metrics.csv, tensorboard/           what was measured on the way
-samples/, plots/                    what it writes, and pictures
+samples/, plots/, report.html       what it writes, pictures, and all of it on one page
 tokens/, checkpoints/               only for resuming
 """
 
@@ -34,7 +34,7 @@ class Run:
         self.samples = self.path / "samples"
         self.plots = self.path / "plots"
         self.tensorboard = self.path / "tensorboard"
-        self.checkpoint_file = self.path / "checkpoints" / "last.ckpt"
+        self.checkpoints = self.path / "checkpoints"
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":

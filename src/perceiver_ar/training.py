@@ -3,16 +3,22 @@
 A run is a function of its recipe. The weights come from the seed, training window i from the seed and i, the randomness
 of step k from the seed and k. So a run that was killed and resumed makes exactly the steps of an undisturbed one.
 (Bounded by `max_time` instead of `max_steps`, the learning rate follows the clock, and no two runs are the same.)
+
+On several devices every process (rank) runs all of this: each takes its share of the micro-batches of a step, all agree
+on the clock and on stopping, and the first one alone writes, prints and measures.
 """
 
+import copy
 import csv
 import errno
 import importlib.util
 import logging
 import math
+import os
 import shlex
 import shutil
 import signal
+import statistics
 import threading
 import time
 import timeit
@@ -26,31 +32,51 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from perceiver_ar.checkpoints import Checkpoint, Checkpoints
 from perceiver_ar.config import Recipe, TrainerConfig, parse_duration
 from perceiver_ar.data.codec import Codec, load_codec, save_codec
 from perceiver_ar.data.sources import find_files, read_text, standard_library
 from perceiver_ar.data.text import BytesCodec, TokenizerCodec, train_bpe
 from perceiver_ar.data.tokens import TokenFile, Windows, prepare
 from perceiver_ar.errors import InputError
-from perceiver_ar.evaluation import compressed_bits_per_byte, evaluate
+from perceiver_ar.evaluation import compressed_bits_per_byte, evaluate, evaluate_context_lengths, write_table
 from perceiver_ar.files import atomic_path, write_text
 from perceiver_ar.generation import generate
 from perceiver_ar.model import PerceiverAR
 from perceiver_ar.objective import next_token_loss
-from perceiver_ar.optim import lr_factor, make_optimizer
+from perceiver_ar.optim import lr_factor, make_optimizer, whole
+from perceiver_ar.report import write_report
 from perceiver_ar.run import Run
+from perceiver_ar.trouble import (
+    ROOM,
+    first_not_finite,
+    free_bytes,
+    gigabytes,
+    is_out_of_memory,
+    largest_micro_batch,
+    out_of_memory,
+)
 
-console = Console(stderr=True, highlight=False, markup=False)
+RANK: int = rank_zero_only.rank  # of this process among those of the run, from the environment; 0 writes and prints
+console = Console(stderr=True, highlight=False, markup=False, quiet=RANK != 0)
 PRECISIONS: dict[str, Literal["32", "bf16", "fp16"]] = {"32-true": "32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 BPE_BYTES = 100_000_000  # enough text to choose merges from
+FAILURES = 5  # so many steps in a row without finite gradients end the run
+SPIKES = 100  # gradient norms that a spike is measured against
 
 
 def say(message: str, style: str | None = None) -> None:
@@ -66,18 +92,24 @@ class StopAtOnce(BaseException):
     """A signal that does not wait for the running step. (At a KeyboardInterrupt Lightning would exit.)"""
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> dict[str, Any]:
     """Makes the run that `recipe` describes, or goes on with the one in `recipe.out`.
+
+    Started again by torchrun or SLURM after one of its processes died, it goes on with what it had begun. `find_batch`
+    takes the largest micro-batch that the memory holds instead of the recipe's.
 
     Returns its summary: `bits_per_byte`, `nats_per_token` and more on the held-out documents (absent when nothing is
     held out), `gzip_bits_per_byte` and `xz_bits_per_byte` of the same bytes, `train_seconds`, `tokens_seen` (targets),
-    `steps`, `parameters`.
+    `steps`, `skipped_steps`, `parameters`. It is empty in all processes but the first.
 
     Raises:
         InputError: the files, the settings or the run directory do not allow it. Nothing half-made is left.
         Interrupted: stopped by SIGINT or SIGTERM, and saved.
     """
+    recipe = replace(recipe, trainer=replace(recipe.trainer, devices=world(recipe.trainer)[0]))
     run = Run(recipe.out)
+    if any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
+        resume = resume or run.recipe_file.exists()
     if resume:
         before = check_resumable(run, recipe)
         if recipe.trainer.precision == "auto":
@@ -87,21 +119,50 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
                 f"{run.path} is finished ({summary['steps']} steps), so there is nothing to do. "
                 "To train it further, resume with a larger --max_steps or --max_time."
             )
-            return summary
-    elif run.is_taken():
+            return summary if RANK == 0 else {}
+    if RANK == 0:
+        precision = choose_precision(recipe.trainer)
+        recipe = replace(recipe, trainer=replace(recipe.trainer, precision=PRECISIONS[precision]))  # not measured again
+        recipe = prepare_run(run, recipe, resume, find_batch)
+    else:
+        wait_for_first(run)
+        first = run.recipe().trainer  # what was measured there
+        if recipe.trainer.precision == "auto":
+            recipe = replace(recipe, trainer=replace(recipe.trainer, precision=first.precision))
+        if find_batch:
+            recipe = replace(recipe, trainer=replace(recipe.trainer, micro_batch_size=first.micro_batch_size))
+        precision = choose_precision(recipe.trainer)
+    tokens, held_out, codec = prepare_tokens(run, recipe)
+    recipe = replace(recipe, model=recipe.model.replace(vocab_size=codec.vocab_size))
+    windows = Windows(tokens, recipe.model.context_length, recipe.model.num_latents, recipe.seed)
+    return fit(run, recipe, windows, held_out, codec, precision)
+
+
+def world(settings: TrainerConfig) -> tuple[int, int]:
+    """Devices of the run, on how many machines."""
+    if TorchElasticEnvironment.detect():
+        processes = int(os.environ["WORLD_SIZE"])
+        return processes, processes // int(os.environ["LOCAL_WORLD_SIZE"])
+    if SLURMEnvironment.detect():
+        return int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", 1))
+    return settings.devices, 1
+
+
+def prepare_run(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> Recipe:
+    """Makes the run directory with tokens and codec, or checks the one to go on with; returns the complete recipe."""
+    if not resume and run.is_taken():
         raise InputError(f"{run.path} already exists: give another --out, or go on with --resume")
     run.remove_unfinished_files()
-    precision = choose_precision(recipe.trainer)
-    recipe = replace(recipe, trainer=replace(recipe.trainer, precision=PRECISIONS[precision]))  # not measured again
     existed = run.path.exists()
     try:
         if not resume:  # first, so that a run killed at any later moment can be resumed
             run.write_recipe(recipe)
-        tokens, held_out, codec = prepare_tokens(run, recipe)
+        tokens, _, codec = prepare_tokens(run, recipe)
         recipe = replace(recipe, model=recipe.model.replace(vocab_size=codec.vocab_size))
-        windows = Windows(tokens, recipe.model.context_length, recipe.model.num_latents, recipe.seed)
-        if run.checkpoint_file.exists():
-            check_checkpoint(run.checkpoint_file)
+        Windows(tokens, recipe.model.context_length, recipe.model.num_latents, recipe.seed)  # says if they are too few
+        if find_batch:
+            recipe = with_largest_micro_batch(recipe)
+        Checkpoints(run.checkpoints).newest()  # says if all are damaged
         run.summary_file.unlink(missing_ok=True)  # from here on the run is unfinished
         run.write_recipe(recipe)
     except BaseException:
@@ -110,7 +171,31 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
             if existed:
                 run.path.mkdir(exist_ok=True)
         raise
-    return fit(run, recipe, windows, held_out, codec, precision)
+    return recipe
+
+
+def wait_for_first(run: Run, seconds: float = 24 * 3600.0) -> None:
+    """Until the first process has made what all read. Launchers end the others if it fails."""
+    deadline = time.monotonic() + seconds
+    while not (run.path / "codec.json").exists():
+        if time.monotonic() > deadline:
+            raise InputError(f"{run.path} does not appear: is it on a disk that all machines share?")
+        time.sleep(0.1)
+
+
+def with_largest_micro_batch(recipe: Recipe) -> Recipe:
+    if recipe.trainer.devices > 1 and TorchElasticEnvironment.detect():
+        raise InputError("--find_batch looks at one machine: use it without torchrun first, then give what it found")
+    with torch.device("meta"):
+        parameters = PerceiverAR(recipe.model).num_parameters()
+    device = choose_device(recipe.trainer)
+    available = free_bytes(device)
+    size = largest_micro_batch(recipe, parameters, device, ROOM[device] * available)
+    if size is None:
+        smallest = replace(recipe, trainer=replace(recipe.trainer, micro_batch_size=1))
+        raise InputError(f"{out_of_memory(smallest, parameters, device)} ({gigabytes(available)} are free)")
+    say(f"micro-batches of {size} windows, for {gigabytes(available)} of free memory")
+    return replace(recipe, trainer=replace(recipe.trainer, micro_batch_size=size))
 
 
 def check_resumable(run: Run, recipe: Recipe) -> Recipe:
@@ -168,10 +253,17 @@ def bfloat16_is_faster() -> bool:
 def choose_device(settings: TrainerConfig) -> str:
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if settings.device == "auto":
-        return "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
-    if not available[settings.device]:
+        device = "cuda" if available["cuda"] else "mps" if available["mps"] and settings.devices == 1 else "cpu"
+    else:
+        device = settings.device
+    if not available[device]:
         raise InputError(f"trainer.device is {settings.device}, but there is none on this machine: use auto")
-    return settings.device
+    total, machines = world(settings)
+    if device == "cuda" and total // machines > torch.cuda.device_count():
+        raise InputError(f"trainer.devices is {total}, but this machine has {torch.cuda.device_count()} GPUs")
+    if device == "mps" and total > 1:
+        raise InputError(f"trainer.devices is {total}, but there is only one MPS device: use 1")
+    return device
 
 
 def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | None, Codec]:
@@ -209,20 +301,51 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
 class PerceiverARModule(pl.LightningModule):
     """The network with its learning rule, as Lightning wants it."""
 
-    def __init__(self, model: PerceiverAR, recipe: Recipe) -> None:
+    def __init__(self, model: PerceiverAR, recipe: Recipe, rank: int = 0) -> None:
         super().__init__()
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe, self.rank = model, recipe, rank
         model.activation_checkpointing = recipe.trainer.activation_checkpointing
-        # In a list, so that its parameters are not listed, and saved, a second time.
-        # Kernels for one shape each: there are few (see Batches), and inductor cannot lower attention of any length.
+        # In lists, so that their parameters are not listed, and saved, a second time.
         self.compiled: list[Any] = [torch.compile(model) if recipe.trainer.compile else model]
+        self.mean: list[PerceiverAR] = [copy.deepcopy(model)] if recipe.optim.ema else []
         self.first_window = 0
         self.seconds_before = 0.0  # spent in earlier parts of a resumed run
         self.started = time.perf_counter()
+        self.now = 0.0  # the time spent training that all ranks go by
+        self.step_loss: Tensor | float = 0.0  # of the running step, so far
         self.loss_sum: Tensor | float = 0.0
         self.losses = 0
-        self.last_loss: Tensor | float = 0.0
-        self.grad_norm: Tensor | float = 0.0
+        self.grad_norm = 0.0
+        self.norms: list[float] = []  # of the last steps
+        self.step_skipped = False
+        self.skipped = 0
+        self.failures = 0  # steps without finite gradients in a row, up to the last one
+        self.trouble: str | None = None
+        """Why the run cannot go on."""
+
+    @property
+    def in_use(self) -> PerceiverAR:
+        """What is measured, sampled from, and written for use: the running mean of the weights if there is one."""
+        return self.mean[0] if self.mean else self.model
+
+    def configure_model(self) -> None:
+        """Under FSDP, divides the network among the ranks, layer by layer."""
+        if self.recipe.trainer.sharded and not isinstance(self.model, FSDPModule):
+            assert self.device_mesh is not None
+            mesh = self.device_mesh["data_parallel"]
+            for layer in (*self.model.cross_attention, *self.model.self_attention, self.model):
+                fully_shard(layer, mesh=mesh)
+
+    def usable(self) -> PerceiverAR:
+        """`in_use`; under FSDP a copy of it with all weights, for which all ranks have to call this."""
+        if not self.recipe.trainer.sharded:
+            return self.in_use
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.model, options=options)  # empty on all ranks but the first
+        model = PerceiverAR(self.recipe.model)
+        if self.rank == 0:
+            model.load_state_dict(state)
+        return model.to(self.device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         dtype = torch.bfloat16 if self.recipe.trainer.precision == "bf16" else torch.float32
@@ -232,32 +355,86 @@ class PerceiverARModule(pl.LightningModule):
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         limit = self.recipe.optim.grad_clip or math.inf
-        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.grad_norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
+        if self.trainer.precision == "16-mixed" and not math.isfinite(self.grad_norm):
+            return  # the scaler tries how far it can go, and skips such steps itself
+        reason = self.why_to_skip()
+        self.step_skipped = reason is not None
+        if math.isfinite(self.grad_norm):
+            self.failures = 0
+            self.norms = [*self.norms, self.grad_norm][-SPIKES:]
+        else:
+            self.failures += 1
+        if reason is not None:
+            for parameter in self.model.parameters():
+                parameter.grad = None  # which our optimizers leave as it is, with all state
+            self.skipped += 1
+            say(f"step {self.steps + 1:,} skipped: {reason}")
+
+    def why_to_skip(self) -> str | None:
+        """Why the gradient of the running step would do harm; None: it would not. The same on all ranks."""
+        if not math.isfinite(self.grad_norm):
+            return f"the norm of the gradient is {self.grad_norm}"
+        factor = self.recipe.optim.skip_spikes
+        if factor and len(self.norms) >= 10 and self.grad_norm > factor * (usual := statistics.median(self.norms)):
+            return f"the norm of the gradient is {self.grad_norm:.3g}, where {usual:.3g} is usual"
+        return None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         factor = lr_factor(self.recipe.optim, self.progress())
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
             group["lr"] = group["initial_lr"] * factor
-        torch.manual_seed((self.recipe.seed * 1_000_003 + batch_idx) % 2**63)
+        place = batch_idx * self.recipe.trainer.devices + self.rank  # of the micro-batch among all of the run
+        torch.manual_seed((self.recipe.seed * 1_000_003 + place) % 2**63)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def forward_loss(self, batch: dict[str, Any]) -> Tensor:
         tokens, labels = batch["tokens"], batch["labels"]
         prefix_len = tokens.shape[1] - labels.shape[1]
-        loss = batch["weight"] * next_token_loss(self.compiled[0](tokens, prefix_len, mask=batch.get("mask")), labels)
-        self.last_loss = loss.detach()
-        self.loss_sum, self.losses = self.loss_sum + self.last_loss, self.losses + 1
+        return batch["weight"] * next_token_loss(self.compiled[0](tokens, prefix_len, mask=batch.get("mask")), labels)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.forward_loss(batch)
+        self.step_loss = self.step_loss + loss.detach()
         return loss
 
+    def end_step(self, batch: dict[str, Any]) -> None:
+        """What is to be done after each optimizer step; `batch` is its last micro-batch."""
+        if not self.step_skipped:
+            self.loss_sum, self.losses = self.loss_sum + self.step_loss, self.losses + self.accumulate
+            if self.mean:
+                # Short runs and beginnings would otherwise remember where they started.
+                decay = min(self.recipe.optim.ema, (1 + self.steps) / (10 + self.steps))
+                with torch.no_grad():
+                    for mean, own in zip(self.mean[0].parameters(), self.model.parameters(), strict=True):
+                        mean.lerp_(own, 1 - decay)
+        if self.failures == FAILURES:
+            where = first_not_finite(self.model, lambda: self.forward_loss(batch))
+            self.trouble = (
+                f"training diverged: the {FAILURES} steps up to {self.steps} gave no finite gradients; {where}: "
+                f"lower optim.lr or optim.muon_lr; what was saved before is kept in {self.recipe.out}"
+            )
+        self.step_loss = 0.0
+
     def take_mean_loss(self) -> float:
-        """Mean loss in nats since the last call."""
-        mean = float(self.loss_sum) / max(1, self.losses)
+        """Mean loss in nats, over all ranks, since the last call."""
+        mean = torch.as_tensor(self.loss_sum / max(1, self.losses), device=self.device)
         self.loss_sum, self.losses = 0.0, 0
-        return mean
+        return float(self.trainer.strategy.reduce(mean, reduce_op="mean"))
+
+    def agree(self, stop: bool) -> bool:
+        """Takes the first rank's clock; returns whether any rank asks to stop."""
+        self.now = self.seconds
+        if self.recipe.trainer.devices > 1:
+            own = torch.tensor([self.now if self.rank == 0 else 0.0, stop], dtype=torch.float64, device=self.device)
+            torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX)
+            self.now, stop = own[0].item(), bool(own[1])
+        return stop
 
     @property
     def accumulate(self) -> int:
+        """Micro-batches of a step on each device."""
         settings = self.recipe.trainer
-        return settings.batch_size // (settings.micro_batch_size or settings.batch_size)
+        return settings.batch_size // (settings.micro_batch * settings.devices)
 
     @property
     def steps(self) -> int:
@@ -275,15 +452,23 @@ class PerceiverARModule(pl.LightningModule):
     def progress(self) -> float:
         """Share of the run that is done, 0 ... 1, half of the running step included."""
         by_steps = (self.steps + 0.5) / self.recipe.max_steps if self.recipe.max_steps else 0.0
-        by_time = self.seconds / self.recipe.max_seconds if self.recipe.max_seconds else 0.0
+        by_time = self.now / self.recipe.max_seconds if self.recipe.max_seconds else 0.0
         return min(1.0, max(by_steps, by_time))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["seconds"] = self.seconds
         checkpoint["windows"] = self.steps * self.recipe.trainer.batch_size
+        checkpoint["skipped"] = self.skipped
+        checkpoint["norms"] = list(self.norms)
+        if self.mean:
+            checkpoint["mean"] = self.mean[0].state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.seconds_before, self.first_window = checkpoint["seconds"], checkpoint["windows"]
+        self.skipped = checkpoint["skipped"]
+        self.norms = list(checkpoint["norms"])
+        if self.mean:
+            self.mean[0].load_state_dict(checkpoint["mean"])
         # Lightning counts micro-batches, and there may now be more or fewer of them in a step.
         counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         further = checkpoint["global_step"] * self.accumulate - counts["total"]["ready"]
@@ -291,11 +476,13 @@ class PerceiverARModule(pl.LightningModule):
             group.update({name: count + further for name, count in group.items()})
 
     def on_train_start(self) -> None:
-        self.started = time.perf_counter()
+        for mean in self.mean:
+            mean.to(self.device)
 
 
 class Batches:
-    """The endless sequence of micro-batches, from the window on that the module says (a resumed run skips ahead).
+    """The endless sequence of a rank's micro-batches, from the window on that the module says (a resumed run skips
+    ahead). Of the micro-batches of a step, rank r of k takes every k-th, from the r-th on.
 
     `weight` is a micro-batch's share of the targets of its step, times the number of micro-batches: a step's mean of
     the weighted mean losses is the mean over its targets, however it is divided.
@@ -305,13 +492,15 @@ class Batches:
         self.windows, self.module = windows, module
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        pieces, size = self.module.accumulate, self.module.recipe.trainer.batch_size
+        settings = self.module.recipe.trainer
+        pieces, size = self.module.accumulate * settings.devices, settings.batch_size
         first = self.module.first_window
         while True:
             targets = np.diff(self.windows.spans(first, size)).reshape(pieces, -1).sum(axis=1)
-            for i, weight in enumerate(pieces * targets / targets.sum()):
-                batch = self.windows.batch(first + i * size // pieces, size // pieces)
-                yield self.shorten(batch, first // size) | {"weight": float(weight)}
+            weights = pieces * targets / targets.sum()
+            for i in range(self.module.rank, pieces, settings.devices):
+                batch = self.windows.batch(first + i * settings.micro_batch, settings.micro_batch)
+                yield self.shorten(batch, first // size) | {"weight": float(weights[i])}
             first += size
 
     def shorten(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -329,7 +518,10 @@ class Batches:
 
 
 class Watch(Callback):
-    """All that happens between steps: the progress bar, metrics, evaluations and samples, checkpoints, stopping."""
+    """All that happens between steps: the progress bar, metrics, evaluations and samples, checkpoints, stopping.
+
+    What decides when something happens is the same on all ranks; what happens, the first one does.
+    """
 
     COLUMNS: tuple[str, ...] = (
         "step",
@@ -342,10 +534,18 @@ class Watch(Callback):
         "tokens_per_second",
     )
 
-    def __init__(self, run: Run, held_out: TokenFile | None, codec: Codec, recipe: Recipe, autocast: bool) -> None:
-        self.run, self.held_out, self.codec, self.recipe = run, held_out, codec, recipe
+    def __init__(
+        self,
+        run: Run,
+        held_out: TokenFile | None,
+        codec: Codec,
+        recipe: Recipe,
+        autocast: bool,
+        files: "CheckpointFiles",
+    ) -> None:
+        self.run, self.held_out, self.codec, self.recipe, self.files = run, held_out, codec, recipe, files
         self.precision: Literal["32", "bf16"] = "bf16" if autocast else "32"
-        self.stop_asked = False
+        self.stop_asked = self.disk_full = False
         self.handlers: dict[int, Any] = {}
         self.checkpoint_seconds = parse_duration(recipe.trainer.checkpoint_every, "trainer.checkpoint_every")
         self.bar = Progress(
@@ -361,11 +561,14 @@ class Watch(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = as_module(pl_module)
-        self.logged_at = self.saved_at = self.printed_at = module.seconds
+        module.started = time.perf_counter()
+        module.agree(False)
+        self.logged_at = self.saved_at = self.printed_at = module.now
         self.logged_steps = module.steps
         self.evaluations_done = int(module.progress() * self.recipe.trainer.evaluations)
-        self.rows = [row for row in read_metrics(self.run.metrics_file) if int(row["step"]) <= module.steps]
-        self.write_rows()
+        if module.rank == 0:
+            self.rows = [row for row in read_metrics(self.run.metrics_file) if int(row["step"]) <= module.steps]
+            self.write_rows()
         self.task = self.bar.add_task("training", total=1.0, left="")
         self.bar.start()
         for number in self.handlers:  # Lightning has just taken one
@@ -396,32 +599,63 @@ class Watch(Callback):
         module = as_module(pl_module)
         if (batch_idx + 1) % module.accumulate:
             return
+        module.end_step(batch)
+        self.stop_asked = module.agree(self.stop_asked)
         finished = module.progress() >= 1.0 if self.recipe.max_seconds else False
         finished = finished or module.steps == self.recipe.max_steps
-        if finished or module.seconds - self.logged_at >= 1.0:
+        if module.trouble:
+            trainer.should_stop = True
+            return
+        if module.failures and not finished:
+            return  # what is saved is known to give finite gradients
+        if finished or module.now - self.logged_at >= 1.0:
             self.report(module)
         due = int(module.progress() * self.recipe.trainer.evaluations)
-        if due > self.evaluations_done and not finished:
+        evaluated = due > self.evaluations_done and not finished
+        bits = None
+        due_to_save = finished or self.stop_asked or module.now - self.saved_at >= self.checkpoint_seconds
+        if evaluated or due_to_save:
+            model = module.usable()
+        if evaluated:
             self.evaluations_done = due
-            self.examine(module)
-        if finished or self.stop_asked or module.seconds - self.saved_at >= self.checkpoint_seconds:
-            if not math.isfinite(float(module.last_loss)):
-                raise InputError(
-                    f"training diverged by step {module.steps} (the loss is {float(module.last_loss)}): lower optim.lr "
-                    f"or optim.muon_lr; what was saved before is kept in {self.run.path}"
-                )
-            save(trainer, module, self.run)
-            self.saved_at = module.seconds
+            if module.rank == 0:
+                with self.going_on():
+                    bits = self.examine(module, model)
+        if evaluated or due_to_save:
+            self.saved_at = module.now
+            self.files.model, self.files.validation_bits = model, bits
+            trainer.save_checkpoint(self.files.checkpoints.path(module.steps), weights_only=False)
+            if (error := self.files.error) is not None:  # only where it is written; the others have gone on
+                if finished or self.stop_asked:
+                    raise error
+                last = self.files.checkpoints.all()
+                safe = f"the last good checkpoint is that of step {last[-1].step:,}" if last else "there is none yet"
+                say(f"step {module.steps:,}: {error.strerror}; {safe}, going on")
         if finished or self.stop_asked:
             trainer.should_stop = True
 
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """A full disk loses what is written within, but does not end the training."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if not self.disk_full:
+                say(f"{error.strerror}: {error.filename or self.run.path}; going on without samples and metrics")
+            self.disk_full = True
+
     def report(self, module: PerceiverARModule) -> None:
-        seconds = module.seconds
         bits = module.take_mean_loss() / math.log(2)
+        if module.rank > 0:
+            self.logged_at = module.now
+            return
+        seconds = module.now
         new = module.steps - self.logged_steps
         rate = new * self.recipe.trainer.batch_size * self.recipe.model.num_latents / (seconds - self.logged_at + 1e-9)
         lr = module.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]
-        self.add_row(module, train_bits=bits, lr=lr, grad_norm=float(module.grad_norm), tokens_per_second=round(rate))
+        self.add_row(module, train_bits=bits, lr=lr, grad_norm=module.grad_norm, tokens_per_second=round(rate))
         self.logged_at, self.logged_steps = seconds, module.steps
         progress = module.progress()
         left = duration(seconds * (1 - progress) / progress) if seconds > 5 else "..."
@@ -431,22 +665,31 @@ class Watch(Callback):
             say(f"{text}  {100 * progress:.0f}%  {left} left")
             self.printed_at = seconds
 
-    def examine(self, module: PerceiverARModule) -> None:
-        """Measures on held-out text, and lets the model write some."""
+    def examine(self, module: PerceiverARModule, model: PerceiverAR) -> float | None:
+        """Measures bits per token on held-out text, if there is any, and lets the model write some."""
+        bits = None
         if self.held_out is not None and len(self.held_out.tokens) > 1:
             limit = self.recipe.trainer.evaluation_tokens
-            result = evaluate(module.model, self.held_out.tokens, max_tokens=limit, precision=self.precision)
-            self.add_row(module, validation_bits=result.bits_per_token)
-            say(f"step {module.steps:,}  held out: {result.bits_per_token:.3f} bits/token")
-        sample(module.model, self.codec, self.run, self.recipe, module.steps)
+            result = evaluate(model, self.held_out.tokens, max_tokens=limit, precision=self.precision)
+            bits = result.bits_per_token
+            self.add_row(module, validation_bits=bits)
+            say(f"step {module.steps:,}  held out: {bits:.3f} bits/token")
+        with self.going_on():
+            sample(model, self.codec, self.run, self.recipe, module.steps)
+        return bits
 
     def add_row(self, module: PerceiverARModule, **values: float) -> None:
         row = {"step": module.steps, "tokens": module.tokens_seen, "seconds": round(module.seconds, 2), **values}
         self.rows.append({name: str(row.get(name, "")) for name in self.COLUMNS})
-        with open(self.run.metrics_file, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.COLUMNS).writerow(self.rows[-1])
-        for logger in module.loggers:
-            logger.log_metrics(dict(values), step=module.steps)
+        with self.going_on():
+            if self.disk_full:  # the last row may be half there
+                self.write_rows()
+                self.disk_full = False
+            else:
+                with open(self.run.metrics_file, "a", newline="", encoding="utf-8") as file:
+                    csv.DictWriter(file, self.COLUMNS).writerow(self.rows[-1])
+            for logger in module.loggers:
+                logger.log_metrics(dict(values), step=module.steps)
 
     def write_rows(self) -> None:
         with (
@@ -468,11 +711,17 @@ def fit(
     quiet_lightning()
     torch.manual_seed(recipe.seed % 2**63)
     model = PerceiverAR(recipe.model)
-    module = PerceiverARModule(model, recipe)
-    watch = Watch(run, held_out, codec, recipe, autocast=precision != "32-true")
+    module = PerceiverARModule(model, recipe, RANK)
+    checkpoints = Checkpoints(run.checkpoints, recipe.trainer.keep_best)
+    checkpoint = newest(checkpoints)
+    files = CheckpointFiles(run, checkpoints, recipe, model)
+    watch = Watch(run, held_out, codec, recipe, autocast=precision != "32-true", files=files)
+    devices, machines = world(recipe.trainer)
     trainer = pl.Trainer(
         accelerator=choose_device(recipe.trainer),
-        devices=1,
+        devices=devices // machines,
+        num_nodes=machines,
+        strategy=choose_strategy(recipe.trainer) if devices > 1 else "auto",
         precision=precision,  # type: ignore[arg-type]
         max_steps=recipe.max_steps or -1,
         max_epochs=-1,
@@ -485,32 +734,63 @@ def fit(
         limit_val_batches=0,
         use_distributed_sampler=False,
         default_root_dir=run.path,
-        plugins=[DirectCheckpoints()],
+        plugins=[files],
     )
-    checkpoint = run.checkpoint_file if run.checkpoint_file.exists() else None
     say(
         f"{model.num_parameters():,} parameters, {windows_text(recipe)}, {precision}"
+        + (f", {devices} devices" if devices > 1 else "")
         + (", resuming" if checkpoint else "")
     )
     resume = f"perceiver-ar train --out {shlex.quote(str(run.path))} --resume"
     try:
         with watch.stopping_on_signals(), suppress(SystemExit):  # Lightning's, at a SIGTERM before the first step
-            trainer.fit(module, Batches(windows, module), ckpt_path=checkpoint, weights_only=True)
+            path = checkpoint.path if checkpoint else None
+            trainer.fit(module, Batches(windows, module), ckpt_path=path, weights_only=True)
     except StopAtOnce:
+        if RANK > 0:
+            return {}
         raise Interrupted(f"stopped at once; go on from the last checkpoint with: {resume}") from None
-    if watch.stop_asked:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            device = choose_device(recipe.trainer)
+            raise InputError(out_of_memory(recipe, model.num_parameters(), device)) from error
+        if devices > 1 and ("closed by peer" in str(error) or isinstance(error, torch.distributed.DistError)):
+            say(f"perceiver-ar: another process of the run has died; go on from the last checkpoint with: {resume}")
+            raise SystemExit(1) from None
+        raise
+    if module.trouble and RANK == 0:
+        raise InputError(module.trouble)
+    if watch.stop_asked and RANK == 0:
         raise Interrupted(f"stopped at step {module.steps:,}, everything saved; go on with: {resume}")
-    model.to(choose_device(recipe.trainer)).eval()
-    return finish(run, recipe, module, watch)
+    if module.trouble or watch.stop_asked:
+        return {}
+    model = module.usable().to(choose_device(recipe.trainer)).eval()
+    return finish(run, recipe, module, model, watch) if RANK == 0 else {}
 
 
-def finish(run: Run, recipe: Recipe, module: PerceiverARModule, watch: Watch) -> dict[str, Any]:
-    """The last evaluation and sample, the loss curve, and `summary.json`, which marks the run as finished."""
+def choose_strategy(settings: TrainerConfig) -> DDPStrategy | ModelParallelStrategy:
+    if not settings.sharded:
+        return DDPStrategy()
+    # A checkpoint is one file with all weights and states, whatever the number of devices.
+    return ModelParallelStrategy(settings.devices, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+
+def newest(checkpoints: Checkpoints) -> Checkpoint | None:
+    """The checkpoint to go on from; says which newer ones are damaged."""
+    found = checkpoints.newest()
+    for step in sorted(checkpoints.damaged):
+        before = f"going on from the one before, of step {found.step:,}" if found else ""
+        say(f"{checkpoints.path(step)} is damaged, so it is passed over: {before}")
+    return found
+
+
+def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: PerceiverAR, watch: Watch) -> dict[str, Any]:
+    """The last evaluation and sample, pictures, the report, and `summary.json`, which marks the run as finished."""
     held_out, codec = watch.held_out, watch.codec
-    model = module.model
     summary: dict[str, Any] = {
         "steps": module.steps,
         "tokens_seen": module.tokens_seen,
+        "skipped_steps": module.skipped,
         "train_seconds": round(module.seconds, 1),
         "parameters": model.num_parameters(),
     }
@@ -529,45 +809,63 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, watch: Watch) ->
         references = {"gzip": compressed["gzip_bits_per_byte"], "xz": compressed["xz_bits_per_byte"]}
         last = [(module.tokens_seen, result.bits_per_token)]
         summary = {**result.to_dict(), **compressed, **summary, "held_out_documents": held_out.num_documents}
+        draw_context(run, recipe, watch, model)
     sample(model, codec, run, recipe, module.steps)
     draw_loss(run, codec, last, references)
+    write_report(run, summary)
     run.write_summary(summary)
     return summary
 
 
-class DirectCheckpoints(TorchCheckpointIO):
-    """Writes the file itself: Lightning's own way is a copy in memory and one in /tmp, which a kill leaves there."""
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes the weights for use and a checkpoint; each file replaces the last good one when it is whole.
+
+    Lightning calls this on the first rank only, and all ranks wait until it returns. So an error is kept in `error`,
+    to be raised, or not, by who asked. (Lightning's own way makes a copy in memory and one in /tmp, which a kill leaves
+    there.) In the file the optimizer's states are numbered as the model's parameters are, as Lightning does it under
+    FSDP, so that every run can go on with every file.
+    """
+
+    def __init__(self, run: Run, checkpoints: Checkpoints, recipe: Recipe, model: PerceiverAR) -> None:
+        self.run, self.checkpoints, self.recipe, self.model = run, checkpoints, recipe, model
+        places = {id(parameter): i for i, parameter in enumerate(model.parameters())}
+        groups = make_optimizer(model, recipe.optim).param_groups
+        self.order = [places[id(parameter)] for group in groups for parameter in group["params"]]
+        self.validation_bits: float | None = None
+        self.error: OSError | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        torch.save(checkpoint, path)
+        """The checkpoint comes last: resuming from one that is at the end of the run saves no weights again."""
+        self.error = None
+        if not self.recipe.trainer.sharded:
+            checkpoint = checkpoint | {"optimizer_states": renumber(checkpoint["optimizer_states"], self.order)}
+        try:
+            self.model.save_pretrained(self.run.path)
+            with self.checkpoints.writing(checkpoint["global_step"], self.validation_bits) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OSError, SafetensorError, RuntimeError) as error:  # the latter are what writers make of the first
+            message = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+            reason = f"cannot save ({message}); make room on the disk"
+            self.error = OSError(errno.EIO, reason, str(self.run.path))
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """FSDP does not come here."""
+        checkpoint = super().load_checkpoint(*args, **kwargs)
+        back = [self.order.index(i) for i in range(len(self.order))]
+        return checkpoint | {"optimizer_states": renumber(checkpoint["optimizer_states"], back)}
 
 
-def save(trainer: pl.Trainer, module: PerceiverARModule, run: Run) -> None:
-    """The weights for use, and everything needed to go on; each file replaces the last good one when it is whole.
-
-    The checkpoint comes last: resuming from one that is at the end of the run saves no weights again.
-    """
-    try:
-        module.model.save_pretrained(run.path)
-        with atomic_path(run.checkpoint_file) as temporary:
-            trainer.save_checkpoint(temporary)
-    except (SafetensorError, RuntimeError) as error:  # what these writers raise instead of an OSError
-        reason = f"cannot save ({' '.join(str(error).split())}); make room on the disk, then --resume"
-        raise OSError(errno.EIO, reason, str(run.path)) from error
-
-
-def check_checkpoint(path: Path) -> None:
-    """Raises InputError where the checkpoint cannot be read or is none of ours. No pickled code runs."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"state_dict", "optimizer_states", "loops", "seconds", "windows"} - set(content)
-        reason = f"without {', '.join(sorted(missing))}" if missing else ""
-    except PermissionError:
-        raise
-    except Exception as error:
-        reason = type(error).__name__
-    if reason:
-        raise InputError(f"{path} is damaged ({reason}): restore it, or delete it to train again from the start")
+def renumber(states: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
+    """Optimizers' states whose parameter i becomes `numbers[i]`."""
+    return [
+        {
+            "state": {numbers[i]: values for i, values in state["state"].items()},
+            "param_groups": [
+                {**group, "params": [numbers[i] for i in group["params"]]} for group in state["param_groups"]
+            ],
+        }
+        for state in states
+    ]
 
 
 def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int) -> None:
@@ -600,6 +898,25 @@ def draw_loss(run: Run, codec: Codec, last: list[tuple[float, float]], reference
         references if bytewise else {},
         y_label="bits per byte" if bytewise else "bits per token",
     )
+
+
+def draw_context(run: Run, recipe: Recipe, watch: Watch, model: PerceiverAR) -> None:
+    """What ever more context brings on held-out text, up to all that the model can take."""
+    from perceiver_ar.plots import plot_context
+
+    assert watch.held_out is not None
+    longest = min(recipe.model.context_length, len(watch.held_out) // 2)  # and as many targets
+    lengths = [longest, *(longest // 4**i for i in (1, 2, 3) if longest // 4**i >= 16)]
+    results = evaluate_context_lengths(
+        model,
+        watch.held_out.tokens,
+        lengths,
+        byte_lengths=watch.codec.byte_lengths(),
+        max_tokens=max(2, recipe.trainer.evaluation_tokens // 10),
+        precision=watch.precision,
+    )
+    write_table(run.plots / "context.csv", results)
+    plot_context(run.plots / "context.png", results, {})
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -637,5 +954,6 @@ def has_tensorboard() -> bool:
 
 def quiet_lightning() -> None:
     """Lightning's notices about devices and loaders say nothing about our runs."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

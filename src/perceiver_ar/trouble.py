@@ -1,0 +1,107 @@
+"""What to tell a user whose training goes wrong: where numbers stop being finite, and what takes the memory."""
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_ar.config import Recipe
+from perceiver_ar.costs import training_bytes
+from perceiver_ar.optim import whole
+from perceiver_ar.streaming import automatic_chunk
+
+ROOM = {"cuda": 0.8, "mps": 0.8, "cpu": 0.5}
+"""Share of the free memory to plan with: the estimate may be wrong by a fifth, and on a CPU allocators need more."""
+
+
+def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str:
+    """Which weights are not finite, or else which layer's output is not, first, in `forward` of `model`; in words."""
+    for name, parameter in model.named_parameters():
+        finite = whole(parameter.detach()).isfinite()
+        if not finite.all():
+            return f"{name} holds {int((~finite).sum()):,} values that are not finite"
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if found:
+        return f"the first layer whose output is not finite is {found[0]}"
+    return "all layers' outputs are finite, their gradients are not"
+
+
+def expected_bytes(recipe: Recipe, parameters: int, device: str, windows: int | None = None) -> float:
+    """`training_bytes` where the prefix is streamed, or not, as it would be on a device."""
+    config, chunk = recipe.model, recipe.model.prefix_chunk
+    if chunk is None:
+        length = int((config.context_length - config.num_latents) * (1 - config.prefix_dropout))
+        rows = recipe.trainer.micro_batch if windows is None else windows
+        chunk = automatic_chunk(config, rows, length, torch.float32, torch.device(device))
+    return training_bytes(recipe, parameters, windows, chunk)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def out_of_memory(recipe: Recipe, parameters: int, device: str) -> str:
+    """What was too much, and what to lower, by how much."""
+    each = recipe.trainer.micro_batch
+    needed = f"{each} windows at once need about {gigabytes(expected_bytes(recipe, parameters, device))}"
+    if each > 1:
+        half = max(size for size in range(1, each // 2 + 1) if each % size == 0)
+        less = gigabytes(expected_bytes(recipe, parameters, device, half))
+        remedy = f"set trainer.micro_batch_size to {half} (about {less}), or use --find_batch"
+    elif not recipe.trainer.activation_checkpointing:
+        remedy = "set trainer.activation_checkpointing, or lower model.context_length or model.num_latents"
+    else:
+        remedy = "lower model.context_length, model.num_latents or model.dim"
+    return f"out of memory: {needed}; {remedy}, then --resume or start again"
+
+
+def largest_micro_batch(recipe: Recipe, parameters: int, device: str, room: float) -> int | None:
+    """The most windows at once that `room` bytes hold by the estimate; None: not even one."""
+    share = recipe.trainer.batch_size // recipe.trainer.devices
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    fitting = [size for size in sizes if expected_bytes(recipe, parameters, device, size) <= room]
+    return max(fitting, default=None)
+
+
+def free_bytes(device: str) -> float:
+    """Memory that can be had on a device; infinite where nobody says."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    limits = [math.inf]
+    with suppress(OSError, ValueError):
+        import resource  # not on Windows
+
+        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if soft != resource.RLIM_INFINITY:
+            with open("/proc/self/statm") as file:
+                limits.append(soft - int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError):
+        limits.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, StopIteration), open("/proc/meminfo") as file:  # counts what caches would give back
+        limits[-1] = 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+    return min(limits)
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
