@@ -252,7 +252,7 @@ def test_a_rank_that_is_killed_comes_back_under_torchrun(recipe: Recipe, tmp_pat
     recipe = replace(on_devices(recipe, 2), max_steps=400)
     recipe = replace(recipe, trainer=replace(recipe.trainer, checkpoint_every="0.2s", evaluations=0))
     with Processes(tmp_path, recipe, *torchrun(2, "--max-restarts", 3)) as processes:
-        processes.until("checkpoints/*.json")
+        processes.until("checkpoints/step-*.json")
         os.kill(processes.rank(1), signal.SIGKILL)
         assert processes.status() == 0, processes.lines()
     assert any("resuming" in line for line in processes.lines())

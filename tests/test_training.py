@@ -219,7 +219,7 @@ def assert_usable(run: Path) -> None:
     """What a kill leaves is whole: what is there can be read."""
     if (run / "model.safetensors").exists():
         PerceiverAR.from_pretrained(run)
-    if appears(run, "checkpoints/*.json")():
+    if appears(run, "checkpoints/step-*.json")():
         checkpoint(run)
         assert (run / "model.safetensors").exists()  # saved before: what resuming does not make again is there
 
@@ -345,7 +345,7 @@ def test_a_second_interrupt_stops_at_once_and_the_last_checkpoint_goes_on(
     run = tmp_path / "run"
     long_steps = ["--model.dim", 128, "--trainer.batch_size", 256, "--trainer.micro_batch_size", 256, "--max_steps", 6]
     asked = lambda: "once more to stop at once" in server.stderr.read_text()  # noqa: E731
-    signals = [(appears(run, "checkpoints/*.json"), signal.SIGINT), (asked, signal.SIGINT)]
+    signals = [(appears(run, "checkpoints/step-*.json"), signal.SIGINT), (asked, signal.SIGINT)]
     assert server.run(*command, *long_steps, "--out", run, signals=signals) == 130
     assert server.messages()[-1] == (
         f"perceiver-ar: stopped at once; go on from the last checkpoint with: perceiver-ar train --out {run} --resume"
