@@ -60,8 +60,7 @@ def recipe(corpus: Path, tmp_path: Path) -> Recipe:
 def on_devices(recipe: Recipe, devices: int, micro_batch_size: int = 6) -> Recipe:
     """With the same micro-batches whatever the number of devices.
 
-    Two of them have one sum, bit by bit, wherever they are computed. More are added up in another order, and Muon's
-    iteration in bfloat16 makes the last bits of a gradient visible.
+    Two of them have one sum, bit by bit, wherever they are computed; more are added up in another order.
     """
     return replace(recipe, trainer=replace(recipe.trainer, devices=devices, micro_batch_size=micro_batch_size))
 
@@ -121,12 +120,12 @@ def parameters(run: str | Path) -> dict[str, Tensor]:
     return load_file(Path(run) / "model.safetensors")
 
 
-def assert_same_parameters(run: str | Path, other: str | Path, tolerance: float = 1e-5) -> None:
-    """Each tensor within this share of its norm."""
+def assert_same_parameters(run: str | Path, other: str | Path) -> None:
+    """Each tensor within 1e-5 of its norm."""
     ours, theirs = parameters(run), parameters(other)
     assert ours.keys() == theirs.keys()
     for name in ours:
-        assert (ours[name] - theirs[name]).norm() <= tolerance * theirs[name].norm(), name
+        assert (ours[name] - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
 
 
 @pytest.fixture(scope="module")
@@ -228,23 +227,22 @@ def test_torchrun_says_how_many_processes_there_are(recipe: Recipe, alone: dict[
     assert_same_parameters(recipe.out, alone["adamw"])
 
 
-# Under FSDP matrix products are other kernels' on other layouts, and Muon makes their last bits visible.
-@pytest.mark.parametrize(("optim", "steps", "tolerance"), [(ADAMW, 20, 1e-5), (MUON, 3, 1e-2)], ids=["adamw", "muon"])
+@pytest.mark.parametrize("optim", [ADAMW, MUON], ids=["adamw", "muon"])
 def test_fsdp_goes_on_with_a_run_of_one_device_and_one_device_with_its(
-    recipe: Recipe, tmp_path: Path, optim: OptimConfig, steps: int, tolerance: float
+    recipe: Recipe, tmp_path: Path, optim: OptimConfig
 ) -> None:
     recipe = replace(on_devices(recipe, 1, 2), optim=optim)
-    train(replace(recipe, max_steps=steps // 2))
+    train(replace(recipe, max_steps=10))
     spread = on_devices(recipe, 2, 2)
-    spread = replace(spread, trainer=replace(spread.trainer, strategy="fsdp"), max_steps=steps)
+    spread = replace(spread, trainer=replace(spread.trainer, strategy="fsdp"), max_steps=20)
     with Processes(tmp_path, spread, options=("--out", recipe.out, "--resume")) as two:
         assert two.status() == 0, two.lines()
-    assert json.loads(two.stdout.read_text())["steps"] == steps
-    train(replace(recipe, out=str(tmp_path / "alone"), max_steps=steps))
-    assert_same_parameters(recipe.out, tmp_path / "alone", tolerance)
-    train(replace(recipe, max_steps=steps + 1), resume=True)
-    train(replace(recipe, out=str(tmp_path / "alone"), max_steps=steps + 1), resume=True)
-    assert_same_parameters(recipe.out, tmp_path / "alone", tolerance)
+    assert json.loads(two.stdout.read_text())["steps"] == 20
+    train(replace(recipe, out=str(tmp_path / "alone"), max_steps=20))
+    assert_same_parameters(recipe.out, tmp_path / "alone")
+    train(replace(recipe, max_steps=21), resume=True)
+    train(replace(recipe, out=str(tmp_path / "alone"), max_steps=21), resume=True)
+    assert_same_parameters(recipe.out, tmp_path / "alone")
 
 
 @pytest.mark.slow
@@ -270,7 +268,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(recipe: Recipe, t
         assert processes.status() == 130, processes.lines()
     assert processes.lines()[-1].startswith("perceiver-ar: stopped at step "), processes.lines()
     steps = int(processes.lines()[-1].split("step ")[1].split(",")[0].replace(",", ""))
-    train(replace(on_devices(recipe, 1), max_steps=steps + 1), resume=True)
+    train(replace(on_devices(recipe, 1), max_steps=21), resume=True)
     train(replace(on_devices(recipe, 1), max_steps=steps + 1, out=str(tmp_path / "alone")))
     assert_same_parameters(recipe.out, tmp_path / "alone")
 

@@ -545,7 +545,9 @@ class Watch(Callback):
     ) -> None:
         self.run, self.held_out, self.codec, self.recipe, self.files = run, held_out, codec, recipe, files
         self.precision: Literal["32", "bf16"] = "bf16" if autocast else "32"
-        self.stop_asked = self.disk_full = False
+        self.signalled = False  # in this process
+        self.stop_asked = self.finished = False  # in any, as all agreed
+        self.disk_full = False
         self.handlers: dict[int, Any] = {}
         self.checkpoint_seconds = parse_duration(recipe.trainer.checkpoint_every, "trainer.checkpoint_every")
         self.bar = Progress(
@@ -588,9 +590,9 @@ class Watch(Callback):
                 signal.signal(*self.handlers.popitem())
 
     def on_signal(self, number: int, frame: Any) -> None:
-        if self.stop_asked:
+        if self.signalled:
             raise StopAtOnce
-        self.stop_asked = True
+        self.signalled = True
         say("\nStopping after this step; once more to stop at once.")
 
     def on_train_batch_end(
@@ -600,9 +602,9 @@ class Watch(Callback):
         if (batch_idx + 1) % module.accumulate:
             return
         module.end_step(batch)
-        self.stop_asked = module.agree(self.stop_asked)
+        self.stop_asked = module.agree(self.signalled)
         finished = module.progress() >= 1.0 if self.recipe.max_seconds else False
-        finished = finished or module.steps == self.recipe.max_steps
+        self.finished = finished = finished or module.steps == self.recipe.max_steps
         if module.trouble:
             trainer.should_stop = True
             return
@@ -760,9 +762,10 @@ def fit(
         raise
     if module.trouble and RANK == 0:
         raise InputError(module.trouble)
-    if watch.stop_asked and RANK == 0:
+    stopped = watch.stop_asked or (watch.signalled and not watch.finished)
+    if stopped and RANK == 0:
         raise Interrupted(f"stopped at step {module.steps:,}, everything saved; go on with: {resume}")
-    if module.trouble or watch.stop_asked:
+    if module.trouble or stopped:
         return {}
     model = module.usable().to(choose_device(recipe.trainer)).eval()
     return finish(run, recipe, module, model, watch) if RANK == 0 else {}
