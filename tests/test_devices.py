@@ -268,7 +268,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(recipe: Recipe, t
         assert processes.status() == 130, processes.lines()
     assert processes.lines()[-1].startswith("perceiver-ar: stopped at step "), processes.lines()
     steps = int(processes.lines()[-1].split("step ")[1].split(",")[0].replace(",", ""))
-    train(replace(on_devices(recipe, 1), max_steps=21), resume=True)
+    train(replace(on_devices(recipe, 1), max_steps=steps + 1), resume=True)
     train(replace(on_devices(recipe, 1), max_steps=steps + 1, out=str(tmp_path / "alone")))
     assert_same_parameters(recipe.out, tmp_path / "alone")
 
