@@ -60,7 +60,8 @@ def make_dense(context: int, dim: int, depth: int) -> nn.Module:
         use_cache=False,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(DEVICE)
+    model: nn.Module = LlamaForCausalLM(config)
+    return model.to(DEVICE)
 
 
 def dense_training_flops(context: int, dim: int, depth: int) -> float:
@@ -108,7 +109,7 @@ def product_peak(dtype: torch.dtype, size: int = 2048) -> float:
     a, b = (torch.randn(size, size, dtype=dtype, device=DEVICE) for _ in range(2))
 
     def product() -> None:
-        a @ b
+        torch.mm(a, b)
         synchronize()
 
     return 2 * size**3 / min(in_turns([product], 10)[0])

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[reportPrivateImportUsage]
 
 from perceiver_ar.attention import Piece, attend_pieces, fake_attention, fake_heads, piece_gradients, piece_weight
 from perceiver_ar.config import PerceiverARConfig
@@ -154,7 +154,7 @@ class _Reader:
         self.norm = list(weights[num_tables : num_tables + num_norm])
         self.projection = [weight.to(dtype) for weight in weights[num_tables + num_norm :]]
         self.prefix, self.chunk = Prefix(self.tables, *prefix), chunk
-        self.group = _resolve_process_group(group) if group else None
+        self.group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
         self.rank, self.ranks = (self.group.rank(), self.group.size()) if self.group else (0, 1)
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
