@@ -60,8 +60,7 @@ def make_dense(context: int, dim: int, depth: int) -> nn.Module:
         use_cache=False,
     )
     torch.manual_seed(0)
-    model: nn.Module = LlamaForCausalLM(config)
-    return model.to(DEVICE)
+    return nn.Module.to(LlamaForCausalLM(config), DEVICE)
 
 
 def dense_training_flops(context: int, dim: int, depth: int) -> float:
