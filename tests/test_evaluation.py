@@ -273,3 +273,59 @@ def test_tables_can_be_read_again(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     read = [Evaluation(**{name: float(value) if value else None for name, value in row.items()}) for row in rows]  # type: ignore[arg-type]
     assert read == results
+
+
+# Documents of one length, and what tokens stand for.
+
+
+@pytest.mark.parametrize("fields", [{}, {"position_table": "learned", "index_dims": (2, 3, 2)}], ids=["rotary", "axes"])
+@given(st.integers(1, 4), st.integers(2, 13), st.data())
+@settings(max_examples=25)
+def test_documents_of_one_length_are_scored_each_for_itself(
+    fields: dict[str, Any], documents: int, length: int, data: st.DataObject
+) -> None:
+    model = tiny(**fields)
+    x = X[: documents * length]
+    T = data.draw(st.integers(1, 12))
+    N = data.draw(st.integers(1, T))
+    stride = data.draw(st.integers(1, N))
+    result = evaluate(model, x, context_length=T, num_latents=N, stride=stride, document_length=length)
+    nats = []
+    for document in x.split(length):
+        first = 1
+        while first < length:
+            end = min(length, max(first + stride, N + 1))
+            start = max(0, end - 1 - T)
+            for i in range(first, end):  # with positions in the document, also where the context begins later
+                positions = torch.arange(start, i)
+                logits = model(document[None, start:i], max(0, end - 1 - start - N), positions=positions)[0, -1]
+                nats.append(-logits.log_softmax(-1)[document[i]].item())
+            first = end
+    assert result.tokens == len(nats) == documents * (length - 1)
+    assert result.nats_per_token == pytest.approx(sum(nats) / len(nats), rel=1e-9)
+
+
+def test_so_many_documents_are_scored_as_hold_the_targets_asked_for() -> None:
+    assert [evaluate(MODEL, X[:50], document_length=10, max_tokens=n).tokens for n in (1, 9, 10, 99)] == [9, 9, 18, 45]
+    with pytest.raises(InputError, match="50 tokens are not documents of 7"):
+        evaluate(MODEL, X[:50], document_length=7)
+
+
+@given(st.integers(2, 57), st.none() | st.integers(1, 60), st.integers(1, 5))
+@settings(max_examples=20)
+def test_nats_per_unit_are_all_nats_over_all_that_the_targets_stand_for(n: int, most: int | None, first: int) -> None:
+    first = min(first, n - 1)
+
+    def amounts(ids: np.ndarray) -> dict[str, float]:
+        return {"note": float((ids < 3).sum()), "second": 0.5 * float((ids == 8).sum()), "nothing": 0.0}
+
+    result = evaluate(MODEL, X[:n], amounts=amounts, first_target=first, max_tokens=most)
+    targets = X[first : n if most is None else min(n, first + most)]
+    nats = result.nats_per_token * len(targets)
+    found = result.to_dict()
+    notes, seconds = int((targets < 3).sum()), 0.5 * int((targets == 8).sum())
+    if notes:
+        assert found["scored_notes"] == notes and found["nats_per_note"] == pytest.approx(nats / notes)
+        assert found["bits_per_note"] == pytest.approx(nats / notes / math.log(2))
+    assert ("nats_per_second" in found) == (seconds > 0)
+    assert "nats_per_nothing" not in found and "amounts" not in found

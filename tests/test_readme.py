@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from test_every_modality import write_music, write_numbers, write_picture, write_sound
 
 from perceiver_ar.cli import main
 
@@ -39,13 +40,27 @@ def test_the_commands_in_the_readme_run(
         text = " ".join(f"It was night {i} in book {name}." for i in range(200))
         (tmp_path / "books" / f"{name}.txt").write_text(text)
     (tmp_path / "new_book.txt").write_text("It was a dark and stormy night. " * 50)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for folder, name, write in (
+        ("performances", "Piece{}__Anna.mid", write_music),
+        ("pictures", "{}.png", write_picture),
+        ("recordings", "{}.wav", write_sound),
+        ("arrays", "{}.npy", write_numbers),
+    ):
+        (tmp_path / folder).mkdir()
+        for number in range(12):
+            write(tmp_path / folder / name.format(number), number)
+    write_music(tmp_path / "prelude.mid", 20)
+    write_picture(tmp_path / "cat.png", 20)
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("perceiver-ar ")]
     assert len(commands) >= 6
     for command in commands:
-        words = shlex.split(command)[1:]
+        words = shlex.split(command, comments=True)[1:]
         if "--max_time" in words:
             at = words.index("--max_time")
             words[at : at + 2] = SMALL
+        elif "recipes/" in command:
+            words += SMALL
         if words[0] == "generate":
             words += ["--max_new_tokens", "3"]
         assert main(words) == 0, f"{command}\n{capsys.readouterr().err}"

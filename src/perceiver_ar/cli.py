@@ -11,7 +11,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from perceiver_ar.data.codec import Codec
     from perceiver_ar.evaluation import Evaluation
+    from perceiver_ar.generation import Step
     from perceiver_ar.run import Run
 
 USAGE = """usage: perceiver-ar VERB ...
@@ -222,6 +224,7 @@ def evaluate_verb(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
         tokens = tokens_to_score(run, codec, args.paths, Path(scratch))
         options: dict[str, Any] = {"num_latents": args.num_latents, "byte_lengths": codec.byte_lengths()}
+        options |= {"amounts": codec.amounts, "document_length": codec.document_length}
         options |= {"max_tokens": args.max_tokens, "batch_size": args.batch_size, "precision": args.precision}
         options |= {"stride": args.stride, "progress": show_scored if sys.stderr.isatty() else None}
         if lengths is None:
@@ -267,6 +270,11 @@ def describe(result: "Evaluation") -> str:
         f"perplexity       {result.perplexity:.3f}",
         f"tokens scored    {result.tokens:,}",
     ]
+    for unit in (unit for unit, amount in result.amounts.items() if amount > 0):
+        lines.append(
+            f"{'per ' + unit:<17}{result.nats_per(unit):.4f} nats, {result.bits_per(unit):.4f} bits "
+            f"({result.amounts[unit]:,.0f} {unit}s)"
+        )
     return "\n".join(lines)
 
 
@@ -290,15 +298,20 @@ def generate_verb(argv: list[str]) -> None:
     parser = make_parser(
         "generate",
         "RUN",
-        "Lets the model of a run write, and shows it as it is drawn.",
+        "Lets the model of a run write, and shows it as it is drawn; music, pictures and sound become files.",
         "  perceiver-ar generate runs/books --prompt 'Call me'\n"
         "  perceiver-ar generate runs/code --prompt_file start.py --max_new_tokens 2000 --top_p 0.95\n"
-        "  perceiver-ar generate runs/books --stop '\\n\\n' --seed 1 --out sample.txt",
+        "  perceiver-ar generate runs/books --stop '\\n\\n' --seed 1 --out sample.txt\n"
+        "  perceiver-ar generate runs/piano --prompt_file prelude.mid --keep 500 --max_new_tokens 1000 --out new.mid",
     )
     parser.add_argument("run", help="a run directory")
     parser.add_argument("--prompt", type=str | None, help="text to go on from")
     parser.add_argument("--prompt_file", type=str | None, help="a file to go on from")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="how many tokens to draw")
+    parser.add_argument("--keep", type=float | None, help="go on from the first so many tokens of the prompt file, or "
+                        "from a share of them below 1 (default: all; of a picture half)")  # fmt: skip
+    parser.add_argument("--max_new_tokens", type=int | None, help="how many tokens to draw (default: 256, or the rest "
+                        "of a picture)")  # fmt: skip
+    parser.add_argument("--samples", type=int | None, help="how many continuations (default: 1; of a picture 4)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token")
     parser.add_argument("--top_k", type=int | None, help="draw from so many likeliest tokens only")
     parser.add_argument("--top_p", type=float | None, help="draw from the likeliest tokens that hold this share")
@@ -315,7 +328,9 @@ def generate_verb(argv: list[str]) -> None:
     parser.add_argument("--slide", action="store_true", help="drop the oldest latent instead: constant time per token")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of weights and computation")
     parser.add_argument("--seed", type=int | None, help="the same seed draws the same text")
-    parser.add_argument("--out", type=str | None, help="also write what was generated into this file")
+    parser.add_argument("--out", type=str | None, help="also write what was generated into this file; for what is no "
+                        "text, how the files are named (default: RUN/samples/generated)")  # fmt: skip
+    parser.add_argument("--soundfont", type=str | None, help="an .sf2 or .sf3 file to play music with")
     args = parser.parse_args(argv)
     if args.prompt is not None and args.prompt_file is not None:
         raise InputError("--prompt and --prompt_file are both given: choose one")
@@ -333,12 +348,13 @@ def generate_verb(argv: list[str]) -> None:
     model, codec = to_device(run.model()), run.codec()
     if args.precision == "bf16":
         model = model.to(torch.bfloat16)
-    prompt = prompt_ids(codec, args.prompt, args.prompt_file)
+    document = prompt_ids(codec, args.prompt, args.prompt_file)
+    prompt, count, samples = what_to_draw(codec, document, args)
     stop = stop_bytes(codec, args.stop)
     steps = stream(
         model,
-        torch.tensor(prompt)[None],
-        max_new_tokens=args.max_new_tokens,
+        torch.tensor([prompt] * samples),
+        max_new_tokens=count,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -349,7 +365,11 @@ def generate_verb(argv: list[str]) -> None:
         seed=args.seed,
         refill_latents=args.refill_latents,
         slide=args.slide,
+        allowed_next=codec.constraint(),
     )
+    if not codec.writes_text:
+        show_files(run, codec, steps, document, len(prompt), args)
+        return
     ids: list[int] = []
     ending = b""
     text, started = Utf8Stream(), time.perf_counter()
@@ -383,7 +403,9 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
     """The ids to go on from: the prompt as the start of a document."""
     from perceiver_ar.data.codec import WrongModality
 
-    if prompt_file is not None:
+    try:
+        if prompt_file is None:
+            return codec.start(prompt or "").tolist() or [0]
         where = f"--prompt_file {prompt_file}"
         try:
             data = Path(prompt_file).read_bytes()
@@ -391,13 +413,10 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
             raise InputError(f"{where}: no such file; check the path") from None
         except IsADirectoryError:
             raise InputError(f"{where} is a folder: name a file") from None
-    else:
-        where = "--prompt"
-        data = (prompt or "").encode("utf-8", errors="surrogateescape")
-    try:
-        pieces = [ids.tolist() for ids in codec.encode_stream([data], where)]
+        pieces = [ids.tolist() for ids in codec.encode_stream([data], prompt_file)]
     except WrongModality as error:
-        raise InputError(f"this run cannot read the prompt: {error} in training") from None
+        reason = str(error).replace("the input", "--prompt", 1) if prompt_file is None else f"--prompt_file {error}"
+        raise InputError(f"this run cannot read the prompt: {reason} in training") from None
     return [*codec.separator, *chain.from_iterable(pieces)] or [0]
 
 
@@ -414,6 +433,50 @@ def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
     if not data or written != data:
         raise InputError(f"--stop {stop!r} cannot be encoded: give text that the model can write")
     return data
+
+
+def what_to_draw(codec: "Codec", document: list[int], args: argparse.Namespace) -> tuple[list[int], int, int]:
+    """The prompt, how many tokens to draw after it, and how often."""
+    keep = args.keep
+    if keep is not None and not keep > 0:
+        raise InputError(f"--keep is {keep:g}: give a number of tokens, or a share of them below 1")
+    if keep is None and codec.document_length is not None and len(document) == codec.document_length:
+        keep = 0.5
+    if keep is not None:
+        start = len(codec.start())
+        document = document[: start + round(keep * (len(document) - start) if keep < 1 else keep)]
+    count, samples = args.max_new_tokens, args.samples
+    if codec.document_length is not None:
+        rest = codec.document_length - len(document)
+        count = rest if count is None else min(count, rest)
+    if samples is None:
+        samples = 1 if codec.document_length is None else 4
+    if samples < 1 or (samples > 1 and codec.writes_text):
+        raise InputError(f"--samples is {samples}: it must be at least 1, and with text 1")
+    return document or [0], 256 if count is None else count, samples
+
+
+def show_files(
+    run: "Run", codec: "Codec", steps: "Iterable[Step]", document: list[int], prompt_len: int, args: argparse.Namespace
+) -> None:
+    """Draws all tokens, then writes what they are; the files' names go to stdout."""
+    import numpy as np
+
+    started, columns = time.perf_counter(), []
+    with suppress(KeyboardInterrupt):  # then what was drawn until then is shown
+        for step in steps:
+            columns.append(step.tokens.cpu().numpy())
+            if sys.stderr.isatty():
+                print(f"\r{len(columns):,} tokens", end="", file=sys.stderr, flush=True)
+    seconds = time.perf_counter() - started
+    samples = len(columns[0]) if columns else 1
+    rows = [np.array(document[:prompt_len] + [int(column[r]) for column in columns]) for r in range(samples)]
+    out = Path(args.out) if args.out is not None else run.samples / "generated"
+    stem = out.stem if out.suffix.lower() == codec.ending else out.name
+    original = np.array(document) if args.prompt_file is not None else None
+    for path in codec.show(rows, prompt_len, out.parent, stem, original=original, soundfont=args.soundfont):
+        print(path)
+    print(f"{len(columns)} tokens in {seconds:.1f} s, {len(columns) / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 def to_device(model: Any) -> Any:

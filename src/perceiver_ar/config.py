@@ -331,19 +331,53 @@ class DataConfig:
     """Share of the bytes held out, as whole documents."""
     split_on: str | None = None
     """Text between documents in one file, not kept itself, such as '\\n\\n\\n\\n'; None: a file is a document."""
+    group_by: str | None = None
+    """Regular expression: files in whose names it finds the same are held out together, or not at all. '(.*)__' keeps
+    the performances of Piece__Performer.mid on one side, '(.*)/' the files of a folder. None: each file for itself."""
+    augment: bool = True
+    """Train on variants of windows where the modality has some: music in other keys, faster, slower, louder, softer."""
     tokenizer: str | None = None
     """A Hugging Face tokenizers file (tokenizer.json); None: every byte is a token."""
     bpe_vocab_size: int | None = None
     """Train a byte-level BPE tokenizer of this size on the files first."""
 
+    midi_tokens: Literal["performance", "remi", "tsd", "midilike"] = "performance"
+    """performance: note on, note off, time shift, velocity: 388 events; the others as MidiTok has them."""
+    image_size: tuple[int, int] = (32, 32)
+    """Rows and columns that pictures are scaled and cut to; the model's context_length follows from it."""
+    image_colours: Literal["rgb", "grey", "palette"] = "rgb"
+    """Three ids a pixel (red, green, blue), or one: its grey, or the nearest of palette_size colours."""
+    palette_size: int = 256
+    """Colours of a palette, chosen from the pictures."""
+    classes: bool = False
+    """Put a token for the class, which is the folder a picture lies in, before each; --prompt then names a class."""
+    audio_codec: Literal["mulaw", "encodec", "dac", "mimi"] = "mulaw"
+    """8-bit mu-law samples, without any model; or the codes of a neural codec."""
+    sample_rate: int = 16_000
+    """Samples a second of mu-law; recordings are resampled. Neural codecs have their own."""
+    audio_weights: str | None = None
+    """A neural codec's weights: a folder, or a name on the Hub; None: the usual ones of the Hub."""
+    codebooks: int | None = None
+    """How many of a neural codec's codebooks to use, the coarse ones first; None: eight, or all if it has fewer."""
+
     def __post_init__(self) -> None:
         _check_types(self, "data.")
+        for name in ("palette_size", "codebooks", "sample_rate"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.{name} is {value}: it must be at least 1")
+        require(self.palette_size <= 256, f"data.palette_size is {self.palette_size}: it must be at most 256")
+        require(min(self.image_size) >= 1, f"data.image_size is {self.image_size}: rows and columns must be at least 1")
         if self.split_on is not None:  # shells pass backslashes on
             object.__setattr__(self, "split_on", self.split_on.replace("\\n", "\n").replace("\\t", "\t"))
         require(
             0 <= self.validation_fraction < 1,
             f"data.validation_fraction is {self.validation_fraction}: it must be in [0, 1)",
         )
+        if self.group_by is not None:
+            try:
+                re.compile(self.group_by)
+            except re.error as error:
+                raise InputError(f"data.group_by {self.group_by!r} is no regular expression ({error})") from None
         require(self.split_on != "", "data.split_on is empty: give a text, or leave it out")
         require(
             self.bpe_vocab_size is None or self.bpe_vocab_size > 256,
@@ -477,8 +511,8 @@ class Recipe:
     """Files, folders, globs, or - for standard input; none: the Python standard library's source."""
     out: str = ""
     """The run directory to make."""
-    modality: Literal["text", "bytes"] = "text"
-    """text: valid UTF-8 only; bytes: any file."""
+    modality: Literal["auto", "text", "bytes", "midi", "image", "audio", "integers"] = "auto"
+    """text: valid UTF-8 only; bytes: any file; auto: what the files are."""
     max_time: str | None = None
     """How long to train, such as 90s, 5m or 1h30m; the learning rate falls accordingly."""
     max_steps: int | None = None
@@ -495,8 +529,8 @@ class Recipe:
         require(self.out != "", "out is missing: name the run directory to make, as in --out runs/mine")
         require(self.max_steps is None or self.max_steps >= 1, f"max_steps is {self.max_steps}: it must be at least 1")
         require(
-            self.modality == "text" or (self.data.tokenizer is None and self.data.bpe_vocab_size is None),
-            "modality is 'bytes', but a tokenizer reads text: leave out one of them",
+            self.modality in ("auto", "text") or (self.data.tokenizer is None and self.data.bpe_vocab_size is None),
+            f"modality is {self.modality!r}, but a tokenizer reads text: leave out one of them",
         )
         require(
             not (self.trainer.sharded and self.optim.ema),

@@ -10,7 +10,7 @@ import lzma
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple
@@ -99,9 +99,24 @@ class Evaluation:
     num_latents: int
     stride: int
     seconds: float
+    amounts: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What these targets stand for, by unit, such as {"note": 812, "second": 95.3}."""
+
+    def nats_per(self, unit: str) -> float:
+        """All nats over all of a unit: nats per note are sum(-log p(target)) / number of notes among the targets."""
+        return self.nats_per_token * self.tokens / self.amounts[unit]
+
+    def bits_per(self, unit: str) -> float:
+        """`nats_per` / log 2: bits per dimension are sum(-log2 p(target)) / number of channel values of the pixels."""
+        return self.nats_per(unit) / math.log(2)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The fields, and for each unit there is some of `scored_UNITs`, `nats_per_UNIT` and `bits_per_UNIT`."""
+        fields = dataclasses.asdict(self)
+        for unit in (unit for unit, amount in fields.pop("amounts").items() if amount > 0):
+            fields |= {f"scored_{unit}s": self.amounts[unit]}
+            fields |= {f"nats_per_{unit}": self.nats_per(unit), f"bits_per_{unit}": self.bits_per(unit)}
+        return fields
 
 
 def evaluate(
@@ -112,6 +127,8 @@ def evaluate(
     num_latents: int | None = None,
     context_length: int | None = None,
     byte_lengths: ArrayLike | None = None,
+    amounts: Callable[[np.ndarray], Mapping[str, float]] | None = None,
+    document_length: int | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
     first_target: int = 1,
@@ -129,9 +146,12 @@ def evaluate(
         num_latents: more or fewer than in training is allowed (paper, section 5). None: the model's.
         context_length: at most the model's. None: the model's.
         byte_lengths: (V,) how many bytes each id stands for (`codec.byte_lengths()`), for bits per byte.
+        amounts: how much of each unit ids stand for (`codec.amounts`), for nats per note and the like.
+        document_length: where all documents have as many tokens (`codec.document_length`): each is scored for itself,
+            but for its first token, and no context reaches beyond its start.
         batch_size: windows per forward.
-        max_tokens: score this many targets at most.
-        first_target: index of the first token to score; those before are context only.
+        max_tokens: score this many targets at most; of documents of one length, the first ones that have so many.
+        first_target: index (in each document of one length) of the first token to score; those before are context only.
         precision: "32": as the weights are; "bf16": autocast.
         progress: called with the number of targets scored so far, and of all.
 
@@ -153,7 +173,14 @@ def evaluate(
     x = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asanyarray(tokens)
     require(x.ndim == 1, f"the tokens to evaluate on have shape {x.shape}: they must be one sequence, (n,)")
     require(x.dtype.kind in "iu", f"the tokens to evaluate on have type {x.dtype}: ids are integers")
-    end = len(x) if max_tokens is None else min(len(x), first_target + max_tokens)
+    length = len(x) if document_length is None else document_length
+    require(len(x) % max(1, length) == 0, f"{len(x)} tokens are not documents of {length}: encode them again")
+    if document_length is None:
+        length = len(x) if max_tokens is None else min(len(x), first_target + max_tokens)
+        bases = range(1)
+    else:
+        wanted = len(x) // length if max_tokens is None else -(-max_tokens // max(1, length - first_target))
+        bases = range(0, min(len(x), wanted * length), length)
     lengths = None if byte_lengths is None else np.asarray(byte_lengths, dtype=np.int64)
     if lengths is not None and lengths.shape != (config.vocab_size,):
         raise InputError(f"byte_lengths has shape {lengths.shape}: give one number for each of {config.vocab_size} ids")
@@ -161,20 +188,21 @@ def evaluate(
     device = model.embed.weight.device
     sums: list[float] = []  # nats of each window
     counts: list[int] = []  # targets of each window
-    num_bytes, done, total = 0, 0, end - first_target
+    num_bytes, done, total = 0, 0, len(bases) * (length - first_target)
     began = time.perf_counter()
-    plan = windows(end, T, N, stride, first_target)
+    # The first window of each document, then the second of each: those alike are computed together.
+    plan = ((base, window) for window in windows(length, T, N, stride, first_target) for base in bases)
     with (
         evaluation_mode(model),
         torch.no_grad(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
     ):
-        for (_, prefix_len), alike in groupby(plan, key=lambda window: (window.end - window.start, window.prefix_len)):
-            while batch := list(islice(alike, batch_size)):
+        for (_, prefix_len, start), alike in groupby(plan, key=lambda item: _shape(item[1], document_length)):
+            while batch := [_shifted(window, base) for base, window in islice(alike, batch_size)]:
                 ids = np.stack([x[window.start : window.end] for window in batch]).astype(np.int64)
                 _check_ids(ids, batch, config.vocab_size)
                 sizes = [window.end - window.first_target for window in batch]
-                sums += _nats(model, torch.from_numpy(ids).to(device), prefix_len, sizes)
+                sums += _nats(model, torch.from_numpy(ids).to(device), prefix_len, sizes, start)
                 counts += sizes
                 if lengths is not None:
                     num_bytes += sum(int(lengths[row[-size:]].sum()) for row, size in zip(ids, sizes, strict=True))
@@ -197,16 +225,41 @@ def evaluate(
         num_latents=N,
         stride=stride,
         seconds=time.perf_counter() - began,
+        amounts={} if amounts is None else _amounts(amounts, x, bases, first_target, length),
     )
 
 
-def _nats(model: PerceiverAR, ids: Tensor, prefix_len: int, sizes: Sequence[int]) -> list[float]:
-    """Of each row of ids (B, input + 1), the sum over its last `size` targets."""
+def _amounts(
+    amounts: Callable[[np.ndarray], Mapping[str, float]], x: np.ndarray, bases: range, first_target: int, length: int
+) -> dict[str, float]:
+    """What all targets stand for."""
+    totals: dict[str, float] = {}
+    for base in bases:
+        for unit, amount in amounts(np.asarray(x[base + first_target : base + length])).items():
+            totals[unit] = totals.get(unit, 0.0) + amount
+    return totals
+
+
+def _shape(window: ScoredWindow, document_length: int | None) -> tuple[int, int, int | None]:
+    """What windows computed together have in common: tokens, prefix, and in documents of one length their place."""
+    return window.end - window.start, window.prefix_len, None if document_length is None else window.start
+
+
+def _shifted(window: ScoredWindow, base: int) -> ScoredWindow:
+    """The window of the first document, in the one that starts at `base`."""
+    start, prefix_len, end, first_target = window
+    return ScoredWindow(base + start, prefix_len, base + end, base + first_target)
+
+
+def _nats(model: PerceiverAR, ids: Tensor, prefix_len: int, sizes: Sequence[int], start: int | None) -> list[float]:
+    """Of each row of ids (B, input + 1), the sum over its last `size` targets. `start`: the first position, if it
+    matters."""
+    positions = None if start is None else torch.arange(start, start + ids.shape[1] - 1, device=ids.device)
     most = max(sizes)
     labels = ids[:, -most:].clone()
     for row, size in zip(labels, sizes, strict=True):
         row[: most - size] = IGNORE
-    logits = model.head(model.latents(ids[:, :-1], prefix_len)[:, -most:])
+    logits = model.head(model.latents(ids[:, :-1], prefix_len, positions=positions)[:, -most:])
     losses = next_token_loss(logits, labels, reduction="none")
     return losses.cpu().double().sum(dim=1).tolist()
 
@@ -291,8 +344,9 @@ def compressed_bits_per_byte(data: bytes) -> dict[str, float]:
 
 def write_table(path: str | os.PathLike[str], evaluations: Iterable[Evaluation]) -> None:
     """Writes a CSV file, a line per evaluation, with the names of its fields; atomically."""
-    fields = [field.name for field in dataclasses.fields(Evaluation)]
+    rows = [evaluation.to_dict() for evaluation in evaluations]
+    fields = list(rows[0]) if rows else [field.name for field in dataclasses.fields(Evaluation)]
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(evaluation.to_dict() for evaluation in evaluations)
+        writer.writerows(rows)

@@ -49,8 +49,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from perceiver_ar.checkpoints import Checkpoint, Checkpoints
 from perceiver_ar.config import Recipe, TrainerConfig, parse_duration
 from perceiver_ar.data.codec import Codec, load_codec, save_codec
-from perceiver_ar.data.sources import find_files, read_text, standard_library
-from perceiver_ar.data.text import BytesCodec, TokenizerCodec, train_bpe
+from perceiver_ar.data.modalities import make_codec, official_split, recognise
+from perceiver_ar.data.sources import find_files, standard_library
 from perceiver_ar.data.tokens import TokenFile, Windows, prepare
 from perceiver_ar.errors import InputError
 from perceiver_ar.evaluation import compressed_bits_per_byte, evaluate, evaluate_context_lengths, write_table
@@ -74,7 +74,6 @@ from perceiver_ar.trouble import (
 RANK: int = rank_zero_only.rank  # of this process among those of the run, from the environment; 0 writes and prints
 console = Console(stderr=True, highlight=False, markup=False, quiet=RANK != 0)
 PRECISIONS: dict[str, Literal["32", "bf16", "fp16"]] = {"32-true": "32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
-BPE_BYTES = 100_000_000  # enough text to choose merges from
 FAILURES = 5  # so many steps in a row without finite gradients end the run
 SPIKES = 100  # gradient norms that a spike is measured against
 
@@ -133,9 +132,20 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
             recipe = replace(recipe, trainer=replace(recipe.trainer, micro_batch_size=first.micro_batch_size))
         precision = choose_precision(recipe.trainer)
     tokens, held_out, codec = prepare_tokens(run, recipe)
-    recipe = replace(recipe, model=recipe.model.replace(vocab_size=codec.vocab_size))
-    windows = Windows(tokens, recipe.model.context_length, recipe.model.num_latents, recipe.seed)
-    return fit(run, recipe, windows, held_out, codec, precision)
+    recipe = replace(recipe, model=codec.fit(recipe.model))
+    return fit(run, recipe, make_windows(tokens, recipe, codec), held_out, codec, precision)
+
+
+def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> Windows:
+    """The sequence of training windows. Raises InputError where there are too few tokens."""
+    return Windows(
+        tokens,
+        recipe.model.context_length,
+        recipe.model.num_latents,
+        recipe.seed,
+        document_length=codec.document_length,
+        augment=codec.augment if recipe.data.augment else None,
+    )
 
 
 def world(settings: TrainerConfig) -> tuple[int, int]:
@@ -158,8 +168,8 @@ def prepare_run(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> Rec
         if not resume:  # first, so that a run killed at any later moment can be resumed
             run.write_recipe(recipe)
         tokens, _, codec = prepare_tokens(run, recipe)
-        recipe = replace(recipe, model=recipe.model.replace(vocab_size=codec.vocab_size))
-        Windows(tokens, recipe.model.context_length, recipe.model.num_latents, recipe.seed)  # says if they are too few
+        recipe = replace(recipe, model=codec.fit(recipe.model))
+        make_windows(tokens, recipe, codec)  # says if they are too few
         if find_batch:
             recipe = with_largest_micro_batch(recipe)
         Checkpoints(run.checkpoints).newest()  # says if all are damaged
@@ -201,7 +211,8 @@ def with_largest_micro_batch(recipe: Recipe) -> Recipe:
 def check_resumable(run: Run, recipe: Recipe) -> Recipe:
     """The recipe so far. Raises InputError unless there is one and `recipe` keeps all that its steps depend on."""
     before = Run.open(run.path).recipe()
-    recipe = replace(recipe, model=recipe.model.replace(vocab_size=before.model.vocab_size))  # the codec's, not ours
+    if (run.path / "codec.json").exists():
+        recipe = replace(recipe, model=load_codec(run.path).fit(recipe.model))
     fixed = ("paths", "modality", "seed", "model", "data", "optim")
     changed = [name for name in fixed if getattr(before, name) != getattr(recipe, name)]
     for name in ("batch_size", "short_prefix"):
@@ -277,12 +288,14 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     out = run.path.resolve()  # may lie in a folder that is trained on
     sources = [source for source in sources if out not in source.path.resolve().parents]
     held_out_sources = find_files(data.validation) if data.validation else None
-    if data.tokenizer is not None:
-        codec: Codec = TokenizerCodec.from_file(data.tokenizer)
-    elif data.bpe_vocab_size is not None:
-        codec = train_bpe(read_text(sources, max_bytes=BPE_BYTES), data.bpe_vocab_size)
-    else:
-        codec = BytesCodec(text=recipe.modality == "text")
+    modality = recipe.modality
+    if modality == "auto":
+        modality = recognise(sources) if recipe.paths else "text"
+    ruled = data.group_by is not None or held_out_sources is not None
+    if modality in ("midi", "audio") and not ruled and (split := official_split(sources)):
+        sources, held_out_sources, line = split
+        say(line)
+    codec = make_codec(modality, data, sources)
     tokens, validation = prepare(
         sources,
         codec,
@@ -290,11 +303,12 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
         validation_fraction=data.validation_fraction,
         validation_sources=held_out_sources,
         split_on=data.split_on,
+        group_by=data.group_by,
         seed=recipe.seed,
     )
     save_codec(codec, run.path)
     if validation is None and data.validation_fraction > 0:
-        say("Only one document, so none is held out: give --data.validation or --data.split_on to measure.")
+        say("Only one document (or group), so none is held out: give --data.validation or --data.split_on to measure.")
     return tokens, validation, codec
 
 
@@ -512,7 +526,7 @@ class Batches:
         random = np.random.default_rng((recipe.seed % 2**63, step))
         prefix_len = recipe.model.context_length - recipe.model.num_latents
         cut = prefix_len - random.integers(4) * prefix_len // 4
-        if random.random() >= recipe.trainer.short_prefix:
+        if random.random() >= recipe.trainer.short_prefix or self.windows.document_length is not None:
             return batch
         return {name: x if name == "labels" else x[:, cut:] for name, x in batch.items()}
 
@@ -672,7 +686,13 @@ class Watch(Callback):
         bits = None
         if self.held_out is not None and len(self.held_out.tokens) > 1:
             limit = self.recipe.trainer.evaluation_tokens
-            result = evaluate(model, self.held_out.tokens, max_tokens=limit, precision=self.precision)
+            result = evaluate(
+                model,
+                self.held_out.tokens,
+                document_length=self.codec.document_length,
+                max_tokens=limit,
+                precision=self.precision,
+            )
             bits = result.bits_per_token
             self.add_row(module, validation_bits=bits)
             say(f"step {module.steps:,}  held out: {bits:.3f} bits/token")
@@ -805,14 +825,19 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
             model,
             held_out.tokens,
             byte_lengths=codec.byte_lengths(),
+            amounts=codec.amounts,
+            document_length=codec.document_length,
             max_tokens=limit,
             precision=watch.precision,
         )
-        compressed = compressed_bits_per_byte(codec.decode(held_out.tokens[: limit + 1]))
-        references = {"gzip": compressed["gzip_bits_per_byte"], "xz": compressed["xz_bits_per_byte"]}
+        compressed = {}
+        if codec.writes_text:
+            compressed = compressed_bits_per_byte(codec.decode(held_out.tokens[: limit + 1]))
+            references = {"gzip": compressed["gzip_bits_per_byte"], "xz": compressed["xz_bits_per_byte"]}
         last = [(module.tokens_seen, result.bits_per_token)]
         summary = {**result.to_dict(), **compressed, **summary, "held_out_documents": held_out.num_documents}
-        draw_context(run, recipe, watch, model)
+        if codec.document_length is None:
+            draw_context(run, recipe, watch, model)
     sample(model, codec, run, recipe, module.steps)
     draw_loss(run, codec, last, references)
     write_report(run, summary)
@@ -872,15 +897,30 @@ def renumber(states: list[dict[str, Any]], numbers: list[int]) -> list[dict[str,
 
 
 def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int) -> None:
-    """Shows on stderr, and keeps, what the model writes from nothing."""
+    """Keeps what the model generates from nothing, and shows it on stderr if it is text."""
     length = recipe.trainer.sample_tokens
+    if codec.document_length is not None:
+        length = min(length, codec.document_length - 1)
     if length == 0:
         return
-    prompt = torch.tensor([codec.separator or (0,)])
+    start = codec.start() if len(codec.start()) else np.zeros(1, np.int64)
     stop = codec.separator[-1:]
-    ids = generate(model, prompt, length, temperature=0.8, stop_tokens=stop, seed=recipe.seed)
-    text = codec.decode(ids[0].cpu().numpy()).decode("utf-8", errors="replace")
-    write_text(run.samples / f"step-{step:06d}.txt", text)
+    ids = generate(
+        model,
+        torch.from_numpy(start.astype(np.int64))[None],
+        length,
+        temperature=0.8,
+        stop_tokens=stop,
+        seed=recipe.seed,
+        allowed_next=codec.constraint(),
+    )[0]
+    stem = f"step-{step:06d}"
+    if not codec.writes_text:
+        paths = codec.show([np.append(start, ids.cpu().numpy())], 0, run.samples, stem)
+        say(f"step {step:,}  sample: {', '.join(path.name for path in paths)}")
+        return
+    text = codec.decode(ids.cpu().numpy()).decode("utf-8", errors="replace")
+    write_text(run.samples / f"{stem}.txt", text)
     say(f"step {step:,}  sample:")
     say("  " + text.replace("\n", "\n  "), style="dim")
 
@@ -893,7 +933,7 @@ def draw_loss(run: Run, codec: Codec, last: list[tuple[float, float]], reference
         name: [(float(row["tokens"]), float(row[name])) for row in rows if row[name]]
         for name in ("train_bits", "validation_bits")
     }
-    bytewise = codec.vocab_size == 256  # then a token is a byte, and compressors compare
+    bytewise = codec.writes_text and codec.vocab_size == 256  # then a token is a byte, and compressors compare
     plot_loss(
         run.plots / "loss.png",
         curves["train_bits"],

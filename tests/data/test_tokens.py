@@ -7,6 +7,7 @@ import lzma
 import os
 import pickle
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -574,3 +575,89 @@ def test_preparing_needs_memory_for_a_chunk_not_for_the_file(tmp_path):
     """
     traced, num_bytes = map(int, run_python(script, tmp_path / "big.gz", tmp_path / "out").split())
     assert num_bytes == 100 * 5 * 199_999 and traced < 50e6
+
+
+# --- documents of one length ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5), st.integers(2, 40), st.data(), st.integers(0, 2**32))
+def test_within_documents_every_target_comes_once_with_all_before_it_in_its_document(documents, length, data, seed):
+    num_latents = data.draw(st.integers(1, length - 1))
+    tokens = np.arange(documents * length, dtype=np.uint16)
+    windows = Windows(tokens, length - 1, num_latents, seed, document_length=length)
+    for number in (0, 1, 2):
+        first, last = windows.first_window(number), windows.first_window(number + 1)
+        targets = []
+        batch = windows.batch(first, last - first)
+        mask = batch.get("mask", torch.ones_like(batch["tokens"], dtype=torch.bool))
+        for row, kept, labels in zip(batch["tokens"], mask, batch["labels"], strict=True):
+            new = labels[labels >= 0].tolist()
+            start = new[0] // length * length
+            assert row[kept].tolist() == list(range(start, new[-1]))  # a token's place is its place in the document
+            targets += new
+        expected = [i for i in range(documents * length) if i % length]  # the first of a document is no target
+        assert sorted(targets) == expected
+    assert windows.windows_per_pass >= documents
+
+
+def test_windows_need_documents_of_their_length():
+    tokens = np.zeros(30, dtype=np.uint8)
+    with pytest.raises(InputError, match="30 tokens are not documents of 7"):
+        Windows(tokens, 6, 2, document_length=7)
+    with pytest.raises(InputError, match=r"it must hold documents of 10 tokens .*give 9"):
+        Windows(tokens, 8, 2, document_length=10)
+
+
+# --- augmentation --------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 300), st.integers(0, 2**63))
+def test_augmented_windows_follow_from_seed_and_index_alone(index, seed):
+    def augment(ids, random):
+        return ids.astype(np.int64) + random.integers(1000)
+
+    tokens = np.arange(500, dtype=np.uint16)
+    plain, windows, again = (Windows(tokens, 16, 4, seed, augment=a) for a in (None, augment, augment))
+    again.batch(0, 3)  # has been elsewhere before
+    one, whole = windows.batch(index, 1), again.batch(max(0, index - 2), 4)
+    row = min(2, index)
+    assert torch.equal(one["tokens"][0], whole["tokens"][row]) and torch.equal(one["labels"][0], whole["labels"][row])
+    original = plain.batch(index, 1)
+    kept = original.get("mask", torch.ones_like(original["tokens"], dtype=torch.bool))[0]
+    shifts = set((one["tokens"] - original["tokens"])[0][kept].tolist())
+    shifts |= set((one["labels"] - original["labels"])[0][original["labels"][0] >= 0].tolist())
+    assert len(shifts) == 1
+
+
+# --- groups --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["(.*)__", "[^/]*__", r"(piece\d+)"])
+def test_performances_of_a_piece_are_on_one_side(tmp_path, pattern):
+    contents = {f"data/piece{i}__{player}.txt": f"piece{i} ".encode() * 20 for i in range(9) for player in "abc"}
+    sources = find_files(write_files(tmp_path, contents) / "data")
+    for seed in range(8):
+        train, validation = prepare(
+            sources, TEXT, tmp_path / str(seed), group_by=pattern, validation_fraction=0.25, seed=seed
+        )
+        assert validation is not None
+        sides = [{document[:6] for document in documents(file)} for file in (train, validation)]
+        assert sides[0].isdisjoint(sides[1]) and len(sides[0] | sides[1]) == 9
+        assert len(documents(validation)) == 3 * len(sides[1]) and len(sides[1]) in (2, 3)
+
+
+def test_a_rule_that_groups_nothing_is_an_error(tmp_path):
+    sources = find_files(write_files(tmp_path, {"a.txt": b"x", "b.txt": b"y"}))
+    with pytest.raises(InputError, match=r"group_by '__' finds nothing in any file name, such as .*a\.txt"):
+        prepare(sources, TEXT, tmp_path / "out", group_by="__")
+    train, validation = prepare(sources, TEXT, tmp_path / "out", group_by=r"a\.txt", validation_fraction=0.5)
+    assert validation is not None and len(train) == len(validation)
+
+
+def test_files_found_in_a_folder_that_cannot_be_read_are_skipped(tmp_path, capsys):
+    folder = write_files(tmp_path / "data", {"a.txt": b"fine", "b.txt.gz": b"no gzip", "c.txt": b"fine, too"})
+    train, _ = prepare(find_files(folder), TEXT, tmp_path / "out", validation_fraction=0)
+    assert documents(train) == [b"fine", b"fine, too"]
+    assert re.search(r"skipped 1 of 3 files \(.*b\.txt\.gz\): .*damaged", capsys.readouterr().err)
+    with pytest.raises(InputError, match="damaged"):  # named by the user, it is an error
+        prepare(find_files([folder / "a.txt", folder / "b.txt.gz"]), TEXT, tmp_path / "out")

@@ -7,22 +7,30 @@ as `codec.json` (which codec, with which settings) and, where a codec needs them
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
+from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
-from perceiver_ar.files import write_text
+from perceiver_ar.files import atomic_path, write_text
 
 # What `codec.json` may name, and where it lives. A new modality adds one line; nothing else is ever imported by name.
 CODECS = {
     "bytes": "perceiver_ar.data.text:BytesCodec",
     "tokenizer": "perceiver_ar.data.text:TokenizerCodec",
+    "performance": "perceiver_ar.data.midi:PerformanceCodec",
+    "miditok": "perceiver_ar.data.midi:MidiTokCodec",
+    "image": "perceiver_ar.data.image:ImageCodec",
+    "mulaw": "perceiver_ar.data.audio:MuLawCodec",
+    "neural": "perceiver_ar.data.audio:NeuralCodec",
+    "integers": "perceiver_ar.data.integers:IntegerCodec",
 }
 
 
@@ -33,16 +41,22 @@ class WrongModality(InputError):
 class Codec(ABC):
     """Documents to ids and back.
 
-    vocab_size    ids are 0..vocab_size-1
-    separator     ids that precede every document in a token file, and from which generation without a prompt starts;
-                  empty where a modality has none. They stand for no bytes: `decode` drops them.
-    index_dims    sizes of the dimensions of a position (rows, columns, channels of an image); empty for text
+    vocab_size       ids are 0..vocab_size-1
+    separator        ids that precede every document in a token file, and from which generation without a prompt starts;
+                     empty where a modality has none. They stand for no bytes: `decode` drops them.
+    index_dims       sizes of the dimensions of a position (rows, columns, channels of an image); empty for text
+    document_length  tokens of every document, where all have as many (pictures): then each window stays within one
+    ending           of the files that `decode` gives the content of, such as ".mid"
+    writes_text      `decode` gives text that can be read piece by piece
     """
 
     name: ClassVar[str]
+    ending: ClassVar[str] = ".bin"
+    writes_text: ClassVar[bool] = False
     vocab_size: int
     separator: tuple[int, ...] = ()
     index_dims: tuple[int, ...] = ()
+    document_length: int | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -69,9 +83,73 @@ class Codec(ABC):
     def decode(self, ids: ArrayLike) -> bytes:
         """Ids (n,) -> the bytes they stand for. Any ids will do, also the first half of a document."""
 
-    @abstractmethod
+    def fit(self, config: PerceiverARConfig) -> PerceiverARConfig:
+        """The network's settings with what follows from the codec filled in."""
+        return config.replace(vocab_size=self.vocab_size)
+
+    def start(self, prompt: str = "") -> np.ndarray:
+        """The ids that a document with the text `prompt` begins with. Raises `InputError` where text is no prompt."""
+        separator = np.array(self.separator, dtype=self.dtype)
+        if not prompt:
+            return separator
+        if not self.writes_text:
+            raise InputError(f"this run does not write text, so {prompt!r} is no prompt; give a file to go on from")
+        return np.append(separator, self.encode(prompt.encode("utf-8", errors="surrogateescape")))
+
+    def allowed_next(self, ids: np.ndarray) -> np.ndarray | None:
+        """Which ids may follow `ids` (n,), the row so far: (vocab_size,) bool; None: all may."""
+        return None
+
+    def constraint(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """`allowed_next` as generation takes it; None where any id may follow any."""
+        if type(self).allowed_next is Codec.allowed_next:
+            return None
+
+        def allowed(ids: torch.Tensor) -> torch.Tensor:
+            mask = self.allowed_next(ids.cpu().numpy())
+            return torch.ones(self.vocab_size, dtype=torch.bool) if mask is None else torch.from_numpy(mask)
+
+        return allowed
+
+    def augment(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """What a training window (n,) may be as well: as many ids, such as the same music in another key."""
+        return ids
+
+    def amounts(self, ids: np.ndarray) -> dict[str, float]:
+        """How much of a document `ids` (n,) stand for, by unit, such as {"note": 812, "second": 95.3}.
+
+        What evaluations divide by besides tokens and bytes: nats per note are the sum of -log p over these tokens,
+        divided by their number of notes.
+        """
+        return {}
+
+    def show(
+        self,
+        rows: Sequence[np.ndarray],
+        prompt_len: int,
+        directory: Path,
+        stem: str,
+        *,
+        original: np.ndarray | None = None,
+        soundfont: str | None = None,
+    ) -> list[Path]:
+        """Writes what was generated into files named after `stem`, to be heard and seen, and returns their paths.
+
+        rows: prompt and continuation of each completion; original: the document that the prompt is the start of;
+        soundfont: an .sf2 or .sf3 file for what needs one.
+        """
+        paths = []
+        for number, ids in enumerate(rows, 1):
+            path = directory / f"{numbered(stem, number, len(rows))}{self.ending}"
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(self.decode(ids))
+            paths.append(path)
+        return paths
+
     def byte_lengths(self) -> np.ndarray:
-        """How many bytes of a document each id stands for: (vocab_size,) int64; 0 for separators."""
+        """How many bytes of a document each id stands for: (vocab_size,) int64; 0 for separators, and for all ids
+        where ids do not stand for bytes."""
+        return np.zeros(self.vocab_size, dtype=np.int64)
 
     @cached_property
     def _byte_lengths(self) -> np.ndarray:
@@ -92,6 +170,16 @@ class Codec(ABC):
     def load(cls, directory: Path, settings: dict[str, Any]) -> "Codec":
         """The codec that `settings()` and `save` described. Raises `InputError` if a file is missing or damaged."""
         return cls(**settings)
+
+
+def numbered(stem: str, number: int, count: int) -> str:
+    """The stem of one of `count` results."""
+    return stem if count == 1 else f"{stem}-{number}"
+
+
+def missing_extra(extra: str, error: ImportError) -> InputError:
+    """What to say where a package that only one modality needs is not installed."""
+    return InputError(f"this needs the package {error.name}: pip install 'perceiver-ar[{extra}]'")
 
 
 def save_codec(codec: Codec, directory: str | Path) -> None:

@@ -32,6 +32,8 @@ class BytesCodec(Codec):
     """
 
     name = "bytes"
+    ending = ".txt"
+    writes_text = True
     vocab_size = 256
 
     def __init__(self, text: bool = True):
@@ -73,6 +75,8 @@ class TokenizerCodec(Codec):
     """
 
     name = "tokenizer"
+    ending = ".txt"
+    writes_text = True
 
     def __init__(self, tokenizer: "Tokenizer", where: str = "this tokenizer"):
         """Raises `InputError`, naming `where`, if `tokenizer` is not byte-level."""

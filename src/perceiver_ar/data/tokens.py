@@ -10,6 +10,7 @@ Shapes: B batch, T context_length, N num_latents; n is the number of tokens in t
 import json
 import math
 import os
+import re
 import sys
 import weakref
 from array import array
@@ -24,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from perceiver_ar.data.codec import Codec, WrongModality
+from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.sources import Source, find_files, read_text, split_documents, standard_library
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path, write_text
@@ -122,6 +123,8 @@ class _Writer:
         self.dtype = codec.dtype.newbyteorder("<")
         self.lengths = array("Q")  # tokens of each document, with its separator
         self.sizes = array("Q")  # bytes of each document
+        self.groups = array("Q")  # which group each document is of: those of a group stay together in a split
+        self.group: int | None = None  # of the documents that come; None: each is one of its own
         self.num_tokens = 0
 
     def write(self, ids: Sequence[int] | np.ndarray) -> None:
@@ -135,7 +138,7 @@ class _Writer:
             where = f"{source.name}, document {number}," if split_on else source.name
             try:
                 self.add(document, where)
-            except WrongModality:
+            except InputError:
                 self.take_back(before)
                 raise
 
@@ -156,13 +159,14 @@ class _Writer:
         finally:
             self.lengths.append(self.num_tokens - start)
             self.sizes.append(size)
+            self.groups.append(len(self.groups) if self.group is None else self.group)
         if self.num_tokens == start + len(self.codec.separator):
             self.take_back(len(self.lengths) - 1)
 
     def take_back(self, num_documents: int) -> None:
         """Drops all documents after the first `num_documents`."""
         self.num_tokens -= sum(self.lengths[num_documents:])
-        del self.lengths[num_documents:], self.sizes[num_documents:]
+        del self.lengths[num_documents:], self.sizes[num_documents:], self.groups[num_documents:]
         self.file.seek(self.num_tokens * self.dtype.itemsize)
         self.file.truncate()
 
@@ -221,6 +225,7 @@ def prepare(
     validation_fraction: float = 0.05,
     validation_sources: Iterable[Source] | None = None,
     split_on: str | None = None,
+    group_by: str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[TokenFile, TokenFile | None]:
@@ -229,9 +234,11 @@ def prepare(
     A file is one document, or, with `split_on`, as many as that string separates. Empty documents are left out.
     Validation is `validation_sources` (which then are not trained on, should they be among `sources`), or whole
     documents, chosen by `seed`, of about `validation_fraction` of all bytes; None if the fraction is 0 or there is only
-    one document. Each source is read once and memory is constant. Files that were found but that the codec cannot read
-    are skipped and named on stderr; `progress` shows a bar there, or, where it is no terminal, one line at the end.
-    Raises `InputError` if there is nothing to train on, or for a file that cannot be read.
+    one document. Files stay on one side of that choice if the pattern `group_by` (a regular expression) finds the same
+    in their names: what its first group has, or the whole match without groups. Each source is read once and memory is
+    constant. Files that were found but that cannot be read are skipped and named on stderr; `progress` shows a bar
+    there, or, where it is no terminal, one line at the end.
+    Raises `InputError` if there is nothing to train on, or for a file that was named and cannot be read.
     """
     sources, directory = list(sources), Path(directory)
     if not 0 <= validation_fraction < 1:
@@ -247,12 +254,13 @@ def prepare(
             raise InputError("all training files are validation files as well; give other files for validation")
 
     total = sum(source.size for source in [*sources, *held_out])
+    groups = None if group_by is None else _groups(sources, group_by)
     with _progress_bar(total, progress) as advance, _writer(directory / "train", codec) as train:
-        _add_all(train, sources, mark, advance)
+        _add_all(train, sources, mark, advance, groups)
         if held_out:
             with _writer(directory / "validation", codec) as validation:
                 _add_all(validation, held_out, mark, advance)
-        elif (chosen := _choose(np.array(train.sizes, np.uint64), validation_fraction, seed)).any():
+        elif (chosen := _choose_groups(train, validation_fraction, seed)).any():
             with _writer(directory / "validation", codec) as validation:
                 train.move(chosen, validation)
         else:
@@ -270,12 +278,33 @@ def prepare(
     return train_file, validation_file
 
 
-def _add_all(writer: _Writer, sources: Sequence[Source], split_on: bytes | None, advance: Callable[[int], Any]) -> None:
-    skipped: list[tuple[str, WrongModality]] = []
+def _groups(sources: Sequence[Source], pattern: str) -> list[int]:
+    """Which group each source is of, by what `pattern` finds in its name; alone where it finds nothing."""
+    keys: dict[str, int] = {}
+    groups, found = [], False
     for source in sources:
+        match = re.search(pattern, source.name)
+        found = found or match is not None
+        key = f"/{match[1 if match.re.groups else 0]}" if match else source.name + "\0"
+        groups.append(keys.setdefault(key, len(keys)))
+    if not found:
+        raise InputError(f"group_by {pattern!r} finds nothing in any file name, such as {sources[0].name}; correct it")
+    return groups
+
+
+def _add_all(
+    writer: _Writer,
+    sources: Sequence[Source],
+    split_on: bytes | None,
+    advance: Callable[[int], Any],
+    groups: Sequence[int] | None = None,
+) -> None:
+    skipped: list[tuple[str, InputError]] = []
+    for number, source in enumerate(sources):
+        writer.group = None if groups is None else groups[number]
         try:
             writer.add_source(source, split_on, advance)
-        except WrongModality as error:
+        except InputError as error:
             if source.named:
                 raise
             skipped.append((source.name, error))
@@ -289,6 +318,14 @@ def _add_all(writer: _Writer, sources: Sequence[Source], split_on: bytes | None,
     if skipped:
         names = ", ".join(name for name, _ in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
         print(f"skipped {len(skipped)} of {len(sources)} files ({names}): {skipped[0][1]}", file=sys.stderr)
+
+
+def _choose_groups(writer: _Writer, fraction: float, seed: int) -> np.ndarray:
+    """`_choose`, but all documents of a group or none: a mask (documents,)."""
+    _, groups = np.unique(np.array(writer.groups, np.int64), return_inverse=True)
+    sizes = np.zeros(groups.max(initial=-1) + 1, np.uint64)
+    np.add.at(sizes, groups, np.array(writer.sizes, np.uint64))
+    return _choose(sizes, fraction, seed)[groups]
 
 
 def _choose(sizes: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -335,28 +372,53 @@ class Windows:
     window, with the T tokens before the window's last target as context, or as many as there are. A pass cuts the
     targets every N tokens, from a random point on, and takes the pieces in a random order; both follow from (seed,
     pass) alone, so that no list of windows is ever kept.
+
+    Where all documents have `document_length` tokens (pictures), each is cut for itself: its first token is no target,
+    and no context reaches beyond its start, so that a token's place in the context is its place in the document.
+
+    `augment` (`codec.augment`) may change a window's ids; its randomness follows from (seed, index) alone, too.
     """
 
-    def __init__(self, tokens: TokenFile | np.ndarray, context_length: int, num_latents: int, seed: int = 0):
-        """Raises `InputError` if there are fewer than T + 1 tokens."""
+    def __init__(
+        self,
+        tokens: TokenFile | np.ndarray,
+        context_length: int,
+        num_latents: int,
+        seed: int = 0,
+        *,
+        document_length: int | None = None,
+        augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+    ):
+        """Raises `InputError` if there are fewer than T + 1 tokens, or documents of another length."""
+        length = len(tokens) if document_length is None else document_length
         if not 1 <= num_latents <= context_length:
             raise InputError(f"num_latents {num_latents} is not between 1 and context_length {context_length}")
-        if len(tokens) < context_length + 1:
+        if length < context_length + 1:
             raise InputError(
-                f"the data holds {len(tokens)} tokens, but a window takes context_length + 1 = {context_length + 1}; "
-                f"give more data or a context_length of at most {max(len(tokens) - 1, 0)}"
+                f"the data holds {length} tokens, but a window takes context_length + 1 = {context_length + 1}; "
+                f"give more data or a context_length of at most {max(length - 1, 0)}"
             )
+        if document_length is not None and length != context_length + 1:
+            raise InputError(
+                f"context_length is {context_length}, but it must hold documents of {length} tokens but for their last "
+                f"one; give {length - 1}"
+            )
+        if len(tokens) % length:
+            raise InputError(f"{len(tokens)} tokens are not documents of {length}; prepare the data again")
         self.context_length = context_length
         self.num_latents = num_latents
         self.seed = seed
+        self.document_length = document_length
+        self._augment = augment
         self._data = tokens
-        self._num_tokens = len(tokens)
+        self._length = length
+        self._num_documents = len(tokens) // length
         self._firsts = np.zeros(1, dtype=np.int64)  # index of the first window of each pass; grows when needed
 
     @property
     def windows_per_pass(self) -> int:
-        """Windows in a pass: this many or, depending on where the pass begins to cut, one more."""
-        return math.ceil((self._num_tokens - 1) / self.num_latents)
+        """Windows in a pass: this many or, depending on where the pass begins to cut, one more for each document."""
+        return self._num_documents * math.ceil((self._length - 1) / self.num_latents)
 
     def first_window(self, number: int) -> int:
         """The index of the first window of pass `number` (0, 1, ...)."""
@@ -379,26 +441,37 @@ class Windows:
             here = numbers == number
             size = self.first_window(number + 1) - self.first_window(number)
             places[here] = _permute(indices[here] - self._firsts[number], size, _hash(self.seed, 1, number))
-        starts = 1 - self._leads(numbers) + places * self.num_latents
-        ends = np.minimum(starts + self.num_latents, self._num_tokens)
-        return np.stack([np.maximum(starts, 1), ends], axis=1)
+        leads = self._leads(numbers)
+        documents, pieces = np.divmod(places, self._pieces(leads))
+        starts = 1 - leads + pieces * self.num_latents
+        ends = np.minimum(starts + self.num_latents, self._length)
+        return np.stack([np.maximum(starts, 1), ends], axis=1) + documents[:, None] * self._length
 
     def batch(self, first: int, count: int) -> dict[str, torch.Tensor]:
         """Windows first..first+count-1 as `tokens` int64 (B, T) and `labels` int64 (B, N), both right-aligned.
 
         The last token's label is the last label. Labels that are not targets of the window are -100. Where a row has
         fewer than T tokens it starts with zeros, and only then there is a `mask` bool (B, T), True for real tokens.
+        Of windows within documents, T loses what is padding in all rows, by quarters (kernels are made for each shape).
         """
         tokens = np.zeros((count, self.context_length), dtype=np.int64)
         labels = np.full((count, self.num_latents), -100, dtype=np.int64)
         mask = np.ones(tokens.shape, dtype=bool)
         for row, (a, b) in enumerate(self.spans(first, count).tolist()):
-            first_token = max(0, b - 1 - self.context_length)
+            document = (b - 1) // self._length * self._length
+            first_token = max(document, b - 1 - self.context_length)
             window = self._read(first_token, b)  # the context and, one further, the last target
+            if self._augment is not None:
+                window = self._augment(window, np.random.default_rng((self.seed % 2**63, 2, first + row)))
             padding = self.context_length - (len(window) - 1)
             tokens[row, padding:] = window[:-1]
             labels[row, self.num_latents - (b - a) :] = window[a - b :]
             mask[row, :padding] = False
+        if self.document_length is not None:
+            quarter = max(1, self.context_length // 4)
+            cut = int((~mask).sum(axis=1).min()) // quarter * quarter
+            cut = max(0, min(cut, self.context_length - self.num_latents))
+            tokens, mask = tokens[:, cut:], mask[:, cut:]
         arrays = {"tokens": tokens, "labels": labels} | ({} if mask.all() else {"mask": mask})
         return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
@@ -406,13 +479,18 @@ class Windows:
         return self._data.read(start, stop) if isinstance(self._data, TokenFile) else self._data[start:stop]
 
     def _leads(self, numbers: np.ndarray) -> np.ndarray:
-        """How far before the first target each pass begins to cut: 0..N-1."""
+        """How far before the first target each pass begins to cut: 0..N-1; not at all where one window has it all."""
+        if self.document_length is not None and self.num_latents >= self._length - 1:
+            return np.zeros(len(numbers), dtype=np.int64)
         return (_hash(self.seed, 0, numbers) % np.uint64(self.num_latents)).astype(np.int64)
+
+    def _pieces(self, leads: np.ndarray) -> np.ndarray:
+        """Into how many windows a pass cuts each document: ceil((length - 1 + lead) / N)."""
+        return -((1 - self._length - leads) // self.num_latents)
 
     def _extend(self) -> None:
         known = len(self._firsts) - 1
-        leads = self._leads(np.arange(known, 2 * known + 16))
-        counts = -((1 - self._num_tokens - leads) // self.num_latents)  # ceil((n - 1 + lead) / N)
+        counts = self._num_documents * self._pieces(self._leads(np.arange(known, 2 * known + 16)))
         self._firsts = np.append(self._firsts, self._firsts[-1] + np.cumsum(counts))
 
     def _passes_of(self, indices: np.ndarray) -> np.ndarray:

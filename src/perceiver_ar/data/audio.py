@@ -1,0 +1,248 @@
+"""Recordings as ids: 8-bit mu-law samples, or the codes of a neural codec (EnCodec, DAC, Mimi)."""
+
+import io
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from perceiver_ar.data.codec import Codec, WrongModality, missing_extra, numbered
+from perceiver_ar.data.pictures import spectrogram
+from perceiver_ar.data.sound import wav_bytes, write_wav
+from perceiver_ar.errors import InputError
+from perceiver_ar.files import atomic_path
+
+
+def read_audio(data: bytes, rate: int) -> np.ndarray:
+    """A WAV, FLAC or OGG file -> its sound (n,) float32 at `rate` samples a second, the mean of all channels.
+
+    Raises `WrongModality` for what is none, is damaged, or holds no sound.
+    """
+    try:
+        import soundfile
+        import soxr
+    except ImportError as error:
+        raise missing_extra("audio", error) from None
+    try:
+        samples, original = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except Exception as error:  # soundfile's, or what a damaged header leads to
+        raise WrongModality(f"no recording, or a damaged one ({' '.join(str(error).split())})") from None
+    if len(samples) == 0 or not np.isfinite(samples).all():
+        raise WrongModality("a recording without samples" if len(samples) == 0 else "a damaged recording")
+    samples = samples.mean(axis=1)
+    return samples if original == rate else soxr.resample(samples, original, rate)
+
+
+class AudioCodec(Codec):
+    """What codecs of sound share: recordings in, WAV and spectrograms out."""
+
+    ending = ".wav"
+    sample_rate: int
+
+    def encode(self, data: bytes) -> np.ndarray:
+        return self.encode_samples(read_audio(data, self.sample_rate))
+
+    def decode(self, ids: ArrayLike) -> bytes:
+        return wav_bytes(self.decode_samples(np.asarray(ids, dtype=np.int64)), self.sample_rate)
+
+    @abstractmethod
+    def encode_samples(self, samples: np.ndarray) -> np.ndarray:
+        """Samples (n,) in -1 ... 1 -> ids."""
+
+    @abstractmethod
+    def decode_samples(self, ids: np.ndarray) -> np.ndarray:
+        """Any ids -> samples (n,) in -1 ... 1."""
+
+    def show(
+        self,
+        rows: Sequence[np.ndarray],
+        prompt_len: int,
+        directory: Path,
+        stem: str,
+        *,
+        original: np.ndarray | None = None,
+        soundfont: str | None = None,
+    ) -> list[Path]:
+        """For each row STEM.wav and STEM.png, its spectrogram with a line where the prompt ends; and, if there was a
+        prompt, STEM-prompt.wav: what the codec makes of it, to compare with."""
+        prompt = self.decode_samples(np.asarray(rows[0][:prompt_len], dtype=np.int64))
+        paths = []
+        if len(prompt) > 0:
+            paths.append(directory / f"{stem}-prompt.wav")
+            write_wav(paths[0], prompt, self.sample_rate)
+        for number, ids in enumerate(rows, 1):
+            name = numbered(stem, number, len(rows))
+            samples = self.decode_samples(np.asarray(ids, dtype=np.int64))
+            write_wav(directory / f"{name}.wav", samples, self.sample_rate)
+            with atomic_path(directory / f"{name}.png") as temporary:
+                spectrogram(samples, self.sample_rate, len(prompt)).save(temporary)
+            paths += [directory / f"{name}.wav", directory / f"{name}.png"]
+        return paths
+
+
+MU = 255
+END = 256
+
+
+class MuLawCodec(AudioCodec):
+    """Every sample is an id 0 ... 255 by the mu-law of G.711, as in WaveNet (arXiv 1609.03499, section 2.2), without
+    any model; 256 separates recordings.
+
+    f(x) = sign(x) ln(1 + 255 |x|) / ln 256 is rounded to 256 equally spaced levels in -1 ... 1.
+    """
+
+    name = "mulaw"
+    vocab_size = END + 1
+    separator = (END,)
+
+    def __init__(self, sample_rate: int = 16_000) -> None:
+        self.sample_rate = sample_rate
+
+    def encode_samples(self, samples: np.ndarray) -> np.ndarray:
+        x = samples.astype(np.float64).clip(-1, 1)
+        level = np.sign(x) * np.log1p(MU * np.abs(x)) / np.log1p(MU)
+        return np.rint((level + 1) / 2 * MU).astype(self.dtype)
+
+    def decode_samples(self, ids: np.ndarray) -> np.ndarray:
+        level = 2 * ids[ids < END] / MU - 1
+        return np.sign(level) * np.expm1(np.abs(level) * np.log1p(MU)) / MU
+
+    def allowed_next(self, ids: np.ndarray) -> np.ndarray | None:
+        """Anything but an empty recording."""
+        return np.arange(self.vocab_size) < END if len(ids) and ids[-1] == END else None
+
+    def amounts(self, ids: np.ndarray) -> dict[str, float]:
+        samples = float((np.asarray(ids) < END).sum())
+        return {"sample": samples, "second": samples / self.sample_rate}
+
+    def settings(self) -> dict[str, Any]:
+        return {"sample_rate": self.sample_rate}
+
+
+Kind = Literal["encodec", "dac", "mimi"]
+WEIGHTS: dict[str, str] = {
+    "encodec": "facebook/encodec_24khz",
+    "dac": "descript/dac_24khz",
+    "mimi": "kyutai/mimi",
+}
+"""What the Hub calls the usual weights of each kind."""
+PIECE = 30
+"""Seconds that are coded at once: memory does not grow with the recording."""
+FOLDER = "neural_codec"
+
+
+class NeuralCodec(AudioCodec):
+    """The codes of a neural codec, the codebooks of each frame one after another (as the paper does with SoundStream's,
+    Hawthorne et al. 2022, section 4.4).
+
+    Code c of codebook k is id k * codebook_size + c, so that each codebook has a range of its own; the last id
+    separates recordings. Of the model's codebooks, coarse to fine, the first `codebooks` are used. Recordings are coded
+    in pieces of 30 s. A run directory keeps the model, so that a run needs nothing else.
+    """
+
+    name = "neural"
+
+    def __init__(self, kind: Kind, model: Any, codebooks: int | None = None) -> None:
+        """model: an EncodecModel, DacModel or MimiModel of transformers, with one audio channel."""
+        config = model.config
+        self.kind: Kind = kind
+        self.model = model.eval()
+        self.sample_rate = config.sampling_rate
+        if kind == "encodec":
+            available = model.quantizer.get_num_quantizers_for_bandwidth(config.target_bandwidths[-1])
+        else:
+            available = config.n_codebooks if kind == "dac" else config.num_quantizers
+        self.codebooks = min(8, available) if codebooks is None else codebooks
+        if not 1 <= self.codebooks <= available:
+            raise InputError(f"data.codebooks is {codebooks}, but this {kind} has {available}: give 1 ... {available}")
+        if getattr(config, "audio_channels", 1) != 1:
+            raise InputError(f"this {kind} codes {config.audio_channels} channels: use weights for one")
+        self.codebook_size = config.codebook_size
+        self.hop = config.hop_length if kind == "dac" else int(np.prod(config.upsampling_ratios))
+        if kind == "mimi":
+            self.hop = round(config.sampling_rate / config.frame_rate)
+        self.vocab_size = self.codebooks * self.codebook_size + 1
+        self.separator = (self.vocab_size - 1,)
+
+    @classmethod
+    def from_pretrained(cls, kind: Kind, weights: str | Path, codebooks: int | None = None) -> "NeuralCodec":
+        """`weights`: a folder, or a name on the Hub. Raises `InputError` if there are none, or of another kind."""
+        try:
+            from transformers import DacModel, EncodecModel, MimiModel
+            from transformers.utils.logging import disable_progress_bar
+        except ImportError as error:
+            raise missing_extra("codecs", error) from None
+        disable_progress_bar()
+        classes: dict[str, Any] = {"encodec": EncodecModel, "dac": DacModel, "mimi": MimiModel}
+        try:
+            model = classes[kind].from_pretrained(str(weights))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{weights}: no weights of {kind} there, nor on the Hub ({reason})") from None
+        return cls(kind, model, codebooks)
+
+    @torch.no_grad()
+    def encode_samples(self, samples: np.ndarray) -> np.ndarray:
+        size = PIECE * self.sample_rate // self.hop * self.hop
+        frames = []
+        for at in range(0, len(samples), size):
+            piece = samples[at : at + size]
+            piece = np.pad(piece, (0, -len(piece) % self.hop))  # whole frames
+            sound = torch.from_numpy(piece.astype(np.float32))[None, None]
+            if self.kind == "encodec":
+                codes = self.model.encode(sound, bandwidth=self.model.config.target_bandwidths[-1]).audio_codes[0]
+            else:
+                codes = self.model.encode(sound).audio_codes
+            frames.append(codes[0, : self.codebooks].T.numpy())  # (frames, codebooks)
+        codes = np.concatenate(frames).astype(np.int64) + np.arange(self.codebooks) * self.codebook_size
+        return codes.reshape(-1).astype(self.dtype)
+
+    @torch.no_grad()
+    def decode_samples(self, ids: np.ndarray) -> np.ndarray:
+        """Codes that come out of turn begin a new frame; what a frame lacks then, and at the end, is code 0."""
+        ids = ids[ids < self.vocab_size - 1]
+        if len(ids) == 0:
+            return np.zeros(0)
+        books, codes = np.divmod(ids, self.codebook_size)
+        frame = np.cumsum(np.diff(books, prepend=-1) <= 0)
+        table = np.zeros((self.codebooks, frame[-1] + 1), dtype=np.int64)
+        table[books, frame] = codes
+        size = PIECE * self.sample_rate // self.hop
+        pieces = []
+        for at in range(0, table.shape[1], size):
+            piece = torch.from_numpy(table[None, :, at : at + size])
+            if self.kind == "encodec":
+                sound = self.model.decode(piece[None], [None]).audio_values
+            else:
+                sound = self.model.decode(audio_codes=piece).audio_values
+            pieces.append(sound.reshape(-1).numpy().astype(np.float64))
+        return np.nan_to_num(np.concatenate(pieces)).clip(-1, 1)
+
+    def allowed_next(self, ids: np.ndarray) -> np.ndarray:
+        """The codes of the codebook whose turn it is; at the start of a frame also the end of the recording, unless it
+        is empty."""
+        ids = np.asarray(ids)
+        ends = np.flatnonzero(ids == self.vocab_size - 1)
+        length = len(ids) - (ends[-1] + 1 if len(ends) else 0)
+        book = length % self.codebooks
+        allowed = np.arange(self.vocab_size) // self.codebook_size == book
+        allowed[-1] = book == 0 and length > 0
+        return allowed
+
+    def amounts(self, ids: np.ndarray) -> dict[str, float]:
+        """Seconds by the codes of the first codebook, of which a frame has one."""
+        return {"second": float((np.asarray(ids) < self.codebook_size).sum()) * self.hop / self.sample_rate}
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": self.kind, "codebooks": self.codebooks}
+
+    def save(self, directory: Path) -> None:
+        self.model.save_pretrained(directory / FOLDER)
+
+    @classmethod
+    def load(cls, directory: Path, settings: dict[str, Any]) -> "NeuralCodec":
+        return cls.from_pretrained(settings["kind"], directory / FOLDER, settings["codebooks"])

@@ -1,0 +1,176 @@
+"""Pictures as ids, pixel by pixel in raster order, all of one size."""
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image, ImageOps
+
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.data.codec import Codec, WrongModality
+from perceiver_ar.data.pictures import grid
+from perceiver_ar.data.sources import Source
+from perceiver_ar.errors import InputError
+from perceiver_ar.files import atomic_path
+
+Colours = Literal["rgb", "grey", "palette"]
+MISSING = 128
+"""What pixels that were not generated look like, where there is no palette."""
+
+
+def read_image(data: bytes, rows: int, columns: int, colours: Colours) -> np.ndarray:
+    """A picture of any kind and size -> (rows, columns, 3) uint8, or (rows, columns, 1) in grey.
+
+    Upright as its EXIF data says, on white where it is transparent, scaled to cover the size, and cut at its middle.
+    Raises `WrongModality` for what is no picture, or a damaged one.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16 bits: Pillow would cut off what is above 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("L" if colours == "grey" else "RGB")
+            if image.size != (columns, rows):
+                image = ImageOps.fit(image, (columns, rows), Image.Resampling.BOX)
+    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
+        raise WrongModality(f"no picture, or a damaged one ({' '.join(str(error).split())})") from None
+    return np.asarray(image).reshape(rows, columns, -1)
+
+
+class ImageCodec(Codec):
+    """Every document is one picture: a start id, then rows x columns x channels values.
+
+    In raster order: the channels of the first pixel (red, green, blue), then those of the pixel to its right, and so on
+    row by row (64 x 64 x 3 = 12,288 values are the paper's ImageNet). A value is 0 ... 255 in each channel, or, with a
+    palette, the index of the nearest colour. The start id is `num_values`, or, for pictures of class k,
+    `num_values + 1 + k`. The input at place i of a document predicts value i, so its position is that value's row,
+    column and channel.
+    """
+
+    name = "image"
+    ending = ".png"
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        colours: Colours = "rgb",
+        palette: Sequence[Sequence[int]] | None = None,
+        classes: Sequence[str] = (),
+    ) -> None:
+        """palette: (colours, 3), 0 ... 255, all different; classes: names of the folders that pictures lie in."""
+        self.rows, self.columns, self.classes = rows, columns, tuple(classes)
+        self.colours: Colours = colours
+        self.palette = None if palette is None else np.array(palette, dtype=np.uint8).reshape(-1, 3)
+        channels = 3 if colours == "rgb" else 1
+        self.index_dims = (rows, columns, channels) if channels > 1 else (rows, columns)
+        self.num_values = 256 if self.palette is None else len(self.palette)
+        self.vocab_size = self.num_values + 1 + len(self.classes)
+        self.num_pixel_values = rows * columns * channels
+        self.document_length = self.num_pixel_values + 1
+
+    def encode(self, data: bytes) -> np.ndarray:
+        values = read_image(data, self.rows, self.columns, self.colours)
+        if self.palette is not None:
+            distances = ((values[..., None, :].astype(np.int32) - self.palette.astype(np.int32)) ** 2).sum(-1)
+            values = distances.argmin(-1)
+        return np.append(self.num_values, values.reshape(-1)).astype(self.dtype)
+
+    def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
+        """The folder in the file's name `where` is its class, if it is one."""
+        for ids in super().encode_stream(chunks, where):
+            if (folder := Path(where).parent.name) in self.classes:
+                ids[0] = self.num_values + 1 + self.classes.index(folder)
+            yield ids
+
+    def pixels(self, ids: ArrayLike) -> np.ndarray:
+        """The picture that any ids are the beginning of: (rows, columns, 3) uint8."""
+        values = np.asarray(ids, dtype=np.int64).reshape(-1)
+        values = values[values < self.num_values][: self.num_pixel_values]
+        colours = np.repeat(values[:, None], 3, axis=1) if self.palette is None else self.palette[values]
+        if self.colours == "rgb":
+            colours = values
+        size = self.rows * self.columns * 3
+        picture = np.append(colours.reshape(-1), np.full(size, MISSING))[:size]
+        return picture.reshape(self.rows, self.columns, 3).astype(np.uint8)
+
+    def decode(self, ids: ArrayLike) -> bytes:
+        """A PNG file, of which grey pictures have one channel."""
+        pixels, buffer = self.pixels(ids), io.BytesIO()
+        Image.fromarray(pixels[..., 0] if self.colours == "grey" else pixels).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def fit(self, config: PerceiverARConfig) -> PerceiverARConfig:
+        """The context is one picture; positions are learned by row, column and channel unless the settings say how."""
+        length = self.num_pixel_values
+        settings: dict[str, Any] = {"context_length": length, "num_latents": min(config.num_latents, length)}
+        if config.position_table == "none":
+            settings |= {"position_table": "learned", "index_dims": self.index_dims}
+        return config.replace(vocab_size=self.vocab_size, **settings)
+
+    def start(self, prompt: str = "") -> np.ndarray:
+        """`prompt` is the name of a class."""
+        if prompt and prompt not in self.classes:
+            known = f"give one of {', '.join(self.classes)}" if self.classes else "this run was trained without any"
+            raise InputError(f"there is no class {prompt!r}: {known}")
+        return np.array([self.num_values + (self.classes.index(prompt) + 1 if prompt else 0)], dtype=self.dtype)
+
+    def allowed_next(self, ids: np.ndarray) -> np.ndarray:
+        """A start id where a picture begins, a value of the channel everywhere else."""
+        is_value = np.arange(self.vocab_size) < self.num_values
+        return is_value if len(ids) % (self.num_pixel_values + 1) else ~is_value
+
+    def amounts(self, ids: np.ndarray) -> dict[str, float]:
+        """A dimension is one channel of one pixel, so that bits per dimension compare with other models of pixels."""
+        return {"dimension": float((np.asarray(ids) < self.num_values).sum())}
+
+    def show(
+        self,
+        rows: Sequence[np.ndarray],
+        prompt_len: int,
+        directory: Path,
+        stem: str,
+        *,
+        original: np.ndarray | None = None,
+        soundfont: str | None = None,
+    ) -> list[Path]:
+        """STEM.png for each row, and STEM-grid.png: the original, what was kept of it, and the completions."""
+        paths = super().show(rows, prompt_len, directory, stem)
+        first = [] if original is None else [self.pixels(original), self.pixels(rows[0][:prompt_len])]
+        picture = grid([*first, *map(self.pixels, rows)], scale=max(1, 160 // max(self.rows, self.columns)))
+        with atomic_path(directory / f"{stem}-grid.png") as temporary:
+            picture.save(temporary)
+        return [*paths, directory / f"{stem}-grid.png"]
+
+    def settings(self) -> dict[str, Any]:
+        palette = None if self.palette is None else self.palette.tolist()
+        settings = {"rows": self.rows, "columns": self.columns, "colours": self.colours}
+        return settings | {"palette": palette, "classes": list(self.classes)}
+
+
+def choose_palette(sources: Iterable[Source], rows: int, columns: int, size: int, most: int = 500) -> list[list[int]]:
+    """At most `size` different colours that suit the first `most` pictures among `sources`, dark ones first."""
+    samples = []
+    for source in sources:
+        try:
+            samples.append(read_image(b"".join(source.chunks()), rows, columns, "palette"))
+        except InputError as error:
+            if source.named:
+                raise InputError(f"{source.name}: {error}") from None
+            continue
+        if len(samples) == most:
+            break
+    if not samples:
+        raise InputError("there is no picture to choose a palette from; give a folder of pictures")
+    pixels = np.concatenate(samples)
+    different = np.unique(pixels.reshape(-1, 3), axis=0)
+    if len(different) > size:
+        image = Image.fromarray(pixels).quantize(size, Image.Quantize.MEDIANCUT)
+        different = np.unique(np.array(image.getpalette(), dtype=np.uint8).reshape(-1, 3)[:size], axis=0)
+    return different[np.argsort(different @ [299, 587, 114], kind="stable")].tolist()

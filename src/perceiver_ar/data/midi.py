@@ -1,0 +1,495 @@
+"""Piano MIDI as ids: what was played, when, for how long and how hard; and ids as MIDI, sound and a picture.
+
+Every codec here goes through one plain form, the notes of a piece:
+
+    notes (n, 4) float64: start and end in seconds, pitch 0 ... 127, velocity 1 ... 127; sorted by start, then pitch;
+    no pitch sounds twice at once
+
+All tracks of a file but drums become one. The sustain pedal becomes length: a note whose key is released while the
+pedal is down sounds until the pedal goes up or the key is struck again (as MAESTRO is prepared; Hawthorne et al. 2019,
+arXiv 1810.12247).
+"""
+
+import struct
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from perceiver_ar.data.codec import Codec, WrongModality, missing_extra, numbered
+from perceiver_ar.data.pictures import piano_roll
+from perceiver_ar.data.sound import play_notes, write_wav
+from perceiver_ar.errors import InputError
+from perceiver_ar.files import atomic_path
+
+PEDAL = 64
+"""The controller number of the sustain pedal; it is down from value 64 on."""
+DRUMS = 9
+"""The channel (counted from 0) of General MIDI whose pitches are drums."""
+LONGEST = 24 * 3600.0
+"""Seconds. A file that lasts longer is damaged."""
+
+
+def read_midi(data: bytes) -> np.ndarray:
+    """The notes of a standard MIDI file. Raises `WrongModality` if it is damaged or holds none.
+
+    (Read here, not by symusic: version 0.5.9 can end the process at a damaged file.)
+    """
+    try:
+        tempos, parts = _parse(data)
+    except (IndexError, struct.error):
+        raise WrongModality("a MIDI file that is cut off, or damaged") from None
+    seconds = _clock(*tempos)
+    notes = clean(np.concatenate([np.empty((0, 4)), *(_sustained(*part, seconds) for part in parts)]))
+    if len(notes) == 0:
+        raise WrongModality("a MIDI file without notes")
+    if notes[:, 1].max() > LONGEST:
+        raise WrongModality(f"a MIDI file of {notes[:, 1].max() / 3600:,.0f} hours, which must be damaged")
+    return notes
+
+
+def _parse(data: bytes) -> tuple[tuple[np.ndarray, float], list[tuple[np.ndarray, np.ndarray]]]:
+    """Tempo changes (tick, seconds per tick) with the first seconds per tick, and for each channel of each track its
+    notes (start, end, pitch, velocity) and pedal changes (tick, value), in ticks."""
+    at = data.find(b"MThd", 0, 64)  # in .rmi files a few bytes come first
+    if at < 0:
+        raise WrongModality("no MIDI file")
+    size, _, num_tracks, division = struct.unpack_from(">IHHH", data, at + 4)
+    at += 8 + size
+    if division & 0x8000:  # frames a second, ticks a frame
+        first, per_quarter = 1.0 / ((256 - (division >> 8)) * (division & 0xFF or 1)), None
+    else:
+        first, per_quarter = 0.5 / max(1, division), max(1, division)
+    tempos: list[tuple[int, float]] = []
+    parts = []
+    while num_tracks > 0:
+        kind, size = data[at : at + 4], *struct.unpack_from(">I", data, at + 4)
+        at += 8
+        if kind == b"MTrk":
+            if at + size > len(data):
+                raise IndexError
+            parts += _parse_track(data[at : at + size], tempos, per_quarter)
+            num_tracks -= 1
+        at += size
+    tempos.sort(key=lambda change: change[0])
+    return (np.array(tempos, dtype=np.float64).reshape(-1, 2), first), parts
+
+
+def _parse_track(
+    data: bytes, tempos: list[tuple[int, float]], per_quarter: int | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Adds the track's tempo changes to `tempos`. Raises IndexError where it ends in the middle of an event."""
+    notes: dict[int, list[list[int]]] = {}  # by channel
+    pedals: dict[int, list[tuple[int, int]]] = {}
+    sounding: dict[tuple[int, int], list[int]] = {}
+    at, tick, status = 0, 0, 0
+
+    def number() -> int:
+        nonlocal at
+        value = 0
+        while True:
+            value = value << 7 | data[at] & 0x7F
+            at += 1
+            if data[at - 1] < 0x80:
+                return value
+
+    while at < len(data):
+        tick += number()
+        if data[at] >= 0x80:
+            status = data[at]
+            at += 1
+        kind, channel = status & 0xF0, status & 0x0F
+        if status == 0xFF:
+            event = data[at]
+            at += 1
+            size = number()
+            if event == 0x51 and size == 3 and per_quarter is not None:
+                tempos.append((tick, int.from_bytes(data[at : at + 3]) / 1e6 / per_quarter))
+            at += size
+        elif status in (0xF0, 0xF7):
+            size = number()
+            at += size
+        elif kind in (0xC0, 0xD0):
+            at += 1
+        elif kind in (0x80, 0x90, 0xA0, 0xB0, 0xE0):
+            first, second = data[at], data[at + 1]
+            at += 2
+            if max(first, second) > 127:
+                raise WrongModality("a damaged MIDI file")
+            if kind in (0x80, 0x90) and channel != DRUMS:
+                if (note := sounding.pop((channel, first), None)) is not None:
+                    note[1] = tick
+                if kind == 0x90 and second > 0:
+                    note = sounding[channel, first] = [tick, -1, first, second]
+                    notes.setdefault(channel, []).append(note)
+            elif kind == 0xB0 and first == PEDAL:
+                pedals.setdefault(channel, []).append((tick, second))
+        else:
+            raise WrongModality("a damaged MIDI file")
+    if at > len(data):
+        raise IndexError
+    for note in sounding.values():  # never released
+        note[1] = tick
+    return [(np.array(notes[c]), np.array(pedals.get(c, [])).reshape(-1, 2)) for c in sorted(notes)]
+
+
+def _clock(tempos: np.ndarray, first: float) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from ticks to seconds."""
+    ticks, per_tick = np.append(0.0, tempos[:, 0]), np.append(first, tempos[:, 1])
+    before = np.append(0.0, np.cumsum(np.diff(ticks) * per_tick[:-1]))
+
+    def seconds(time: np.ndarray) -> np.ndarray:
+        part = np.searchsorted(ticks, time, side="right") - 1
+        return before[part] + (time - ticks[part]) * per_tick[part]
+
+    return seconds
+
+
+def _sustained(notes: np.ndarray, pedal: np.ndarray, seconds: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Notes in seconds, with the pedal's effect; that a string is struck again is left to `clean`."""
+    start, end, pitch, velocity = notes.T
+    if len(pedal) > 0:
+        times, down = pedal[:, 0], pedal[:, 1] >= 64
+        last = max(end.max(), times[-1])
+        up_from = np.minimum.accumulate(np.where(down, last, times)[::-1])[::-1]  # from each change on
+        change = np.searchsorted(times, end, side="right") - 1  # the last one at each note's end
+        end = np.where((change >= 0) & down[change], up_from[change], end)
+    return np.stack([seconds(start), seconds(end), pitch, velocity], axis=1)
+
+
+def clean(notes: np.ndarray) -> np.ndarray:
+    """Sorts notes and lets no pitch sound twice at once: of two that start together the longer stays, and a note ends
+    where the same pitch starts again. Velocities are brought into 1 ... 127."""
+    start, end, pitch = notes.T[:3]
+    notes = notes[np.lexsort((-end, start, pitch))]
+    again = (np.diff(notes[:, 2], prepend=-1) == 0) & (np.diff(notes[:, 0], prepend=-1) == 0)
+    notes = notes[~again]
+    same = notes[1:, 2] == notes[:-1, 2]
+    notes[:-1, 1] = np.where(same, np.minimum(notes[:-1, 1], notes[1:, 0]), notes[:-1, 1])
+    notes[:, 3] = notes[:, 3].clip(1, 127)
+    return notes[np.lexsort((notes[:, 2], notes[:, 0]))]
+
+
+def write_midi(notes: np.ndarray) -> bytes:
+    """A MIDI file of one piano track; a tick is a millisecond."""
+    times = np.rint(1000 * notes[:, :2]).astype(np.int64)
+    times[:, 1] = np.maximum(times[:, 0] + 1, times[:, 1])
+    events = []  # of one time: ends first
+    for (start, end), (pitch, velocity) in zip(times.tolist(), notes[:, 2:].astype(int).tolist(), strict=True):
+        events += [(end, bytes([0x80, pitch, 0])), (start, bytes([0x90, pitch, velocity]))]
+    track, now = bytearray(b"\x00\xff\x51\x03" + (500_000).to_bytes(3) + b"\x00\xc0\x00"), 0
+    for time, event in sorted(events):
+        track += _number(time - now) + event
+        now = time
+    track += b"\x00\xff\x2f\x00"
+    return struct.pack(">4sIHHH4sI", b"MThd", 6, 0, 1, 500, b"MTrk", len(track)) + track
+
+
+def _number(value: int) -> bytes:
+    """Seven bits a byte, all but the last with the eighth set."""
+    digits = [value & 0x7F]
+    while value := value >> 7:
+        digits.append(value & 0x7F | 0x80)
+    return bytes(reversed(digits))
+
+
+class MusicCodec(Codec):
+    """What codecs of music share: MIDI in and out, and results to be heard and seen."""
+
+    ending = ".mid"
+
+    def encode(self, data: bytes) -> np.ndarray:
+        return self.encode_notes(read_midi(data))
+
+    def decode(self, ids: ArrayLike) -> bytes:
+        return write_midi(self.decode_notes(np.asarray(ids)))
+
+    @abstractmethod
+    def encode_notes(self, notes: np.ndarray) -> np.ndarray:
+        """Notes -> ids (n,)."""
+
+    @abstractmethod
+    def decode_notes(self, ids: np.ndarray) -> np.ndarray:
+        """Any ids -> notes (n, 4)."""
+
+    def show(
+        self,
+        rows: Sequence[np.ndarray],
+        prompt_len: int,
+        directory: Path,
+        stem: str,
+        *,
+        original: np.ndarray | None = None,
+        soundfont: str | None = None,
+    ) -> list[Path]:
+        """For each row STEM.mid, STEM-continuation.mid (without the prompt, if there was one), STEM.wav, STEM.png."""
+        paths = []
+        for number, ids in enumerate(rows, 1):
+            name = numbered(stem, number, len(rows))
+            notes, prompt = self.decode_notes(np.asarray(ids)), self.decode_notes(np.asarray(ids[:prompt_len]))
+            in_prompt = set(map(tuple, prompt[:, [0, 2]].tolist()))
+            is_prompt = np.array([note in in_prompt for note in map(tuple, notes[:, [0, 2]].tolist())], dtype=bool)
+            files: dict[str, Any] = {f"{name}.mid": write_midi(notes)}
+            if is_prompt.any():
+                new = notes[~is_prompt]
+                began = new[0, 0] if len(new) else 0.0
+                files[f"{name}-continuation.mid"] = write_midi(new - [began, began, 0, 0])
+            for file, content in files.items():
+                with atomic_path(directory / file) as temporary:
+                    temporary.write_bytes(content)
+            write_wav(directory / f"{name}.wav", *play_notes(notes, files[f"{name}.mid"], soundfont))
+            with atomic_path(directory / f"{name}.png") as temporary:
+                piano_roll(notes, is_prompt).save(temporary)
+            paths += [directory / file for file in [*files, f"{name}.wav", f"{name}.png"]]
+        return paths
+
+
+def _sounding(pitches: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Which pitches sound after events (n,), each the start (True) or the end of a pitch: (128,) bool."""
+    last = np.zeros((2, 128), dtype=np.int64)
+    last[starts.astype(np.int64), pitches] = np.arange(1, len(pitches) + 1)  # of several assignments the last stays
+    return last[1] > last[0]
+
+
+ON, OFF, SHIFT, VELOCITY, END = 0, 128, 256, 356, 388
+"""Where each kind of id begins: note on and off by pitch, time shifts of 10 ms ... 1 s, 32 velocities; a separator."""
+STEPS = 100  # a second
+
+
+class PerformanceCodec(MusicCodec):
+    """The 388 events of the performance literature, and a separator.
+
+    128 note-on, 128 note-off, 100 time shifts (10 ms ... 1 s) and 32 velocity events, in the order of Oore et al. 2018
+    (arXiv 1808.03715), which Music Transformer (arXiv 1809.04281) and the MAESTRO results of Perceiver AR use. Times
+    are rounded to 10 ms, a velocity to the middle of its bin of four (126 for the last), and no note is shorter than
+    10 ms. At one time note-offs come first, then note-ons, each by rising pitch; a velocity event stands before a
+    note-on whose velocity differs from the last one.
+    """
+
+    name = "performance"
+    vocab_size = END + 1
+    separator = (END,)
+
+    def encode_notes(self, notes: np.ndarray) -> np.ndarray:
+        notes = notes.copy()
+        on = np.rint(STEPS * notes[:, 0])
+        notes[:, 0], notes[:, 1] = on, np.maximum(on + 1, np.rint(STEPS * notes[:, 1]))
+        start, end, pitch, velocity = clean(notes).astype(np.int64).T  # rounding may have made notes meet
+        times = np.concatenate([end, start])
+        pitches = np.concatenate([pitch, pitch])
+        is_on = np.arange(len(times)) >= len(end)
+        bins = np.concatenate([np.zeros_like(velocity), (velocity - 1) // 4])
+        ids: list[int] = []
+        now, loudness = 0, -1
+        for i in np.lexsort((pitches, is_on, times)).tolist():
+            seconds, rest = divmod(int(times[i]) - now, STEPS)
+            ids += [SHIFT + STEPS - 1] * seconds + ([SHIFT + rest - 1] if rest else [])
+            now = int(times[i])
+            if is_on[i] and bins[i] != loudness:
+                loudness = int(bins[i])
+                ids.append(VELOCITY + loudness)
+            ids.append((ON if is_on[i] else OFF) + int(pitches[i]))
+        return np.array(ids, dtype=self.dtype)
+
+    def decode_notes(self, ids: np.ndarray) -> np.ndarray:
+        """Events that mean nothing (the end of a note that does not sound) are passed over; what still sounds at the
+        end or at a separator ends there; a note of no length lasts 10 ms."""
+        notes: list[tuple[int, int, int, int]] = []
+        sounding: dict[int, int] = {}  # pitch -> which note
+        now, velocity = 0, 64
+
+        def end(pitch: int) -> None:
+            if (which := sounding.pop(pitch, None)) is not None:
+                start, _, _, loudness = notes[which]
+                notes[which] = start, max(now, start + 1), pitch, loudness
+
+        for event in [*ids.tolist(), END]:
+            if event < OFF:
+                end(event)
+                sounding[event] = len(notes)
+                notes.append((now, now + 1, event, velocity))
+            elif event < SHIFT:
+                end(event - OFF)
+            elif event < VELOCITY:
+                now += event - SHIFT + 1
+            elif event < END:
+                velocity = 4 * (event - VELOCITY) + 2
+            else:
+                for pitch in list(sounding):
+                    end(pitch)
+        return clean(np.array(notes, dtype=np.float64).reshape(-1, 4)) / [STEPS, STEPS, 1, 1]
+
+    def allowed_next(self, ids: np.ndarray) -> np.ndarray:
+        """A note ends where it sounds and starts where it does not; after a velocity only a note may start."""
+        ids = np.asarray(ids)
+        ends = np.flatnonzero(ids == END)
+        ids = ids[ends[-1] + 1 :] if len(ends) else ids
+        events = ids[ids < SHIFT]
+        sounds = _sounding(events % OFF, events < OFF)
+        allowed = np.ones(self.vocab_size, dtype=bool)
+        allowed[ON:OFF], allowed[OFF:SHIFT] = ~sounds, sounds
+        if len(ids) and VELOCITY <= ids[-1] < END and not sounds.all():
+            allowed[OFF:] = False
+        return allowed
+
+    def augment(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Up to three semitones up or down, up to 5% faster or slower (Music Transformer, section 4.1), and up to one
+        velocity bin louder or softer; never out of range."""
+        ids = ids.astype(np.int64)
+        semitones, loudness = random.integers(-3, 4), random.integers(-1, 2)
+        stretch = random.choice([0.95, 0.975, 1.0, 1.025, 1.05])
+        pitched = ids < SHIFT
+        pitches = ids[pitched] % OFF
+        if len(pitches):
+            ids[pitched] += np.clip(semitones, -pitches.min(), 127 - pitches.max())
+        shifts = (ids >= SHIFT) & (ids < VELOCITY)
+        times = np.cumsum(ids[shifts] - SHIFT + 1)
+        ids[shifts] = SHIFT - 1 + np.diff(np.rint(stretch * times), prepend=0).clip(1, STEPS).astype(np.int64)
+        loud = (ids >= VELOCITY) & (ids < END)
+        ids[loud] = (ids[loud] + loudness).clip(VELOCITY, END - 1)
+        return ids
+
+    def amounts(self, ids: np.ndarray) -> dict[str, float]:
+        """Notes are note-on events; seconds are the sum of the time shifts."""
+        counts = np.bincount(np.asarray(ids), minlength=self.vocab_size)
+        steps = counts[SHIFT:VELOCITY] @ np.arange(1, STEPS + 1)
+        return {"note": float(counts[ON:OFF].sum()), "second": float(steps) / STEPS}
+
+
+Kind = Literal["remi", "tsd", "midilike"]
+RESOLUTION = {(0, 4): 25, (4, 16): 5}
+"""Steps a beat, by the length of what is counted in beats: 20 ms for less than two seconds, else 100 ms."""
+
+
+class MidiTokCodec(MusicCodec):
+    """A tokenisation of MidiTok (Fradet et al. 2021, arXiv 2310.17202): REMI, TSD or MIDI-Like.
+
+    Performances have no beats of their own, so all are counted at 120 a minute: a beat is half a second, a bar of REMI
+    two. Starts are rounded to 20 ms and velocities to 32 levels; pitch 127 is left out. The last id separates pieces.
+    """
+
+    name = "miditok"
+
+    def __init__(self, kind: Kind, tokenizer: Any = None) -> None:
+        """tokenizer: one of MidiTok's made before. Raises `InputError` where MidiTok is not installed."""
+        try:
+            import miditok
+            import symusic  # noqa: F401
+        except ImportError as error:
+            raise missing_extra("midi", error) from None
+        self.kind: Kind = kind
+        self.tokenizer = tokenizer or _tokenizer_class(kind)(
+            miditok.TokenizerConfig(
+                pitch_range=(0, 127),
+                beat_res=RESOLUTION,
+                num_velocities=32,
+                special_tokens=["PAD"],
+                use_time_signatures=False,
+                use_tempos=False,
+                use_pitchdrum_tokens=False,
+                encode_ids_split="no",
+            )
+        )
+        tokens = {index: token for token, index in self.tokenizer.vocab.items()}
+        self.vocab_size = max(tokens) + 2
+        self.separator = (self.vocab_size - 1,)
+        self._types = np.array([tokens[i].split("_")[0] for i in range(self.vocab_size - 1)] + ["End"])
+        starts = "NoteOn" if kind == "midilike" else "Pitch"
+        self._is_note = self._types == starts
+        self._pitch = np.full(self.vocab_size, -1)  # of ids that are about one
+        self._seconds = np.zeros(self.vocab_size)
+        for index, token in tokens.items():
+            kind_of, value = token.split("_")
+            if kind_of in ("Pitch", "NoteOn", "NoteOff"):
+                self._pitch[index] = int(value)
+            elif kind_of == "Bar":
+                self._seconds[index] = 2.0
+            elif kind_of == "TimeShift":
+                beats, steps, per_beat = map(int, value.split("."))
+                self._seconds[index] = (beats + steps / per_beat) / 2
+        first = ["Bar"] if kind == "remi" else ["TimeShift", starts]
+        self._follow = {"End": np.isin(self._types, first)}  # by type of the last id
+        for one, others in self.tokenizer.tokens_types_graph.items():
+            names = others | ({"End"} if starts in others or "Bar" in others else set())
+            self._follow[one] = np.isin(self._types, sorted(names - {"PAD"}))
+
+    def encode_notes(self, notes: np.ndarray) -> np.ndarray:
+        from symusic import Score
+
+        ids = np.empty(0)
+        for _ in range(2):  # rounding can make notes of a pitch overlap; `clean` then makes them meet
+            [sequence] = self.tokenizer(Score.from_midi(write_midi(notes)))
+            ids = np.array(sequence.ids, dtype=self.dtype)
+            notes = self.decode_notes(ids)
+        return ids
+
+    def decode_notes(self, ids: np.ndarray) -> np.ndarray:
+        from miditok import TokSequence
+
+        known = ids[ids < self.vocab_size - 1]
+        score = self.tokenizer.decode([TokSequence(ids=known.tolist())])
+        parts = [np.empty((0, 4))]
+        for track in score.tracks:
+            columns = track.notes.numpy()
+            start = columns["time"].astype(np.float64) / score.ticks_per_quarter / 2
+            end = start + np.maximum(columns["duration"], 1) / score.ticks_per_quarter / 2
+            parts.append(np.stack([start, end, columns["pitch"], columns["velocity"]], axis=1))
+        return clean(np.concatenate(parts))
+
+    def allowed_next(self, ids: np.ndarray) -> np.ndarray:
+        """What MidiTok's graph of token types lets follow the last one; a note ends only where it sounds."""
+        follow = self._follow[str(self._types[ids[-1]]) if len(ids) else "End"]
+        if self.kind != "midilike":
+            return follow
+        ends = np.flatnonzero(ids == self.separator[0])
+        ids = ids[ends[-1] + 1 :] if len(ends) else ids
+        events = ids[self._pitch[ids] >= 0]
+        sounds = _sounding(self._pitch[events], self._is_note[events])
+        about = sounds[self._pitch]
+        return follow & np.where(self._is_note, ~about, (self._types != "NoteOff") | about)
+
+    def augment(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Up to three semitones up or down, and up to one velocity louder or softer; never out of range."""
+        ids = ids.astype(np.int64)
+        for kind, change in ((self._pitch >= 0, 3), (self._types == "Velocity", 1)):
+            change = random.integers(-change, change + 1)
+            chosen = kind[ids]
+            moved = np.where(chosen, ids + change, ids).clip(0, self.vocab_size - 1)
+            if (self._types[moved] == self._types[ids]).all():  # ids of a type are neighbours, in order
+                ids = moved
+        return ids
+
+    def amounts(self, ids: np.ndarray) -> dict[str, float]:
+        """Notes are Pitch or NoteOn tokens; seconds the sum of the time shifts, or of REMI's bars."""
+        ids = np.asarray(ids, dtype=np.int64)
+        return {"note": float(self._is_note[ids].sum()), "second": float(self._seconds[ids].sum())}
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+    def save(self, directory: Path) -> None:
+        with atomic_path(directory / "miditok.json") as temporary:
+            self.tokenizer.save(temporary)
+
+    @classmethod
+    def load(cls, directory: Path, settings: dict[str, Any]) -> "MidiTokCodec":
+        try:
+            import miditok  # noqa: F401
+        except ImportError as error:
+            raise missing_extra("midi", error) from None
+        path = directory / "miditok.json"
+        try:
+            tokenizer = _tokenizer_class(settings["kind"])(params=path)
+        except Exception as error:  # whatever a damaged file leads to
+            reason = " ".join(str(error).split())
+            raise InputError(f"cannot read {path} ({reason}); copy it again from the original run") from None
+        return cls(settings["kind"], tokenizer)
+
+
+def _tokenizer_class(kind: Kind) -> Any:
+    import miditok
+
+    return {"remi": miditok.REMI, "tsd": miditok.TSD, "midilike": miditok.MIDILike}[kind]

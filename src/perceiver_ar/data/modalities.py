@@ -1,0 +1,136 @@
+"""Which modality files are of, and the codec for it."""
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from perceiver_ar.config import DataConfig
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.sources import Source, read_text
+from perceiver_ar.data.text import BytesCodec, TokenizerCodec, train_bpe
+from perceiver_ar.errors import InputError
+
+ENDINGS = {
+    "midi": (".mid", ".midi", ".rmi"),
+    "image": (".png", ".jpg", ".jpeg", ".webp"),
+    "audio": (".wav", ".flac", ".ogg"),
+    "integers": (".npy", ".npz"),
+}
+COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
+MAGIC = {
+    rb"MThd": "midi",
+    rb"\x89PNG\r\n|\xff\xd8\xff|RIFF....WEBP": "image",
+    rb"RIFF....WAVE|fLaC|OggS": "audio",
+    rb"\x93NUMPY": "integers",
+}
+NOTES = re.compile(r"(readme|licen[cs]e|copying|changelog|citation)\b.*|.*\.(csv|tsv|json|md|cff)", re.IGNORECASE)
+"""Names of files about the files beside them; on their own they are text."""
+BPE_BYTES = 100_000_000  # enough text to choose merges from
+
+
+def recognise(sources: Iterable[Source]) -> str:
+    """The modality that all files are of: by their ending, or else by their first bytes; text where neither says more.
+
+    Raises `InputError`, with how many there are of each, if they are of several. Notes and tables beside other files
+    (README, LICENSE, .csv, .json, .md) do not count.
+    """
+    kinds = [(source, _kind(source)) for source in sources]
+    seen = Counter(kind for source, kind in kinds if kind != "text" or not NOTES.fullmatch(source.path.name))
+    if len(seen) > 1:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in seen.most_common())
+        raise InputError(f"the files are of several kinds ({counts}); name files of one kind, or say --modality which")
+    return next(iter(seen), "text")
+
+
+def _kind(source: Source) -> str:
+    name = source.path.name.lower()
+    compressed = name.endswith(COMPRESSED)
+    ending = os.path.splitext(os.path.splitext(name)[0] if compressed else name)[1]
+    for modality, endings in ENDINGS.items():
+        if ending in endings:
+            return modality
+    if not compressed:
+        try:
+            with open(source.path, "rb") as file:
+                start = file.read(16)
+        except OSError:  # whoever reads it will say what is wrong
+            return "text"
+        for magic, modality in MAGIC.items():
+            if re.match(magic, start, re.DOTALL):
+                return modality
+    return "text"
+
+
+def make_codec(modality: str, data: DataConfig, sources: Sequence[Source]) -> Codec:
+    """The codec for files of a modality, as the settings want it. Raises `InputError` where these do not go together.
+
+    `sources` are read where a codec is made from its data (tokenizers, palettes, classes).
+    """
+    if modality not in ("text", "auto") and (data.tokenizer is not None or data.bpe_vocab_size is not None):
+        raise InputError(f"the modality is {modality}, but a tokenizer reads text: leave out one of them")
+    if modality == "midi":
+        from perceiver_ar.data.midi import MidiTokCodec, PerformanceCodec
+
+        return PerformanceCodec() if data.midi_tokens == "performance" else MidiTokCodec(data.midi_tokens)
+    if modality == "image":
+        from perceiver_ar.data.image import ImageCodec, choose_palette
+
+        rows, columns = data.image_size
+        palette = None
+        if data.image_colours == "palette":
+            palette = choose_palette(sources, rows, columns, data.palette_size)
+        classes = sorted({source.path.parent.name for source in sources}) if data.classes else []
+        return ImageCodec(rows, columns, data.image_colours, palette, classes)
+    if modality == "audio":
+        from perceiver_ar.data.audio import WEIGHTS, MuLawCodec, NeuralCodec
+
+        if data.audio_codec == "mulaw":
+            return MuLawCodec(data.sample_rate)
+        weights = data.audio_weights or WEIGHTS[data.audio_codec]
+        return NeuralCodec.from_pretrained(data.audio_codec, weights, data.codebooks)
+    if modality == "integers":
+        from perceiver_ar.data.integers import IntegerCodec, count_values
+
+        return IntegerCodec(count_values(sources))
+    if data.tokenizer is not None:
+        return TokenizerCodec.from_file(data.tokenizer)
+    if data.bpe_vocab_size is not None:
+        return train_bpe(read_text(sources, max_bytes=BPE_BYTES), data.bpe_vocab_size)
+    return BytesCodec(text=modality != "bytes")
+
+
+def official_split(sources: Sequence[Source]) -> tuple[list[Source], list[Source], str] | None:
+    """Training files, validation files, and a line about them, as a table among `sources` says; None without one.
+
+    Such a table is a .csv with columns `split` (train, validation, test) and `midi_filename` or `audio_filename`,
+    relative to itself, as MAESTRO has (Hawthorne et al. 2019). Files of other splits are left out.
+    """
+    for table in (source for source in sources if source.path.suffix.lower() == ".csv"):
+        try:
+            with open(table.path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except (OSError, UnicodeDecodeError, csv.Error):
+            continue
+        columns = {"midi_filename", "audio_filename"} & set(rows[0] if rows else ())
+        if not columns or "split" not in rows[0]:
+            continue
+        split_of = {
+            os.path.realpath(Path(table.path).parent / row[column]): row["split"]
+            for row in rows
+            for column in columns
+            if row[column]
+        }
+        parts: dict[str | None, list[Source]] = {}
+        for source in sources:
+            if source is not table:
+                parts.setdefault(split_of.get(os.path.realpath(source.path)), []).append(source)
+        train, validation = parts.pop("train", []), parts.pop("validation", [])
+        if not train:
+            continue
+        left = sum(map(len, parts.values()))
+        line = f"{table.name} says: {len(train):,} files to train on, {len(validation):,} to validate, {left:,} neither"
+        return train, validation, line
+    return None

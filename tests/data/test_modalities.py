@@ -1,0 +1,113 @@
+"""What files are of is seen from them; the official split is kept; a missing extra says how to get it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from perceiver_ar.config import DataConfig
+from perceiver_ar.data.modalities import make_codec, official_split, recognise
+from perceiver_ar.data.sources import find_files
+from perceiver_ar.errors import InputError
+
+
+def folder_of(tmp_path: Path, *names: str, content: bytes = b"x") -> Path:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("names", "modality"),
+    [
+        (["a.mid", "b/C.MIDI"], "midi"),
+        (["a.png", "b.JPG", "c.jpeg", "d.webp"], "image"),
+        (["a.wav", "b.flac", "c.ogg"], "audio"),
+        (["a.npy", "b.npz"], "integers"),
+        (["a.txt", "b.py", "noending"], "text"),
+        (["genes.fasta"], "text"),
+        (["a.mid.gz"], "midi"),
+        (["a.mid", "maestro.csv", "maestro.json", "README", "LICENSE.txt"], "midi"),
+        (["README.md", "data.csv"], "text"),
+    ],
+)
+def test_a_modality_is_known_by_its_endings(tmp_path: Path, names: list[str], modality: str) -> None:
+    assert recognise(find_files(folder_of(tmp_path, *names))) == modality
+
+
+@pytest.mark.parametrize(
+    ("start", "modality"),
+    [
+        (b"MThd\0\0\0\6", "midi"),
+        (b"\x89PNG\r\n\x1a\n", "image"),
+        (b"\xff\xd8\xff\xe0", "image"),
+        (b"RIFF\1\2\3\4WAVEfmt ", "audio"),
+        (b"RIFF\1\n\3\4WEBPVP8 ", "image"),
+        (b"fLaC", "audio"),
+        (b"\x93NUMPY\1\0", "integers"),
+        (b"Once upon a time", "text"),
+        (b"", "text"),
+    ],
+)
+def test_without_a_known_ending_the_first_bytes_tell(tmp_path: Path, start: bytes, modality: str) -> None:
+    assert recognise(find_files(folder_of(tmp_path, "file", "file.dat", content=start))) == modality
+
+
+def test_a_mixed_folder_is_an_error_that_counts(tmp_path: Path) -> None:
+    folder_of(tmp_path, "a.png", "b.png", "c.mid", "notes.txt", "d.png", "README.md")
+    with pytest.raises(InputError, match=r"several kinds \(3 image, 1 midi, 1 text\).* --modality"):
+        recognise(find_files(tmp_path))
+
+
+def test_official_splits_are_read_from_their_table(tmp_path: Path) -> None:
+    folder_of(tmp_path, "2004/a.midi", "2004/b.midi", "2006/c.midi", "2006/d.midi", "2006/e.midi")
+    table = "title,split,midi_filename\nA,train,2004/a.midi\nB,validation,2004/b.midi\nC,test,2006/c.midi\n"
+    (tmp_path / "maestro.csv").write_text(table + "D,train,2006/d.midi\n")
+    split = official_split(find_files(tmp_path))
+    assert split is not None
+    train, validation, line = split
+    assert [source.path.name for source in train] == ["a.midi", "d.midi"]
+    assert [source.path.name for source in validation] == ["b.midi"]
+    assert "2 files to train on, 1 to validate, 2 neither" in line
+
+
+@pytest.mark.parametrize("table", ["a,b\n1,2\n", "split,midi_filename\n", "\0\xff", ""])
+def test_other_tables_split_nothing(tmp_path: Path, table: str) -> None:
+    folder_of(tmp_path, "a.midi")
+    (tmp_path / "t.csv").write_text(table, encoding="latin-1")
+    assert official_split(find_files(tmp_path)) is None
+
+
+def test_a_tokenizer_reads_text_only() -> None:
+    with pytest.raises(InputError, match="the modality is midi, but a tokenizer reads text"):
+        make_codec("midi", DataConfig(bpe_vocab_size=300), [])
+
+
+MISSING = """
+import sys
+import perceiver_ar.training  # some of its own imports take transformers along where it is there
+from perceiver_ar.cli import main
+
+folder, out = sys.argv[1:]
+for file, package, option in [
+    ("a.mid", "miditok", "--data.midi_tokens=remi"),
+    ("a.wav", "soundfile", "--data.sample_rate=8000"),
+    ("a.wav", "transformers", "--data.audio_codec=mimi"),
+]:
+    sys.modules[package] = None  # as if it were not installed
+    print(main(["train", f"{folder}/{file}", "--out", out, option]))
+"""
+
+
+def test_a_missing_extra_says_how_to_install_it(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "data", "a.mid", "a.wav")
+    command = [sys.executable, "-c", MISSING, str(folder), str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    lines = result.stderr.splitlines()
+    assert result.stdout.split() == ["2", "2", "2"] and len(lines) == 3, result.stderr
+    packages = [("miditok", "midi"), ("soundfile", "audio"), ("transformers", "codecs")]
+    for line, (package, extra) in zip(lines, packages, strict=True):
+        assert package in line and line.endswith(f"pip install 'perceiver-ar[{extra}]'")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,267 @@
+"""Every modality from a folder of files to results, through the command: train, evaluate, generate.
+
+Damaged files lie among the good ones everywhere.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mido
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from test_cli import SMALL, assert_refused
+
+from perceiver_ar import PerceiverAR, Run, evaluate
+from perceiver_ar.cli import main
+from perceiver_ar.data.audio import NeuralCodec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.midi import write_midi
+from perceiver_ar.data.tokens import TokenFile
+
+
+def write_music(path: Path, number: int) -> None:
+    rng = np.random.default_rng(number)
+    starts = np.cumsum(rng.uniform(0.05, 0.3, 60))
+    path.write_bytes(
+        write_midi(np.stack([starts, starts + 0.2, rng.integers(50, 70, 60), rng.integers(30, 90, 60)], axis=1))
+    )
+
+
+def write_picture(path: Path, number: int) -> None:
+    """A disc before a background; the number says where and in which colours."""
+    rng = np.random.default_rng(number)
+    y, x = np.mgrid[:6, :6]
+    colours, (row, column) = rng.integers(0, 255, (2, 3)), rng.integers(1, 5, 2)
+    disc = ((y - row) ** 2 + (x - column) ** 2 < 5)[..., None]
+    Image.fromarray(np.where(disc, colours[0], colours[1]).astype(np.uint8)).save(path)
+
+
+def write_sound(path: Path, number: int) -> None:
+    time = np.arange(1200) / 8000
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * 200 * (number + 1) * time), 8000)
+
+
+def write_numbers(path: Path, number: int) -> None:
+    np.save(path, np.random.default_rng(number).integers(0, 40, (30, 10)))
+
+
+class Modality(NamedTuple):
+    write: Callable[[Path, int], None]
+    ending: str
+    options: list[str]
+    results: list[str]
+    """What `generate --out new` names its files, from a prompt."""
+    unit: str
+    """One that evaluations report."""
+
+
+MIDI_FILES = ["new-continuation.mid", "new.mid", "new.png", "new.wav"]
+PICTURES = ["new-1.png", "new-2.png", "new-3.png", "new-4.png", "new-grid.png"]
+SOUNDS = ["new-prompt.wav", "new.png", "new.wav"]
+IMAGE = ["--data.image_size=[6,6]"]
+MODALITIES = {
+    "performance": Modality(write_music, ".mid", [], MIDI_FILES, "note"),
+    "remi": Modality(write_music, ".mid", ["--data.midi_tokens=remi"], MIDI_FILES, "second"),
+    "rgb": Modality(write_picture, ".png", IMAGE, PICTURES, "dimension"),
+    "palette": Modality(
+        write_picture, ".png", [*IMAGE, "--data.image_colours=palette", "--data.palette_size=9"], PICTURES, "dimension"
+    ),
+    "mulaw": Modality(write_sound, ".wav", ["--data.sample_rate=4000"], SOUNDS, "second"),
+    "neural": Modality(
+        write_sound, ".wav", ["--data.audio_codec=dac", "--data.audio_weights=WEIGHTS"], SOUNDS, "second"
+    ),
+    "integers": Modality(write_numbers, ".npy", [], ["new.npy"], ""),
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small DAC with random weights."""
+    from transformers import DacConfig, DacModel
+
+    torch.manual_seed(0)
+    sizes = {"downsampling_ratios": [4, 4], "upsampling_ratios": [4, 4], "sampling_rate": 8000}
+    model = DacModel(DacConfig(encoder_hidden_size=8, decoder_hidden_size=32, n_codebooks=3, codebook_size=16, **sizes))
+    model.save_pretrained(tmp_path_factory.mktemp("weights"))
+    return tmp_path_factory.getbasetemp() / "weights0"
+
+
+@pytest.fixture(scope="module", params=MODALITIES)
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, weights: Path
+) -> tuple[Modality, Path, Path]:
+    """A modality, its folder of files, and a run trained on it."""
+    modality = MODALITIES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    for number in range(6):
+        modality.write(folder / f"{number}{modality.ending}", number)
+    good = (folder / f"0{modality.ending}").read_bytes()
+    (folder / f"cut{modality.ending}").write_bytes(good[: len(good) // 3] if modality.ending != ".wav" else good[:20])
+    (folder / f"text{modality.ending}").write_bytes(b"no such thing")
+    (folder / f"void{modality.ending}").write_bytes(b"")
+    (folder / f"secret{modality.ending}.gz").write_bytes(b"no gzip")
+    (folder / "README.md").write_text("about these files")
+    out = folder.parent / f"{folder.name}-run"
+    options = [option.replace("WEIGHTS", str(weights)) for option in modality.options]
+    training = [*SMALL, "--max_steps=6", "--trainer.sample_tokens=30", "--data.validation_fraction=0.2"]
+    assert main(["train", str(folder), "--out", str(out), *training, *options]) == 0
+    return modality, folder, out
+
+
+def codec_of(run: Path) -> Codec:
+    return Run(run).codec()
+
+
+def test_damaged_files_are_skipped_counted_and_named_and_the_rest_is_used(
+    trained: tuple[Modality, Path, Path], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modality, folder, run = trained
+    files = [TokenFile.open(run / "tokens" / name) for name in ("train", "validation")]
+    assert sum(file.num_documents for file in files) == 6
+    capsys.readouterr()
+    assert main(["evaluate", str(run), str(folder), "--max_tokens=100"]) == 0
+    assert re.search(r"skipped \d of 11 files \(.*README.md.*, \.\.\.\)", capsys.readouterr().err)
+    broken = folder / f"text{modality.ending}"
+    options = [option.replace("WEIGHTS", str(weights)) for option in modality.options]
+    assert_refused(capsys, "train", broken, "--out", tmp_path / "run", *SMALL, *options, says=broken)
+
+
+def test_evaluation_is_that_of_the_naive_computation(
+    trained: tuple[Modality, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    modality, _, run = trained
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--json", "--stride=3", "--max_tokens=150"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    model, codec = Run(run).model(), codec_of(run)
+    tokens = TokenFile.open(run / "tokens" / "validation").tokens.astype(np.int64)
+    N, T, length = model.config.num_latents, model.config.context_length, codec.document_length or len(tokens)
+    nats, scored = 0.0, []
+    for base in range(0, len(tokens), length):
+        first = 1
+        while first < length and (len(scored) < 150 or first > 1):
+            end = min(length, max(first + 3, N + 1))
+            start = max(0, end - 1 - T)
+            for i in range(first, end):
+                if codec.document_length is None and len(scored) == 150:
+                    break
+                context = torch.from_numpy(tokens[base + start : base + i])[None]
+                with torch.no_grad():
+                    logits = model(context, max(0, end - 1 - start - N))[0, -1]
+                scored.append(int(tokens[base + i]))
+                nats -= float(logits.log_softmax(-1)[scored[-1]])
+            first = end if codec.document_length or len(scored) < 150 else length
+    assert result["tokens"] == len(scored)
+    assert result["nats_per_token"] == pytest.approx(nats / len(scored), rel=1e-4)
+    if modality.unit:
+        amount = codec.amounts(np.array(scored))[modality.unit]
+        assert result[f"nats_per_{modality.unit}"] == pytest.approx(nats / amount, rel=1e-4)
+
+
+@pytest.mark.parametrize("temperature", ["0", "1", "30"])
+def test_generation_writes_files_and_every_id_is_allowed(
+    trained: tuple[Modality, Path, Path], temperature: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modality, folder, run = trained
+    prompt = folder / f"3{modality.ending}"
+    options = ["--max_new_tokens=60"] if codec_of(run).document_length is None else []
+    keep = ["--keep=0.5"]
+    capsys.readouterr()
+    arguments = ["generate", str(run), "--prompt_file", str(prompt), "--temperature", temperature, *keep, *options]
+    assert main([*arguments, "--seed=1", "--out", str(tmp_path / "new")]) == 0
+    shown = capsys.readouterr()
+    assert sorted(path.name for path in tmp_path.iterdir()) == modality.results
+    assert sorted(shown.out.split()) == [str(tmp_path / name) for name in modality.results]
+    for path in tmp_path.iterdir():
+        if path.suffix == ".mid":
+            mido.MidiFile(path)
+        elif path.suffix == ".wav":
+            assert len(soundfile.read(path)[0]) > 0
+        elif path.suffix == ".png":
+            with Image.open(path) as picture:
+                picture.load()
+        else:
+            assert np.load(path).max() < 40
+
+
+def test_generation_starts_from_nothing_too(
+    trained: tuple[Modality, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, run = trained
+    assert main(["generate", str(run), "--max_new_tokens=20", "--samples=2", "--out", str(tmp_path / "new")]) == 0
+    assert len(list(tmp_path.iterdir())) >= 2
+    assert_refused(capsys, "generate", run, "--prompt", "Once upon", says="Once upon")
+    assert any((run / "samples").iterdir())  # those of training
+
+
+def test_neural_codecs_keep_their_weights_in_the_run(trained: tuple[Modality, Path, Path]) -> None:
+    codec = codec_of(trained[2])
+    if isinstance(codec, NeuralCodec):
+        assert (trained[2] / "neural_codec" / "model.safetensors").exists()
+
+
+def test_a_mixed_folder_is_refused_with_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    write_music(folder / "a.mid", 0)
+    write_picture(folder / "b.png", 0)
+    write_picture(folder / "c.png", 1)
+    assert_refused(capsys, "train", folder, "--out", tmp_path / "run", *SMALL, says="2 image, 1 midi")
+    options = [*SMALL, "--max_steps=1", "--modality=midi", "--data.validation_fraction=0"]
+    assert main(["train", str(folder), "--out", str(tmp_path / "run"), *options]) == 0
+    assert "skipped 2 of 3 files" in capsys.readouterr().err
+
+
+def test_classes_are_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(3):
+            write_picture(tmp_path / "pets" / name / f"{number}.png", number)
+    run = tmp_path / "run"
+    options = [*SMALL, "--max_steps=2", "--data.classes=true", *IMAGE]
+    assert main(["train", str(tmp_path / "pets"), "--out", str(run), *options]) == 0
+    assert main(["generate", str(run), "--prompt", "dog", "--samples", "1", "--out", str(tmp_path / "dog")]) == 0
+    assert (tmp_path / "dog.png").exists()
+    assert_refused(capsys, "generate", run, "--prompt", "cow", says="give one of cat, dog")
+
+
+def overfit(folder: Path, run: Path, *options: str) -> PerceiverAR:
+    training: list[Any] = [
+        "--data.validation_fraction=0", "--max_steps=150", "--model.dim=48", "--model.num_layers=2",
+        "--model.num_heads=2",
+        "--model.num_latents=108", "--trainer.batch_size=8", "--trainer.precision=32", "--trainer.device=cpu",
+        "--trainer.evaluations=1", "--trainer.sample_tokens=0", *IMAGE,
+    ]  # fmt: skip
+    assert main(["train", str(folder), "--out", str(run), *training, *options]) == 0
+    return Run(run).model()
+
+
+def test_training_overfits_and_completes_a_pictures_lower_half_exactly(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(8):
+        write_picture(folder / f"{number}.png", number)
+    model = overfit(folder, tmp_path / "run")
+    assert model.config.index_dims == (6, 6, 3)
+    tokens, codec = TokenFile.open(tmp_path / "run" / "tokens" / "train").tokens, codec_of(tmp_path / "run")
+    result = evaluate(model, tokens, document_length=codec.document_length, amounts=codec.amounts)
+    assert result.bits_per("dimension") < 0.15
+    for number in (2, 5):
+        out = tmp_path / f"whole{number}"
+        arguments = [
+            "--prompt_file",
+            str(folder / f"{number}.png"),
+            "--temperature=0",
+            "--samples=1",
+            "--out",
+            str(out),
+        ]
+        assert main(["generate", str(tmp_path / "run"), *arguments]) == 0
+        with Image.open(folder / f"{number}.png") as original, Image.open(f"{out}.png") as completion:
+            assert (np.asarray(original) == np.asarray(completion)).all()
