@@ -51,14 +51,17 @@ def naive_logits(
     """Logits (B, N, V) of a network with these weights (names of its state dict), in the weights' precision.
 
     mask (B, T) is True at real tokens; positions (B, T) are running positions, by default the number of real tokens
-    before each one; kept has for each cross-attention layer a bool (B, P), True where prefix dropout leaves the token.
+    before each one, or after it where they count from the end; kept has for each cross-attention layer a bool (B, P),
+    True where prefix dropout leaves the token.
     """
     B, T = tokens.shape
-    P = prefix_len
+    P, K = prefix_len, config.latents_per_position
     real = torch.ones(B, T, dtype=torch.bool) if mask is None else mask
     if positions is None:
-        positions = torch.tensor([[int(real[b, :i].sum()) for i in range(T)] for b in range(B)])
-    causal = torch.arange(T)[None, :] <= P + torch.arange(T - P)[:, None]  # (N, T): latent r sees tokens 0 ... P + r
+        counted = [slice(i + 1, None) if config.positions_from_end else slice(i) for i in range(T)]
+        positions = torch.tensor([[int(real[b, tokens].sum()) for tokens in counted] for b in range(B)])
+    steps = torch.arange(T - P).repeat_interleave(K)  # latents 0 ... K - 1 of a position, then those of the next
+    causal = torch.arange(T)[None, :] <= P + steps[:, None]  # (N K, T): a latent sees tokens 0 ... P + its step
 
     def linear(x: Tensor, name: str) -> Tensor:
         y = torch.einsum("...i,oi->...o", x, weights[f"{name}.weight"])
@@ -70,15 +73,15 @@ def naive_logits(
         x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[f"{name}.weight"]
         return x + weights[f"{name}.bias"] if config.norm == "layernorm" else x
 
-    def mlp(x: Tensor, name: str) -> Tensor:
-        x = linear(norm(x, f"{name}.norm"), f"{name}.up_proj")
+    def activate(x: Tensor) -> Tensor:
         if config.activation == "relu2":
-            x = torch.where(x > 0, x * x, 0.0)
-        elif config.activation == "gelu":
-            x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-        else:
-            x = x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-        return linear(x, f"{name}.down_proj")
+            return torch.where(x > 0, x * x, 0.0)
+        if config.activation == "gelu":
+            return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        return x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    def mlp(x: Tensor, name: str) -> Tensor:
+        return linear(activate(linear(norm(x, f"{name}.norm"), f"{name}.up_proj")), f"{name}.down_proj")
 
     def heads(x: Tensor, count: int) -> Tensor:
         return torch.stack(x.split(x.shape[-1] // count, dim=-1), dim=1)
@@ -111,7 +114,14 @@ def naive_logits(
         h = h + weights[f"position_embed.{axis}.weight"][rest % config.table_sizes[axis]]
         rest = rest // config.table_sizes[axis]
     u = linear(h[:, P:], "query_proj") if config.query_proj else h[:, P:]
-    latents_at = positions[:, P:] + config.query_position_offset
+    if config.learned_queries != "none":
+        rows = [-1 if config.learned_queries == "shared" else i - T for i in range(P, T)]
+        u = weights["query_embed.weight"][rows].expand(B, -1, -1)
+    if K > 1:
+        u = u.repeat_interleave(K, 1) + weights["latent_embed.weight"].repeat(T - P, 1)
+    for i in range(config.query_mlp_layers):
+        u = activate(linear(u, f"query_mlp.{i}"))
+    latents_at = positions[:, P:].repeat_interleave(K, 1) + config.query_position_offset
 
     def cross_layer(u: Tensor, i: int) -> Tensor:
         name, count = f"cross_attention.{i}", config.heads_cross
@@ -133,9 +143,9 @@ def naive_logits(
         name, count = f"self_attention.{i}", config.num_heads
         q, k, v = linear(norm(u, f"{name}.norm"), f"{name}.qkv_proj").chunk(3, dim=-1)
         at = latents_at if config.rotary_layers is None or i < config.rotary_layers else None
-        seen = causal[:, P:].expand(B, 1, -1, -1)
+        seen = (steps[None, :] <= steps[:, None]).expand(B, 1, -1, -1)
         if config.mask_self_attention:
-            seen = seen & real[:, None, None, P:]
+            seen = seen & real[:, None, None, P:].repeat_interleave(K, -1)
         out = naive_attention(turn(heads(q, count), at), turn(heads(k, count), at), heads(v, count), seen)
         u = u + linear(out.transpose(1, 2).flatten(2), f"{name}.out_proj")
         return u + mlp(u, f"{name}.mlp")
@@ -146,7 +156,8 @@ def naive_logits(
                 u = cross_layer(u, c)
         if i < config.num_layers:
             u = self_layer(u, i)
-    return linear(norm(u, "norm") if config.final_norm else u, "head")
+    u = norm(u, "norm") if config.final_norm else u
+    return linear(u.unflatten(1, (T - P, K)).mean(2), "head")
 
 
 def randomize(model: PerceiverAR, seed: int) -> PerceiverAR:

@@ -29,6 +29,9 @@ NAMED = {
     "several cross-attentions": SIZES.replace(cross_layers=(0, 0, 2)),
     "other heads across": SIZES.replace(cross_num_heads=3, cross_head_dim=5, head_dim=7, cross_mlp_ratio=1.5),
     "narrow embeddings": SIZES.replace(embed_dim=8, query_proj=True),
+    "query MLP": SIZES.replace(query_proj=True, query_mlp_layers=2),
+    "learned queries": SIZES.replace(learned_queries="each"),
+    "latents per position": SIZES.replace(latents_per_position=3, query_proj=True),
     "tied": SIZES.replace(tie_embeddings=True),
     "no layers": SIZES.replace(num_layers=0, cross_layers=()),
     "all latents": SIZES.replace(num_latents=24),
@@ -49,8 +52,9 @@ def pairs(queries: int, keys: int) -> int:
 
 def attention(config: PerceiverARConfig, context: int, latents: int) -> float:
     """Of one forward: two products of C multiply-adds for each pair of each head; half of it on the diagonal."""
-    cross = config.heads_cross * config.width_head_cross * (pairs(latents, context) - latents / 2)
-    own = config.num_heads * config.width_head * (pairs(latents, latents) - latents / 2)
+    K = config.latents_per_position
+    cross = K * config.heads_cross * config.width_head_cross * (pairs(latents, context) - latents / 2)
+    own = K * K * config.num_heads * config.width_head * (pairs(latents, latents) - latents / 2)
     return 4 * (len(config.cross_layers) * cross + config.num_layers * own)
 
 

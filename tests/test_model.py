@@ -110,6 +110,14 @@ ONE_SETTING = [
     {"latent_keys": "query"},
     {"query_proj": True},
     {"query_proj": True, "embed_dim": 10},
+    {"query_proj": True, "query_mlp_layers": 2},
+    {"learned_queries": "shared"},
+    {"learned_queries": "each"},
+    {"learned_queries": "each", "embed_dim": 10},
+    {"latents_per_position": 2},
+    {"latents_per_position": 3, "query_mlp_layers": 1},
+    {"positions_from_end": True},
+    {"positions_from_end": True, "position_table": "learned"},
     {"query_residual": False},
     {"cross_layers": ()},
     {"cross_layers": (0,)},
@@ -135,6 +143,63 @@ def test_each_setting_alone_changes_the_function_to_the_documented_one(setting: 
     logits = model(tokens)
     assert_close(logits, naive_logits(model.config, model.state_dict(), tokens, 7), 1e-10)
     assert (logits - base(tokens)).abs().max() > 1e-4
+
+
+GOOGLES = [
+    {"learned_queries": "each", "query_proj": False},
+    {"learned_queries": "shared", "query_proj": False, "query_mlp_layers": 1, "latents_per_position": 2,
+     "latent_keys": "context"},
+    {"latents_per_position": 3, "latent_keys": "context"},
+    {"positions_from_end": True, "query_mlp_layers": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fixed", GOOGLES, ids=lambda fixed: ",".join(fixed))
+@settings(max_examples=30)
+@given(data=st.data())
+def test_what_only_google_has_is_as_documented_under_padding_and_dropout(
+    fixed: dict[str, object], data: st.DataObject
+) -> None:
+    model, tokens, P = data.draw(cases(min_length=2, embed_dim=None, mask_self_attention=True, **fixed))
+    P = max(P, tokens.shape[1] - model.config.num_latents)
+    mask = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(P)) < 0.7
+    real = mask[:, P:]
+    expected = naive_logits(model.config, model.state_dict(), tokens, P, mask=mask)
+    assert_close(model(tokens, P, mask=mask)[real], expected[real], 1e-9)
+    keep = torch.arange(P // 2).expand(len(model.config.cross_layers), len(tokens), -1)
+    kept = [torch.arange(P).expand(len(tokens), -1) < P // 2 for _ in model.config.cross_layers]
+    expected = naive_logits(model.config, model.state_dict(), tokens, P, kept=kept)
+    assert_close(model(tokens, P, prefix_keep=keep), expected, 1e-9)
+    # A row with padding before it, and later tokens it may not see.
+    alone = model(tokens[:1, 1:], max(P - 1, 0))
+    padded = model(tokens[:1], max(P, 1), mask=torch.arange(tokens.shape[1])[None] > 0)
+    assert_close(padded, alone, 1e-9)
+    if not model.config.positions_from_end:
+        changed = torch.cat([tokens[:, :-1], others(model, tokens[:, -1:])], dim=1)
+        assert torch.equal(model(changed, P)[:, :-1], model(tokens, P)[:, :-1])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        {"learned_queries": "shared"},
+        {"learned_queries": "each"},
+        {"positions_from_end": True, "position_table": "learned"},
+    ],
+    ids=str,
+)
+def test_latents_that_change_when_tokens_follow_are_not_cacheable(setting: dict[str, object]) -> None:
+    model = small(**setting).double()
+    tokens = random_tokens(model, 2, 12)
+    same = (model(tokens, 8)[:, :-1] - model(tokens[:, :-1], 8)).abs().max() < 1e-9
+    assert model.config.cacheable == same
+
+
+def test_more_latents_than_learned_queries_are_refused() -> None:
+    model = small(learned_queries="each", num_latents=5)
+    with pytest.raises(InputError, match="6 latents are more than the 5 learned_queries"):
+        model(random_tokens(model, 1, 8), 2)
 
 
 @settings(max_examples=40)

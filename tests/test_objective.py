@@ -1,6 +1,7 @@
 """The loss is the mean cross-entropy of the labels that are targets."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,43 @@ def test_mean_sum_and_single_losses_are_those_of_the_definition(
         assert_close(mean, torch.tensor(sum(expected) / len(expected), dtype=torch.float64), 1e-12)
     else:
         assert mean.isnan()
+
+
+@settings(max_examples=60)
+@given(
+    V=st.integers(2, 7),
+    smoothing=st.sampled_from([0.0, 0.1, 0.4]),
+    z=st.sampled_from([0.0, 1e-4, 0.3]),
+    seed=st.integers(0, 2**20),
+)
+def test_smoothed_targets_and_z_loss_are_those_of_the_definition(V: int, smoothing: float, z: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, 3, V, generator=generator, dtype=torch.float64)
+    labels = torch.randint(V, (2, 3), generator=generator)
+    labels[0, 1] = IGNORE
+    expected = []
+    for row, label in zip(logits.flatten(0, 1).tolist(), labels.flatten().tolist(), strict=True):
+        total = math.log(sum(map(math.exp, row)))
+        targets = [1 - smoothing if i == label else smoothing / (V - 1) for i in range(V)]
+        # The divergence of the model's distribution from the targets', in nats.
+        loss = sum(t * (math.log(t) - (x - total)) for t, x in zip(targets, row, strict=True) if t > 0)
+        expected.append(0.0 if label == IGNORE else loss + z * total**2)
+    weights: dict[str, Any] = {"label_smoothing": smoothing, "z_loss": z}
+    single = next_token_loss(logits, labels, reduction="none", **weights)
+    assert_close(single.flatten(), torch.tensor(expected, dtype=torch.float64), 1e-12)
+    total = next_token_loss(logits, labels, reduction="sum", **weights)
+    assert_close(total, torch.tensor(sum(expected), dtype=torch.float64), 1e-12)
+    mean = next_token_loss(logits, labels, **weights)
+    assert_close(mean, torch.tensor(sum(expected) / 5, dtype=torch.float64), 1e-12)
+
+
+def test_a_perfect_prediction_of_smoothed_targets_costs_nothing() -> None:
+    logits = torch.tensor([0.9, 0.05, 0.05], dtype=torch.float64).log()[None, None]
+    loss = next_token_loss(logits.requires_grad_(), torch.tensor([[0]]), label_smoothing=0.1)
+    assert abs(loss.item()) < 1e-12
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().max() < 1e-12
 
 
 def test_only_minus_100_is_ignored_by_default() -> None:

@@ -94,6 +94,8 @@ class PerceiverARConfig:
     """Vectors added to the token embeddings by position."""
     index_dims: tuple[int, ...] = ()
     """Sizes of the position tables, one per axis, (rows, columns, channels) for images; (): one of context_length."""
+    positions_from_end: bool = False
+    """Positions count backwards, and the last token of the context is 0 (google without positions from the data)."""
     query_position_offset: int = 0
     """Added to the latents' positions as queries, and as keys of self-attention (google's query offsetting)."""
 
@@ -103,12 +105,18 @@ class PerceiverARConfig:
     normalised query stream (lucidrains, krasserm)."""
     query_proj: bool = False
     """A linear layer with bias from embeddings to the first latents (google)."""
+    query_mlp_layers: int = 0
+    """Linear layers, each followed by the activation, that the first latents go through (google)."""
+    learned_queries: Literal["none", "shared", "each"] = "none"
+    """First latents that are learned, not read from the tokens: one for all, or one each of num_latents (google)."""
+    latents_per_position: int = 1
+    """Latents at each latent position, which see each other and are averaged before the logits (google)."""
     query_residual: bool = True
     """Add the cross-attention's output to its query."""
     mask_self_attention: bool = True
     """Padding is invisible to self-attention too. Only lucidrains' function masks the cross-attention alone."""
     embed_dim: int | None = None
-    """Width of the token embeddings, if not dim (google; needs query_proj)."""
+    """Width of the token embeddings, if not dim (google; needs query_proj or learned_queries)."""
     cross_num_heads: int | None = None
     """Heads of the cross-attention, if not num_heads."""
     cross_head_dim: int | None = None
@@ -118,9 +126,10 @@ class PerceiverARConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("vocab_size", "context_length", "num_latents", "dim", "num_heads"):
+        for name in ("vocab_size", "context_length", "num_latents", "dim", "num_heads", "latents_per_position"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        require(self.num_layers >= 0, f"num_layers is {self.num_layers}: it must not be negative")
+        for name in ("num_layers", "query_mlp_layers"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it must not be negative")
         require(
             self.num_latents <= self.context_length,
             f"num_latents is {self.num_latents}, more than context_length {self.context_length}: "
@@ -165,8 +174,16 @@ class PerceiverARConfig:
             f"cross_layers is {self.cross_layers}: write its numbers in rising order",
         )
         require(
-            self.width_embed == self.dim or self.query_proj,
-            f"embed_dim {self.width_embed} differs from dim {self.dim}: that needs query_proj",
+            self.learned_queries == "none" or not self.query_proj,
+            f"learned_queries is {self.learned_queries!r}, which query_proj has no part in: leave out one",
+        )
+        require(
+            self.latents_per_position == 1 or self.latent_keys == "context",
+            f"latents_per_position is {self.latents_per_position}: that needs latent_keys 'context'",
+        )
+        require(
+            self.width_embed == self.dim or self.query_proj or self.learned_queries != "none",
+            f"embed_dim {self.width_embed} differs from dim {self.dim}: that needs query_proj or learned_queries",
         )
         require(
             self.width_embed == self.dim or self.latent_keys == "context",
@@ -212,6 +229,12 @@ class PerceiverARConfig:
     def max_positions(self) -> int | None:
         """Positions the model can tell apart; None: any number (rotary only)."""
         return math.prod(self.table_sizes) if self.table_sizes else None
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether what is kept of latents serves the next token: not where they change when tokens follow, as with
+        positions from the end or one learned query each; nor, because nobody needed it, with several per position."""
+        return not self.positions_from_end and self.learned_queries != "each" and self.latents_per_position == 1
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> Self:

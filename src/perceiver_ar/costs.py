@@ -29,6 +29,7 @@ def costs(config: PerceiverARConfig, context: int | None = None, latents: int | 
             + per self layer   2 (3 N D W + N W D + 2 N D F)         + 4 W (N^2 / 2)
 
     with T context, N latents, P = T - N, D dim, E embedding width, W heads times channels, F hidden, V vocabulary.
+    Several latents per position are as many rows of the batch; only the logits are computed once.
     """
     T = context or config.context_length
     N = min(latents or config.num_latents, T)
@@ -40,9 +41,11 @@ def costs(config: PerceiverARConfig, context: int | None = None, latents: int | 
     context_bytes = layers * 4 * 2 * T * W
     W, F = config.num_heads * config.width_head, int(config.mlp_ratio * D)
     own = 2 * (3 * N * D * W + N * W * D + 2 * N * D * F) + 4 * W * N * N / 2
-    query = 2 * N * E * D if config.query_proj else 0
-    forward = 2 * N * config.vocab_size * D + query + layers * cross + config.num_layers * own
-    return Costs(forward_flops=forward, training_flops=3 * forward, context_bytes=context_bytes)
+    K = config.latents_per_position
+    own += 4 * W * N * N / 2 * (K - 1)  # each latent sees all of its position
+    query = (2 * N * E * D if config.query_proj else 0) + config.query_mlp_layers * 2 * N * D * D
+    forward = 2 * N * config.vocab_size * D + K * (query + layers * cross + config.num_layers * own)
+    return Costs(forward_flops=forward, training_flops=3 * forward, context_bytes=K * context_bytes)
 
 
 def training_bytes(

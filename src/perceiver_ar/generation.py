@@ -119,6 +119,11 @@ def stream(
                 0 <= token < config.vocab_size,
                 f"stop_tokens has id {token}: this model's vocabulary is ids 0 ... {config.vocab_size - 1}",
             )
+    require(
+        config.cacheable,
+        "generation keeps latents from token to token, but this model's change, or stand several at a position: "
+        "take the last logits of its forward instead",
+    )
     prompts = prompt_rows(prompt, config.vocab_size)
     generators = _generators(seed, len(prompts) * num_samples)
     schedule = Schedule(refill_latents, prompt_latents, slide)

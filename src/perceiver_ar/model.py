@@ -70,6 +70,11 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         self.embed = nn.Embedding(config.vocab_size, config.width_embed)
         self.position_embed = nn.ModuleList(nn.Embedding(rows, config.width_embed) for rows in config.table_sizes)
         self.query_proj = nn.Linear(config.width_embed, config.dim) if config.query_proj else nn.Identity()
+        self.query_mlp = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(config.query_mlp_layers))
+        rows = {"none": 0, "shared": 1, "each": config.num_latents}[config.learned_queries]
+        self.query_embed = nn.Embedding(rows, config.dim) if rows else None
+        K = config.latents_per_position
+        self.latent_embed = nn.Embedding(K, config.dim) if K > 1 else None
         self.cross_attention = nn.ModuleList(CrossLayer(config) for _ in config.cross_layers)
         self.self_attention = nn.ModuleList(SelfLayer(config) for _ in range(config.num_layers))
         self.norm = make_norm(config, config.dim) if config.final_norm else nn.Identity()
@@ -126,11 +131,14 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
             prefix_len = 0
         config, P = self.config, self.check(tokens, prefix_len, mask, prefix_keep)
         positions = self.positions(tokens, mask, positions)
+        if config.latents_per_position > 1:  # several latents of a position are rows of the batch, side by side
+            tokens, positions, mask, prefix_keep = self.repeat_rows(tokens, positions, mask, prefix_keep)
         tables = [self.embed.weight, *(table.weight for table in self.position_embed)]
         context = Prefix(tables, tokens, positions, mask, None)
 
         latent = self.span(context, P, context.length)
-        u = self.query_proj(latent.h).to(latent.h.dtype)  # autocast would start the residual stream in half precision
+        # Autocast would start the residual stream in half precision.
+        u = self.first_latents(latent.h).to(latent.h.dtype)
         at = latent.positions + config.query_position_offset
         same = config.query_position_offset == 0
         query_rotary = latent.rotary if same else self.rotary(at, cross=True)
@@ -152,7 +160,8 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
                 rotary = self_rotary if config.rotary_layers is None or i < config.rotary_layers else None
                 past = None if cache is None else partial(cache.own.update, layer_idx=i)
                 u = self.apply_layer(self.self_attention[i], u, rotary, self_mask, past)
-        return self.norm(u)
+        u = self.norm(u)
+        return u if config.latents_per_position == 1 else u.unflatten(0, (-1, config.latents_per_position)).mean(1)
 
     def read(self, tokens: Tensor, positions: Tensor, cache: Cache) -> None:
         """Writes prefix tokens (B, K) at positions (B or 1, K) to a cache; `cache.cross.advance(K)` keeps them."""
@@ -193,7 +202,11 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
     def positions(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
         """Positions as `Prefix` takes them: (B or 1, T) or, by axes, (B or 1, T, axes); None: 0 ... T - 1."""
         if positions is None:
-            return None if mask is None else (mask.cumsum(1) - 1).clamp_(min=0)
+            if mask is None and not self.config.positions_from_end:
+                return None
+            real = torch.ones_like(tokens[:1], dtype=torch.bool) if mask is None else mask
+            positions = (real.cumsum(1) - 1).clamp_(min=0)
+            return positions[:, -1:] - positions if self.config.positions_from_end else positions
         axes = len(self.config.table_sizes)
         shape = positions.shape
         positions = positions if positions.ndim > 1 else positions[None]
@@ -242,6 +255,32 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         """The rotation of heads at integer positions (B or 1, K)."""
         dtype = torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
         return rotary_tables(self.config, positions, cross=cross, dtype=dtype)
+
+    def first_latents(self, h: Tensor) -> Tensor:
+        """Embeddings (B, N, E) of the latent positions -> what the first layer takes as latents (B, N, D)."""
+        B, N = h.shape[:2]
+        if self.query_embed is None:
+            u = self.query_proj(h)
+        else:  # the last latent has the last row, however many latents there are
+            rows = self.query_embed.num_embeddings
+            if 1 < rows < N:
+                raise InputError(f"{N} latents are more than the {rows} learned_queries: use fewer")
+            u = self.query_embed(torch.arange(rows - N, rows, device=h.device).clamp(min=0)).expand(B, -1, -1)
+        if self.latent_embed is not None:
+            u = u + self.latent_embed.weight.repeat(B // self.config.latents_per_position, 1)[:, None]
+        for layer in self.query_mlp:
+            u = activate(layer(u), self.config.activation)
+        return u
+
+    def repeat_rows(
+        self, tokens: Tensor, positions: Tensor | None, mask: Tensor | None, prefix_keep: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Every row of the batch `latents_per_position` times."""
+        K = self.config.latents_per_position
+        positions = positions if positions is None or len(positions) == 1 else positions.repeat_interleave(K, 0)
+        mask = None if mask is None else mask.repeat_interleave(K, 0)
+        prefix_keep = None if prefix_keep is None else prefix_keep.repeat_interleave(K, -2)
+        return tokens.repeat_interleave(K, 0), positions, mask, prefix_keep
 
     def apply_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
         if self.activation_checkpointing and self.training:
@@ -384,8 +423,19 @@ class SelfLayer(nn.Module):
         q, k = place(qkv[:2], rotary, self.config)
         v = qkv[2]
         pieces = [Piece(k, v, causal=True, mask=mask)] if past is None else past(k, v)
+        if self.config.latents_per_position > 1:
+            pieces = side_by_side(pieces[0], self.config.latents_per_position)
         u = u + self.out_proj(merge_heads(attend(q, pieces)))
         return u + self.mlp(u)
+
+
+def side_by_side(piece: Piece, K: int) -> list[Piece]:
+    """Keys whose batch holds K latents of each position as K rows -> K pieces, so that each latent sees all K."""
+    k, v = piece.k.unflatten(0, (-1, K)), piece.v.unflatten(0, (-1, K))
+    return [
+        Piece(k[:, i].repeat_interleave(K, 0), v[:, i].repeat_interleave(K, 0), piece.causal, piece.mask)
+        for i in range(K)
+    ]
 
 
 class MLP(nn.Module):
@@ -400,12 +450,13 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.mlp_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up_proj(self.norm(x))
-        if self.activation == "relu2":
-            x = F.relu(x).square()
-        else:
-            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return self.down_proj(self.dropout(x))
+        return self.down_proj(self.dropout(activate(self.up_proj(self.norm(x)), self.activation)))
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "relu2":
+        return F.relu(x).square()
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def make_norm(config: PerceiverARConfig, dim: int) -> nn.Module:
@@ -418,7 +469,7 @@ def init_weights(model: PerceiverAR) -> None:
     if config.init != "torch":
         for name, module in model.named_modules():
             if isinstance(module, nn.Embedding):
-                if config.init == "normal":
+                if config.init == "normal" or name in ("query_embed", "latent_embed"):
                     nn.init.normal_(module.weight, std=0.02)
                 elif config.init == "fan_in":
                     nn.init.trunc_normal_(module.weight, a=-2, b=2)
