@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perceiver_ar.files import atomic_path, write_text
+from perceiver_ar.files import atomic_directory, atomic_path, write_text
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -153,3 +153,29 @@ def test_a_kill_at_any_moment_leaves_one_whole_version(tmp_path: Path, milliseco
     assert len(words) == 100_000
     assert len(set(words)) == 1
     assert visible(tmp_path) == ["metrics.csv"]
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["no directory before", "an empty one before"])
+def test_a_directory_is_whole_or_absent(tmp_path: Path, umask: None, before: bool):
+    path = tmp_path / "folder" / "run"
+    if before:
+        path.mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt), atomic_directory(path) as temporary:
+        (temporary / "half").touch()
+        raise KeyboardInterrupt
+    assert list(path.parent.iterdir()) == ([path] if before else [])
+    with atomic_directory(path) as temporary:
+        write_text(temporary / "config.json", "{}")
+        assert temporary.parent == path.parent
+        assert not before or not list(path.iterdir())
+    assert content(path) == {"config.json": b"{}"}
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_directory_that_holds_something_is_not_replaced(tmp_path: Path):
+    write_text(tmp_path / "run" / "mine", "")
+    with pytest.raises(OSError), atomic_directory(tmp_path / "run") as temporary:
+        write_text(temporary / "config.json", "{}")
+    assert content(tmp_path / "run") == {"mine": b""}
+    assert len(list(tmp_path.iterdir())) == 1

@@ -10,12 +10,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from perceiver_ar.data.codec import WrongModality
-from perceiver_ar.data.text import BytesCodec, TokenizerCodec, Utf8Stream, text_pieces, train_bpe
+from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec, TokenizerCodec, Utf8Stream, text_pieces, train_bpe
 from perceiver_ar.errors import InputError
 
 SAMPLE = Path(tempfile.__file__).read_text()  # some real text
 BPE = train_bpe([SAMPLE], 600)
-CODECS = {"text": BytesCodec(), "bytes": BytesCodec(text=False), "tokenizer": BPE}
+CODECS = {
+    "text": BytesCodec(),
+    "bytes": BytesCodec(text=False),
+    "offset_bytes": OffsetBytesCodec(reserved=3, start=2),
+    "tokenizer": BPE,
+}
 
 
 def chunked(data: bytes, sizes: list[int]) -> list[bytes]:
@@ -52,6 +57,14 @@ def test_any_ids_decode_to_as_many_bytes_as_are_counted(ids):
     assert len(BPE.decode(ids)) == BPE.num_bytes(ids) == sum(len(BPE.decode([i])) for i in ids)
     small = [i % 256 for i in ids]
     assert len(BytesCodec().decode(small)) == BytesCodec().num_bytes(small)
+
+
+def test_offset_bytes_leave_room_for_special_ids():
+    codec = OffsetBytesCodec(reserved=6)
+    assert codec.vocab_size == 262 and codec.dtype == np.uint16 and codec.separator == ()
+    assert codec.encode(b"\0a\xff").tolist() == [6, 103, 261]
+    assert codec.decode([0, 103, 5, 261]) == b"a\xff" and codec.num_bytes([0, 103, 5, 261]) == 2
+    assert OffsetBytesCodec(reserved=3, start=2).separator == (2,)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from perceiver_ar.files import atomic_path, write_text
 # What `codec.json` may name, and where it lives. A new modality adds one line; nothing else is ever imported by name.
 CODECS = {
     "bytes": "perceiver_ar.data.text:BytesCodec",
+    "offset_bytes": "perceiver_ar.data.text:OffsetBytesCodec",
     "tokenizer": "perceiver_ar.data.text:TokenizerCodec",
     "performance": "perceiver_ar.data.midi:PerformanceCodec",
     "miditok": "perceiver_ar.data.midi:MidiTokCodec",
@@ -196,7 +197,10 @@ def load_codec(directory: str | Path) -> Codec:
         content = json.loads(path.read_text(encoding="utf-8"))
         name, settings = content["codec"], content["settings"]
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path} does not exist: {directory} is not a run directory; train one with --out") from None
+        raise InputError(
+            f"{path} does not exist: {directory} is not a run directory (train one with --out), or was converted from "
+            "a checkpoint that does not say what its ids stand for, and needs a codec.json"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); copy it again from the original run") from None
     if str(name) not in CODECS:

@@ -1,6 +1,7 @@
-"""Text and bytes as ids: `BytesCodec` (one id per byte) and `TokenizerCodec` (byte-level BPE, Hugging Face tokenizers).
+"""Text and bytes as ids: `BytesCodec` (one id per byte), `OffsetBytesCodec` (the same behind special ids) and
+`TokenizerCodec` (byte-level BPE, Hugging Face tokenizers).
 
-Both give back exactly the bytes they were given, and both know how many bytes each id stands for, so that bits per byte
+All give back exactly the bytes they were given, and know how many bytes each id stands for, so that bits per byte
 can be compared between them.
 """
 
@@ -62,6 +63,36 @@ class BytesCodec(Codec):
 
     def settings(self) -> dict[str, Any]:
         return {"text": self.text}
+
+
+class OffsetBytesCodec(Codec):
+    """Byte b is id b + `reserved`, as in other implementations; the ids below are special and stand for no bytes.
+
+    `start`, one of the special ids, precedes every document; None: nothing does.
+    """
+
+    name = "offset_bytes"
+
+    def __init__(self, reserved: int, start: int | None = None):
+        self.reserved, self.start = reserved, start
+        self.vocab_size = 256 + reserved
+        self.separator = () if start is None else (start,)
+
+    def encode(self, data: bytes) -> np.ndarray:
+        return np.frombuffer(data, dtype=np.uint8).astype(self.dtype) + self.dtype.type(self.reserved)
+
+    def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
+        return map(self.encode, chunks)
+
+    def decode(self, ids: ArrayLike) -> bytes:
+        data = np.asarray(ids).astype(np.int64) - self.reserved
+        return data[data >= 0].astype(np.uint8).tobytes()
+
+    def byte_lengths(self) -> np.ndarray:
+        return (np.arange(self.vocab_size) >= self.reserved).astype(np.int64)
+
+    def settings(self) -> dict[str, Any]:
+        return {"reserved": self.reserved, "start": self.start}
 
 
 class TokenizerCodec(Codec):
