@@ -436,3 +436,12 @@ def test_weights_of_nan_are_named() -> None:
     torch.nn.init.constant_(model.head.weight, math.nan)
     with pytest.raises(InputError, match="the model's weights give NaN"):
         generate(model, [[1]], 3)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"latents_per_position": 2}, {"learned_queries": "each"}, {"positions_from_end": True}], ids=str
+)
+def test_models_whose_latents_cannot_be_kept_are_refused(setting: dict[str, Any]) -> None:
+    model = PerceiverAR(PerceiverARConfig(vocab_size=5, context_length=8, num_latents=4, dim=8, num_heads=1, **setting))
+    with pytest.raises(InputError, match="generation keeps latents"):
+        generate(model, [[1, 2]], max_new_tokens=1)

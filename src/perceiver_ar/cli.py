@@ -40,6 +40,8 @@ Perceiver AR on your own files: train, see how good it is, generate.
   evaluate RUN [PATH...]        bits per byte on files, or on what the run held out
   generate RUN                  let the model write
   info RUN                      what a run is, and what it costs
+  convert FORMAT CHECKPOINT --out RUN     another implementation's checkpoint becomes a run
+  export FORMAT RUN --out PATH            and back
 
 perceiver-ar VERB --help has all options and examples."""
 
@@ -52,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         "evaluate": evaluate_verb,
         "generate": generate_verb,
         "info": info_verb,
+        "convert": convert_verb,
+        "export": export_verb,
     }
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries, to their callers: to us, not to the user
@@ -501,6 +505,98 @@ def info_verb(argv: list[str]) -> None:
     for name, value in facts.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' '):<34}{shown}")
+
+
+# What checkpoints may not tell, by format: option, type, help.
+CONVERT_OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
+    "lucidrains": [
+        ("cross_attn_seq_len", int, "prefix length, which no weight tells"),
+        ("heads", int, "attention heads, where the weights leave a choice"),
+    ],
+    "krasserm": [],
+    "google": [
+        ("settings", str, "random_mirrored_32, random_mirrored_131072, imagenet_w_positions, or a JSON file of their "
+         "PerceiverAR's arguments"),
+        ("max_context_length", int, "as in their settings"),
+        ("z_index_dim", int, "as in their settings"),
+        ("num_cross_attend_heads", int, "as in their settings"),
+        ("num_transformer_heads", int, "as in their settings"),
+    ],
+}  # fmt: skip
+
+
+def convert_verb(argv: list[str]) -> None:
+    parser = make_parser(
+        "convert",
+        "lucidrains|krasserm|google CHECKPOINT --out RUN",
+        "Makes a run from a checkpoint of perceiver-ar-pytorch (lucidrains), perceiver-io (krasserm) or\n"
+        "google-research/perceiver-ar (google). No code in a checkpoint is run.",
+        "  perceiver-ar convert krasserm perceiver-ar-clm-base/ --out runs/clm       (a Hugging Face directory)\n"
+        "  perceiver-ar convert krasserm epoch=1.ckpt --out runs/clm                 (a Lightning checkpoint)\n"
+        "  perceiver-ar convert lucidrains model.pt --cross_attn_seq_len 3072 --heads 8 --out runs/enwik8\n"
+        "  perceiver-ar convert google checkpoint.dill --settings random_mirrored_131072 --out runs/copy",
+    )
+    parser.add_argument("format", choices=list(CONVERT_OPTIONS), help="whose checkpoint it is")
+    parser.add_argument("checkpoint", help="a file, or a directory where they write one")
+    parser.add_argument("--out", type=str, required=True, help="the run directory to make")
+    for form, options in CONVERT_OPTIONS.items():
+        for name, kind, text in options:
+            parser.add_argument(f"--{name}", type=kind | None, help=f"{form}: {text}")
+    args = parser.parse_args(argv)
+    own = [name for name, _, _ in CONVERT_OPTIONS[args.format]]
+    for name, _, _ in (option for options in CONVERT_OPTIONS.values() for option in options):
+        if name not in own and args[name] is not None:
+            raise InputError(f"--{name} is no option of {args.format}: leave it out")
+
+    from importlib import import_module
+
+    from perceiver_ar.data.codec import save_codec
+    from perceiver_ar.files import atomic_directory
+    from perceiver_ar.run import Run
+
+    if Run(args.out).is_taken():
+        raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
+    read = import_module(f"perceiver_ar.compat.{args.format}").read
+    model, codec = read(Path(args.checkpoint), **{name: args[name] for name in own})
+    with atomic_directory(args.out) as directory:
+        model.save_pretrained(directory)
+        if codec is not None:
+            save_codec(codec, directory)
+    if codec is None:
+        print("the checkpoint does not say what its ids stand for: info and Python work with the run; evaluate and "
+              "generate need a codec.json in it", file=sys.stderr)  # fmt: skip
+    facts = {"run": args.out, "parameters": model.num_parameters(), "codec": None if codec is None else codec.name}
+    print(json.dumps(facts))
+
+
+def export_verb(argv: list[str]) -> None:
+    parser = make_parser(
+        "export",
+        "lucidrains|krasserm RUN --out PATH",
+        "Writes a run's model as perceiver-ar-pytorch (lucidrains: a file of torch.save) or perceiver-io (krasserm: a\n"
+        "Hugging Face directory) loads it, and shows the arguments or settings it goes with. Only for models that\n"
+        "these packages can compute, such as those trained with --preset lucidrains or --preset krasserm.",
+        "  perceiver-ar export krasserm runs/clm --out clm-for-perceiver-io/\n"
+        "  perceiver-ar export lucidrains runs/enwik8 --out model.pt",
+    )
+    parser.add_argument("format", choices=["lucidrains", "krasserm"], help="for which package")
+    parser.add_argument("run", help="a run directory")
+    parser.add_argument("--out", type=str, required=True, help="the file or directory to write")
+    args = parser.parse_args(argv)
+
+    from perceiver_ar import compat
+    from perceiver_ar.files import atomic_directory
+    from perceiver_ar.run import Run
+
+    model = Run.open(args.run).model()
+    if args.format == "lucidrains":
+        about = compat.save_lucidrains(model, args.out)
+    else:
+        if Run(args.out).is_taken():
+            raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
+        with atomic_directory(args.out) as directory:
+            about = compat.save_krasserm(model, directory)
+    print(json.dumps(about, indent=2))
 
 
 def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:

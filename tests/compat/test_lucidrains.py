@@ -1,67 +1,33 @@
 """The package's classes on our network: recorded results of perceiver-ar-pytorch 0.0.10, and what is better here.
 
-golden/lucidrains/NAME.npz holds a weight set and inputs and outputs of the package; *_f64 is its own code in float64.
+tests/golden/lucidrains holds them; see recorded.py.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from recorded import FLOAT32, FLOAT64, Golden, assert_close, cases
 from torch import Tensor
 
 from perceiver_ar.compat.lucidrains import AutoregressiveWrapper, PerceiverAR, package_names
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "lucidrains"
-FLOAT32, FLOAT64 = 1e-5, 1e-10  # largest error relative to the recorded values' scale
 
-
-class Golden(NamedTuple):
-    arguments: dict[str, Any]
-    notes: dict[str, Any]
-    arrays: dict[str, Tensor]
-
-    def case(self, name: str) -> dict[str, Tensor]:
-        start = f"case/{name}/"
-        return {key.removeprefix(start): value for key, value in self.arrays.items() if key.startswith(start)}
-
-    def parameters(self) -> OrderedDict[str, Tensor]:
-        named = ((key.split("/", 1)[1], value) for key, value in self.arrays.items() if not key.startswith("case/"))
-        return OrderedDict(named)
-
+class Package(Golden):
     def net(self, dtype: torch.dtype = torch.float32, **changes: Any) -> PerceiverAR:
         net = PerceiverAR(**{**self.arguments, **changes})
         net.load_state_dict(self.parameters())
         return net.to(dtype).eval()
 
 
-def load(name: str) -> Golden:
-    about = json.loads((GOLDEN / f"{name}.json").read_text())
-    arrays = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
-    return Golden(about["config"], about, {key: torch.from_numpy(arrays[key]) for key in arrays.files})
-
-
-FILES = {name: load(name) for name in ("base", "perceive2", "widehead", "train20")}
+FILES = {name: Package.load(f"lucidrains/{name}") for name in ("base", "perceive2", "widehead", "train20")}
 BASE = FILES["base"]
 SMALL = {"num_tokens": 7, "dim": 8, "depth": 1, "max_seq_len": 12, "cross_attn_seq_len": 5, "dim_head": 32, "heads": 2}
-
-
-def cases(output: str) -> list[tuple[str, str]]:
-    """Every recorded case with this output."""
-    ends = f"/out/{output}"
-    return [(name, key.split("/")[1]) for name, golden in FILES.items() for key in golden.arrays if key.endswith(ends)]
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected.double()).abs().max().item()
-    assert error <= tolerance * expected.abs().max().item(), error
 
 
 def random_net(**changes: Any) -> PerceiverAR:
@@ -71,18 +37,18 @@ def random_net(**changes: Any) -> PerceiverAR:
 
 def test_every_recorded_case_is_compared() -> None:
     # A case that no test below looks for would go unseen.
-    recorded = {key.split("/")[1] for golden in FILES.values() for key in golden.arrays if key.startswith("case/")}
-    compared = {case for output in ("logits", "loss", "tokens") for _, case in cases(output)}
+    recorded = set().union(*(golden.cases() for golden in FILES.values()))
+    compared = {case for output in ("logits", "loss", "tokens") for _, case in cases(FILES, output)}
     assert recorded == compared
-    assert len(cases("logits")) == 11
-    assert len(cases("loss")) == 5
-    assert len(cases("tokens")) == 3
+    assert len(cases(FILES, "logits")) == 11
+    assert len(cases(FILES, "loss")) == 5
+    assert len(cases(FILES, "tokens")) == 3
 
 
 # The same results.
 
 
-@pytest.mark.parametrize(("name", "case"), cases("logits"))
+@pytest.mark.parametrize(("name", "case"), cases(FILES, "logits"))
 def test_logits_equal_the_packages(name: str, case: str) -> None:
     golden = FILES[name]
     data = golden.case(case)
@@ -131,7 +97,7 @@ def test_the_residual_stream_equals_the_packages_after_each_block(name: str) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("name", "case"), [pair for pair in cases("loss") if pair[0] != "train20"])
+@pytest.mark.parametrize(("name", "case"), [pair for pair in cases(FILES, "loss") if pair[0] != "train20"])
 def test_losses_and_gradients_equal_the_packages(name: str, case: str, dtype: torch.dtype) -> None:
     golden = FILES[name]
     data = golden.case(case)

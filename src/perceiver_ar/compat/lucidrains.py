@@ -1,6 +1,7 @@
 """The classes of `perceiver-ar-pytorch` 0.0.10 (lucidrains): same arguments, same `state_dict`, same results.
 
     from perceiver_ar.compat.lucidrains import PerceiverAR, AutoregressiveWrapper
+    from perceiver_ar.compat import load_lucidrains  # a saved checkpoint -> our network
 
 There is no second network here: both classes set up `perceiver_ar.PerceiverAR` and translate names. The parameters also
 come in the package's order and shapes, so a saved optimizer state loads too. Training step, loss and greedy generation
@@ -16,19 +17,31 @@ equal the package's up to rounding. What the package gets wrong on valid use is 
   survives `filter_thres` in small vocabularies (the package stops at once, divides by zero, draws from nothing).
 """
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from perceiver_ar import model as network
+from perceiver_ar.compat.weights import (
+    Weight,
+    find_state,
+    inverse_frequencies,
+    read_torch,
+    refuse_differences,
+    to_ours,
+)
 from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.errors import InputError
+from perceiver_ar.files import atomic_path
 from perceiver_ar.generation import evaluation_mode
 from perceiver_ar.objective import next_token_loss
 from perceiver_ar.sampling import keep_top_k, sample
 
-__all__ = ["AutoregressiveWrapper", "PerceiverAR"]
+__all__ = ["AutoregressiveWrapper", "PerceiverAR", "load_lucidrains"]
 
 
 class PerceiverAR(nn.Module):
@@ -208,8 +221,7 @@ def _to_package_names(module: nn.Module, state: dict[str, Tensor], prefix: str, 
     for theirs, ours in package_names(owner.model.config).items():
         state[prefix + theirs] = state.pop(f"{prefix}model.{ours}")
         if theirs == "pos_emb.weight":  # a buffer there, recomputed from the settings here
-            R = owner.rotary_dim
-            state[prefix + _INV_FREQ] = 1.0 / (10000 ** (torch.arange(0, R, 2).float() / R))
+            state[prefix + _INV_FREQ] = inverse_frequencies(owner.rotary_dim)
 
 
 def _from_package_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *_args: Any) -> None:
@@ -217,3 +229,112 @@ def _from_package_names(module: nn.Module, state: dict[str, Tensor], prefix: str
         if prefix + theirs in state:
             state[f"{prefix}model.{ours}"] = state.pop(prefix + theirs)
     state.pop(prefix + _INV_FREQ, None)
+
+
+def load_lucidrains(
+    path: str | Path, *, cross_attn_seq_len: int | None = None, heads: int | None = None
+) -> network.PerceiverAR:
+    """The network in a checkpoint of `perceiver-ar-pytorch`, in evaluation mode.
+
+    Args:
+        path: what `torch.save` wrote: a state dict of PerceiverAR or AutoregressiveWrapper, alone or as an entry of a
+            training checkpoint, with any prefix before its names.
+        cross_attn_seq_len: the prefix length, which no weight tells.
+        heads: of attention; only needed where the weights leave a choice (512 may be 8 heads of 64 or 16 of 32).
+
+    Raises:
+        InputError: missing, damaged, of another kind, only readable by running code in it, or one of these arguments
+            is needed.
+    """
+    return read(Path(path), cross_attn_seq_len, heads)[0]
+
+
+def read(path: Path, cross_attn_seq_len: int | None, heads: int | None) -> tuple[network.PerceiverAR, Codec | None]:
+    """The network, and the codec where the vocabulary is that of single bytes."""
+    state = find_state(read_torch(path), "token_emb.weight", "perceiver-ar-pytorch", str(path))
+    net = PerceiverAR(**package_arguments(state, cross_attn_seq_len, heads, str(path)))
+    state.pop(_INV_FREQ, None)
+    weights = [Weight(ours, (theirs,)) for theirs, ours in package_names(net.model.config).items()]
+    net.model.load_tensors(to_ours(weights, state, str(path)), where=str(path))
+    return net.model.eval(), BytesCodec(text=False) if net.model.config.vocab_size == 256 else None
+
+
+def package_arguments(
+    state: dict[str, Tensor], cross_attn_seq_len: int | None, heads: int | None, where: str
+) -> dict[str, Any]:
+    """The constructor's arguments, as far as weights tell; the two that they may not are asked for."""
+
+    def shape(name: str, axis: int) -> int:
+        if name not in state or state[name].ndim != 2:
+            raise InputError(f"{where} has no matrix {name}, so it is not of perceiver-ar-pytorch")
+        return state[name].shape[axis]
+
+    inner, dim = shape("perceive_layers.0.0.to_q.weight", 0), shape("token_emb.weight", 1)
+    length, hidden = shape("pos_emb.weight", 0), shape("perceive_layers.0.1.1.weight", 0)
+    bands = len(state[_INV_FREQ]) if _INV_FREQ in state else None
+    possible = [
+        inner // width
+        for width in range(32, inner + 1)
+        if inner % width == 0 and bands in (None, (max(32, width // 2) + 1) // 2)
+    ]
+    asked = []
+    if heads is None and len(possible) == 1:
+        heads = possible[0]
+    if heads is None:
+        asked.append(f"heads (one of {', '.join(map(str, reversed(possible)))})")
+    elif heads not in possible:
+        raise InputError(f"{where}: heads is {heads}, its weights allow {', '.join(map(str, reversed(possible)))}")
+    if cross_attn_seq_len is None:
+        asked.append(f"cross_attn_seq_len (the prefix length, below its max_seq_len {length})")
+    if asked or heads is None or cross_attn_seq_len is None:
+        raise InputError(f"{where} does not tell everything: give {' and '.join(asked)}")
+    refuse_odd_heads(inner // heads)
+    return {
+        "num_tokens": shape("token_emb.weight", 0),
+        "dim": dim,
+        "depth": sum(name.startswith("layers.") and name.endswith(".0.to_qkv.weight") for name in state),
+        "max_seq_len": length,
+        "cross_attn_seq_len": cross_attn_seq_len,
+        "dim_head": inner // heads,
+        "heads": heads,
+        "ff_mult": hidden / dim if hidden % dim == 0 else (hidden + 0.5) / dim,  # the package rounds down
+        "perceive_depth": sum(
+            name.startswith("perceive_layers.") and name.endswith(".0.to_q.weight") for name in state
+        ),
+    }
+
+
+def refuse_odd_heads(dim_head: int) -> None:
+    if dim_head < 32 or max(32, dim_head // 2) % 2:
+        raise InputError(
+            f"heads of {dim_head} channels: perceiver-ar-pytorch needs 32 or more, and turns an odd number of these, "
+            "which is not done here"
+        )
+
+
+def save_lucidrains(model: network.PerceiverAR, file: str | Path) -> dict[str, Any]:
+    """Writes the package's state dict with `torch.save`; returns the constructor's arguments it belongs to.
+
+    Raises:
+        InputError: the package has no arguments for this function; names the settings in the way.
+    """
+    config = model.config
+    arguments = {
+        "num_tokens": config.vocab_size,
+        "dim": config.dim,
+        "depth": config.num_layers,
+        "max_seq_len": config.context_length,
+        "cross_attn_seq_len": config.context_length - config.num_latents,
+        "dim_head": config.width_head,
+        "heads": config.num_heads,
+        "cross_attn_dropout": config.prefix_dropout,
+        "ff_mult": int(config.mlp_ratio) if config.mlp_ratio.is_integer() else config.mlp_ratio,
+        "perceive_depth": len(config.cross_layers),
+    }
+    refuse_odd_heads(config.width_head)
+    net = PerceiverAR(**arguments)
+    refuse_differences(config, net.model.config, "perceiver-ar-pytorch")
+    net.model.load_state_dict(model.state_dict())
+    with atomic_path(file) as temporary, open(temporary, "wb") as stream:  # a stream: no file name goes into the file
+        torch.save(net.state_dict(), stream)
+    return arguments

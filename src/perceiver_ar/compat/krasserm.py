@@ -1,0 +1,233 @@
+"""Checkpoints of `perceiver-io` (krasserm): its causal language model and its symbolic audio model, in and out.
+
+    from perceiver_ar.compat import load_krasserm
+
+The same function of weights and tokens, but for one thing: where left padding reaches the latents, the package lets
+padded latents read every key, the future too, and later latents read those; ours never does.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from perceiver_ar.compat.weights import (
+    Weight,
+    existing,
+    find_state,
+    from_interleaved,
+    inverse_frequencies,
+    listed,
+    read_safetensors,
+    read_torch,
+    refuse_differences,
+    rotated_channels,
+    to_ours,
+    to_theirs,
+    write_safetensors,
+)
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.text import OffsetBytesCodec
+from perceiver_ar.errors import InputError
+from perceiver_ar.files import write_text
+from perceiver_ar.model import PerceiverAR
+
+MARKER = "input_adapter.txt_embedding.weight"
+INV_FREQ = "input_adapter.frq_pos_encoding.inv_freq"
+SETTINGS = {  # the package's defaults; None: must be there
+    "vocab_size": None,
+    "max_seq_len": None,
+    "max_latents": None,
+    "num_channels": None,
+    "num_heads": 8,
+    "num_self_attention_layers": 8,
+    "num_self_attention_rotary_layers": 1,
+    "self_attention_widening_factor": 4,
+    "cross_attention_widening_factor": 4,
+    "cross_attention_dropout": 0.5,
+    "output_norm": False,
+    "output_bias": True,
+    "abs_pos_emb": True,
+}
+WITHOUT_EFFECT = {  # on the function of weights and tokens
+    "activation_checkpointing": False,
+    "activation_offloading": False,
+    "init_scale": 0.02,
+    "max_heads_parallel": None,
+    "post_attention_dropout": 0.0,
+    "residual_dropout": 0.0,
+}
+
+
+def load_krasserm(path: str | Path) -> PerceiverAR:
+    """The network in a checkpoint of `perceiver-io`, in evaluation mode; everything is read from the files.
+
+    Args:
+        path: a directory of `save_pretrained` (config.json with pytorch_model.bin or model.safetensors), or a Lightning
+            checkpoint (.ckpt). Dropouts but that of the prefix are not taken over: they are settings of training.
+
+    Raises:
+        InputError: missing, damaged, of another kind, or only readable by running code in it.
+    """
+    return read(Path(path))[0]
+
+
+def read(path: Path) -> tuple[PerceiverAR, Codec | None]:
+    """The network, and the codec where the checkpoint says that its tokens are bytes."""
+    existing(path)
+    if path.is_dir() or path.name in ("pytorch_model.bin", "model.safetensors", "config.json"):
+        directory = path if path.is_dir() else path.parent
+        about = read_config(directory / "config.json")
+        files = [directory / name for name in ("model.safetensors", "pytorch_model.bin") if (directory / name).exists()]
+        if not files:
+            raise InputError(f"{directory} has neither model.safetensors nor pytorch_model.bin: get the weights, too")
+        weights = files[0]
+        content = read_safetensors(weights) if weights.suffix == ".safetensors" else read_torch(weights)
+        settings, tokenizer = about["model_config"], about.get("tokenizer_class")
+    else:
+        weights = path
+        content = read_torch(path, stand_ins="perceiver")
+        settings = content.get("hyper_parameters") if isinstance(content, Mapping) else None
+        if not isinstance(settings, Mapping):
+            raise InputError(f"{path} is no Lightning checkpoint (no hyper_parameters): give one, or a directory")
+        data = content.get("datamodule_hyper_parameters")
+        tokenizer = data.get("tokenizer") if isinstance(data, Mapping) else None
+    model = network(find_state(content, MARKER, "perceiver-io", str(weights)), settings, str(weights))
+    is_bytes = tokenizer in ("PerceiverTokenizer", "deepmind/language-perceiver") and model.config.vocab_size == 262
+    return model, OffsetBytesCodec(reserved=6) if is_bytes else None
+
+
+def network(state: Mapping[str, Tensor], settings: Mapping[str, Any], where: str) -> PerceiverAR:
+    """The network of the package's parameters and buffers, by name."""
+    config = to_config(settings, where)
+    bands = rotated_channels(config, config.width_head) // 2
+    if INV_FREQ in state and len(state[INV_FREQ]) != bands:
+        raise InputError(f"{where}: {INV_FREQ} has {len(state[INV_FREQ])} frequencies, its settings ask for {bands}")
+    # The output layer is the embedding; some ways of saving store it under both names.
+    weights = {name: tensor for name, tensor in state.items() if name not in (INV_FREQ, "output_adapter.weight")}
+    model = PerceiverAR(config)
+    model.load_tensors(to_ours(names(config), weights, where), where=where)
+    return model.eval()
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(existing(file).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is damaged ({error}): get it again") from None
+    if not isinstance(about, dict) or not isinstance(about.get("model_config"), dict):
+        kind = about.get("model_type") if isinstance(about, dict) else None
+        raise InputError(f"{file} is not of perceiver-io (model_type {kind!r}, no model_config)")
+    return about
+
+
+def to_config(settings: Mapping[str, Any], where: str = "the settings") -> PerceiverARConfig:
+    """Our settings for the package's."""
+    of = {name: settings.get(name, default) for name, default in SETTINGS.items()}
+    if missing := [name for name, value in of.items() if value is None]:
+        raise InputError(f"{where} does not say {listed(missing)}: it is not of perceiver-io's causal sequence model")
+    rotary_layers = of["num_self_attention_rotary_layers"]
+    try:
+        return PerceiverARConfig.preset(
+            "krasserm",
+            vocab_size=of["vocab_size"],
+            context_length=of["max_seq_len"],
+            num_latents=of["max_latents"],
+            dim=of["num_channels"],
+            num_heads=of["num_heads"],
+            num_layers=of["num_self_attention_layers"],
+            rotary_layers=None if rotary_layers == -1 else rotary_layers,
+            mlp_ratio=of["self_attention_widening_factor"],
+            cross_mlp_ratio=of["cross_attention_widening_factor"],
+            prefix_dropout=of["cross_attention_dropout"],
+            final_norm=of["output_norm"],
+            logits_bias=of["output_bias"],
+            position_table="learned" if of["abs_pos_emb"] else "none",
+            rotary_fraction=0.5 if of["abs_pos_emb"] else 1.0,
+        )
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def names(config: PerceiverARConfig) -> list[Weight]:
+    """Which of the package's parameters make up each of ours."""
+    channels = config.width_head
+    order = from_interleaved(config.num_heads, channels, rotated_channels(config, channels))
+    weights = [Weight("embed.weight", (MARKER,))]
+    if config.position_table != "none":
+        weights.append(Weight("position_embed.0.weight", ("input_adapter.pos_embedding.weight",)))
+
+    def module(ours: str, theirs: str, *parts: str) -> None:
+        weights.extend(Weight(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in parts)
+
+    def mlp(ours: str, theirs: str) -> None:
+        module(f"{ours}.norm", f"{theirs}.0", "weight", "bias")
+        module(f"{ours}.up_proj", f"{theirs}.1", "weight")
+        module(f"{ours}.down_proj", f"{theirs}.3", "weight")
+
+    ours, theirs = "cross_attention.0", "cross_attention.0.module"
+    q, k, v = (f"{theirs}.attention.{name}_proj.weight" for name in "qkv")
+    module(f"{ours}.query_norm", f"{theirs}.q_norm", "weight", "bias")
+    module(f"{ours}.context_norm", f"{theirs}.kv_norm", "weight", "bias")
+    weights += [
+        Weight(f"{ours}.q_proj.weight", (q,), (order,)),
+        Weight(f"{ours}.kv_proj.weight", (k, v), (order, None)),
+    ]
+    module(f"{ours}.out_proj", f"{theirs}.attention.o_proj", "weight", "bias")
+    mlp(f"{ours}.mlp", "cross_attention.1.module")
+    for i in range(config.num_layers):
+        ours, theirs = f"self_attention.{i}", f"self_attention.{i}.0.module"
+        q, k, v = (f"{theirs}.attention.{name}_proj.weight" for name in "qkv")
+        module(f"{ours}.norm", f"{theirs}.norm", "weight", "bias")
+        weights.append(Weight(f"{ours}.qkv_proj.weight", (q, k, v), (order, order, None)))
+        module(f"{ours}.out_proj", f"{theirs}.attention.o_proj", "weight")
+        mlp(f"{ours}.mlp", f"self_attention.{i}.1.module")
+    if config.final_norm:
+        module("norm", "out_norm", "weight", "bias")
+    if config.logits_bias:
+        weights.append(Weight("head.bias", ("output_adapter.bias",)))
+    return weights
+
+
+def save_krasserm(model: PerceiverAR, directory: str | Path) -> dict[str, Any]:
+    """Writes what the package's `from_pretrained` reads, config.json and model.safetensors; returns the former.
+
+    Raises:
+        InputError: the package has no settings for this function; names the ones in the way.
+    """
+    config = model.config
+    theirs = {
+        "vocab_size": config.vocab_size,
+        "max_seq_len": config.context_length,
+        "max_latents": config.num_latents,
+        "num_channels": config.dim,
+        "num_heads": config.num_heads,
+        "num_self_attention_layers": config.num_layers,
+        "num_self_attention_rotary_layers": -1 if config.rotary_layers is None else config.rotary_layers,
+        "self_attention_widening_factor": int(config.mlp_ratio),
+        "cross_attention_widening_factor": int(config.cross_mlp_ratio or config.mlp_ratio),
+        "cross_attention_dropout": config.prefix_dropout,
+        "output_norm": config.final_norm,
+        "output_bias": config.logits_bias,
+        "abs_pos_emb": config.position_table == "learned",
+        **WITHOUT_EFFECT,
+    }
+    refuse_differences(config, to_config(theirs), "perceiver-io")
+    state = to_theirs(names(config), model.stored_tensors())
+    state[INV_FREQ] = inverse_frequencies(rotated_channels(config, config.width_head))
+    about = {
+        "architectures": ["PerceiverCausalLanguageModel"],
+        "is_decoder": True,
+        "model_config": theirs,
+        "model_type": "perceiver-ar-causal-language-model",
+        "torch_dtype": "float32",
+    }
+    if config.vocab_size == 262:
+        about["tokenizer_class"] = "PerceiverTokenizer"
+    state = {f"backend_model.{name}": tensor for name, tensor in state.items()}
+    write_safetensors(state, Path(directory) / "model.safetensors")
+    write_text(Path(directory) / "config.json", json.dumps(about, indent=2, sort_keys=True) + "\n")
+    return about

@@ -1,0 +1,327 @@
+"""Checkpoint files of other implementations: read without running anything in them, and their weights by our names.
+
+A pickle is a program. Torch's own files are read by torch's restricted reader (`weights_only`). Google's checkpoints
+are plain pickles: `read_dill` lets them build containers, numbers and arrays, from stand-ins of our own for the few
+names that such files use, and refuses every other name.
+"""
+
+import dataclasses
+import io
+import pickle
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.errors import InputError
+from perceiver_ar.files import atomic_path
+
+MANY = 8
+"""How many names an error lists before it only counts."""
+
+
+class Weight(NamedTuple):
+    """One parameter of ours, and the parameters of theirs that it holds, one above the other."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    rows: tuple[Tensor | None, ...] = ()
+    """For each of `theirs`, which of its rows come in which order; None, or (): as they are."""
+
+    def orders(self) -> Sequence[Tensor | None]:
+        return self.rows or (None,) * len(self.theirs)
+
+
+def to_ours(weights: Iterable[Weight], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Their tensors under our names. Raises InputError that lists, in their names, what is missing or unknown."""
+    weights = list(weights)
+    expected = [name for weight in weights for name in weight.theirs]
+    missing = [name for name in expected if name not in tensors]
+    unknown = sorted(set(tensors) - set(expected))
+    if missing or unknown:
+        parts = [f"{what}: {listed(names)}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
+        raise InputError(f"{where} does not hold the weights that its settings ask for: {'; '.join(parts)}")
+    ours = {}
+    for weight in weights:
+        parts = []
+        for name, order in zip(weight.theirs, weight.orders(), strict=True):
+            tensor = tensors[name]
+            if order is not None and len(tensor) != len(order):
+                raise InputError(f"{where}: {name} has {len(tensor)} rows, its settings ask for {len(order)}")
+            parts.append(tensor if order is None else tensor[order])
+        if len({part.shape[1:] for part in parts}) != 1:
+            raise InputError(f"{where}: {' and '.join(weight.theirs)} have different widths")
+        ours[weight.ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return ours
+
+
+def to_theirs(weights: Iterable[Weight], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under their names: the inverse of `to_ours`."""
+    theirs = {}
+    for weight in weights:
+        for name, part, order in zip(
+            weight.theirs, tensors[weight.ours].chunk(len(weight.theirs)), weight.orders(), strict=True
+        ):
+            theirs[name] = (part if order is None else part[order.argsort()]).contiguous()
+    return theirs
+
+
+def from_interleaved(heads: int, channels: int, rotated: int) -> Tensor:
+    """Rows of query and key projections in our order, where theirs turn the pairs (2j, 2j + 1) of each head.
+
+    Ours are (j, j + rotated / 2). Scores do not change when queries and keys are reordered alike.
+    """
+    pairs = torch.arange(rotated // 2)
+    one = torch.cat([2 * pairs, 2 * pairs + 1, torch.arange(rotated, channels)])
+    return (one + channels * torch.arange(heads)[:, None]).flatten()
+
+
+def rotated_channels(config: PerceiverARConfig, channels: int) -> int:
+    """How many channels of a head are turned."""
+    return 2 * int(config.rotary_fraction * channels / 2 + 1e-6)
+
+
+def inverse_frequencies(rotated: int) -> Tensor:
+    """The buffer `inv_freq` that torch implementations store."""
+    return 1.0 / (10000 ** (torch.arange(0, rotated, 2).float() / rotated))
+
+
+def refuse_differences(ours: PerceiverARConfig, theirs: PerceiverARConfig, package: str) -> None:
+    """Raises InputError naming the settings in which the function of `ours` differs from the nearest of `package`."""
+    one, other = (_function(config) for config in (ours, theirs))
+    if different := [f"{name} is {one[name]!r}, not {other[name]!r}" for name in one if one[name] != other[name]]:
+        raise InputError(f"{package} cannot compute what this model does: {', '.join(different)}")
+
+
+def _function(config: PerceiverARConfig) -> dict[str, Any]:
+    """The settings that the function of weights and tokens depends on, with their defaults filled in."""
+    settings = dataclasses.asdict(config) | {
+        "head_dim": config.width_head,
+        "embed_dim": config.width_embed,
+        "cross_num_heads": config.heads_cross,
+        "cross_head_dim": config.width_head_cross,
+        "cross_mlp_ratio": config.cross_mlp_ratio or config.mlp_ratio,
+        "index_dims": config.table_sizes,
+        "rotary_base": config.context_length if config.rotary_base is None else config.rotary_base,
+        "rotary_layers": config.num_layers
+        if config.rotary_layers is None
+        else min(config.rotary_layers, config.num_layers),
+    }
+    for name in ("prefix_chunk", "prefix_dropout", "attention_dropout", "mlp_dropout", "init"):
+        del settings[name]
+    return settings
+
+
+def find_state(content: Any, marker: str, package: str, where: str) -> dict[str, Tensor]:
+    """The state dict in what `torch.save` saved, without the prefix before its parameter `marker`.
+
+    It may be the whole content or an entry of it, and its names may have any prefix (net., module., _orig_mod.).
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    nested = {f"{key}: ": value for key, value in content.items()} if isinstance(content, Mapping) else {}
+    for place, state in {"": content, **nested}.items():
+        if isinstance(state, Mapping):
+            for name in state:
+                if isinstance(name, str) and name.endswith(marker) and isinstance(state[name], Tensor):
+                    prefix = name.removesuffix(marker)
+                    # What is no tensor (optimizers, counters beside a bare state dict) has nothing to do with weights.
+                    found[place + name] = {
+                        str(key).removeprefix(prefix): tensor
+                        for key, tensor in state.items()
+                        if isinstance(tensor, Tensor)
+                    }
+    if not found:
+        raise InputError(f"{where} has no {marker}, so it is not of {package}")
+    if len(found) > 1:
+        raise InputError(f"{where} holds several models ({listed(list(found))}): save the one you mean alone")
+    [state] = found.values()
+    return state
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:MANY]) + (f" and {len(names) - MANY} more" if len(names) > MANY else "")
+
+
+# Files.
+
+
+def existing(path: Path) -> Path:
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory")
+    return path
+
+
+def existing_file(path: Path) -> Path:
+    if existing(path).is_dir():
+        raise InputError(f"{path} is a directory: give the checkpoint's file in it")
+    return path
+
+
+class StandIn:
+    """Takes the place of a foreign object that weights do not need."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_torch(path: Path, stand_ins: str | None = None) -> Any:
+    """What `torch.save` wrote, read by torch's restricted reader. Objects of the package `stand_ins` become `StandIn`s.
+
+    Raises:
+        InputError: missing, damaged, not a torch file, or it needs code to run; the message names that code.
+    """
+    with open(existing_file(path), "rb") as file:
+        try:
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        except Exception:  # not a zip file: the oldest torch files, or none at all, as the reader will say
+            foreign = []
+        known = [name for name in foreign if stand_ins is not None and name.startswith(f"{stand_ins}.")]
+        if refused := sorted(set(foreign) - set(known)):
+            raise InputError(
+                f"{path} holds Python objects that only code could rebuild ({listed(refused)}), and code in files is "
+                "not run: save the state dict alone, torch.save(model.state_dict(), ...), where it was written"
+            )
+        file.seek(0)
+        try:
+            with torch.serialization.safe_globals([(StandIn, name) for name in known]):
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # torch's own words would advise to run the code
+            raise InputError(
+                f"{path} is damaged, or not of torch.save, or holds Python objects that only code could rebuild, and "
+                "code in files is not run: get it again, or save the state dict alone where it was written"
+            ) from None
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Raises InputError where it is missing or damaged."""
+    try:
+        return load_file(existing_file(path))
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}): get it again") from None
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Raises InputError where it is missing or damaged, or holds anything but arrays of numbers."""
+    try:
+        with np.load(existing_file(path), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
+        raise InputError(f"{path} is damaged or no .npz of plain arrays ({error})") from None
+
+
+def read_dill(path: Path) -> Any:
+    """What dill or pickle wrote, where it consists of containers, numbers, strings and arrays alone.
+
+    Raises:
+        InputError: missing, damaged, or it names anything beyond `_ArrayUnpickler.KNOWN`.
+    """
+    data = existing_file(path).read_bytes()
+    try:
+        return _ArrayUnpickler(io.BytesIO(data)).load()
+    except InputError as error:
+        raise InputError(f"{path} {error}") from None
+    except Exception as error:  # a damaged pickle may do anything to the little machine that reads it
+        raise InputError(f"{path} is damaged or no pickle ({type(error).__name__}: {error})") from None
+
+
+class _Array:
+    """Stand-in of numpy.ndarray; becomes a real one when its state comes."""
+
+    def __init__(self) -> None:
+        self.value: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _version, shape, dtype, fortran, data = state
+        self.value = _from_buffer(data, dtype, shape, "F" if fortran else "C").value
+
+
+class _DType:
+    """Stand-in of numpy.dtype: numbers only."""
+
+    def __init__(self, name: str, *_args: Any) -> None:
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+    def real(self) -> np.dtype:
+        if not isinstance(self.name, str) or self.name.lstrip("<>=|") not in _NUMBERS:
+            raise InputError(f"holds arrays of {self.name!r}: only numbers are read")
+        return np.dtype(self.name).newbyteorder(self.order if self.order in ("<", ">") else "=")
+
+
+_NUMBERS = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)} | {"f2", "f4", "f8", "b1"}
+
+
+def _from_buffer(data: Any, dtype: _DType, shape: tuple[int, ...], order: str) -> _Array:
+    array = _Array()
+    array.value = np.frombuffer(bytes(data), dtype.real()).reshape(shape, order="F" if order == "F" else "C").copy()
+    return array
+
+
+def _reconstruct(*_args: Any) -> _Array:
+    return _Array()
+
+
+def _reconstruct_array(_function: Any, _args: Any, state: tuple[Any, ...], _aval: Any) -> _Array:
+    array = _Array()
+    array.__setstate__(state)
+    return array
+
+
+class _Named(tuple):
+    """Stand-in of the named tuples of optax."""
+
+    def __new__(cls, *values: Any) -> "_Named":
+        return super().__new__(cls, values)
+
+
+def _create_namedtuple(*_args: Any) -> type[_Named]:
+    return _Named
+
+
+class _Mapping(dict[Any, Any]):
+    """Stand-in of haiku's FlatMapping."""
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows the names below, all of them functions and classes of this file, and no other."""
+
+    KNOWN = {  # noqa: RUF012
+        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,  # numpy 1
+        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # numpy 2
+        ("numpy.core.numeric", "_frombuffer"): _from_buffer,  # the same in pickle protocol 5
+        ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _DType,
+        ("jax._src.array", "_reconstruct_array"): _reconstruct_array,
+        ("dill._dill", "_create_namedtuple"): _create_namedtuple,
+        ("haiku._src.data_structures", "FlatMapping"): _Mapping,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.KNOWN:
+            raise InputError(
+                f"names {module}.{name}, which weights do not need, and code in files is not run: "
+                "save the params alone as .npz, one array for each 'module/name'"
+            )
+        return self.KNOWN[module, name]

@@ -1,0 +1,147 @@
+"""Our network computes what perceiver-io's causal sequence model computes: its recorded results, see recorded.py."""
+
+import pytest
+import torch
+from recorded import FLOAT32, FLOAT64, Golden, assert_close, cases
+from torch import Tensor
+
+from perceiver_ar.compat.krasserm import names, network
+from perceiver_ar.compat.weights import to_theirs
+from perceiver_ar.model import PerceiverAR
+from perceiver_ar.objective import IGNORE, next_token_loss
+
+
+class Package(Golden):
+    def model(self, dtype: torch.dtype = torch.float32) -> PerceiverAR:
+        return network(self.parameters(), self.arguments, "recorded").to(dtype)
+
+    def prefix_len(self, case: str) -> int:
+        return self.note(case).get("prefix_len", self.arguments["max_seq_len"] - self.arguments["max_latents"])
+
+    def keywords(self, case: str) -> dict[str, Tensor]:
+        """What beside tokens and prefix_len belongs to the call."""
+        data = self.case(case)
+        keywords = {}
+        if "in/pad_mask" in data:
+            keywords["mask"] = ~data["in/pad_mask"]
+        if "in/keep_mask" in data:
+            keywords["prefix_keep"] = torch.stack([row.nonzero().squeeze(-1) for row in data["in/keep_mask"]])
+        return keywords
+
+
+FILES = {name: Package.load(f"krasserm/{name}") for name in ("abs", "rel", "abs_allrot", "rel_onerot")}
+LEAKY = {("abs", "pad_into_latents"), ("abs", "loss_left_pad")}  # padding reaches the latents
+FORWARD = [case for case in cases(FILES, "logits") if case not in LEAKY]
+LOSSES = [case for case in cases(FILES, "loss") if case not in LEAKY]
+GENERATION = [case for case in cases(FILES, "step_logits") if "teacher" not in case[1]]
+
+
+def test_every_recorded_case_is_compared() -> None:
+    recorded = {(name, case) for name, golden in FILES.items() for case in golden.cases()}
+    assert recorded == {*FORWARD, *LOSSES, *LEAKY, *cases(FILES, "step_logits")}
+    assert (len(FORWARD), len(LOSSES), len(LEAKY), len(cases(FILES, "step_logits"))) == (18, 1, 2, 12)
+
+
+@pytest.mark.parametrize(("name", "case"), FORWARD)
+def test_logits_equal_the_packages(name: str, case: str) -> None:
+    golden, data = FILES[name], FILES[name].case(case)
+    logits = golden.model()(data["in/tokens"], golden.prefix_len(case), **golden.keywords(case))
+    assert_close(logits, data["out/logits"], FLOAT32)  # with a cache, where the case is of one
+    if "out/logits_full" in data:
+        assert_close(logits, data["out/logits_full"], FLOAT32)
+    if "out/logits_f64" in data:
+        exact = golden.model(torch.float64)(data["in/tokens"], golden.prefix_len(case), **golden.keywords(case))
+        assert_close(exact, data["out/logits_f64"], FLOAT64)
+
+
+def test_padding_that_reaches_the_latents_changes_nothing_where_the_package_leaks() -> None:
+    golden, data = FILES["abs"], FILES["abs"].case("pad_into_latents")
+    tokens, mask = data["in/tokens"], ~data["in/pad_mask"]
+    model, P = golden.model(torch.float64), golden.prefix_len("pad_into_latents")
+    logits = model(tokens, P, mask=mask)
+    assert_close(logits[0], data["out/logits_f64"][0], FLOAT64)  # the row without padding
+    real = int(mask[1].sum())
+    alone = model(tokens[1:, -real:], 0)
+    assert_close(logits[1:, -real:], alone, FLOAT64)
+    theirs = data["out/logits_f64"][1, -real:]
+    assert (theirs - alone[0]).abs().max() > 0.1 * theirs.abs().max()
+
+
+def test_a_loss_over_padded_rows_is_that_of_the_rows_alone_where_the_package_leaks() -> None:
+    golden, data = FILES["abs"], FILES["abs"].case("loss_left_pad")
+    mask, N = ~data["in/pad_mask"], golden.arguments["max_latents"]
+    model, labels = golden.model(torch.float64), data["in/labels"].masked_fill(~mask, IGNORE)[:, -N:]
+    loss = next_token_loss(model(data["in/tokens"], mask=mask), labels)
+    alone = [model(tokens[real][None])[0] for tokens, real in zip(data["in/tokens"], mask, strict=True)]
+    targets = torch.cat([row[row != IGNORE] for row in labels])
+    assert_close(loss, torch.nn.functional.cross_entropy(torch.cat(alone), targets), FLOAT64)
+    assert abs(loss.item() - data["out/loss_f64"].item()) > 0.1
+
+
+@pytest.mark.parametrize(("name", "case"), cases(FILES, "hidden/cross_layer_x"))
+def test_the_residual_stream_equals_the_packages_after_each_block(name: str, case: str) -> None:
+    golden, data = FILES[name], FILES[name].case(case)
+    model, seen = golden.model(), dict[str, Tensor]()
+    places = {"cross_layer": "cross_attention.0"}
+    places |= {f"self_layer{i}": f"self_attention.{i}" for i in range(model.config.num_layers)}
+    for key, place in places.items():
+        model.get_submodule(place).register_forward_hook(lambda _m, _i, out, key=key: seen.update({key: out}))
+    model(data["in/tokens"], golden.prefix_len(case), **golden.keywords(case))
+    for key, x in seen.items():
+        assert_close(x, data[f"out/hidden/{key}_x"], FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "case"), LOSSES)
+def test_losses_and_gradients_equal_the_packages(name: str, case: str, dtype: torch.dtype) -> None:
+    golden, data = FILES[name], FILES[name].case(case)
+    model = golden.model(dtype)
+    loss = next_token_loss(model(data["in/tokens"]), data["in/labels"][:, -golden.arguments["max_latents"] :])
+    loss.backward()
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    theirs = to_theirs(names(model.config), gradients)
+    norms = torch.stack([theirs[key].norm() for key in golden.notes["grad_norm_order"]])
+    suffix, tolerance = ("", FLOAT32) if dtype == torch.float32 else ("_f64", FLOAT64)
+    assert_close(loss, data[f"out/loss{suffix}"], tolerance)
+    assert_close(norms, data[f"out/grad_norm{suffix}"], tolerance)
+
+
+def recompute(golden: Package, data: dict[str, Tensor], lengths: list[int], prefixes: list[int]) -> Tensor:
+    """The last logits of our forward over the last x_len tokens of each step, with its prefix_len."""
+    tokens, mask = data["in/tokens"], data["in/attention_mask"].bool()
+    if "out/tokens" in data:
+        tokens = torch.cat([tokens, data["out/tokens"]], dim=1)
+        mask = torch.cat([mask, torch.ones_like(data["out/tokens"], dtype=torch.bool)], dim=1)
+    model, steps = golden.model(), len(prefixes)
+    first = tokens.shape[1] - steps
+    logits = []
+    for step, (length, prefix) in enumerate(zip(lengths, prefixes, strict=True)):
+        window = slice(first + step - length, first + step)
+        logits.append(model(tokens[:, window], prefix, mask=mask[:, window])[:, -1])
+    return torch.stack(logits, dim=1)
+
+
+@pytest.mark.parametrize(("name", "case"), GENERATION)
+def test_generation_without_eviction_is_a_forward_over_its_windows(name: str, case: str) -> None:
+    golden, data = FILES[name], FILES[name].case(case)
+    calls = data["out/calls"]  # x_len, prefix_len, ...
+    if case.endswith("uncached"):
+        lengths, prefixes = calls[:, 0].tolist(), calls[:, 1].tolist()
+    else:  # beyond max_latents its cache forgets latents, which is no forward any more
+        note, T = golden.note(case), data["in/tokens"].shape[1]
+        steps = golden.arguments["max_latents"] - note["num_latents"] + 1
+        lengths = [T + step for step in range(steps)]
+        prefixes = [note["prefix_len0"]] * steps
+    rest = data["out/tokens"][:, : len(prefixes)]
+    logits = recompute(golden, data | {"out/tokens": rest}, lengths, prefixes)
+    assert torch.equal(logits.argmax(-1), rest)
+    assert_close(logits, data["out/step_logits"][:, : len(prefixes)], FLOAT32)
+
+
+@pytest.mark.parametrize(("name", "case"), [case for case in cases(FILES, "step_logits") if "teacher" in case[1]])
+def test_full_recomputation_equals_the_packages(name: str, case: str) -> None:
+    golden, data = FILES[name], FILES[name].case(case)
+    prefixes = data["out/prefix_len"].tolist()
+    first = data["in/tokens"].shape[1] - len(prefixes)
+    lengths = [min(first + step, golden.arguments["max_seq_len"]) for step in range(len(prefixes))]
+    assert_close(recompute(golden, data, lengths, prefixes), data["out/step_logits"], FLOAT32)

@@ -1,0 +1,206 @@
+"""Foreign files are read without running anything in them, and weights find their names."""
+
+import io
+import pickle
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from recorded import GOLDEN
+
+from perceiver_ar.compat.weights import (
+    Weight,
+    find_state,
+    from_interleaved,
+    read_dill,
+    read_torch,
+    to_ours,
+    to_theirs,
+)
+from perceiver_ar.errors import InputError
+
+
+def by_name(module: str, name: str, argument: bytes = b"'true'") -> bytes:
+    """A pickle, as short as can be, that calls module.name('true')."""
+    return b"\x80\x04c" + module.encode() + b"\n" + name.encode() + b"\n(S" + argument + b"\ntR."
+
+
+@pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6, dtype=np.float32).reshape(2, 3),
+        np.asfortranarray(np.arange(6, dtype=np.float64).reshape(2, 3)),
+        np.arange(3, dtype=">i4"),
+        np.array(2.5, dtype=np.float16),
+        np.zeros((0, 4), dtype=np.float32),
+        np.array([True, False]),
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}",
+)
+def test_arrays_are_read_as_they_were(array: np.ndarray, protocol: int, tmp_path: Path) -> None:
+    file = tmp_path / "arrays.dill"
+    file.write_bytes(pickle.dumps({"a": array, "b": [1, ("x", None)]}, protocol=protocol))
+    content = read_dill(file)
+    assert content["b"] == [1, ("x", None)]
+    assert content["a"].value.dtype == array.dtype
+    assert np.array_equal(content["a"].value, array)
+
+
+@pytest.mark.parametrize("name", ["step_40/checkpoint.dill", "checkpoint_flatmapping.dill", "checkpoint_modern.dill"])
+def test_the_three_kinds_of_dill_files_hold_the_same(name: str) -> None:
+    content = read_dill(GOLDEN / "checkpoints/google" / name)
+    plain = np.load(GOLDEN / "checkpoints/google/params.npz")
+    assert content["global_step"] == 40
+    read = {f"{module}/{key}": x.value for module, group in content["params"].items() for key, x in group.items()}
+    assert read.keys() == set(plain.files)
+    assert all(np.array_equal(x, plain[key]) for key, x in read.items())
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("posix", "system"),
+        ("subprocess", "Popen"),
+        ("builtins", "eval"),
+        ("builtins", "exec"),
+        ("builtins", "getattr"),
+        ("builtins", "__import__"),
+        ("importlib", "import_module"),
+        ("dill._dill", "_import_module"),
+        ("dill._dill", "_create_function"),
+        ("numpy", "load"),
+        ("numpy.core.multiarray", "fromfile"),
+        ("numpy", "ndarray.tofile"),
+        ("numpy.core.multiarray", "_reconstruct.__globals__"),
+        ("jax._src.array", "os.system"),
+        ("haiku._src.data_structures", "FlatMapping.fromkeys"),
+    ],
+)
+def test_every_other_name_in_a_pickle_is_refused_and_said(module: str, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "evil.dill"
+    file.write_bytes(by_name(module, name))
+    with pytest.raises(InputError, match=rf"evil\.dill names {module}\.{name}, .* is not run"):
+        read_dill(file)
+
+
+def array_state(kind: str, data: Any = b"\0" * 8, shape: tuple[int, ...] = (2,)) -> bytes:
+    """A pickle of an array of dtype `kind` with any state."""
+
+    class Faked:
+        def __reduce__(self) -> tuple[Any, ...]:
+            real = np.zeros(1, dtype=np.float32)
+            function, args, _ = real.__reduce__()
+            return function, args, (1, shape, np.dtype(kind), False, data)
+
+    return pickle.dumps(Faked())
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (array_state("O", [1, 2]), "only numbers"),
+        (array_state("S4"), "only numbers"),
+        (array_state("f4", b"\0" * 7), "is damaged"),
+        (array_state("f4", shape=(3,)), "is damaged"),
+        (array_state("f4", shape=(-1, 3)), "is damaged"),
+        (b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b".", "is damaged"),  # a frame that is not there
+        (b"\x80\x04\x8e" + struct.pack("<Q", 2**60), "is damaged"),  # so many bytes that are not there
+        (b"\x80\x04Pname\n.", "is damaged"),  # a persistent id
+        (b"\x80\x04\x82\x01.", "is damaged"),  # from the registry of extensions
+    ],
+)
+def test_arrays_that_are_none_are_refused(content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "file.dill").write_bytes(content)
+    with pytest.raises(InputError, match=f"file.dill .*{says}"):
+        read_dill(tmp_path / "file.dill")
+
+
+@pytest.mark.parametrize("head", [b"", b"\x80\x04", b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n"])
+@given(data=st.binary(max_size=60))
+def test_any_bytes_are_a_value_or_a_refusal(tmp_path_factory: pytest.TempPathFactory, head: bytes, data: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.dill"
+    file.write_bytes(head + data)
+    with suppress(InputError):
+        read_dill(file)
+
+
+def test_objects_of_the_packages_own_are_stood_in_for_and_others_refused(tmp_path: Path) -> None:
+    file = GOLDEN / "checkpoints/krasserm/lightning/clm_script_full.ckpt"
+    before = torch.serialization.get_safe_globals()
+    task = read_torch(file, stand_ins="perceiver")["datamodule_hyper_parameters"]["task"]
+    assert type(task).__name__ == "StandIn"
+    with pytest.raises(InputError, match=r"perceiver\.data\.text\.common\.Task.* is not run"):
+        read_torch(file)
+    torch.save({"a": io.BytesIO}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match=r"io\.BytesIO.* is not run"):
+        read_torch(tmp_path / "other.pt", stand_ins="perceiver")
+    assert torch.serialization.get_safe_globals() == before
+
+
+# Names.
+
+
+@given(heads=st.integers(1, 3), pairs=st.integers(0, 4), rest=st.integers(0, 3), seed=st.integers(0, 2**20))
+def test_reordered_heads_give_the_scores_of_interleaved_rotation(heads: int, pairs: int, rest: int, seed: int) -> None:
+    C, R = 2 * pairs + rest, 2 * pairs
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, heads, C, generator=generator, dtype=torch.float64)
+    angle = torch.randn(2, pairs, generator=generator, dtype=torch.float64)
+
+    def turned(x: torch.Tensor, angle: torch.Tensor, first: slice, second: slice) -> torch.Tensor:
+        x, y = x.clone(), x
+        x[:, first] = y[:, first] * angle.cos() - y[:, second] * angle.sin()
+        x[:, second] = y[:, second] * angle.cos() + y[:, first] * angle.sin()
+        return x
+
+    even, odd = slice(0, R, 2), slice(1, R, 2)
+    theirs = (turned(q, angle[0], even, odd) * turned(k, angle[1], even, odd)).sum(-1)
+    order = from_interleaved(heads, C, R)
+    q, k = q.flatten()[order].unflatten(0, (heads, C)), k.flatten()[order].unflatten(0, (heads, C))
+    low, high = slice(0, pairs), slice(pairs, R)
+    ours = (turned(q, angle[0], low, high) * turned(k, angle[1], low, high)).sum(-1)
+    assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_weights_go_to_our_names_and_back() -> None:
+    order = from_interleaved(2, 4, 4)
+    weights = [Weight("qkv", ("q", "k", "v"), (order, order, None)), Weight("norm", ("scale",))]
+    theirs = {name: torch.randn(8, 3) for name in "qkv"} | {"scale": torch.randn(3)}
+    ours = to_ours(weights, theirs, "here")
+    assert {name: tuple(x.shape) for name, x in ours.items()} == {"qkv": (24, 3), "norm": (3,)}
+    back = to_theirs(weights, ours)
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], x) for name, x in theirs.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda theirs: theirs.pop("k"), "here .* missing: k$"),
+        (lambda theirs: theirs.update(a=torch.ones(1), b=torch.ones(1)), "unknown: a, b$"),
+        (lambda theirs: theirs.update({str(i): torch.ones(1) for i in range(20)}), "unknown: 0, 1.* and 12 more$"),
+        (lambda theirs: theirs.update(q=torch.ones(7, 3)), "q has 7 rows, its settings ask for 8"),
+        (lambda theirs: theirs.update(q=torch.ones(8, 4)), "q and k have different widths"),
+    ],
+)
+def test_weights_that_do_not_fit_are_said(change: Callable[[dict[str, torch.Tensor]], Any], says: str) -> None:
+    order = from_interleaved(2, 4, 4)
+    theirs = {"q": torch.ones(8, 3), "k": torch.ones(8, 3)}
+    change(theirs)
+    with pytest.raises(InputError, match=says):
+        to_ours([Weight("qk", ("q", "k"), (order, order))], theirs, "here")
+
+
+def test_a_file_with_two_models_is_refused_with_their_names() -> None:
+    content = {"model": {"net.w": torch.ones(1)}, "ema": {"w": torch.ones(1)}}
+    with pytest.raises(InputError, match=r"here holds several models \(model: net\.w, ema: w\)"):
+        find_state(content, "w", "some-package", "here")
