@@ -56,9 +56,9 @@ def make_dense(context: int, dim: int, depth: int) -> nn.Module:
         num_hidden_layers=depth + 1,
         num_attention_heads=dim // 64,
         max_position_embeddings=context,
-        attn_implementation="sdpa",
         use_cache=False,
     )
+    config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     return nn.Module.to(LlamaForCausalLM(config), DEVICE)
 

@@ -18,7 +18,7 @@ BPE = train_bpe([SAMPLE], 600)
 CODECS = {
     "text": BytesCodec(),
     "bytes": BytesCodec(text=False),
-    "offset_bytes": OffsetBytesCodec(reserved=3, start=2),
+    "offset_bytes": OffsetBytesCodec(reserved=3, start_id=2),
     "tokenizer": BPE,
 }
 
@@ -64,7 +64,7 @@ def test_offset_bytes_leave_room_for_special_ids():
     assert codec.vocab_size == 262 and codec.dtype == np.uint16 and codec.separator == ()
     assert codec.encode(b"\0a\xff").tolist() == [6, 103, 261]
     assert codec.decode([0, 103, 5, 261]) == b"a\xff" and codec.num_bytes([0, 103, 5, 261]) == 2
-    assert OffsetBytesCodec(reserved=3, start=2).separator == (2,)
+    assert OffsetBytesCodec(reserved=3, start_id=2).separator == (2,)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def read(path: Path, settings: str | Path | Mapping[str, Any] | None, **more: An
     given = read_settings(settings) | {name: value for name, value in more.items() if value is not None}
     model = network(read_params(path), given, str(path))
     is_bytes = model.config.vocab_size == 259 and len(model.config.table_sizes) <= 1
-    return model, OffsetBytesCodec(reserved=3, start=2) if is_bytes else None
+    return model, OffsetBytesCodec(reserved=3, start_id=2) if is_bytes else None
 
 
 def network(params: Mapping[str, Tensor], settings: Mapping[str, Any], where: str) -> PerceiverAR:

@@ -68,15 +68,17 @@ class BytesCodec(Codec):
 class OffsetBytesCodec(Codec):
     """Byte b is id b + `reserved`, as in other implementations; the ids below are special and stand for no bytes.
 
-    `start`, one of the special ids, precedes every document; None: nothing does.
+    `start_id`, one of the special ids, precedes every document; None: nothing does.
     """
 
     name = "offset_bytes"
+    ending = ".txt"
+    writes_text = True
 
-    def __init__(self, reserved: int, start: int | None = None):
-        self.reserved, self.start = reserved, start
+    def __init__(self, reserved: int, start_id: int | None = None):
+        self.reserved, self.start_id = reserved, start_id
         self.vocab_size = 256 + reserved
-        self.separator = () if start is None else (start,)
+        self.separator = () if start_id is None else (start_id,)
 
     def encode(self, data: bytes) -> np.ndarray:
         return np.frombuffer(data, dtype=np.uint8).astype(self.dtype) + self.dtype.type(self.reserved)
@@ -92,7 +94,7 @@ class OffsetBytesCodec(Codec):
         return (np.arange(self.vocab_size) >= self.reserved).astype(np.int64)
 
     def settings(self) -> dict[str, Any]:
-        return {"reserved": self.reserved, "start": self.start}
+        return {"reserved": self.reserved, "start_id": self.start_id}
 
 
 class TokenizerCodec(Codec):
