@@ -10,6 +10,7 @@ from torch import Tensor
 
 from perceiver_ar.compat.google import from_trailing_zeros, names, network
 from perceiver_ar.compat.weights import to_theirs
+from perceiver_ar.generation import stream
 from perceiver_ar.model import PerceiverAR
 from perceiver_ar.objective import next_token_loss
 
@@ -115,3 +116,17 @@ def test_sampling_without_a_cache_is_a_forward_over_what_is_there(name: str, cas
         P = tokens.shape[1] - golden.arguments["z_index_dim"]
         logits.append(model(tokens, P, mask=mask, positions=positions)[:, -1])
     assert_close(torch.stack(logits, dim=1), data["out/step_logits"], FLOAT32)
+
+
+@pytest.mark.parametrize(("name", "case"), cases(FILES, "step_logits"))
+def test_generation_with_the_authors_schedule_draws_their_tokens(name: str, case: str) -> None:
+    golden, data, note = FILES[name], FILES[name].case(case), FILES[name].note(case)
+    model = golden.model(case).eval()
+    cached = note["use_memory"]
+    M = note["z_index_dim_memory"] if cached else golden.arguments["z_index_dim"]
+    model.config = model.config.replace(num_latents=M)
+    schedule = {"refill_latents": M // 2, "prompt_latents": 1} if cached else {"refill_latents": M, "prompt_latents": M}
+    steps = list(stream(model, data["in/prompt"], max_new_tokens=24, temperature=0.0, **schedule))
+    n = data["in/prompt"].shape[1]
+    assert torch.equal(torch.stack([step.tokens for step in steps], dim=1), data["out/events"][:, n : n + 24].long())
+    assert_close(torch.stack([step.logits for step in steps], dim=1), data["out/step_logits"], FLOAT32)
