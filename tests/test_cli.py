@@ -103,7 +103,7 @@ def test_help_comes_without_torch(verb: list[str]) -> None:
 def test_the_command_is_a_module_whose_exit_status_is_that_of_main() -> None:
     result = subprocess.run([sys.executable, "-m", "perceiver_ar.cli", "fly"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "perceiver-ar: there is no verb 'fly': use train, evaluate, generate, info\n"
+    assert result.stderr == f"perceiver-ar: there is no verb 'fly': use {', '.join(VERBS)}\n"
 
 
 def test_a_command_without_a_verb_shows_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference import assert_close
 from torch import Tensor
 
-from perceiver_ar.objective import IGNORE, next_token_loss
+from perceiver_ar.objective import IGNORE, head_loss, next_token_loss
 
 
 def by_hand(logits: Tensor, labels: Tensor, ignored: int) -> list[float]:
@@ -111,3 +111,16 @@ def test_half_precision_logits_are_scored_in_float32(dtype: torch.dtype) -> None
     loss = next_token_loss(logits, torch.zeros(1, 4, dtype=torch.long))
     assert loss.dtype == torch.float32
     assert abs(loss.item() - math.log(50_000)) < 1e-4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_loss_without_all_logits_at_once_is_the_same_with_its_gradients(bias: bool) -> None:
+    torch.manual_seed(0)
+    latents, head = torch.randn(2, 40, 16, requires_grad=True), torch.nn.Linear(16, 300, bias=bias)
+    labels = torch.randint(300, (2, 40))
+    labels[0, :7] = -100
+    expected, actual = next_token_loss(head(latents), labels), head_loss(latents, head, labels)
+    inputs = [latents, *head.parameters()]
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    for a, b in zip(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

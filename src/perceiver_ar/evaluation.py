@@ -199,7 +199,7 @@ def evaluate(
     ):
         for (_, prefix_len, start), alike in groupby(plan, key=lambda item: _shape(item[1], document_length)):
             while batch := [_shifted(window, base) for base, window in islice(alike, batch_size)]:
-                ids = np.stack([x[window.start : window.end] for window in batch]).astype(np.int64)
+                ids = np.stack([x[window.start : window.end] for window in batch])  # in the type they are stored in
                 _check_ids(ids, batch, config.vocab_size)
                 sizes = [window.end - window.first_target for window in batch]
                 sums += _nats(model, torch.from_numpy(ids).to(device), prefix_len, sizes, start)
@@ -256,7 +256,7 @@ def _nats(model: PerceiverAR, ids: Tensor, prefix_len: int, sizes: Sequence[int]
     matters."""
     positions = None if start is None else torch.arange(start, start + ids.shape[1] - 1, device=ids.device)
     most = max(sizes)
-    labels = ids[:, -most:].clone()
+    labels = ids[:, -most:].to(torch.int64, copy=True)
     for row, size in zip(labels, sizes, strict=True):
         row[: most - size] = IGNORE
     logits = model.head(model.latents(ids[:, :-1], prefix_len, positions=positions)[:, -most:])

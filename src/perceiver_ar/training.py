@@ -57,10 +57,11 @@ from perceiver_ar.evaluation import compressed_bits_per_byte, evaluate, evaluate
 from perceiver_ar.files import atomic_path, write_text
 from perceiver_ar.generation import generate
 from perceiver_ar.model import PerceiverAR
-from perceiver_ar.objective import next_token_loss
+from perceiver_ar.objective import head_loss, next_token_loss
 from perceiver_ar.optim import lr_factor, make_optimizer, whole
 from perceiver_ar.report import write_report
 from perceiver_ar.run import Run
+from perceiver_ar.streaming import SHARE, device_memory
 from perceiver_ar.trouble import (
     ROOM,
     first_not_finite,
@@ -403,8 +404,17 @@ class PerceiverARModule(pl.LightningModule):
 
     def forward_loss(self, batch: dict[str, Any]) -> Tensor:
         tokens, labels = batch["tokens"], batch["labels"]
-        prefix_len = tokens.shape[1] - labels.shape[1]
-        return batch["weight"] * next_token_loss(self.compiled[0](tokens, prefix_len, mask=batch.get("mask")), labels)
+        inputs = {"prefix_len": tokens.shape[1] - labels.shape[1], "mask": batch.get("mask")}
+        if self.large_vocabulary(labels.numel()):
+            return batch["weight"] * head_loss(self.model.latents(tokens, **inputs), self.model.head, labels)
+        return batch["weight"] * next_token_loss(self.compiled[0](tokens, **inputs), labels)
+
+    def large_vocabulary(self, targets: int) -> bool:
+        """Whether logits would take a large share of the memory, and nothing wants the network called as a whole."""
+        settings, device = self.recipe.trainer, self.device
+        size = 4 * targets * self.recipe.model.vocab_size
+        whole = settings.compile or settings.strategy == "fsdp"
+        return not whole and size > SHARE * device_memory(device.type, device.index or 0)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.forward_loss(batch)

@@ -447,7 +447,7 @@ def test_windows_are_right_aligned_with_all_the_context_there_is(shape, index):
     batch = windows.batch(index, 1)
     row, labels = batch["tokens"][0], batch["labels"][0]
     assert row.shape == (windows.context_length,) and labels.shape == (windows.num_latents,)
-    assert row.dtype == labels.dtype == torch.int64
+    assert row.dtype == torch.int32 and labels.dtype == torch.int64
     ((a, b),) = windows.spans(index, 1).tolist()
     assert 1 <= a < b <= len(tokens) and b - a <= windows.num_latents
     padding = max(0, windows.context_length - (b - 1))

@@ -448,13 +448,15 @@ class Windows:
         return np.stack([np.maximum(starts, 1), ends], axis=1) + documents[:, None] * self._length
 
     def batch(self, first: int, count: int) -> dict[str, torch.Tensor]:
-        """Windows first..first+count-1 as `tokens` int64 (B, T) and `labels` int64 (B, N), both right-aligned.
+        """Windows first..first+count-1 as `tokens` (B, T) and `labels` int64 (B, N), both right-aligned.
 
-        The last token's label is the last label. Labels that are not targets of the window are -100. Where a row has
-        fewer than T tokens it starts with zeros, and only then there is a `mask` bool (B, T), True for real tokens.
+        Tokens are uint8 where they are stored so, else of a larger type (torch does little with uint16). The last
+        token's label is the last label. Labels that are not targets of the window are -100. Where a row has fewer than
+        T tokens it starts with zeros, and only then there is a `mask` bool (B, T), True for real tokens.
         Of windows within documents, T loses what is padding in all rows, by quarters (kernels are made for each shape).
         """
-        tokens = np.zeros((count, self.context_length), dtype=np.int64)
+        size = 8 if self._augment is not None else self._data.dtype.itemsize
+        tokens = np.zeros((count, self.context_length), dtype={1: np.uint8, 2: np.int32}.get(size, np.int64))
         labels = np.full((count, self.num_latents), -100, dtype=np.int64)
         mask = np.ones(tokens.shape, dtype=bool)
         for row, (a, b) in enumerate(self.spans(first, count).tolist()):
