@@ -72,7 +72,7 @@ def attend_pieces(q: Tensor, pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
             lse = merged
     if total is None:
         total, lse = torch.zeros_like(q), fake_attention(q)[1].fill_(float("-inf"))
-    return _heads_inside(total.to(q.dtype)), lse.contiguous()
+    return heads_inside(total.to(q.dtype)), lse.contiguous()
 
 
 def piece_gradients(d_out: Tensor, q: Tensor, piece: Piece, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +114,7 @@ def _neighbours(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _heads_inside(x: Tensor) -> Tensor:
+def heads_inside(x: Tensor) -> Tensor:
     """(B, H, K, C), laid out as (B, K, H, C): merging heads then costs nothing."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -272,10 +272,10 @@ def _attention_backward(
     for piece in map(Piece, k, v, causal, masks):
         piece_d_q, piece_d_k, piece_d_v = piece_gradients(d_out, q, piece, out, lse)
         d_q = piece_d_q if d_q is None else d_q.add_(piece_d_q)
-        d_k.append(_heads_inside(piece_d_k))
-        d_v.append(_heads_inside(piece_d_v))
+        d_k.append(heads_inside(piece_d_k))
+        d_v.append(heads_inside(piece_d_v))
     assert d_q is not None
-    return _heads_inside(d_q), d_k, d_v
+    return heads_inside(d_q), d_k, d_v
 
 
 @_attention_backward.register_fake

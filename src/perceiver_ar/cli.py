@@ -357,7 +357,8 @@ def generate_verb(argv: list[str]) -> None:
     stop = stop_bytes(codec, args.stop)
     steps = stream(
         model,
-        torch.tensor([prompt] * samples),
+        torch.tensor([prompt]),
+        num_samples=samples,
         max_new_tokens=count,
         temperature=args.temperature,
         top_k=args.top_k,

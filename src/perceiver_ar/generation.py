@@ -1,7 +1,8 @@
 """Generation: every token is drawn from the logits of a forward over a stated window of its row (windows.py).
 
 Each step computes one latent per row, over cached keys and values (cache.py); where a row's window refills, its other
-latents are computed anew before, over the cached prefix. Rows know nothing of each other, so a row gives the same
+latents are computed anew before, over the cached prefix. (Networks whose latents change when tokens follow are computed
+anew for every token: `config.cacheable`.) Rows know nothing of each other, so a row gives the same
 tokens alone and in any batch.
 
 Shapes: B batch, T tokens of a row so far, V vocabulary.
@@ -117,13 +118,8 @@ def stream(
         for token in stop:
             require(
                 0 <= token < config.vocab_size,
-                f"stop_tokens has id {token}: this model's vocabulary is ids 0 ... {config.vocab_size - 1}",
+                f"a stop token or sequence has id {token}: this model's ids are 0 ... {config.vocab_size - 1}",
             )
-    require(
-        config.cacheable,
-        "generation keeps latents from token to token, but this model's change, or stand several at a position: "
-        "take the last logits of its forward instead",
-    )
     prompts = prompt_rows(prompt, config.vocab_size)
     generators = _generators(seed, len(prompts) * num_samples)
     schedule = Schedule(refill_latents, prompt_latents, slide)
@@ -139,7 +135,7 @@ def stream(
             times[list(row.drawn)] = torch.tensor(list(row.drawn.values()), dtype=times.dtype)
             logits = logits - frequency_penalty * times
         if row.history is not None:
-            ids = torch.tensor(row.history)
+            ids = row.history[: row.num_tokens]
             for processor in logits_processors:
                 logits = processor(ids[None], logits[None])[0]
             if allowed_next is not None:
@@ -155,9 +151,9 @@ def stream(
     def steps() -> Iterator[Step]:
         if max_new_tokens == 0:
             return
-        home = prompts[0].device
+        home, asks_for_ids = prompts[0].device, bool(logits_processors or allowed_next)
         rows = [
-            _Row(i, prompts[i // num_samples], generator, config, schedule, bool(logits_processors or allowed_next))
+            _Row(i, prompts[i // num_samples], generator, config, schedule, max_new_tokens if asks_for_ids else None)
             for i, generator in enumerate(generators)
         ]
         plain = repetition_penalty == 1.0 and frequency_penalty == 0.0 and rows[0].history is None
@@ -166,7 +162,10 @@ def stream(
         logits: Tensor | None = None
         modules = list(model.modules())
         with _inference(modules):
-            decoder = Decoder(model, rows, num_samples, max_new_tokens)
+            if config.cacheable:
+                decoder = Decoder(model, rows, num_samples, max_new_tokens)
+            else:
+                decoder = Recomputing(model, rows)
         for _ in range(max_new_tokens):
             if not decoder.rows:
                 return
@@ -225,14 +224,15 @@ class _Row:
         generator: torch.Generator,
         config: PerceiverARConfig,
         schedule: Schedule,
-        history: bool,
+        history: int | None,
     ) -> None:
+        """history: room for so many new tokens in a record of all; None: no record."""
         longest = longest_context(config)
         self.index, self.generator, self.config, self.schedule = index, generator, config, schedule
         self.num_tokens = len(prompt)
         self.ids = deque(prompt[-longest:].tolist(), maxlen=longest)
         self.seen, self.drawn = set(prompt.bincount().nonzero()[:, 0].tolist()), Counter[int]()
-        self.history: list[int] | None = prompt.tolist() if history else None
+        self.history = None if history is None else nn.functional.pad(prompt.cpu(), (0, history))
         self.ending: deque[int] = deque()
         self.window = next_window(config, None, self.num_tokens, schedule)
         self.kept, self.dropped = 0, 0
@@ -249,12 +249,12 @@ class _Row:
 
     def add(self, token: int, stops: Sequence[tuple[int, ...]]) -> bool:
         """One more token, and the window for the next; False where the row ends."""
+        if self.history is not None:
+            self.history[self.num_tokens] = token
         self.num_tokens += 1
         self.ids.append(token)
         self.seen.add(token)
         self.drawn[token] += 1
-        if self.history is not None:
-            self.history.append(token)
         if stops:
             self.ending.append(token)
             if any(tuple(islice(self.ending, max(0, len(self.ending) - len(stop)), None)) == stop for stop in stops):
@@ -283,7 +283,7 @@ class Decoder:
         self.model = model
         self.rows = list(rows[::num_samples])
         device, dtype = weight.device, weight.dtype
-        if torch.is_autocast_enabled(device.type):
+        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(device.type)
         self.cache = Cache.empty(model.config, len(self.rows), context, dtype, device)
         self._refill()
@@ -353,6 +353,23 @@ class Decoder:
 
     def _tensor(self, ids: Any) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self.model.embed.weight.device)
+
+
+class Recomputing:
+    """A decoder without a cache, for networks whose latents change when tokens follow: a forward for every token."""
+
+    def __init__(self, model: PerceiverAR, rows: Sequence[_Row]) -> None:
+        self.model, self.rows = model, list(rows)
+
+    def next_logits(self) -> Tensor:
+        device, logits = self.model.embed.weight.device, []
+        for row in self.rows:
+            ids = list(row.ids)[-(row.num_tokens - row.window.start) :]
+            logits.append(self.model.latents(torch.tensor([ids], device=device), row.prefix_len)[:, -1])
+        return self.model.head(torch.cat(logits))
+
+    def add(self, tokens: Sequence[int], stops: Sequence[tuple[int, ...]]) -> None:
+        self.rows = [row for row, token in zip(self.rows, tokens, strict=True) if row.add(token, stops)]
 
 
 def prompt_rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:

@@ -48,8 +48,8 @@ def rotary_tables(config: PerceiverARConfig, positions: Tensor, *, cross: bool, 
     """
     if not config.rotary:
         return None
-    kept = rotary_speeds if torch.compiler.is_compiling() else _kept_rotary_speeds
-    speeds = kept(config, cross, positions.device)
+    plain = type(positions) is Tensor and not torch.compiler.is_compiling()  # what a tracer makes is not to be kept
+    speeds = (_kept_rotary_speeds if plain else rotary_speeds)(config, cross, positions.device)
     angles = positions[:, None, :, None].to(speeds.dtype) * speeds
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)

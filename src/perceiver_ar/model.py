@@ -58,8 +58,9 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
     Setting `activation_checkpointing` recomputes each layer in the backward pass instead of keeping its activations.
     Setting `prefix_group` to a process group of torch.distributed makes its ranks share the prefix: all are given the
     same tokens, each reads its part of the prefix, and all have the same logits and, after backward, the same
-    gradients. Then keys and values take a rank's share of the memory and time. (Ring attention, arXiv 2310.01889, with
-    nothing that goes round: the latents' queries are few, so every rank has them all.)
+    gradients (with dropout: if their random states are the same). Then keys and values take a rank's share of the
+    memory and time. (Ring attention, arXiv 2310.01889, with nothing that goes round: the latents' queries are few, so
+    every rank has them all.)
     """
 
     def __init__(self, config: PerceiverARConfig) -> None:
@@ -177,6 +178,8 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         """The prefix length to use. Raises InputError where tokens, prefix length and masks do not fit together."""
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise InputError(f"tokens have shape {tuple(tokens.shape)}: they must be (batch, length), neither empty")
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise InputError(f"tokens are of {tokens.dtype}: they must be integer ids")
         T = tokens.shape[1]
         if self.config.context_length < T:
             raise InputError(
@@ -233,15 +236,18 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         """
         prefix = Prefix(context.tables, *(None if x is None else x[:, :P] for x in context[1:4]), keep)  # type: ignore[arg-type]
         chunk = self.config.prefix_chunk
-        if self.prefix_group is not None:
-            ranks = self.prefix_group.size()
-            return prefix._replace(chunk=chunk or -(-prefix.length // ranks) or 1, group=self.prefix_group.group_name)
-        if self.training and self.config.attention_dropout > 0:
+        group, dropout = self.prefix_group, self.training and self.config.attention_dropout > 0
+        if group is not None and dropout:
+            raise InputError("attention_dropout needs the whole prefix in one process: set it to 0, or no prefix_group")
+        length = prefix.length if group is None else -(-prefix.length // group.size())
+        if dropout:
             chunk = 0
         elif chunk is None:
-            dtype = self.embed.weight.dtype
-            chunk = automatic_chunk(self.config, len(context.tokens), prefix.length, dtype, self.embed.weight.device)
-        if 0 < chunk < prefix.length:
+            weight = self.embed.weight
+            chunk = automatic_chunk(self.config, len(context.tokens), length, weight.dtype, weight.device)
+        if group is not None:
+            return prefix._replace(chunk=chunk or max(length, 1), group=group.group_name)
+        if 0 < chunk < length:
             return prefix._replace(chunk=chunk)
         return self.span(prefix, 0, prefix.length)
 
@@ -263,7 +269,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
             u = self.query_proj(h)
         else:  # the last latent has the last row, however many latents there are
             rows = self.query_embed.num_embeddings
-            if 1 < rows < N:
+            if self.config.learned_queries == "each" and rows < N:
                 raise InputError(f"{N} latents are more than the {rows} learned_queries: use fewer")
             u = self.query_embed(torch.arange(rows - N, rows, device=h.device).clamp(min=0)).expand(B, -1, -1)
         if self.latent_embed is not None:

@@ -5,6 +5,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perceiver_ar.errors import require
+
 IGNORE = -100
 """Label of a position that is no target. No token id is special."""
 
@@ -33,6 +35,7 @@ def next_token_loss(
     """
     exact = logits if logits.element_size() >= 4 else logits.float()
     V, s = logits.shape[-1], label_smoothing
+    require(0 <= s < 1 - 1 / V or s == 0, f"label_smoothing is {s}: with {V} ids it must be in [0, {1 - 1 / V:.4g})")
     plain = s == 0 and z_loss == 0
     loss = F.cross_entropy(
         exact.transpose(1, 2),

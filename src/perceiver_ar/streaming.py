@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[reportPrivateImportUsage]
 
-from perceiver_ar.attention import Piece, attend_pieces, fake_attention, fake_heads, piece_gradients, piece_weight
+from perceiver_ar.attention import (
+    Piece,
+    attend_pieces,
+    fake_attention,
+    fake_heads,
+    heads_inside,
+    piece_gradients,
+    piece_weight,
+)
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.heads import Rotary, rotary_tables, split_keys_values
 
@@ -66,7 +74,7 @@ class Prefix(NamedTuple):
         if self.positions is not None:
             positions = take(self.positions)
         elif self.keep is not None:
-            positions = self.keep[:, start:stop]
+            positions = self.keep[:, start:stop].to(device)
         else:
             positions = torch.arange(start, stop, device=device)[None]
         return take(self.tokens).long(), positions, None if self.mask is None else take(self.mask)
@@ -255,7 +263,7 @@ def _stream_backward(
         reader = _Reader([tokens, positions, mask, keep], weights, settings, chunk, group, q.dtype)
         d_weights = [torch.zeros_like(weight, memory_format=torch.contiguous_format) for weight in weights]
         d_tables, d_rest = d_weights[: len(reader.tables)], d_weights[len(reader.tables) :]
-        d_q = torch.zeros_like(q)
+        d_q = torch.zeros_like(q, dtype=lse.dtype)  # of many pieces: half precision would lose them
         for part_tokens, places, part_mask in reader.parts():
             h = embed(reader.tables, part_tokens, places)
             keys_values = partial(reader.keys_values, reader.rotary(places))
@@ -272,8 +280,8 @@ def _stream_backward(
                 _add_rows(total, places[..., axis], d_h)
         reader.add_up(d_q, *d_weights)
         own_d_q, d_k, d_v = piece_gradients(d_out, q, Piece(k, v, causal=True, mask=own_mask), out, lse)
-        d_q = d_q + own_d_q
-        return *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (d_q, d_k, d_v)), d_weights  # type: ignore[return-value]
+        d_q = (d_q + own_d_q).to(q.dtype)
+        return heads_inside(d_q), heads_inside(d_k), heads_inside(d_v), d_weights
 
 
 def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
