@@ -418,7 +418,7 @@ def test_sliding_rows_give_the_same_alone_and_in_a_batch(fields: dict[str, Any])
         ([[1]], {"refill_latents": 0}, "refill_latents is 0"),
         ([[1]], {"refill_latents": 5}, r"refill_latents is 5: it must be in 1 \.\.\. 4"),
         ([[1]], {"prompt_latents": 5}, r"prompt_latents is 5: it must be in 1 \.\.\. 4"),
-        ([[1]], {"stop_tokens": [11]}, "stop_tokens has id 11"),
+        ([[1]], {"stop_tokens": [11]}, "a stop token or sequence has id 11"),
         ([[1]], {"stop_sequences": [[1], []]}, "a stop sequence is empty"),
         ([[1]], {"num_samples": 0}, "num_samples is 0"),
         ([[1]], {"frequency_penalty": math.inf}, "frequency_penalty is inf"),
@@ -441,7 +441,14 @@ def test_weights_of_nan_are_named() -> None:
 @pytest.mark.parametrize(
     "setting", [{"latents_per_position": 2}, {"learned_queries": "each"}, {"positions_from_end": True}], ids=str
 )
-def test_models_whose_latents_cannot_be_kept_are_refused(setting: dict[str, Any]) -> None:
-    model = PerceiverAR(PerceiverARConfig(vocab_size=5, context_length=8, num_latents=4, dim=8, num_heads=1, **setting))
-    with pytest.raises(InputError, match="generation keeps latents"):
-        generate(model, [[1, 2]], max_new_tokens=1)
+def test_models_whose_latents_cannot_be_kept_are_computed_anew(setting: dict[str, Any]) -> None:
+    config = PerceiverARConfig(vocab_size=5, context_length=8, num_latents=4, dim=8, num_heads=1, **setting)
+    assert not config.cacheable
+    model = randomize(PerceiverAR(config).double(), seed=0).eval()
+    row = [1, 2, 3]
+    for step in stream(model, torch.tensor([row, [4, 0, 1]]), max_new_tokens=20, seed=0, num_samples=2):
+        start, N = int(step.window_start[0]), int(step.num_latents[0])
+        context = torch.tensor([row[start:]])
+        assert_close(step.logits[0], model(context, context.shape[1] - N)[0, -1], 1e-9)
+        row.append(int(step.tokens[0]))
+    assert start > 0

@@ -34,7 +34,7 @@ from perceiver_ar.heads import Rotary, rotary_tables, split_keys_values
 
 SHARE = 1 / 128
 """The prefix is streamed where its keys and values would take more than this share of the device's memory."""
-PIECE = {"cpu": 4096, "cuda": 32768}
+PIECE = {"cpu": 2048, "cuda": 32768}
 """Tokens of a piece, over all rows of a batch: enough to keep the device busy, few enough to stay in its caches."""
 
 
