@@ -72,7 +72,8 @@ def test_a_cut_file_and_a_missing_one_are_damaged(tmp_path: Path, content: bytes
         checkpoints.newest()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"bytes": 3, "colour": 1}', "\0"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"bytes": 3, "colour": 1}', '{"bytes": "x"}',
+                                  '{"bytes": 3, "validation_bits": "x"}', "\0"])  # fmt: skip
 def test_a_damaged_manifest_makes_a_damaged_checkpoint(tmp_path: Path, text: str) -> None:
     checkpoints = Checkpoints(tmp_path)
     add(checkpoints, 10)

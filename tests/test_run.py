@@ -146,6 +146,8 @@ def test_only_what_a_kill_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "tokens").mkdir()
     for name in (".unfinished-model-1.safetensors", "tokens/.unfinished-train-2.bin", "tokens/train.bin", ".hidden"):
         (tmp_path / name).touch()
+    (tmp_path / ".unfinished-model-3" / ".unfinished-part").mkdir(parents=True)
+    (tmp_path / ".unfinished-model-3" / "config.json").touch()
     assert run.is_taken()
     run.remove_unfinished_files()
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [".hidden", "train.bin"]

@@ -68,9 +68,12 @@ class Checkpoints:
                 continue
             path, step = manifest.with_suffix(".ckpt"), int(number)
             try:
-                found.append(Checkpoint(path, **{**json.loads(manifest.read_bytes()), "step": step}))
+                each = Checkpoint(path, **{**json.loads(manifest.read_bytes()), "step": step})
+                if not isinstance(each.bytes, int) or not isinstance(each.validation_bits, float | int | None):
+                    raise TypeError
             except (ValueError, TypeError):
-                found.append(Checkpoint(path, step))
+                each = Checkpoint(path, step)
+            found.append(each)
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def newest(self) -> Checkpoint | None:

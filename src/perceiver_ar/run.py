@@ -10,6 +10,7 @@ tokens/, checkpoints/               only for resuming
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,11 @@ class Run:
 
     def remove_unfinished_files(self) -> None:
         """Removes what a kill in the middle of a write left beside the whole files."""
-        for file in self.path.rglob(f"{TEMPORARY}*"):
-            file.unlink(missing_ok=True)
+        for file in list(self.path.rglob(f"{TEMPORARY}*")):
+            if file.is_dir():
+                shutil.rmtree(file, ignore_errors=True)
+            else:
+                file.unlink(missing_ok=True)
 
     def model(self) -> PerceiverAR:
         """The trained network on the CPU, in evaluation mode."""

@@ -271,6 +271,16 @@ def test_prefixes_and_wrappings_do_not_matter(prefix: str, entry: str | None, tm
 # Wrong files: one line, exit status 2, nothing left behind.
 
 
+@pytest.mark.parametrize("frequencies", [torch.tensor(1.0), torch.ones(999)], ids=["0-d", "too many"])
+def test_frequencies_that_go_with_no_heads_are_refused(
+    frequencies: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(FILES / "lucidrains/model.pt", weights_only=True)
+    torch.save({**state, "rotary_pos_emb.inv_freq": frequencies}, tmp_path / "model.pt")
+    argv = ["convert", "lucidrains", tmp_path / "model.pt", "--out", tmp_path / "run", *ASKED["lucidrains"]]
+    assert_refused(capsys, argv, "model.pt is damaged", f"{frequencies.numel()} rotary frequencies")
+
+
 def damage(checkpoint: str, folder: Path, change: Callable[[bytes], bytes]) -> Path:
     """A copy of a checkpoint with its weights changed."""
     source, target = FILES / checkpoint, folder / Path(checkpoint).name

@@ -3,6 +3,7 @@
 import io
 import pickle
 import struct
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from perceiver_ar.compat.weights import (
     find_state,
     from_interleaved,
     read_dill,
+    read_npz,
     read_torch,
     to_ours,
     to_theirs,
@@ -131,6 +133,36 @@ def test_any_bytes_are_a_value_or_a_refusal(tmp_path_factory: pytest.TempPathFac
     file.write_bytes(head + data)
     with suppress(InputError):
         read_dill(file)
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy(np.ones(3)),  # no archive
+        b"PK\x03\x04",
+        b"",
+        b"words",
+    ],
+)
+def test_a_file_that_is_no_archive_of_arrays_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"file\.npz is damaged or no \.npz of plain arrays \(.+\)$"):
+        read_npz(tmp_path / "file.npz")
+
+
+def test_an_archive_whose_header_claims_more_than_any_memory_is_one_line(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**16,)})
+    with zipfile.ZipFile(tmp_path / "file.npz", "w") as archive:
+        archive.writestr("a.npy", header.getvalue())
+    with pytest.raises(InputError, match=r"file\.npz is damaged"):
+        read_npz(tmp_path / "file.npz")
 
 
 def test_objects_of_the_packages_own_are_stood_in_for_and_others_refused(tmp_path: Path) -> None:

@@ -171,6 +171,13 @@ def test_a_run_keeps_the_weights(neural: NeuralCodec, tmp_path: Path) -> None:
     assert again.encode_samples(TONE).tolist() == neural.encode_samples(TONE).tolist()
 
 
+def test_a_run_without_its_weights_does_not_look_elsewhere(neural: NeuralCodec, tmp_path: Path) -> None:
+    save_codec(neural, tmp_path)
+    (tmp_path / "neural_codec").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="neural_codec does not exist: copy it again"):
+        load_codec(tmp_path)
+
+
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere: no weights of dac there") as error:
         NeuralCodec.from_pretrained("dac", tmp_path / "nowhere")

@@ -71,6 +71,10 @@ def test_a_codec_that_only_knows_whole_documents_is_streamed_whole():
         (json.dumps({"codec": "bytes", "settings": None}), "is damaged"),
         (json.dumps({"codec": ["bytes"], "settings": {}}), "known are"),
         (json.dumps({"codec": "os:system", "settings": {}}), "known are bytes, .*tokenizer"),
+        (json.dumps({"codec": "image", "settings": {"rows": 0, "columns": 4}}), "is damaged"),
+        (json.dumps({"codec": "image", "settings": {"rows": "4", "columns": 4}}), "is damaged"),
+        (json.dumps({"codec": "image", "settings": {"rows": 4, "columns": 4, "palette": [[1, 2]]}}), "is damaged"),
+        (json.dumps({"codec": "image", "settings": {"rows": 4, "columns": 4, "palette": [[300, 0, 0]]}}), "is damaged"),
         (json.dumps({"codec": "tokenizer", "settings": {}}), "cannot read the tokenizer"),
     ],
 )

@@ -1,6 +1,7 @@
 """Arrays of integers come back exactly; anything else is one clear line."""
 
 import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,24 @@ from perceiver_ar.errors import InputError
 CODEC = IntegerCodec(1000)
 
 
+def archive_of(data: bytes, compression: int = zipfile.ZIP_STORED, name: str = "a.npy") -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def changed(data: bytes, at: int, by: bytes) -> bytes:
+    return data[:at] + by + data[at + len(by) :]
+
+
 def file_of(array: object) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(array))
     return buffer.getvalue()
+
+
+STORED = archive_of(file_of([1]))
 
 
 @given(
@@ -56,6 +71,10 @@ def test_the_arrays_of_an_npz_file_are_separated() -> None:
         (file_of([2**40]), "ids are 0"),
         (file_of([1000]), "this codec knows 0 ... 999"),
         (file_of(np.array([{}], dtype=object)), "no .npy or .npz"),
+        (archive_of(b"words", name="words.txt"), "does not hold arrays only"),
+        (changed(archive_of(file_of(range(99)), zipfile.ZIP_DEFLATED), 35, b"\xff" * 9), "no .npy or .npz"),
+        (changed(STORED, STORED.index(b"PK\x01\x02") + 8, b"\x01"), "encrypted"),
+        (changed(STORED, STORED.index(b"PK\x01\x02") + 10, b"\x63"), "compression method"),
     ],
 )
 def test_what_is_no_array_of_ids_is_refused_in_one_line(data: bytes, says: str) -> None:

@@ -104,8 +104,8 @@ def network(state: Mapping[str, Tensor], settings: Mapping[str, Any], where: str
     """The network of the package's parameters and buffers, by name."""
     config = to_config(settings, where)
     bands = rotated_channels(config, config.width_head) // 2
-    if INV_FREQ in state and len(state[INV_FREQ]) != bands:
-        raise InputError(f"{where}: {INV_FREQ} has {len(state[INV_FREQ])} frequencies, its settings ask for {bands}")
+    if INV_FREQ in state and state[INV_FREQ].numel() != bands:
+        raise InputError(f"{where}: {INV_FREQ} has {state[INV_FREQ].numel()} frequencies, its settings ask for {bands}")
     # The output layer is the embedding; some ways of saving store it under both names.
     weights = {name: tensor for name, tensor in state.items() if name not in (INV_FREQ, "output_adapter.weight")}
     model = PerceiverAR(config)

@@ -271,12 +271,16 @@ def package_arguments(
 
     inner, dim = shape("perceive_layers.0.0.to_q.weight", 0), shape("token_emb.weight", 1)
     length, hidden = shape("pos_emb.weight", 0), shape("perceive_layers.0.1.1.weight", 0)
-    bands = len(state[_INV_FREQ]) if _INV_FREQ in state else None
+    bands = state[_INV_FREQ].numel() if _INV_FREQ in state else None
     possible = [
         inner // width
         for width in range(32, inner + 1)
         if inner % width == 0 and bands in (None, (max(32, width // 2) + 1) // 2)
     ]
+    if not possible:
+        raise InputError(
+            f"{where} is damaged: no number of heads goes with {inner} rows and {bands} rotary frequencies"
+        )
     asked = []
     if heads is None and len(possible) == 1:
         heads = possible[0]

@@ -8,8 +8,6 @@ names that such files use, and refuses every other name.
 import dataclasses
 import io
 import pickle
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -221,11 +219,13 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Raises InputError where it is missing or damaged, or holds anything but arrays of numbers."""
-    try:
-        with np.load(existing_file(path), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
-        raise InputError(f"{path} is damaged or no .npz of plain arrays ({error})") from None
+    with open(existing_file(path), "rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except Exception as error:  # what a damaged header or archive leads numpy and zipfile to
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path} is damaged or no .npz of plain arrays ({reason})") from None
 
 
 def read_dill(path: Path) -> Any:

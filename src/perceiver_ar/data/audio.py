@@ -169,8 +169,13 @@ class NeuralCodec(AudioCodec):
         self.separator = (self.vocab_size - 1,)
 
     @classmethod
-    def from_pretrained(cls, kind: Kind, weights: str | Path, codebooks: int | None = None) -> "NeuralCodec":
-        """`weights`: a folder, or a name on the Hub. Raises `InputError` if there are none, or of another kind."""
+    def from_pretrained(
+        cls, kind: Kind, weights: str | Path, codebooks: int | None = None, **options: Any
+    ) -> "NeuralCodec":
+        """`weights`: a folder, or a name on the Hub; `options` are those of transformers' `from_pretrained`.
+
+        Raises `InputError` if there are none, or of another kind.
+        """
         try:
             from transformers import DacModel, EncodecModel, MimiModel
             from transformers.utils.logging import disable_progress_bar
@@ -179,7 +184,7 @@ class NeuralCodec(AudioCodec):
         disable_progress_bar()
         classes: dict[str, Any] = {"encodec": EncodecModel, "dac": DacModel, "mimi": MimiModel}
         try:
-            model = classes[kind].from_pretrained(str(weights))
+            model = classes[kind].from_pretrained(str(weights), **options)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{weights}: no weights of {kind} there, nor on the Hub ({reason})") from None
@@ -245,4 +250,8 @@ class NeuralCodec(AudioCodec):
 
     @classmethod
     def load(cls, directory: Path, settings: dict[str, Any]) -> "NeuralCodec":
-        return cls.from_pretrained(settings["kind"], directory / FOLDER, settings["codebooks"])
+        folder = directory / FOLDER
+        if not folder.is_dir():  # or transformers would take it for a name on the Hub
+            raise InputError(f"{folder} does not exist: copy it again from the original run")
+        only = {"local_files_only": True, "use_safetensors": True}
+        return cls.from_pretrained(settings["kind"], folder, settings["codebooks"], **only)

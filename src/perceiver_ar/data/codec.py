@@ -210,5 +210,7 @@ def load_codec(directory: str | Path) -> Codec:
     codec_class: type[Codec] = getattr(import_module(module), attribute)
     try:
         return codec_class.load(path.parent, settings)
-    except TypeError as error:  # settings that the class does not take
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, OverflowError) as error:  # settings that the class does not take
         raise InputError(f"{path} is damaged ({error}); copy it again from the original run") from None

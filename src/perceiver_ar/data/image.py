@@ -65,6 +65,8 @@ class ImageCodec(Codec):
         classes: Sequence[str] = (),
     ) -> None:
         """palette: (colours, 3), 0 ... 255, all different; classes: names of the folders that pictures lie in."""
+        if min(rows, columns) < 1:
+            raise ValueError(f"pictures of {rows} x {columns}")
         self.rows, self.columns, self.classes = rows, columns, tuple(classes)
         self.colours: Colours = colours
         self.palette = None if palette is None else np.array(palette, dtype=np.uint8).reshape(-1, 3)

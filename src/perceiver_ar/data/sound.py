@@ -32,6 +32,16 @@ def write_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int) -> N
         temporary.write_bytes(wav_bytes(samples, rate))
 
 
+def check_soundfont(soundfont: str) -> None:
+    """Raises `InputError` if it does not exist, or what plays it is not installed."""
+    try:
+        import symusic  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("midi", error) from None
+    if not os.path.isfile(soundfont):
+        raise InputError(f"the soundfont {soundfont} does not exist; give an .sf2 or .sf3 file, or leave it out")
+
+
 def play_notes(notes: np.ndarray, midi: bytes, soundfont: str | None) -> tuple[np.ndarray, int]:
     """Samples in -1 ... 1 and their rate: `midi` through `soundfont`, or `notes` on the synthetic piano.
 
@@ -39,12 +49,9 @@ def play_notes(notes: np.ndarray, midi: bytes, soundfont: str | None) -> tuple[n
     """
     if soundfont is None:
         return synthesise(notes), RATE
-    try:
-        from symusic import Score, Synthesizer
-    except ImportError as error:
-        raise missing_extra("midi", error) from None
-    if not os.path.isfile(soundfont):
-        raise InputError(f"the soundfont {soundfont} does not exist; give an .sf2 or .sf3 file, or leave it out")
+    check_soundfont(soundfont)
+    from symusic import Score, Synthesizer
+
     try:
         score: Any = Score.from_midi(midi)
         samples = np.asarray(Synthesizer(soundfont, 44_100).render(score, stereo=True))
