@@ -120,6 +120,14 @@ def test_longer_contexts_cost_the_cross_attention_only() -> None:
 # Memory.
 
 
+def test_latents_per_position_keep_as_much_as_so_many_windows_but_for_the_logits() -> None:
+    recipes = [Recipe(out="x", model=SIZES.replace(latents_per_position=K)) for K in (1, 3)]
+    (one, one_more), (three, three_more) = ([training_bytes(recipe, 0, B) for B in (1, 2)] for recipe in recipes)
+    logits = 4 * 3 * SIZES.num_latents * SIZES.vocab_size
+    assert one_more - one > logits
+    assert three_more - three == pytest.approx(3 * (one_more - one - logits) + logits)
+
+
 PEAK = """
 import json, sys, torch
 from perceiver_ar import PerceiverAR, PerceiverARConfig, next_token_loss

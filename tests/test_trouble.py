@@ -178,6 +178,18 @@ def test_the_largest_micro_batch_fits_divides_and_the_next_one_would_not_fit(dev
     assert largest_micro_batch(recipe, 10**6, "cpu", 1000.0) is None
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "SLURM"])
+def test_find_batch_looks_at_one_machine_only(
+    launcher: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train"}
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (slurm if launcher == "SLURM" else torchrun).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="--find_batch looks at one machine"):
+        train(recipe, find_batch=True)
+
+
 def test_free_memory_is_some_and_not_more_than_there_is() -> None:
     assert 1e7 < free_bytes("cpu") <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -64,12 +64,13 @@ def training_bytes(
     floats; for the letters see `costs`, but P is what prefix dropout leaves of it, or one piece. Keys and values of the
     prefix have 3 W kept and 2 W of gradients, when little else is left. With activation checkpointing a layer keeps
     its input, and one at a time all of it. Autocast keeps 2.3 bytes instead of 4, the mean of what is kept in two and
-    in four, and a copy of the weights in two.
+    in four, and a copy of the weights in two. Several latents per position keep as many times as much, but for
+    the logits.
 
     This is what is allocated. On a CPU the C library's allocator may hold half as much again (docs/log.md).
     """
     config = recipe.model
-    B = recipe.trainer.micro_batch if windows is None else windows
+    B, K = recipe.trainer.micro_batch if windows is None else windows, config.latents_per_position
     N, D, E = config.num_latents, config.dim, config.width_embed
     P = (config.context_length - N) * (1 - config.prefix_dropout)
     P = min(P, (config.prefix_chunk if prefix_chunk is None else prefix_chunk) or P)
@@ -86,4 +87,4 @@ def training_bytes(
     states = 2 + moments + (recipe.optim.ema > 0) + half / 2
     if recipe.trainer.devices > 1:
         states = states / recipe.trainer.devices if recipe.trainer.sharded else states + 1
-    return 4 * states * parameters + B * ((2.3 if half else 4) * kept + 4 * 3 * N * config.vocab_size)
+    return 4 * states * parameters + B * (K * (2.3 if half else 4) * kept + 4 * 3 * N * config.vocab_size)

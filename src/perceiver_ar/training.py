@@ -195,8 +195,10 @@ def wait_for_first(run: Run, seconds: float = 24 * 3600.0) -> None:
 
 
 def with_largest_micro_batch(recipe: Recipe) -> Recipe:
-    if recipe.trainer.devices > 1 and TorchElasticEnvironment.detect():
-        raise InputError("--find_batch looks at one machine: use it without torchrun first, then give what it found")
+    if recipe.trainer.devices > 1 and (TorchElasticEnvironment.detect() or SLURMEnvironment.detect()):
+        raise InputError(
+            "--find_batch looks at one machine: use it without torchrun or SLURM first, then give what it found"
+        )
     with torch.device("meta"):
         parameters = PerceiverAR(recipe.model).num_parameters()
     device = choose_device(recipe.trainer)

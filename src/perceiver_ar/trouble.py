@@ -51,7 +51,7 @@ def expected_bytes(recipe: Recipe, parameters: int, device: str, windows: int | 
     if chunk is None:
         length = int((config.context_length - config.num_latents) * (1 - config.prefix_dropout))
         rows = recipe.trainer.micro_batch if windows is None else windows
-        chunk = automatic_chunk(config, rows, length, torch.float32, torch.device(device))
+        chunk = automatic_chunk(config, rows * config.latents_per_position, length, torch.float32, torch.device(device))
     return training_bytes(recipe, parameters, windows, chunk)
 
 
