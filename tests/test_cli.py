@@ -654,6 +654,7 @@ def test_context_lengths_give_a_table_a_csv_and_a_picture(run: Path, capsys: pyt
         (["--context_lengths", "0"], "context_length is 0"),
         (["--context_lengths", ""], "--context_lengths is ''"),
         (["--temperature", "1"], "--temperature"),
+        (["--context_lengths", "1000000"], "context_length is 1000000"),
         (["--stride", "half"], "stride"),
     ],
 )
@@ -794,6 +795,8 @@ def test_an_interrupt_keeps_what_was_written(cycle: Path, tmp_path: Path, capsys
         (["--prompt_file", sys.executable], f"--prompt_file {sys.executable} is not UTF-8 text"),
         (["--prompt_file", "/"], "--prompt_file / is a folder"),
         (["--out", "/"], "--out / is a folder"),
+        (["--keep", "1e400"], "--keep is inf"),
+        (["--soundfont", "missing.sf2"], "the soundfont missing.sf2 does not exist"),
         (["--top_k", "0"], "top_k is 0"),
         (["--top_p", "2"], "top_p is 2"),
         (["--max_new_tokens", "-1"], "max_new_tokens is -1"),

@@ -131,6 +131,7 @@ def test_units_and_defaults() -> None:
     assert evaluate(MODEL, X, byte_lengths=[0] * 9).bits_per_byte is None
     plain = evaluate(MODEL, X).to_dict()
     assert plain["bytes"] is None
+    assert evaluate(MODEL, X, byte_lengths=[0] * 9).bytes is None
     assert plain["bits_per_byte"] is None
     assert plain["tokens"] == 56
 
@@ -210,6 +211,10 @@ def test_context_lengths_are_compared_on_the_same_targets() -> None:
     assert [(result.tokens, result.num_latents, result.stride) for result in narrow] == [(56, 2, 1), (56, 3, 3)]
     with pytest.raises(InputError, match="12 tokens are too few for context length 12"):
         evaluate_context_lengths(MODEL, X[:12], [4, 12])
+    with pytest.raises(InputError, match=r"context_length is 99: it must be in 1 \.\.\. 12"):
+        evaluate_context_lengths(MODEL, X, [4, 99])
+    with pytest.raises(InputError, match="6 tokens are too few for context length 12"):
+        evaluate_context_lengths(MODEL, X[:12], [4, 12], document_length=6)
 
 
 @pytest.mark.parametrize(

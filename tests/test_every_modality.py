@@ -200,6 +200,17 @@ def test_generation_starts_from_nothing_too(
     assert any((run / "samples").iterdir())  # those of training
 
 
+def test_info_shows_what_was_measured_and_nothing_else(
+    trained: tuple[Modality, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    modality, _, run = trained
+    capsys.readouterr()
+    assert main(["info", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "None" not in shown and "bits per byte" not in shown and "nats per token" in shown
+    assert ("bits per dimension" in shown) == (modality.unit == "dimension")
+
+
 def test_neural_codecs_keep_their_weights_in_the_run(trained: tuple[Modality, Path, Path]) -> None:
     codec = codec_of(trained[2])
     if isinstance(codec, NeuralCodec):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from perceiver_ar import Run
-from perceiver_ar.report import write_report
+from perceiver_ar.report import facts, write_report
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -70,6 +70,19 @@ def test_it_is_self_contained(run: Run) -> None:
     assert len(links) == 3 and all(link.startswith("data:") for link in links)
     text = (run.path / "report.html").read_text()
     assert "http" not in text and "url(" not in text and "@import" not in text
+
+
+@pytest.mark.parametrize(
+    ("measured", "first"),
+    [
+        ({}, "bits per byte"),
+        ({"bits_per_byte": None, "bits_per_dimension": 2.5}, "bits per dimension"),
+        ({"bits_per_byte": None, "nats_per_note": 7.5}, "nats per note"),
+        ({"bits_per_byte": None}, "bits per token"),
+    ],
+)
+def test_the_first_number_is_in_the_unit_that_others_use(measured: dict[str, float | None], first: str) -> None:
+    assert next(facts({**SUMMARY, **measured}))[0] == f"{first}, held out"
 
 
 def test_what_counts_comes_first_and_everything_is_there(run: Run) -> None:

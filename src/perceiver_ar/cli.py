@@ -1,12 +1,14 @@
 """The command: verbs to functions. Results go to stdout, progress and messages to stderr.
 
-Exit status: 0 done; 1 failed; 2 the input was wrong, and one line says what, where and what to do; 130 interrupted.
+Exit status: 0 done; 2 something that the user can mend (wrong input, a full disk, training that diverges), and one line
+says what, where and what to do; 1 any other failure, with its traceback; 130 interrupted.
 """
 
 import argparse
 import errno
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -309,7 +311,7 @@ def generate_verb(argv: list[str]) -> None:
         "  perceiver-ar generate runs/piano --prompt_file prelude.mid --keep 500 --max_new_tokens 1000 --out new.mid",
     )
     parser.add_argument("run", help="a run directory")
-    parser.add_argument("--prompt", type=str | None, help="text to go on from")
+    parser.add_argument("--prompt", type=str | None, help="text to go on from; for pictures the name of a class")
     parser.add_argument("--prompt_file", type=str | None, help="a file to go on from")
     parser.add_argument("--keep", type=float | None, help="go on from the first so many tokens of the prompt file, or "
                         "from a share of them below 1 (default: all; of a picture half)")  # fmt: skip
@@ -343,11 +345,14 @@ def generate_verb(argv: list[str]) -> None:
 
     import torch
 
+    from perceiver_ar.data.sound import check_soundfont
     from perceiver_ar.data.text import Utf8Stream
     from perceiver_ar.files import atomic_path
     from perceiver_ar.generation import stream
     from perceiver_ar.run import Run
 
+    if args.soundfont is not None:
+        check_soundfont(args.soundfont)  # before anything is drawn
     run = Run.open(args.run)
     model, codec = to_device(run.model()), run.codec()
     if args.precision == "bf16":
@@ -443,7 +448,7 @@ def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
 def what_to_draw(codec: "Codec", document: list[int], args: argparse.Namespace) -> tuple[list[int], int, int]:
     """The prompt, how many tokens to draw after it, and how often."""
     keep = args.keep
-    if keep is not None and not keep > 0:
+    if keep is not None and not (keep > 0 and math.isfinite(keep)):
         raise InputError(f"--keep is {keep:g}: give a number of tokens, or a share of them below 1")
     if keep is None and codec.document_length is not None and len(document) == codec.document_length:
         keep = 0.5
@@ -600,6 +605,11 @@ def export_verb(argv: list[str]) -> None:
     print(json.dumps(about, indent=2))
 
 
+# Of what summary.json has measured, where it has.
+SHOWN = ("steps", "tokens_seen", "train_seconds", "bits_per_byte", "bits_per_dimension", "nats_per_note",
+         "nats_per_token")  # fmt: skip
+
+
 def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
     import torch
 
@@ -625,7 +635,7 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
     yield "weights_megabytes", 4 * parameters / 1e6
     yield "context_keys_values_megabytes", window.context_bytes / 1e6
     for name, value in (run.summary() or {}).items():
-        if name in ("steps", "tokens_seen", "train_seconds", "bits_per_byte", "nats_per_token"):
+        if name in SHOWN and value is not None:
             yield name, value
 
 

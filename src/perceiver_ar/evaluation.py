@@ -145,7 +145,8 @@ def evaluate(
             and truer score. None: half of num_latents.
         num_latents: more or fewer than in training is allowed (paper, section 5). None: the model's.
         context_length: at most the model's. None: the model's.
-        byte_lengths: (V,) how many bytes each id stands for (`codec.byte_lengths()`), for bits per byte.
+        byte_lengths: (V,) how many bytes each id stands for (`codec.byte_lengths()`), for bits per byte; where no id
+            stands for any, as None.
         amounts: how much of each unit ids stand for (`codec.amounts`), for nats per note and the like.
         document_length: where all documents have as many tokens (`codec.document_length`): each is scored for itself,
             but for its first token, and no context reaches beyond its start.
@@ -184,6 +185,7 @@ def evaluate(
     lengths = None if byte_lengths is None else np.asarray(byte_lengths, dtype=np.int64)
     if lengths is not None and lengths.shape != (config.vocab_size,):
         raise InputError(f"byte_lengths has shape {lengths.shape}: give one number for each of {config.vocab_size} ids")
+    lengths = None if lengths is None or not lengths.any() else lengths
 
     device = model.embed.weight.device
     sums: list[float] = []  # nats of each window
@@ -307,11 +309,15 @@ def evaluate_context_lengths(
         InputError: see `evaluate`; too few tokens for the longest context.
     """
     longest = max(context_lengths, default=1)
+    own = model.config.context_length
+    require(longest <= own, f"context_length is {longest}: it must be in 1 ... {own}, the model's own")
     if first_target is None:
         first_target = longest
+        document_length = settings.get("document_length")
+        length = len(tokens) if document_length is None else min(len(tokens), document_length)
         require(
-            len(tokens) > longest,
-            f"{len(tokens)} tokens are too few for context length {longest}: give a longer text or shorter lengths",
+            length > longest,
+            f"{length} tokens are too few for context length {longest}: give a longer text or shorter lengths",
         )
     evaluations = []
     for length in context_lengths:

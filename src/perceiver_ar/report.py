@@ -85,10 +85,10 @@ def write_report(run: Run, summary: Mapping[str, Any]) -> None:
 
 def facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What a person wants to see first, as (name, value)."""
-    if summary.get("bits_per_byte") is not None:
-        yield "bits per byte, held out", f"{summary['bits_per_byte']:.3f}"
-    elif summary.get("bits_per_token") is not None:
-        yield "bits per token, held out", f"{summary['bits_per_token']:.3f}"
+    for name in ("bits_per_byte", "bits_per_dimension", "nats_per_note", "bits_per_token"):
+        if summary.get(name) is not None:
+            yield f"{name.replace('_', ' ')}, held out", f"{summary[name]:.3f}"
+            break
     for name in ("gzip", "xz"):
         if f"{name}_bits_per_byte" in summary:
             yield f"{name} on the same bytes", f"{summary[f'{name}_bits_per_byte']:.3f}"
