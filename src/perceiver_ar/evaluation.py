@@ -256,8 +256,10 @@ def _shifted(window: ScoredWindow, base: int) -> ScoredWindow:
 def _nats(model: PerceiverAR, ids: Tensor, prefix_len: int, sizes: Sequence[int], start: int | None) -> list[float]:
     """Of each row of ids (B, input + 1), the sum over its last `size` targets. `start`: the first position, if it
     matters."""
-    from_start = start is not None and not model.config.positions_from_end
-    positions = None if not from_start else torch.arange(start, start + ids.shape[1] - 1, device=ids.device)
+    if start is None or model.config.positions_from_end:
+        positions = None
+    else:
+        positions = torch.arange(start, start + ids.shape[1] - 1, device=ids.device)
     most = max(sizes)
     labels = ids[:, -most:].to(torch.int64, copy=True)
     for row, size in zip(labels, sizes, strict=True):
