@@ -220,6 +220,9 @@ def test_gradients_are_those_of_the_plain_formulas(case: Case) -> None:
 @settings(max_examples=30)
 @given(case=cases())
 def test_a_float32_network_is_the_float64_one_up_to_rounding(case: Case) -> None:
+    config = case.model.config
+    # One normalised channel is a sign, which rounding may flip.
+    assume(not (config.qk_norm and 1 in (config.width_head, config.width_head_cross)))
     exact = case.model(case.tokens, case.prefix_len)
     assert_close(case.model.float()(case.tokens, case.prefix_len), exact, 1e-3)  # squared ReLUs in a row amplify
 
