@@ -1,11 +1,14 @@
 """What all tests share: how many threads they take, and how hypothesis draws its examples."""
 
 import os
+import random
+from pathlib import Path
 
 # One thread, also in the processes that tests start: on models so small, threads cost more than they bring,
 # and two of them wait for each other whenever something else runs.
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -16,3 +19,13 @@ torch.set_num_threads(1)
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six documents of some 800 bytes."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words, rng = ["the ", "cat ", "sat ", "on ", "a ", "mat ", "and ", "ran\n"], random.Random(0)
+    for number in range(6):
+        (folder / f"{number}.txt").write_text("".join(rng.choice(words) for _ in range(200)))
+    return folder

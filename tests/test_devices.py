@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -34,15 +33,6 @@ TRAINER = TrainerConfig(
 
 MUON = OptimConfig(schedule="constant", warmup=0.0)
 ADAMW = OptimConfig(name="adamw", lr=1e-4, schedule="constant", warmup=0.0)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    words, rng = ["the ", "cat ", "sat ", "on ", "a ", "mat ", "and ", "ran\n"], random.Random(0)
-    for number in range(6):
-        (folder / f"{number}.txt").write_text("".join(rng.choice(words) for _ in range(200)))
-    return folder
 
 
 @pytest.fixture

@@ -46,16 +46,6 @@ TRAINER = TrainerConfig(
 CONSTANT = OptimConfig(schedule="constant", warmup=0.0)
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six documents of some 800 bytes."""
-    folder = tmp_path_factory.mktemp("corpus")
-    words, rng = ["the ", "cat ", "sat ", "on ", "a ", "mat ", "and ", "ran\n"], random.Random(0)
-    for number in range(6):
-        (folder / f"{number}.txt").write_text("".join(rng.choice(words) for _ in range(200)))
-    return folder
-
-
 @pytest.fixture
 def recipe(corpus: Path, tmp_path: Path) -> Recipe:
     return Recipe(paths=(str(corpus),), out=str(tmp_path / "run"), max_steps=12, model=MODEL, trainer=TRAINER)

@@ -134,8 +134,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         positions = self.positions(tokens, mask, positions)
         if config.latents_per_position > 1:  # several latents of a position are rows of the batch, side by side
             tokens, positions, mask, prefix_keep = self.repeat_rows(tokens, positions, mask, prefix_keep)
-        tables = [self.embed.weight, *(table.weight for table in self.position_embed)]
-        context = Prefix(tables, tokens, positions, mask, None)
+        context = Prefix(self.tables(), tokens, positions, mask, None)
 
         latent = self.span(context, P, context.length)
         # Autocast would start the residual stream in half precision.
@@ -166,13 +165,16 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
 
     def read(self, tokens: Tensor, positions: Tensor, cache: Cache) -> None:
         """Writes prefix tokens (B, K) at positions (B or 1, K) to a cache; `cache.cross.advance(K)` keeps them."""
-        tables = [self.embed.weight, *(table.weight for table in self.position_embed)]
-        prefix = Prefix(tables, tokens, self.positions(tokens, None, positions), None, None)
+        prefix = Prefix(self.tables(), tokens, self.positions(tokens, None, positions), None, None)
         span = self.span(prefix, 0, prefix.length)
         for c, layer in enumerate(cast("list[CrossLayer]", self.cross_attention)):
             cache.cross.update(*layer.keys_values(layer.context_norm(span.h), span.rotary), c)
 
     # The context: which tokens, where they stand, how they are embedded.
+
+    def tables(self) -> list[Tensor]:
+        """As `Prefix` takes them: the token embedding, then the position tables."""
+        return [self.embed.weight, *(cast(nn.Embedding, table).weight for table in self.position_embed)]
 
     def check(self, tokens: Tensor, prefix_len: int | None, mask: Tensor | None, prefix_keep: Tensor | None) -> int:
         """The prefix length to use. Raises InputError where tokens, prefix length and masks do not fit together."""
