@@ -93,3 +93,19 @@ def test_rows_can_be_copied_and_repeated() -> None:
     assert several.cross.counts.tolist() == [2, 3, 2, 2]
     assert torch.equal(several.cross.k[:, 0], cache.cross.k[:, 1])
     assert torch.equal(several.cross.k[:, 1], cache.cross.k[:, 0])
+
+
+def test_rows_can_be_put_in_another_order_each_with_its_own_memory() -> None:
+    cache = make(3, 4)
+    for r in range(3):
+        cache.rows(r, r + 1).advance(r)
+    cache.k.copy_(random(*cache.k.shape))
+    cache.v.copy_(-cache.k)
+    other = cache.select([2, 0, 2])
+    assert other.counts.tolist() == [2, 0, 2]
+    assert torch.equal(other.k, cache.k[:, [2, 0, 2]])
+    other.k[:, 0] += 1
+    other.rows(0, 1).advance(1)
+    assert torch.equal(other.v[:, 2], -other.k[:, 2])
+    assert torch.equal(other.k[:, 2], cache.k[:, 2])
+    assert other.counts.tolist() == [3, 0, 2]

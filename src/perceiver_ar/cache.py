@@ -6,6 +6,7 @@ forward that is run twice over the same cache gives the same twice.
 Shapes: B rows, H heads, N new positions, C channels per head.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -100,6 +101,11 @@ class KeysValues:
         k, v = (x.repeat_interleave(n, dim=1) for x in (self.k, self.v))
         return KeysValues(k, v, self.counts.repeat(n))
 
+    def select(self, rows: Sequence[int]) -> "KeysValues":
+        """Copies of rows, in this order; a row may come several times, or not at all."""
+        index = torch.tensor(rows, device=self.k.device)
+        return KeysValues(self.k.index_select(1, index), self.v.index_select(1, index), self.counts[list(rows)])
+
     def _prepare(self, N: int) -> _Plan:
         """Where N new positions go and what they see, made once for all layers."""
         key = self.counts.tobytes() + N.to_bytes(4, "little")
@@ -151,3 +157,6 @@ class Cache:
 
     def repeat(self, n: int) -> "Cache":
         return Cache(self.cross.repeat(n), self.own.repeat(n))
+
+    def select(self, rows: Sequence[int]) -> "Cache":
+        return Cache(self.cross.select(rows), self.own.select(rows))

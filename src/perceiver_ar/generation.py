@@ -8,6 +8,7 @@ tokens alone and in any batch.
 Shapes: B batch, T tokens of a row so far, V vocabulary.
 """
 
+import copy
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -124,7 +125,7 @@ def stream(
     generators = _generators(seed, len(prompts) * num_samples)
     schedule = Schedule(refill_latents, prompt_latents, slide)
 
-    def adjust(row: _Row, logits: Tensor) -> Tensor:
+    def adjust(row: Row, logits: Tensor) -> Tensor:
         """Logits (V,) after penalties, processors and what is allowed."""
         if repetition_penalty != 1.0:
             seen = torch.zeros(len(logits), dtype=torch.bool)
@@ -153,7 +154,7 @@ def stream(
             return
         home, asks_for_ids = prompts[0].device, bool(logits_processors or allowed_next)
         rows = [
-            _Row(i, prompts[i // num_samples], generator, config, schedule, max_new_tokens if asks_for_ids else None)
+            Row(i, prompts[i // num_samples], generator, config, schedule, max_new_tokens if asks_for_ids else None)
             for i, generator in enumerate(generators)
         ]
         plain = repetition_penalty == 1.0 and frequency_penalty == 0.0 and rows[0].history is None
@@ -214,7 +215,7 @@ def generate(model: PerceiverAR, prompt: Prompt, max_new_tokens: int, **settings
     return torch.stack(columns, dim=1) if columns else rows[0].new_empty(len(rows) * settings.get("num_samples", 1), 0)
 
 
-class _Row:
+class Row:
     """What a stream keeps of a row: its window and counts of ids, and the whole history only if asked for."""
 
     def __init__(
@@ -271,11 +272,19 @@ class _Row:
             self.kept = 0 if moved else min(max(true - self.dropped, 0), self.prefix_len)
         return True
 
+    def fork(self) -> "Row":
+        """The same row, to go on with other tokens."""
+        row = copy.copy(self)
+        for name in ("ids", "seen", "drawn", "ending"):
+            setattr(row, name, copy.copy(getattr(self, name)))
+        row.history = None if self.history is None else self.history.clone()
+        return row
+
 
 class Decoder:
     """The network over a cache of which every row has a slot. `rows` are those that go on, in the slots' order."""
 
-    def __init__(self, model: PerceiverAR, rows: Sequence[_Row], num_samples: int, max_new_tokens: int) -> None:
+    def __init__(self, model: PerceiverAR, rows: Sequence[Row], num_samples: int, max_new_tokens: int) -> None:
         """rows: every prompt num_samples times in a row; each prompt is read once."""
         weight = model.embed.weight
         longest = max(row.num_tokens for row in rows) + max_new_tokens
@@ -314,6 +323,11 @@ class Decoder:
                     self.rows[slot] = self.rows[last]
                 self.rows.pop()
                 self.cache = self.cache.rows(0, last)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Row r goes on from where row order[r] is, as beam search has it."""
+        self.rows = [self.rows[source].fork() for source in order]
+        self.cache = self.cache.select(order)
 
     def _refill(self) -> None:
         """Computes all latents but the last of every row whose window refills.
@@ -358,7 +372,7 @@ class Decoder:
 class Recomputing:
     """A decoder without a cache, for networks whose latents change when tokens follow: a forward for every token."""
 
-    def __init__(self, model: PerceiverAR, rows: Sequence[_Row]) -> None:
+    def __init__(self, model: PerceiverAR, rows: Sequence[Row]) -> None:
         self.model, self.rows = model, list(rows)
 
     def next_logits(self) -> Tensor:
@@ -370,6 +384,9 @@ class Recomputing:
 
     def add(self, tokens: Sequence[int], stops: Sequence[tuple[int, ...]]) -> None:
         self.rows = [row for row, token in zip(self.rows, tokens, strict=True) if row.add(token, stops)]
+
+    def reorder(self, order: Sequence[int]) -> None:
+        self.rows = [self.rows[source].fork() for source in order]
 
 
 def prompt_rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:

@@ -299,15 +299,15 @@ def _(
     return fake_heads(q), fake_heads(k), fake_heads(v), weights
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_stream(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, weights, ctx.settings, ctx.chunk, ctx.group = inputs
     ctx.save_for_backward(*output, *tensors, *weights)
 
 
-def _gradients(ctx: Any, d_out: Tensor, d_lse: Any) -> tuple[Any, ...]:
+def _stream_gradients(ctx: Any, d_out: Tensor, d_lse: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     d_q, d_k, d_v, d_weights = _stream_backward(d_out, *saved[:10], saved[10:], ctx.settings, ctx.chunk, ctx.group)
     return d_q, d_k, d_v, None, None, None, None, None, d_weights, None, None, None
 
 
-_stream.register_autograd(_gradients, setup_context=_save)
+_stream.register_autograd(_stream_gradients, setup_context=_save_stream)
