@@ -4,9 +4,11 @@
 
 Ours has the package's weights (through `compat.lucidrains`) and draws greedily. The prompt fills the context; with
 --grow, it fills the prefix but for one token, so that the package computes one latent for the first token, two for the
-next. Prints seconds to the first token, tokens/s after it (of all rows together), and what reading memory allows: the
-time that reading an array of the weights' size takes, against that of a step. The package needs a forward over all for
-each token, so few of its tokens are timed, evenly spread over the others.
+next. Prints seconds to the first token, tokens/s after it (of all rows together), and what reading memory allows:
+beside the median step, the time of reading the weights once, and the weights with the keys and values that a step
+attends to, at the speed of memory: the best of ten sums of 512 MiB, more than caches hold. Tables, of which a step
+reads a row, do not count as weights. The package needs a forward over all for each token, so few of its tokens are
+timed, evenly spread over the others.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from perceiver_ar_pytorch.autoregressive_wrapper import (  # pyright: ignore[rep
     AutoregressiveWrapper,
 )
 
-from perceiver_ar import stream
+from perceiver_ar import PerceiverAR, stream
 from perceiver_ar.compat.lucidrains import PerceiverAR as Ours
 
 
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--depth", type=int, default=8, help="self-attention layers")
     parser.add_argument("--bf16", action="store_true", help="ours in bfloat16, too")
+    parser.add_argument("--compiled", action="store_true", help="ours with compiled steps, too")
     parser.add_argument("--threads", type=int, help="of the CPU")
     args = parser.parse_args()
     if args.threads:
@@ -44,9 +47,11 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    speed = memory_speed(device)
+    where += f", memory {speed / 1e9:.1f} GB/s"
     print(f"torch {torch.__version__}, {platform.machine()}, {where}, {args.tokens} tokens\n")
-    print("| prompt | rows | what | first token, s | tokens/s | step, ms | weights once, ms |", flush=True)
-    print("|---|---|---|---|---|---|---|")
+    print("| prompt | rows | what | first token, s | tokens/s | step, ms | weights once, ms | with the cache, ms |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for prompt in map(int, args.prompts.split(",")):
         prefix = max(1, prompt - (1 if args.grow else args.latents))
         settings = {
@@ -66,10 +71,15 @@ def main() -> None:
             def row(what: str, model: torch.nn.Module, clock: list[float], tokens: torch.Tensor = tokens) -> None:
                 steps = [b - a for a, b in pairwise(clock[1:])]
                 rate = len(tokens) * len(steps) / max(clock[-1] - clock[1], 1e-9)
-                weights = weights_once(model) if what.startswith("ours") else None
+                memory = ""
+                if isinstance(model, PerceiverAR):
+                    tables = {table.weight for table in model.modules() if isinstance(table, torch.nn.Embedding)}
+                    weights = sum(x.numel() * x.element_size() for x in set(model.parameters()) - tables)
+                    cache = len(tokens) * cached_bytes(model, tokens.shape[1])
+                    memory = f"{1000 * weights / speed:.2f} | {1000 * (weights + cache) / speed:.2f}"
                 print(
                     f"| {tokens.shape[1]:,} | {len(tokens)} | {what} | {clock[1] - clock[0]:.2f} | {rate:.2f} | "
-                    f"{1000 * median(steps):.2f} | {'' if weights is None else f'{1000 * weights:.2f}'} |",
+                    f"{1000 * median(steps):.2f} | {memory or ' | '} |",
                     flush=True,
                 )
 
@@ -83,8 +93,10 @@ def main() -> None:
                 row("perceiver-ar-pytorch", theirs, [0.0, *accumulate(seconds)])
             for dtype in [torch.float32, torch.bfloat16][: 1 + args.bf16]:
                 model = ours.model.to(dtype)
-                list(stream(model, tokens, max_new_tokens=2, temperature=0.0))
-                row(f"ours, {str(dtype)[6:]}", model, timed(model, tokens, args.tokens, device))
+                for compile in [False, True][: 1 + args.compiled]:
+                    timed(model, tokens, args.tokens if compile else 2, device, compile)
+                    clock = timed(model, tokens, args.tokens, device, compile)
+                    row(f"ours, {str(dtype)[6:]}{', compiled' if compile else ''}", model, clock)
             ours.float()
             if 0 < prompt <= args.llama_up_to:
                 row("Llama, float32", theirs, llama(args, tokens, device))
@@ -96,24 +108,32 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def timed(model: torch.nn.Module, tokens: torch.Tensor, n: int, device: str) -> list[float]:
+def timed(model: PerceiverAR, tokens: torch.Tensor, n: int, device: str, compile: bool) -> list[float]:
     """The start, and when each token was there."""
     clock = [now(device)]
-    for _ in stream(model, tokens, max_new_tokens=n, temperature=0.0):  # type: ignore[arg-type]
+    for _ in stream(model, tokens, max_new_tokens=n, temperature=0.0, compile=compile):
         clock.append(now(device))
     return clock
 
 
-def weights_once(model: torch.nn.Module) -> float:
-    """Seconds to read as many bytes as the weights have, once."""
-    size = sum(x.numel() * x.element_size() for x in model.parameters())
-    array = torch.ones(size // 4, device=next(model.parameters()).device)
-    seconds = []
+def memory_speed(device: str) -> float:
+    """Bytes/s."""
+    array, seconds = torch.ones(128 << 20, device=device), []
     for _ in range(10):
-        start = now(array.device.type)
+        start = now(device)
         array.sum()
-        seconds.append(now(array.device.type) - start)
-    return median(seconds)
+        seconds.append(now(device) - start)
+    return array.numel() * array.element_size() / min(seconds)
+
+
+def cached_bytes(model: PerceiverAR, prompt: int) -> int:
+    """Of the keys and values that the middle step of a growing window attends to in each row."""
+    config = model.config
+    context = (
+        min(prompt, config.context_length) * len(config.cross_layers) * config.heads_cross * config.width_head_cross
+    )
+    latents = 3 * config.num_latents // 4 * config.num_layers * config.num_heads * config.width_head
+    return 2 * (context + latents) * model.embed.weight.element_size()
 
 
 def llama(args: argparse.Namespace, tokens: torch.Tensor, device: str) -> list[float]:

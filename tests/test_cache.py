@@ -71,41 +71,50 @@ def test_what_is_kept_moves_to_the_front_of_its_row_alone() -> None:
     cache.advance(6)
     cache.rows(1, 2).keep(3, dropped=2)
     assert cache.counts.tolist() == [6, 3]
-    assert torch.equal(cache.k[0, 0], k[0])
-    assert torch.equal(cache.k[0, 1, :, :3], k[1, :, 2:5])
-    assert torch.equal(cache.v[0, 1, :, :3], -k[1, :, 2:5])
+    ((keys, values),) = cache.layers
+    assert torch.equal(keys[0], k[0])
+    assert torch.equal(keys[1, :, :3], k[1, :, 2:5])
+    assert torch.equal(values[1, :, :3], -k[1, :, 2:5])
 
 
-def test_rows_can_be_copied_and_repeated() -> None:
+def test_rows_can_be_copied_and_put_in_another_order_each_with_its_own_memory() -> None:
     config = PerceiverARConfig(vocab_size=3, context_length=5, num_latents=3, dim=4, num_layers=1, num_heads=1)
     cache = Cache.empty(config, 2, 4, torch.float64, torch.device("cpu"))
     assert cache.cross.room == 4
     assert cache.own.room == 3
     for part in (cache.cross, cache.own):
         k = random(2, 1, 2, 4)
-        part.update(k, k, 0)
+        part.update(k, -k, 0)
         part.advance(2)
     cache.rows(0, 1).cross.advance(1)
-    several = cache.repeat(2)
-    assert several.cross.counts.tolist() == [3, 3, 2, 2]
-    assert torch.equal(several.own.v[:, 1], cache.own.v[:, 0])
-    several.copy_row(3, 0)
-    assert several.cross.counts.tolist() == [2, 3, 2, 2]
-    assert torch.equal(several.cross.k[:, 0], cache.cross.k[:, 1])
-    assert torch.equal(several.cross.k[:, 1], cache.cross.k[:, 0])
+    several = cache.select([0, 1, 1, 0])
+    assert several.cross.counts.tolist() == [3, 2, 2, 3]
+    ((keys, values),), ((own, _),) = several.cross.layers, several.own.layers
+    before = cache.cross.layers[0][0].clone()
+    assert torch.equal(keys, before[[0, 1, 1, 0]])
+    assert torch.equal(own[:, :, :2], random(2, 1, 2, 4)[[0, 1, 1, 0]])
+    keys[1] += 1
+    several.rows(1, 2).cross.advance(1)
+    assert torch.equal(values[2], -keys[2])
+    assert torch.equal(keys[2], before[1])
+    assert torch.equal(cache.cross.layers[0][0], before)
+    several.copy_row(1, 3)
+    assert several.cross.counts.tolist() == [3, 3, 2, 3]
+    assert torch.equal(keys[3], keys[1])
 
 
-def test_rows_can_be_put_in_another_order_each_with_its_own_memory() -> None:
-    cache = make(3, 4)
-    for r in range(3):
-        cache.rows(r, r + 1).advance(r)
-    cache.k.copy_(random(*cache.k.shape))
-    cache.v.copy_(-cache.k)
-    other = cache.select([2, 0, 2])
-    assert other.counts.tolist() == [2, 0, 2]
-    assert torch.equal(other.k, cache.k[:, [2, 0, 2]])
-    other.k[:, 0] += 1
-    other.rows(0, 1).advance(1)
-    assert torch.equal(other.v[:, 2], -other.k[:, 2])
-    assert torch.equal(other.k[:, 2], cache.k[:, 2])
-    assert other.counts.tolist() == [3, 0, 2]
+def test_with_fixed_shapes_a_row_attends_to_the_same() -> None:
+    cache, fixed = make(2, 4), make(2, 4)
+    for one in (cache, fixed):
+        k = random(1, H, 2, C)
+        one.rows(1, 2).update(k, -k, 1)
+        one.rows(1, 2).advance(2)
+    fixed.fix()
+    for step in range(6):  # past the room of both rows
+        q, k, v = (random(2, H, 1, C, seed=3 * step + i) for i in range(3))
+        fixed.aim()
+        (piece,) = fixed.update(k, v, 1)
+        assert piece.k.shape[2] == 4
+        assert_close(attend(q, [piece]), attend(q, cache.update(k, v, 1)), 1e-12)
+        cache.advance(1)
+        fixed.advance(1)

@@ -124,6 +124,18 @@ def test_far_from_the_start_the_logits_are_those_of_an_uncached_forward(dtype: t
         row = torch.cat([row, step.tokens])
 
 
+def test_compiled_steps_have_the_same_logits() -> None:
+    model, rows = tiny(num_layers=1, position_table="learned", latent_keys="query"), random_rows([15, 3, 6], 11, seed=0)
+    stop = int(generate(model, rows, 4, temperature=0.0)[1, 2])
+    options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.0, "stop_tokens": [stop], "num_samples": 2}
+    plain, compiled = (list(stream(model, rows, **options, compile=compile)) for compile in (False, True))
+    assert any(len({*step.window_start.tolist()}) > 1 for step in plain)  # rows differ
+    for step, expected in zip(compiled, plain, strict=True):
+        assert torch.equal(step.tokens, expected.tokens)
+        assert torch.equal(step.num_latents, expected.num_latents)
+        assert_close(step.logits, expected.logits, 1e-9)
+
+
 @settings(max_examples=15)
 @given(st.lists(st.integers(1, 20), min_size=2, max_size=4), seeds, st.randoms(use_true_random=False), st.booleans())
 def test_a_row_gives_the_same_alone_in_a_batch_and_in_any_order(

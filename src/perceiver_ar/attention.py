@@ -47,8 +47,11 @@ def attend(q: Tensor, pieces: Sequence[Piece], *, dropout: float = 0.0) -> Tenso
     assert pieces and all(not piece.causal or piece.k.shape[2] == q.shape[2] for piece in pieces)
     if dropout > 0.0 or q.device.type != "cpu":
         return _attend_whole(q, pieces, dropout)
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # the same without the dispatcher's detour
-        return attend_pieces(q, pieces)[0]
+    if not torch.is_grad_enabled():
+        if not torch.compiler.is_compiling():  # the same without the dispatcher's detour
+            return attend_pieces(q, pieces)[0]
+        if len(pieces) == 1:  # a step of a decoder
+            return _attend_whole(q, pieces, 0.0)
     k, v, causal, masks = (list(column) for column in zip(*pieces, strict=True))
     return _attention(q, k, v, causal, masks)[0]
 

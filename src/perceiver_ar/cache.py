@@ -7,6 +7,7 @@ Shapes: B rows, H heads, N new positions, C channels per head.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -18,14 +19,16 @@ from perceiver_ar.config import PerceiverARConfig
 
 
 class _Plan(NamedTuple):
-    """What `update` does with new positions, the same in every layer."""
+    """What `update` does with new positions, in every layer: made once for all, as Python's time is a decoder's."""
 
-    slots: int | Tensor
-    """First slot of all rows, or (B,) the slot of each."""
-    held: int
-    """Slots in use afterwards, in the longest row."""
+    new: list[tuple[Tensor, Tensor]]
+    """For each layer, where the new keys and values go, if all rows write to the same slots."""
+    slots: tuple[Tensor, Tensor] | None
+    """Else (B,) rows and (B,) the slot of each."""
+    seen: list[tuple[Tensor, Tensor]]
+    """For each layer, the keys and values that were there before or, with a single new position, that it sees."""
     mask: Tensor | None
-    """(B, held), True where a row has something; None: everywhere."""
+    """(B, K), True where a row has something; None: everywhere."""
 
 
 class KeysValues:
@@ -35,25 +38,23 @@ class KeysValues:
     takes the place of the oldest. Keys carry their rotation, so attention does not mind the order.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, counts: np.ndarray) -> None:
-        """k, v: (layers, B, H, room, C), finite everywhere; counts: (B,) int64, positions written to each row so far.
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], room: int, counts: np.ndarray) -> None:
+        """layers: keys and values, each (B, H, room, C), finite; counts: (B,) int64, positions written so far.
 
-        All three are shared with the views that `rows` gives.
+        All are shared with the views that `rows` gives.
         """
-        self.k, self.v, self.counts = k, v, counts
+        self.layers, self.room, self.counts = layers, room, counts
         self._plan: tuple[bytes, _Plan] | None = None
+        self._fixed: _Plan | None = None
 
     @classmethod
     def empty(
         cls, layers: int, rows: int, heads: int, room: int, channels: int, dtype: torch.dtype, device: torch.device
     ) -> "KeysValues":
-        shape = (layers, rows, heads, room, channels)
-        k = torch.zeros(shape, dtype=dtype, device=device)  # what is masked is still multiplied, by 0: no NaN
-        return cls(k, torch.zeros_like(k), np.zeros(rows, dtype=np.int64))
+        def zeros() -> Tensor:  # what is masked is still multiplied, by 0: no NaN
+            return torch.zeros(rows, heads, room, channels, dtype=dtype, device=device)
 
-    @property
-    def room(self) -> int:
-        return self.k.shape[3]
+        return cls([(zeros(), zeros()) for _ in range(layers)], room, np.zeros(rows, dtype=np.int64))
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int) -> list[Piece]:
         """Writes new keys and values (B, H, N, C) of a layer; returns the pieces that their queries attend to.
@@ -62,19 +63,18 @@ class KeysValues:
         equally many positions so far, and room for all.
         """
         N = k.shape[2]
-        plan = self._prepare(N)
-        keys, values = self.k[layer_idx], self.v[layer_idx]
-        if isinstance(plan.slots, int):
-            keys.narrow(2, plan.slots, N).copy_(k)
-            values.narrow(2, plan.slots, N).copy_(v)
+        plan = self._prepare(N) if self._fixed is None else self._fixed
+        if plan.slots is None:
+            new_k, new_v = plan.new[layer_idx]
+            new_k.copy_(k)
+            new_v.copy_(v)
         else:
-            row = torch.arange(len(k), device=k.device)
-            keys[row, :, plan.slots] = k[:, :, 0]
-            values[row, :, plan.slots] = v[:, :, 0]
-        if N == 1:  # the newest position sees everything
-            return [Piece(keys.narrow(2, 0, plan.held), values.narrow(2, 0, plan.held), mask=plan.mask)]
-        past = plan.held - N
-        return [Piece(keys.narrow(2, 0, past), values.narrow(2, 0, past)), Piece(k, v, causal=True)]
+            keys, values = self.layers[layer_idx]
+            rows, slots = plan.slots
+            keys[rows, :, slots] = k[:, :, 0]
+            values[rows, :, slots] = v[:, :, 0]
+        seen = Piece(*plan.seen[layer_idx], mask=plan.mask)
+        return [seen] if N == 1 else [seen, Piece(k, v, causal=True)]  # the newest position sees everything
 
     def advance(self, n: int) -> None:
         """The last n positions that were written are there to stay."""
@@ -84,27 +84,48 @@ class KeysValues:
         """Of every row, keeps n positions: not the first `dropped`, and nothing behind the n next to them."""
         assert n == 0 or ((dropped + n <= self.counts) & (self.counts <= self.room)).all()
         if dropped and n:
-            for layer in (*self.k, *self.v):  # one at a time: the copy is small
-                layer.narrow(2, 0, n).copy_(layer.narrow(2, dropped, n).clone())
+            for layer in self.layers:
+                for x in layer:
+                    x.narrow(2, 0, n).copy_(x.narrow(2, dropped, n).clone())
         self.counts[:] = n
 
     def rows(self, first: int, last: int) -> "KeysValues":
         """Rows first ... last - 1, in the same memory."""
-        return KeysValues(self.k[:, first:last], self.v[:, first:last], self.counts[first:last])
+        layers = [(k[first:last], v[first:last]) for k, v in self.layers]
+        return KeysValues(layers, self.room, self.counts[first:last])
 
     def copy_row(self, source: int, target: int) -> None:
-        self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
+        for layer in self.layers:
+            for x in layer:
+                x[target] = x[source]
         self.counts[target] = self.counts[source]
-
-    def repeat(self, n: int) -> "KeysValues":
-        """Every row n times, each copy with its own memory."""
-        k, v = (x.repeat_interleave(n, dim=1) for x in (self.k, self.v))
-        return KeysValues(k, v, self.counts.repeat(n))
 
     def select(self, rows: Sequence[int]) -> "KeysValues":
         """Copies of rows, in this order; a row may come several times, or not at all."""
-        index = torch.tensor(rows, device=self.k.device)
-        return KeysValues(self.k.index_select(1, index), self.v.index_select(1, index), self.counts[list(rows)])
+        index = torch.tensor(rows)
+        layers = [(k[index.to(k.device)], v[index.to(k.device)]) for k, v in self.layers]
+        return KeysValues(layers, self.room, self.counts[list(rows)])
+
+    def fix(self) -> None:
+        """From here on, one position at a time, in operations whose shapes stay: for torch.compile and CUDA graphs.
+
+        `aim` comes before each.
+        """
+        if not self.layers:
+            return
+        device, B = self.layers[0][0].device, len(self.counts)
+        slots = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
+        mask = torch.zeros(B, self.room, dtype=torch.bool, device=device)
+        self._fixed = _Plan([], slots, self.layers, mask)
+        for x in (*slots, mask, *chain(*self.layers)):
+            torch._dynamo.mark_static_address(x, guard=False)  # type: ignore[reportPrivateImportUsage]
+
+    def aim(self) -> None:
+        """The next update of a fixed cache writes behind what each row has, and sees that."""
+        if self._fixed is not None and self._fixed.slots is not None and self._fixed.mask is not None:
+            held = torch.from_numpy(np.minimum(self.counts + 1, self.room)).to(self._fixed.mask.device)
+            self._fixed.slots[1].copy_(torch.from_numpy(self.counts % self.room))
+            torch.lt(torch.arange(self.room, device=held.device), held[:, None], out=self._fixed.mask)
 
     def _prepare(self, N: int) -> _Plan:
         """Where N new positions go and what they see, made once for all layers."""
@@ -114,17 +135,23 @@ class KeysValues:
         return self._plan[1]
 
     def _make_plan(self, N: int) -> _Plan:
-        held = np.minimum(self.counts + N, self.room)
-        if (self.counts == self.counts[0]).all():
-            count = int(self.counts[0])
+        count = int(self.counts[0])
+        if (self.counts == count).all():
             assert N == 1 or count + N <= self.room
-            return _Plan(count % self.room, int(held[0]), None)
+            past = min(count + 1, self.room) if N == 1 else count
+            return _Plan(self._views(count % self.room, N), None, self._views(0, past), None)
         assert N == 1
-        most, device = int(held.max()), self.k.device
+        held = np.minimum(self.counts + 1, self.room)
+        most, device = int(held.max()), self.layers[0][0].device
         mask = None
         if held.min() < most:
             mask = torch.arange(most, device=device) < torch.from_numpy(held).to(device)[:, None]
-        return _Plan(torch.from_numpy(self.counts % self.room).to(device), most, mask)
+        slots = torch.arange(len(held), device=device), torch.from_numpy(self.counts % self.room).to(device)
+        return _Plan([], slots, self._views(0, most), mask)
+
+    def _views(self, first: int, n: int) -> list[tuple[Tensor, Tensor]]:
+        """n slots of every layer."""
+        return [(k.narrow(2, first, n), v.narrow(2, first, n)) for k, v in self.layers]
 
 
 class Cache:
@@ -155,8 +182,13 @@ class Cache:
         self.cross.copy_row(source, target)
         self.own.copy_row(source, target)
 
-    def repeat(self, n: int) -> "Cache":
-        return Cache(self.cross.repeat(n), self.own.repeat(n))
-
     def select(self, rows: Sequence[int]) -> "Cache":
         return Cache(self.cross.select(rows), self.own.select(rows))
+
+    def fix(self) -> None:
+        self.cross.fix()
+        self.own.fix()
+
+    def aim(self) -> None:
+        self.cross.aim()
+        self.own.aim()

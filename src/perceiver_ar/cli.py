@@ -331,6 +331,7 @@ def generate_verb(argv: list[str]) -> None:
     parser.add_argument(
         "--refill_latents", type=int | None, help="latents to go on with when all are used (default: half)"
     )
+    parser.add_argument("--compile", action="store_true", help="half a minute first, then faster tokens")
     parser.add_argument("--slide", action="store_true", help="drop the oldest latent instead: constant time per token")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of weights and computation")
     parser.add_argument("--seed", type=int | None, help="the same seed draws the same text")
@@ -375,6 +376,7 @@ def generate_verb(argv: list[str]) -> None:
         seed=args.seed,
         refill_latents=args.refill_latents,
         slide=args.slide,
+        compile=args.compile,
         allowed_next=codec.constraint(),
     )
     if not codec.writes_text:

@@ -13,11 +13,13 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from perceiver_ar.cache import Cache
 from perceiver_ar.config import PerceiverARConfig
@@ -69,6 +71,7 @@ def stream(
     refill_latents: int | None = None,
     prompt_latents: int | None = None,
     slide: bool = False,
+    compile: bool = False,
 ) -> Iterator[Step]:
     """Continues every row of a prompt token by token.
 
@@ -99,6 +102,9 @@ def stream(
         slide: instead of refills, drop the oldest latent, and the oldest token of a full context. Every step then costs
             the same, but the remaining latents still know what the dropped ones knew: after the first drop the logits
             are those of no single forward. With position tables a full context is still followed by a refill.
+        compile: the step with `torch.compile`, as CUDA graphs on CUDA: takes half a minute first, and again for
+            another model, number of rows or length of the cache; then every token is faster. On a CPU it needs a C++
+            compiler. (Every step then reads the whole cache, so a long context that is still growing gains nothing.)
 
     Raises:
         InputError: at once for arguments that cannot work; later if the model's weights give NaN, or a row may not go
@@ -113,6 +119,9 @@ def stream(
             value is None or 1 <= value <= config.num_latents,
             f"{name} is {value}: it must be in 1 ... {config.num_latents}, the model's num_latents",
         )
+    require(
+        config.cacheable or not compile, "compile is for networks with a cache, which these settings rule out: leave it"
+    )
     stops = [(int(token),) for token in stop_tokens] + [tuple(map(int, sequence)) for sequence in stop_sequences]
     for stop in stops:
         require(len(stop) > 0, "a stop sequence is empty: give at least one id, or leave it out")
@@ -164,7 +173,7 @@ def stream(
         modules = list(model.modules())
         with _inference(modules):
             if config.cacheable:
-                decoder = Decoder(model, rows, num_samples, max_new_tokens)
+                decoder = Decoder(model, rows, num_samples, max_new_tokens, compile)
             else:
                 decoder = Recomputing(model, rows)
         for _ in range(max_new_tokens):
@@ -284,8 +293,10 @@ class Row:
 class Decoder:
     """The network over a cache of which every row has a slot. `rows` are those that go on, in the slots' order."""
 
-    def __init__(self, model: PerceiverAR, rows: Sequence[Row], num_samples: int, max_new_tokens: int) -> None:
-        """rows: every prompt num_samples times in a row; each prompt is read once."""
+    def __init__(
+        self, model: PerceiverAR, rows: Sequence[Row], num_samples: int, max_new_tokens: int, compile: bool = False
+    ) -> None:
+        """rows: every prompt num_samples times in a row; each prompt is read once. compile: see `stream`."""
         weight = model.embed.weight
         longest = max(row.num_tokens for row in rows) + max_new_tokens
         context = min(longest_context(model.config), longest)
@@ -297,8 +308,12 @@ class Decoder:
         self.cache = Cache.empty(model.config, len(self.rows), context, dtype, device)
         self._refill()
         if num_samples > 1:
-            self.cache = self.cache.repeat(num_samples)
+            self.cache = self.cache.select([r // num_samples for r in range(len(rows))])
         self.rows = list(rows)
+        self.slots = len(rows) if compile else None
+        """Of a compiled decoder: rows that end keep their slots, as all shapes stay."""
+        if compile:
+            self.cache.fix()
         self._refilled = True
 
     def next_logits(self) -> Tensor:
@@ -308,9 +323,15 @@ class Decoder:
         self._refilled = False
         tokens = [[row.ids[-1]] for row in self.rows]
         positions = [row.num_tokens - 1 - row.origin for row in self.rows]
-        latents = self.model.latents(self._tensor(tokens), positions=self._positions(positions, 1), cache=self.cache)
+        if self.slots is None:
+            logits = _next_logits(self.model, self._tensor(tokens), self._positions(positions, 1), self.cache)
+        else:
+            ended = self.slots - len(self.rows)
+            at = self._tensor(positions + [0] * ended)[:, None]
+            logits = _compiled_next_logits(self.model, self._tensor(tokens + [[0]] * ended), at, self.cache)
+            logits = logits[: len(self.rows)]
         self.cache.advance(1)
-        return self.model.head(latents[:, -1])
+        return logits
 
     def add(self, tokens: Sequence[int], stops: Sequence[tuple[int, ...]]) -> None:
         """Each row's next token. Rows that end with it give up their slot to the last one."""
@@ -322,7 +343,8 @@ class Decoder:
                     self.cache.copy_row(last, slot)
                     self.rows[slot] = self.rows[last]
                 self.rows.pop()
-                self.cache = self.cache.rows(0, last)
+                if self.slots is None:
+                    self.cache = self.cache.rows(0, last)
 
     def reorder(self, order: Sequence[int]) -> None:
         """Row r goes on from where row order[r] is, as beam search has it."""
@@ -367,6 +389,26 @@ class Decoder:
 
     def _tensor(self, ids: Any) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self.model.embed.weight.device)
+
+
+def _next_logits(model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    return model.head(model.latents(tokens, positions=positions, cache=cache)[:, -1])
+
+
+def _compiled_next_logits(model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    """As `_next_logits`, with a fixed cache. Raises InputError where there is nothing to compile with."""
+    cache.aim()
+    try:
+        logits = _compiled("reduce-overhead" if tokens.is_cuda else None)(model, tokens, positions, cache)
+    except BackendCompilerFailed as error:
+        what = str(error).partition("\n")[0]
+        raise InputError(f"the step does not compile ({what}): repair that, or leave out compile") from error
+    return logits.clone()  # CUDA graphs write the next ones to the same place
+
+
+@lru_cache
+def _compiled(mode: str | None) -> Callable[[PerceiverAR, Tensor, Tensor, Cache], Tensor]:
+    return torch.compile(_next_logits, fullgraph=True, dynamic=False, mode=mode)
 
 
 class Recomputing:

@@ -455,10 +455,13 @@ class MLP(nn.Module):
         self.norm = make_norm(config, config.dim)
         self.up_proj = nn.Linear(config.dim, int(config.dim * ratio), bias=config.mlp_bias)
         self.down_proj = nn.Linear(int(config.dim * ratio), config.dim, bias=config.mlp_bias)
-        self.dropout = nn.Dropout(config.mlp_dropout)
+        self.dropout = config.mlp_dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.dropout(activate(self.up_proj(self.norm(x)), self.activation)))
+        hidden = activate(self.up_proj(self.norm(x)), self.activation)
+        if self.training and self.dropout > 0:
+            hidden = F.dropout(hidden, self.dropout)
+        return self.down_proj(hidden)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
