@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "costs": BOTTOM | {"config"},
     "data": BOTTOM | {"config"},
     "run": NETWORK | {"data"},
-    "compat": BOTTOM | {"config", "model", "objective", "sampling", "generation", "data"},
+    "compat": BOTTOM | {"config", "model", "objective", "sampling", "windows", "generation", "data"},
     "evaluation": BELOW_THE_TASKS,
     "plots": BOTTOM | {"config", "evaluation"},
     "checkpoints": BOTTOM,

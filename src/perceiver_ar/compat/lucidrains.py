@@ -37,9 +37,10 @@ from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path
-from perceiver_ar.generation import evaluation_mode
+from perceiver_ar.generation import Decoder, Row, evaluation_mode, prompt_rows
 from perceiver_ar.objective import next_token_loss
 from perceiver_ar.sampling import keep_top_k, sample
+from perceiver_ar.windows import Schedule
 
 __all__ = ["AutoregressiveWrapper", "PerceiverAR", "load_lucidrains"]
 
@@ -166,8 +167,9 @@ class AutoregressiveWrapper(nn.Module):
     ) -> Tensor:
         """Samples up to seq_len new ids after start_tokens (B, n), n >= 1; returns only the new ones.
 
-        The prefix stays at cross_attn_seq_len tokens while latents grow to fill max_seq_len; then the window slides by
-        one token at a time. Draws come from torch's global generator, one per row and step, as in the package.
+        The prefix stays at cross_attn_seq_len tokens while latents grow to fill max_seq_len, over a cache; then the
+        window slides by one token at a time, and every latent is computed anew for each (`perceiver_ar.stream` is far
+        faster there). Draws come from torch's global generator, one per row and step, as in the package.
 
         Args:
             eos_token: when every row has drawn it, sampling ends, and everything after it in a row becomes pad_value.
@@ -175,9 +177,17 @@ class AutoregressiveWrapper(nn.Module):
             filter_thres: only the int((1 - filter_thres) * num_tokens) most likely ids, and at least one, can be drawn.
         """
         out, n = start_tokens, start_tokens.shape[1]
+        decoder: Decoder | None = None
         with evaluation_mode(self.net):
             for _ in range(seq_len):
-                logits = self.net(out[:, -self.max_seq_len :], **kwargs)[:, -1]
+                if not kwargs and self.net.cross_attn_seq_len < out.shape[1] <= self.max_seq_len:
+                    if decoder is None:
+                        decoder = self.decoder(out, self.max_seq_len - out.shape[1])
+                    else:
+                        decoder.add(out[:, -1].tolist(), ())
+                    logits = decoder.next_logits()
+                else:
+                    logits = self.net(out[:, -self.max_seq_len :], **kwargs)[:, -1]
                 k = max(1, int((1 - filter_thres) * logits.shape[-1]))
                 out = torch.cat([out, sample(keep_top_k(logits, k), temperature)[:, None]], dim=1)
                 if eos_token is not None:
@@ -187,6 +197,13 @@ class AutoregressiveWrapper(nn.Module):
                         out[:, n:] = out[:, n:].masked_fill(after, self.pad_value)
                         break
         return out[:, n:]
+
+    def decoder(self, tokens: Tensor, more: int) -> Decoder:
+        """Behind the prefix all tokens (B, T) are latents, and so will be `more` that come."""
+        config, rows = self.net.model.config, prompt_rows(tokens, self.net.model.config.vocab_size)
+        schedule = Schedule(prompt_latents=tokens.shape[1] - self.net.cross_attn_seq_len)
+        rows = [Row(r, row, torch.Generator(), config, schedule, None) for r, row in enumerate(rows)]
+        return Decoder(self.net.model, rows, 1, more)
 
 
 def package_names(config: PerceiverARConfig) -> dict[str, str]:
