@@ -4,7 +4,9 @@ Windows follow from numbers of tokens alone. Every token adds a latent; when all
 again with fewer (refill; the authors' sampling, Hawthorne et al. 2022, arXiv 2202.07765).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from perceiver_ar.config import PerceiverARConfig
 
@@ -58,3 +60,30 @@ def next_window(
         start = num_tokens - max(longest - (most - fewer), 1) if full else previous.start
         return Window(start, min(fewer, num_tokens - start), refill=True)
     return Window(previous.start, previous.num_latents + 1)
+
+
+class Block(NamedTuple):
+    """One forward, over tokens start ... end - 1, for the tokens that follow positions first ... end - 1."""
+
+    start: int
+    prefix_len: int
+    first: int
+    end: int
+
+
+def blocks(config: PerceiverARConfig, num_tokens: int) -> Iterator[Block]:
+    """The forwards that predict what follows each of a row's tokens, in order and each once.
+
+    Position i is predicted over the window that generation from the row's first token would have for token i + 1
+    (`next_window` from 1 on). So its context depends on i alone, not on how many tokens there are.
+    """
+    most, longest = config.num_latents, longest_context(config)
+    t, window = 1, next_window(config, None, 1)
+    while True:
+        # Until the next refill all windows are one, cut off at their ends: causality gives the logits of each.
+        end = min(num_tokens, t + most - window.num_latents, window.start + longest) if config.cacheable else t
+        num_latents = window.num_latents + end - t
+        yield Block(window.start, end - window.start - num_latents, t - 1, end)
+        if end == num_tokens:
+            return
+        t, window = end + 1, next_window(config, replace(window, num_latents=num_latents), end + 1)

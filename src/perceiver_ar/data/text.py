@@ -266,6 +266,8 @@ def _cut(text: str, size: int) -> int:
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
+BYTE_CHARACTERS = sorted(_BYTE_OF, key=_BYTE_OF.__getitem__)
+"""The character of each byte."""
 
 
 def _token_bytes(token: str) -> bytes:

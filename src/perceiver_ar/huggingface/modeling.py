@@ -1,0 +1,349 @@
+"""The network as a causal language model of Hugging Face transformers: configuration, cache, model.
+
+Weights keep their names and files (`model.safetensors` of a run); every logit is that of a window of `windows.py`:
+
+    forward(input_ids)       every position: `blocks`, that is, as generation from the row's first token would have it
+    generate, or a cache     the next token: `next_window` from the prompt on, as `perceiver_ar.generate` has it
+
+Shapes: B batch, T columns of input_ids, D dim, V vocabulary.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import cache_utils as transformers_caches
+from transformers.generation import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import cached_file
+
+from perceiver_ar.config import MODEL_TYPE, PerceiverARConfig
+from perceiver_ar.errors import InputError, require
+from perceiver_ar.generation import Decoder, Recomputing, Row, prompt_rows
+from perceiver_ar.model import PerceiverAR
+from perceiver_ar.objective import IGNORE
+from perceiver_ar.windows import Schedule, blocks
+
+
+class PerceiverARModelConfig(PreTrainedConfig):
+    """A `PerceiverARConfig`, in `network`, with the names that transformers asks for. Its JSON is that of a run."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, network: PerceiverARConfig | None = None, **settings: Any) -> None:
+        """network: the settings; None: they are among `settings`, with those that transformers has of its own."""
+        names = [field.name for field in dataclasses.fields(PerceiverARConfig) if field.name in settings]
+        own = {name: settings.pop(name) for name in names}
+        self.network = network or PerceiverARConfig.from_dict(own, where="config.json")
+        super().__init__(**settings)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.network.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.network.dim
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.network.num_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.network.num_heads
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Of the context; sequences may be longer."""
+        return self.network.context_length
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        return self.network.tie_embeddings
+
+    def to_dict(self) -> dict[str, Any]:
+        auto_map = getattr(self, "auto_map", None)  # where code goes with the weights
+        return json.loads(self.network.to_json()) | ({} if auto_map is None else {"auto_map": auto_map})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+class PerceiverARCache(transformers_caches.Cache):
+    """What generation keeps of its rows: a `Decoder`, so that windows, refills and reuse are those of `generate`.
+
+    Rows know nothing of each other nor of their padding. A first call reads prompts, (B, T) with any left padding;
+    further tokens continue the rows as if they had been drawn.
+    """
+
+    def __init__(self, max_length: int | None = None) -> None:
+        """max_length: columns that will come, which saves memory; None: any number."""
+        super().__init__(layers=[])
+        self.max_length, self.length = max_length, 0
+        self.decoder: Decoder | Recomputing | None = None
+
+    def read(self, network: PerceiverAR, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Takes tokens (B, T) behind those before and gives the logits (B, V) of what follows.
+
+        mask: (B, columns so far and T), as transformers have it; 0: padding.
+
+        Raises:
+            InputError: padding to the right of a token, rows of padding alone, more columns than announced.
+        """
+        B, T = tokens.shape
+        total = self.length + T
+        require(
+            self.max_length is None or total <= self.max_length,
+            f"the cache is for {self.max_length} tokens, these are {total}: give generate cache=PerceiverARCache()",
+        )
+        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[:, -T:].bool()
+        if self.decoder is None:
+            require(
+                bool(real[:, -1].all()),
+                "rows are padded on the right, so that their next token would follow padding: pad them on the left "
+                "(tokenizer.padding_side = 'left') and give attention_mask",
+            )
+            prompts = prompt_rows([row[keep] for row, keep in zip(tokens, real, strict=True)], network.config.vocab_size)
+            room = network.config.context_length if self.max_length is None else self.max_length - T + 1
+            rows = [
+                Row(r, prompt, torch.Generator(), network.config, Schedule(), None) for r, prompt in enumerate(prompts)
+            ]
+            if network.config.cacheable:
+                self.decoder = Decoder(network, rows, 1, room)
+            else:
+                self.decoder = Recomputing(network, rows)
+            logits = self.decoder.next_logits()
+        else:
+            require(
+                len(self.decoder.rows) == B and bool(real.all()),
+                f"tokens have {B} rows for {len(self.decoder.rows)} in the cache, or padding: continue every row",
+            )
+            for column in tokens.T.tolist():
+                self.decoder.add(column, ())
+                logits = self.decoder.next_logits()
+        self.length = total
+        return logits
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns read, padding included, as transformers count."""
+        return self.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1 if self.max_length is None else self.max_length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        order = beam_idx.tolist()
+        if self.decoder is not None and order != list(range(len(self.decoder.rows))):
+            self.decoder.reorder(order)
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.decoder is not None:
+            self.decoder.reorder([r for r in range(len(self.decoder.rows)) for _ in range(repeats)])
+
+    def reset(self) -> None:
+        self.decoder, self.length = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise InputError("tokens cannot be taken out of this cache again: begin a new one")
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False]  # what was read is not to be given again
+
+
+class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
+    """The network with the interface of transformers' causal language models; `network` is the `PerceiverAR` itself."""
+
+    config_class = PerceiverARModelConfig
+    base_model_prefix = "network"
+    _tied_weights_keys = {"network.head.weight": "network.embed.weight"}  # noqa: RUF012  (where tie_word_embeddings)
+    _is_stateful = True
+
+    def __init__(self, config: PerceiverARModelConfig) -> None:
+        super().__init__(config)
+        self.network = PerceiverAR(config.network)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The network has drawn its weights."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.network.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.network.head
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
+        raise InputError("a trained network has the vocabulary of its codec: leave out new tokens")
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: PerceiverARCache | None = None,
+        past_key_values: PerceiverARCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits (B, T, V) of the token after each position; with a cache (B, 1, V), of the token after the last.
+
+        Without a cache, position i of a row, counted from its first real token, has the logits with which generation
+        from that first token would draw token i + 1: contexts from `windows.blocks`, which depend on i alone. A context
+        is all tokens so far, and past context_length at least the last context_length - num_latents / 2 of them; the
+        first num_latents positions are all latents, later ones have num_latents / 2 ... num_latents latents. So a row's
+        logits depend on no other row, nor on padding, on either side; those at padding mean nothing. Any length will do.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 0 for padding; None: no padding. With a cache: of all columns so far.
+            labels: (B, T) ids that belong to input_ids: the loss is the mean cross-entropy, in nats, of those that are
+                not -100 and follow a real token.
+            cache, past_key_values: one argument under two names: what was read before.
+            use_cache: begin a cache, if none is given. None: no.
+            logits_to_keep: the last so many positions only, or those at these indices; 0: all.
+            return_dict: False: a tuple.
+
+        Raises:
+            InputError: shapes that do not fit; padding on the right with a cache; another library's cache.
+        """
+        cache = past_key_values if cache is None else cache
+        require(
+            attention_mask is None or attention_mask.ndim == 2,
+            f"attention_mask has shape {None if attention_mask is None else tuple(attention_mask.shape)}: give (B, T)",
+        )
+        if cache is not None or use_cache:
+            cache = PerceiverARCache() if cache is None else cache
+            require(
+                isinstance(cache, PerceiverARCache),
+                f"the cache is a {type(cache).__name__}: leave it out, or give a PerceiverARCache",
+            )
+            require(labels is None, "labels need the logits of every position: leave out the cache")
+            with torch.no_grad():
+                logits = cache.read(self.network, input_ids, attention_mask)[:, None]
+            output = CausalLMOutputWithPast(logits=cast(Any, logits), cache=cache)
+        else:
+            logits = self.score(input_ids, attention_mask, logits_to_keep)
+            loss = None
+            if labels is not None:
+                if attention_mask is not None:  # what follows padding is predicted from nothing
+                    before = nn.functional.pad(attention_mask.bool(), (1, -1))
+                    labels = labels.masked_fill(~(before & attention_mask.bool()), IGNORE)
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+            output = CausalLMOutputWithPast(loss=loss, logits=cast(Any, logits))
+        return output.to_tuple() if return_dict is False else output
+
+    def score(self, tokens: Tensor, mask: Tensor | None, keep: int | Tensor = 0) -> Tensor:
+        """`forward` without a cache: logits (B, T or less, V)."""
+        require(tokens.ndim == 2 and 0 not in tokens.shape, f"input_ids have shape {tuple(tokens.shape)}: give (B, T)")
+        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        require(
+            real.shape == tokens.shape,
+            f"attention_mask has shape {tuple(real.shape)}, input_ids {tuple(tokens.shape)}: they must be equal",
+        )
+        # Real tokens first, in their order. What comes after a token changes nothing, so no mask is needed.
+        tokens = tokens.masked_fill(~real, 0).gather(1, (~real).byte().argsort(dim=1, stable=True))
+        place = (real.cumsum(1) - 1).clamp_(min=0)  # of each column among the real tokens
+        place = place[:, -keep:] if isinstance(keep, int) else place[:, keep]  # -0: all
+        least, length = int(place.min()), int(place.max()) + 1
+        latents = [
+            self.network.latents(tokens[:, block.start : block.end], block.prefix_len)[:, block.first - block.end :]
+            for block in blocks(self.network.config, length)
+            if block.end > least
+        ]
+        h = torch.cat(latents, dim=1)
+        place = place - (length - h.shape[1])
+        return self.network.head(h.gather(1, place[..., None].expand(-1, -1, h.shape[-1])))
+
+    # Generation: GenerationMixin's, over a cache of ours.
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_length: int
+    ) -> None:
+        if model_kwargs.get("cache") is None:
+            model_kwargs["cache"] = PerceiverARCache(max_length)
+
+    def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, *rest: Any) -> None:
+        """Refuses what would not give the windows' own logits."""
+        require(
+            generation_mode != GenerationMode.ASSISTED_GENERATION,
+            "assisted decoding takes drafted tokens back, which latents do not forget: leave out assistant_model and "
+            "prompt_lookup_num_tokens",
+        )
+        require(generation_config.use_cache is not False, "use_cache is False: windows need it, leave it out")
+        require(
+            generation_config.cache_implementation in (None, "dynamic"),
+            f"cache_implementation is {generation_config.cache_implementation!r}: this network has a cache of its own, "
+            "leave it out",
+        )
+        require(
+            generation_config.prefill_chunk_size is None,
+            f"prefill_chunk_size is {generation_config.prefill_chunk_size}: a prompt's latents are computed together, "
+            "leave it out (its prefix is read in pieces anyway)",
+        )
+        super()._validate_generation_mode(generation_mode, generation_config, *rest)
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        raise InputError("continuous batching pages keys and values, which refills make anew: use generate")
+
+    continuous_batching_context_manager = init_continuous_batching
+    generate_batch = init_continuous_batching
+
+    # Weights on disk: those of a run.
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model of a run, or of a directory that `save_pretrained` wrote; as transformers' `from_pretrained`.
+
+        Generation ends at the codec's end of a document, if there is one and no generation_config.json says otherwise.
+
+        Raises:
+            InputError: weights are missing or unknown; lists them.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True)
+        wrong = [f"{name} is {what}" for what, key in WRONG.items() for name in sorted(info[key])]
+        require(not wrong, f"{pretrained_model_name_or_path}: weights do not fit the settings: {'; '.join(wrong)}")
+        if model.generation_config.eos_token_id is None:
+            end = end_of_document(pretrained_model_name_or_path, kwargs)
+            model.generation_config.update(bos_token_id=end, eos_token_id=end, pad_token_id=end)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+        """Writes `config.json` and `model.safetensors` as a run has them, and `generation_config.json`."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        if self.config.tie_word_embeddings:
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in self._tied_weights_keys}
+        state_dict = {name.removeprefix("network."): tensor for name, tensor in state_dict.items()}
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+WRONG = {"missing": "missing_keys", "unknown": "unexpected_keys"}
+
+
+def end_of_document(path: Any, kwargs: dict[str, Any]) -> int | None:
+    """The id that ends a document, as the codec of a run has it; None where there is none, or nothing to read it with."""
+    try:
+        from perceiver_ar.data.codec import load_codec
+    except ImportError:  # this file has gone with the weights alone
+        return None
+    hub = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "local_files_only") if name in kwargs}
+    file = cached_file(path, "codec.json", _raise_exceptions_for_missing_entries=False, **hub)
+    separator: Sequence[int] = () if file is None else load_codec(Path(file).parent).separator
+    return separator[-1] if separator else None

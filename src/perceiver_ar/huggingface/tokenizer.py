@@ -1,0 +1,67 @@
+"""Codecs as tokenizers of Hugging Face transformers, with the codec's own ids.
+
+Text is encoded as the start of a document: `codec.separator` first (`add_special_tokens=False`: without it). Names of
+special tokens in a text are text. Codecs that do not write text have ids as words: "60 388 12".
+"""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from perceiver_ar.data.codec import Codec, load_codec
+from perceiver_ar.data.text import BYTE_CHARACTERS, END_OF_TEXT, BytesCodec, OffsetBytesCodec, TokenizerCodec
+
+
+class PerceiverARTokenizer:
+    """What `AutoTokenizer` finds for a run; `from_pretrained` makes an ordinary tokenizer from the run's codec."""
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *_: Any, **kwargs: Any) -> PreTrainedTokenizerFast:
+        hub = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "local_files_only") if name in kwargs}
+        cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)  # beside codec.json
+        file = cached_file(path, "codec.json", _raise_exceptions_for_missing_entries=False, **hub)
+        return codec_tokenizer(load_codec(path if file is None else Path(file).parent))
+
+
+def codec_tokenizer(codec: Codec) -> PreTrainedTokenizerFast:
+    """A codec as a tokenizer: `tokenizer(text).input_ids` are `codec.start(text)`."""
+    tokenizer = id_tokenizer(codec)
+    end = tokenizer.id_to_token(codec.separator[-1]) if codec.separator else None
+    if codec.separator:
+        names = [(tokenizer.id_to_token(index), index) for index in codec.separator]
+        start = " ".join(name for name, _ in names)
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=names)
+    else:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # adds nothing
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=end,
+        eos_token=end,
+        pad_token=end,
+        padding_side="left",
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def id_tokenizer(codec: Codec) -> Tokenizer:
+    """Text to ids and back, as the codec has them, without a start."""
+    if isinstance(codec, TokenizerCodec):
+        return Tokenizer.from_str(codec.tokenizer.to_str())
+    if isinstance(codec, BytesCodec | OffsetBytesCodec):
+        first = codec.reserved if isinstance(codec, OffsetBytesCodec) else 0
+        names = {index: f"<|{index}|>" for index in range(first)}
+        names |= {first + byte: character for byte, character in enumerate(BYTE_CHARACTERS)}
+        names |= dict.fromkeys(codec.separator, END_OF_TEXT)
+        vocab = {name: index for index, name in names.items()}
+        # NUL has no name of its own where it separates texts.
+        tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=END_OF_TEXT if END_OF_TEXT in vocab else None))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        return tokenizer
+    tokenizer = Tokenizer(models.WordLevel({str(index): index for index in range(codec.vocab_size)}, unk_token=""))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
