@@ -1,7 +1,10 @@
 """A run as a directory that transformers load on a machine without this package: the code goes with the weights."""
 
 import ast
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from perceiver_ar import __version__
 from perceiver_ar.data.codec import Codec, save_codec
@@ -10,54 +13,86 @@ from perceiver_ar.huggingface.modeling import PerceiverARForCausalLM
 from perceiver_ar.huggingface.tokenizer import codec_tokenizer
 
 MODULE = "modeling_perceiver_ar"
-SOURCES = ["errors", "files", "config", "attention", "heads", "streaming", "cache", "windows", "model", "objective",
-           "sampling", "generation", "huggingface/modeling"]  # fmt: skip
-"""What the network needs, each after those that it imports."""
+SOURCES = ["errors", "files", "config", "attention", "heads", "streaming", "cache", "windows", "sampling", "objective",
+           "model", "generation", "huggingface/modeling"]  # fmt: skip
+"""What the model is made of, each after those that it imports."""
 
 
 def export(model: PerceiverARForCausalLM, codec: Codec | None, directory: Path) -> None:
     """Writes model, tokenizer and code into a directory, for `trust_remote_code=True`; it is still a run."""
-    name = f"{MODULE}.{type(model).__name__}"
-    model.config.auto_map = {"AutoConfig": f"{MODULE}.{type(model.config).__name__}", "AutoModelForCausalLM": name}
     model.save_pretrained(directory)
-    write_text(directory / f"{MODULE}.py", flat_source())
+    parts = {"AutoConfig": type(model.config).__name__, "AutoModelForCausalLM": type(model).__name__}
+    settings = model.config.to_dict() | {"auto_map": {auto: f"{MODULE}.{name}" for auto, name in parts.items()}}
+    write_text(directory / "config.json", json.dumps(settings, indent=2) + "\n")
+    write_text(directory / f"{MODULE}.py", flat_source(set(parts.values())))
     if codec is not None:
         save_codec(codec, directory)
         codec_tokenizer(codec).save_pretrained(directory)
 
 
-def flat_source() -> str:
-    """`SOURCES` as one module: imports of others on top and once, our own left out."""
+class _Statement(NamedTuple):
+    text: str
+    """With the comments above it, and the docstring below."""
+    defines: set[str]
+    uses: set[str]
+
+
+def flat_source(wanted: set[str]) -> str:
+    """`SOURCES` as one module, without what the names in `wanted` do not need: imports once and on top."""
     root = Path(__file__).parents[1]
-    imports: set[str] = set()
-    defined: set[str] = set()
-    parts: list[str] = []
-    for source in SOURCES:
-        text = (root / f"{source}.py").read_text(encoding="utf-8")
-        lines, tree = text.splitlines(), ast.parse(text)
-        for node in tree.body:
-            names = _names(node)
-            assert not names & defined, f"{source}.py defines {names & defined} again"
-            defined |= names - {"_"}
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                if not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("perceiver_ar")):
-                    imports.add(ast.unparse(node))
-                assert node.end_lineno is not None
-                for number in range(node.lineno - 1, node.end_lineno):
-                    lines[number] = ""
-        body = "\n".join(lines).strip()
-        parts.append(f"# {source}.py\n\n{body}\n")
-    head = f'"""Perceiver AR for Hugging Face transformers in one file, written by perceiver-ar {__version__}."""\n\n'
-    return head + "\n".join(sorted(imports)) + "\n\n\n" + "\n\n".join(parts)
+    imports: dict[str, set[str]] = {}
+    sources = {name: list(_statements((root / f"{name}.py").read_text(encoding="utf-8"), imports)) for name in SOURCES}
+    statements = [statement for source in sources.values() for statement in source]
+    names = [name for statement in statements for name in statement.defines]
+    twice = {name for name in names if names.count(name) > 1}
+    assert not twice, f"{twice} would be one in a flat file: give one of each another name"
+
+    needed: set[str] = set()
+    more = wanted.union(*(statement.uses for statement in statements if not statement.defines))
+    while more - needed:
+        needed |= more
+        more = needed.union(*(statement.uses for statement in statements if statement.defines & needed))
+    head = [f'"""Perceiver AR for Hugging Face transformers, put together by perceiver-ar {__version__}."""', ""]
+    for module, aliases in sorted(imports.items()):
+        used = sorted(alias for alias in aliases if alias.split(" as ")[-1].split(".")[0] in needed)
+        if module == "":
+            head += [f"import {alias}" for alias in used]
+        elif used:
+            head.append(f"from {module} import {', '.join(used)}")
+    parts = ["\n".join(head)]
+    for name, source in sources.items():
+        kept = [statement.text for statement in source if not statement.defines or statement.defines & needed]
+        parts += [f"# {'-' * 8} {name}.py", *kept] if kept else []
+    return "\n\n\n".join(parts) + "\n"
 
 
-def _names(node: ast.stmt) -> set[str]:
-    """What a statement of a module defines."""
+def _statements(text: str, imports: dict[str, set[str]]) -> Iterator[_Statement]:
+    """The statements of a module but for its docstring and imports; those of others' names are added to `imports`."""
+    lines, nodes = text.splitlines(), ast.parse(text).body
+    end = nodes[0].end_lineno or 0
+    for node, following in zip(nodes[1:], [*nodes[2:], None], strict=True):
+        start, end = end, node.end_lineno or 0
+        match node:
+            case ast.Import():
+                imports.setdefault("", set()).update(ast.unparse(alias) for alias in node.names)
+            case ast.ImportFrom(module=str(module)):
+                if module.partition(".")[0] != "perceiver_ar":
+                    imports.setdefault(module, set()).update(ast.unparse(alias) for alias in node.names)
+            case ast.Expr(value=ast.Constant()):
+                pass  # a docstring, which went with the statement that it is about
+            case _:
+                if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                    end = following.end_lineno or 0
+                uses = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+                yield _Statement("\n".join(lines[start:end]).strip(), _defined(node), uses)
+
+
+def _defined(node: ast.stmt) -> set[str]:
     match node:
-        case ast.FunctionDef() | ast.ClassDef():
-            return {node.name}
-        case ast.Assign():
-            return {target.id for target in node.targets if isinstance(target, ast.Name)}
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            return {name} - {"_"}
+        case ast.Assign(targets=targets):
+            return {target.id for target in targets if isinstance(target, ast.Name)}
         case ast.AnnAssign(target=ast.Name(id=name)):
             return {name}
     return set()

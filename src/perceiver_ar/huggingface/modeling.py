@@ -16,11 +16,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import cache_utils as transformers_caches
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from perceiver_ar.config import MODEL_TYPE, PerceiverARConfig
 from perceiver_ar.errors import InputError, require
@@ -28,6 +28,9 @@ from perceiver_ar.generation import Decoder, Recomputing, Row, prompt_rows
 from perceiver_ar.model import PerceiverAR
 from perceiver_ar.objective import IGNORE
 from perceiver_ar.windows import Schedule, blocks
+
+CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__annotations__)
+"""What transformers call what is kept between calls: `past_key_values` up to 5.23."""
 
 
 class PerceiverARModelConfig(PreTrainedConfig):
@@ -37,7 +40,7 @@ class PerceiverARModelConfig(PreTrainedConfig):
 
     def __init__(self, network: PerceiverARConfig | None = None, **settings: Any) -> None:
         """network: the settings; None: they are among `settings`, with those that transformers has of its own."""
-        names = [field.name for field in dataclasses.fields(PerceiverARConfig) if field.name in settings]
+        names = [entry.name for entry in dataclasses.fields(PerceiverARConfig) if entry.name in settings]
         own = {name: settings.pop(name) for name in names}
         self.network = network or PerceiverARConfig.from_dict(own, where="config.json")
         super().__init__(**settings)
@@ -59,8 +62,9 @@ class PerceiverARModelConfig(PreTrainedConfig):
         return self.network.num_heads
 
     @property
-    def max_position_embeddings(self) -> int:
-        """Of the context; sequences may be longer."""
+    def n_positions(self) -> int:
+        """Of the context. Under the name `max_position_embeddings` transformers would take it for a limit to sequences,
+        which there is none; this one lm-eval reads."""
         return self.network.context_length
 
     @property
@@ -68,8 +72,8 @@ class PerceiverARModelConfig(PreTrainedConfig):
         return self.network.tie_embeddings
 
     def to_dict(self) -> dict[str, Any]:
-        auto_map = getattr(self, "auto_map", None)  # where code goes with the weights
-        return json.loads(self.network.to_json()) | ({} if auto_map is None else {"auto_map": auto_map})
+        code = {"auto_map": self.auto_map} if self._auto_class and hasattr(self, "auto_map") else {}
+        return json.loads(self.network.to_json()) | code  # where this file has come with the weights, it goes with them
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -112,7 +116,9 @@ class PerceiverARCache(transformers_caches.Cache):
                 "rows are padded on the right, so that their next token would follow padding: pad them on the left "
                 "(tokenizer.padding_side = 'left') and give attention_mask",
             )
-            prompts = prompt_rows([row[keep] for row, keep in zip(tokens, real, strict=True)], network.config.vocab_size)
+            prompts = prompt_rows(
+                [row[keep] for row, keep in zip(tokens, real, strict=True)], network.config.vocab_size
+            )
             room = network.config.context_length if self.max_length is None else self.max_length - T + 1
             rows = [
                 Row(r, prompt, torch.Generator(), network.config, Schedule(), None) for r, prompt in enumerate(prompts)
@@ -145,7 +151,8 @@ class PerceiverARCache(transformers_caches.Cache):
         if self.decoder is not None and order != list(range(len(self.decoder.rows))):
             self.decoder.reorder(order)
 
-    batch_select_indices = reorder_cache
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.decoder is not None:
@@ -208,7 +215,8 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         from that first token would draw token i + 1: contexts from `windows.blocks`, which depend on i alone. A context
         is all tokens so far, and past context_length at least the last context_length - num_latents / 2 of them; the
         first num_latents positions are all latents, later ones have num_latents / 2 ... num_latents latents. So a row's
-        logits depend on no other row, nor on padding, on either side; those at padding mean nothing. Any length will do.
+        logits depend on no other row, nor on padding, on either side; those at padding mean nothing. Rows may be of any
+        length.
 
         Args:
             input_ids: (B, T).
@@ -237,7 +245,8 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             require(labels is None, "labels need the logits of every position: leave out the cache")
             with torch.no_grad():
                 logits = cache.read(self.network, input_ids, attention_mask)[:, None]
-            output = CausalLMOutputWithPast(logits=cast(Any, logits), cache=cache)
+            kept: dict[str, Any] = {CACHE: cache}
+            output = CausalLMOutputWithPast(logits=cast(Any, logits), **kept)
         else:
             logits = self.score(input_ids, attention_mask, logits_to_keep)
             loss = None
@@ -274,7 +283,12 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
     # Generation: GenerationMixin's, over a cache of ours.
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_length: int
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_length: int,
     ) -> None:
         if model_kwargs.get("cache") is None:
             model_kwargs["cache"] = PerceiverARCache(max_length)
@@ -297,7 +311,7 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             f"prefill_chunk_size is {generation_config.prefill_chunk_size}: a prompt's latents are computed together, "
             "leave it out (its prefix is read in pieces anyway)",
         )
-        super()._validate_generation_mode(generation_mode, generation_config, *rest)
+        super()._validate_generation_mode(generation_mode, generation_config, *rest)  # pyright: ignore[reportAttributeAccessIssue]
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         raise InputError("continuous batching pages keys and values, which refills make anew: use generate")
@@ -317,12 +331,13 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             InputError: weights are missing or unknown; lists them.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True)
+        model, info = loaded
         wrong = [f"{name} is {what}" for what, key in WRONG.items() for name in sorted(info[key])]
         require(not wrong, f"{pretrained_model_name_or_path}: weights do not fit the settings: {'; '.join(wrong)}")
         if model.generation_config.eos_token_id is None:
             end = end_of_document(pretrained_model_name_or_path, kwargs)
-            model.generation_config.update(bos_token_id=end, eos_token_id=end, pad_token_id=end)
+            model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
@@ -338,7 +353,7 @@ WRONG = {"missing": "missing_keys", "unknown": "unexpected_keys"}
 
 
 def end_of_document(path: Any, kwargs: dict[str, Any]) -> int | None:
-    """The id that ends a document, as the codec of a run has it; None where there is none, or nothing to read it with."""
+    """The id that ends a document, as a run's codec has it; None where there is none, or nothing to read it with."""
     try:
         from perceiver_ar.data.codec import load_codec
     except ImportError:  # this file has gone with the weights alone

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.data.text import BYTE_CHARACTERS, END_OF_TEXT, BytesCodec, OffsetBytesCodec, TokenizerCodec
@@ -31,9 +31,9 @@ def codec_tokenizer(codec: Codec) -> PreTrainedTokenizerFast:
     tokenizer = id_tokenizer(codec)
     end = tokenizer.id_to_token(codec.separator[-1]) if codec.separator else None
     if codec.separator:
-        names = [(tokenizer.id_to_token(index), index) for index in codec.separator]
-        start = " ".join(name for name, _ in names)
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=names)
+        names = [(str(tokenizer.id_to_token(index)), index) for index in codec.separator]
+        start = [name for name, _ in names]
+        tokenizer.post_processor = processors.TemplateProcessing(single=[*start, "$A"], special_tokens=names)
     else:
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # adds nothing
     return PreTrainedTokenizerFast(
