@@ -7,6 +7,7 @@ from pathlib import Path
 # One thread, also in the processes that tests start: on models so small, threads cost more than they bring,
 # and two of them wait for each other whenever something else runs.
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 
 import pytest
 import torch

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.windows import Schedule, Window, next_window
+from perceiver_ar.windows import Schedule, Window, blocks, next_window
 
 
 @st.composite
@@ -90,3 +90,20 @@ def test_sliding_windows_use_all_latents_and_the_whole_context(
 
 def test_a_window_is_a_plain_value() -> None:
     assert Window(1, 2) == Window(1, 2)
+
+
+@given(plans(), st.booleans())
+def test_blocks_are_the_windows_of_a_row_from_its_first_token(
+    plan: tuple[PerceiverARConfig, int, int | None], cacheable: bool
+) -> None:
+    config, num_tokens = plan[0].replace(positions_from_end=not cacheable), 2 * plan[1]
+    window, steps = None, []
+    for t in range(1, num_tokens + 1):
+        window = next_window(config, window, t)
+        steps.append((window.start, t - window.start - window.num_latents))
+    covered = []
+    for block in blocks(config, num_tokens):
+        covered += [(block.start, block.prefix_len)] * (block.end - block.first)
+        assert block.prefix_len <= block.first - block.start  # all of its positions are latents
+        assert cacheable or block.end == block.first + 1
+    assert covered == steps

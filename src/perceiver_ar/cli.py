@@ -580,14 +580,19 @@ def convert_verb(argv: list[str]) -> None:
 def export_verb(argv: list[str]) -> None:
     parser = make_parser(
         "export",
-        "lucidrains|krasserm RUN --out PATH",
-        "Writes a run's model as perceiver-ar-pytorch (lucidrains: a file of torch.save) or perceiver-io (krasserm: a\n"
-        "Hugging Face directory) loads it, and shows the arguments or settings it goes with. Only for models that\n"
-        "these packages can compute, such as those trained with --preset lucidrains or --preset krasserm.",
+        "huggingface|lucidrains|krasserm RUN --out PATH",
+        "Writes a run's model for others.\n"
+        "huggingface: a directory that transformers load with trust_remote_code=True where this package is not\n"
+        "installed: weights, settings, tokenizer and code; it is still a run. (Where the package is installed,\n"
+        "transformers load the run itself, after `import perceiver_ar.huggingface`.)\n"
+        "lucidrains, krasserm: a file of torch.save that perceiver-ar-pytorch loads, a Hugging Face directory that\n"
+        "perceiver-io loads; shows the arguments or settings it goes with. Only for models that these packages can\n"
+        "compute, such as those trained with --preset lucidrains or --preset krasserm.",
+        "  perceiver-ar export huggingface runs/books --out books-for-transformers/\n"
         "  perceiver-ar export krasserm runs/clm --out clm-for-perceiver-io/\n"
         "  perceiver-ar export lucidrains runs/enwik8 --out model.pt",
     )
-    parser.add_argument("format", choices=["lucidrains", "krasserm"], help="for which package")
+    parser.add_argument("format", choices=["huggingface", "lucidrains", "krasserm"], help="for which package")
     parser.add_argument("run", help="a run directory")
     parser.add_argument("--out", type=str, required=True, help="the file or directory to write")
     args = parser.parse_args(argv)
@@ -596,15 +601,29 @@ def export_verb(argv: list[str]) -> None:
     from perceiver_ar.files import atomic_directory
     from perceiver_ar.run import Run
 
-    model = Run.open(args.run).model()
+    run = Run.open(args.run)
+    model = run.model()
     if args.format == "lucidrains":
         about = compat.save_lucidrains(model, args.out)
     else:
         if Run(args.out).is_taken():
             raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
         with atomic_directory(args.out) as directory:
-            about = compat.save_krasserm(model, directory)
+            about = compat.save_krasserm(model, directory) if args.format == "krasserm" else export(run, directory)
     print(json.dumps(about, indent=2))
+
+
+def export(run: "Run", directory: Path) -> dict[str, Any]:
+    """A run for transformers; what to tell of it."""
+    from perceiver_ar.data.codec import missing_extra
+
+    try:
+        from perceiver_ar import huggingface
+    except ImportError as error:
+        raise missing_extra("hf", error) from None
+    codec = run.codec() if (run.path / "codec.json").exists() else None
+    huggingface.export(huggingface.PerceiverARForCausalLM.from_pretrained(run.path), codec, directory)
+    return {"files": sorted(file.name for file in directory.iterdir()), "codec": None if codec is None else codec.name}
 
 
 # Of what summary.json has measured, where it has.

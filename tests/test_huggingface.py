@@ -1,0 +1,510 @@
+"""A run is what transformers load, and what they compute is what the network computes over the windows it reports."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import assert_close, configs, randomize
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LogitsProcessorList,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+from perceiver_ar import cli
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.data.audio import MuLawCodec
+from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec, train_bpe
+from perceiver_ar.errors import InputError
+from perceiver_ar.generation import generate
+from perceiver_ar.huggingface import PerceiverARCache, PerceiverARForCausalLM, PerceiverARModelConfig, codec_tokenizer
+from perceiver_ar.model import PerceiverAR
+from perceiver_ar.run import Run
+from perceiver_ar.windows import next_window
+
+SMALL = PerceiverARConfig(vocab_size=256, context_length=24, num_latents=8, dim=16, num_layers=2, num_heads=2)
+
+
+def network(config: PerceiverARConfig = SMALL, seed: int = 1) -> PerceiverAR:
+    return randomize(PerceiverAR(config).double().eval(), seed)
+
+
+def adapted(model: PerceiverAR) -> PerceiverARForCausalLM:
+    """The same weights behind the interface of transformers."""
+    adapter = PerceiverARForCausalLM(PerceiverARModelConfig(model.config))
+    adapter.network = model
+    return adapter.eval()
+
+
+NETWORK = network()
+MODEL: Any = adapted(NETWORK)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "text"
+    NETWORK.save_pretrained(path)
+    save_codec(BytesCodec(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    path = run.parent / "exported"
+    assert cli.main(["export", "huggingface", str(run), "--out", str(path)]) == 0
+    return path
+
+
+def ids(*shape: int, seed: int = 0, vocab_size: int = 256) -> Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def window_logits(model: PerceiverAR, row: Tensor, prompt_len: int = 1) -> Tensor:
+    """Logits (T - prompt_len + 1, V) after each token of a row (T,) from the last of its prompt on, each by a forward
+    of its own over the window that generation from that prompt would report."""
+    logits, window = [], None
+    for t in range(prompt_len, len(row) + 1):
+        window = next_window(model.config, window, t)
+        prefix_len = t - window.start - window.num_latents
+        logits.append(model(row[None, window.start : t], prefix_len)[0, -1])
+    return torch.stack(logits)
+
+
+# Files
+
+
+def test_a_run_is_loaded_and_saved_as_it_is(run: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(run)
+    assert isinstance(model, PerceiverARForCausalLM)
+    assert not model.training
+    tokens = ids(2, 20)
+    assert torch.equal(model.network(tokens), NETWORK(tokens))
+    for target in (tmp_path / "once", tmp_path / "twice"):
+        model.save_pretrained(target)
+        for name in ("config.json", "model.safetensors"):
+            assert (target / name).read_bytes() == (run / name).read_bytes()
+        model = AutoModelForCausalLM.from_pretrained(target)
+    assert (tmp_path / "once/generation_config.json").read_bytes() == (target / "generation_config.json").read_bytes()
+    assert torch.equal(PerceiverAR.from_pretrained(target)(tokens), NETWORK(tokens))
+
+
+@given(configs(), st.integers(0, 99))
+@settings(max_examples=10)
+def test_every_network_goes_there_and_back(
+    tmp_path_factory: pytest.TempPathFactory, config: PerceiverARConfig, seed: int
+) -> None:
+    path = tmp_path_factory.mktemp("model")
+    model = network(config, seed).float()
+    model.save_pretrained(path)
+    loaded: Any = PerceiverARForCausalLM.from_pretrained(path)
+    tokens = ids(2, config.context_length, vocab_size=config.vocab_size)
+    assert torch.equal(loaded.network(tokens), model(tokens))
+    loaded.save_pretrained(path / "again")
+    assert (path / "again/config.json").read_bytes() == (path / "config.json").read_bytes()
+    assert (path / "again/model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
+
+
+def test_weights_that_are_missing_or_unknown_are_listed(run: Path, tmp_path: Path) -> None:
+    NETWORK.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["novel.weight"] = tensors.pop("self_attention.1.qkv_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"self_attention\.1\.qkv_proj\.weight is missing; .*novel\.weight is unknown"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_new_model_has_the_networks_own_first_weights() -> None:
+    torch.manual_seed(3)
+    expected = PerceiverAR(SMALL).state_dict()
+    torch.manual_seed(3)
+    model: Any = AutoModelForCausalLM.from_config(PerceiverARModelConfig(SMALL))
+    for name, tensor in model.network.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
+ELSEWHERE = """
+import json, sys
+sys.modules["perceiver_ar"] = None  # not installed
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+path, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+inputs = tokenizer(["The cat", "A much longer prompt, longer than the context"], return_tensors="pt", padding=True)
+new = model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=None)
+write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+print(json.dumps({
+    "logits": model(**inputs).logits.tolist(), "new": new.tolist(), "mask": inputs.attention_mask.tolist(),
+    "eos": model.generation_config.eos_token_id, "written": write("The cat", max_new_tokens=3)[0]["generated_text"],
+}))
+model.save_pretrained(out)
+"""
+
+
+def test_an_export_needs_nothing_of_ours(exported: Path, tmp_path: Path) -> None:
+    """And equals native logits and greedy tokens through refills and past the context."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", ELSEWHERE, str(exported), str(tmp_path / "again")]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=tmp_path).stdout
+    found = json.loads(output)
+    assert found["eos"] == 0
+    assert found["written"].startswith("The cat")
+    logits, new, mask = (torch.tensor(found[name]) for name in ("logits", "new", "mask"))
+    for r in range(2):
+        prompt = new[r, : mask.shape[1]][mask[r].bool()]
+        assert_close(logits[r][mask[r].bool()].double(), window_logits(NETWORK, prompt), 1e-9)
+        assert torch.equal(new[r, mask.shape[1] :], generate(NETWORK, prompt, 40, temperature=0.0)[0])
+    for name in ("config.json", "model.safetensors", "modeling_perceiver_ar.py", "generation_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
+
+
+def test_an_export_is_still_a_run(exported: Path, tmp_path: Path) -> None:
+    tokens = ids(1, 24)
+    assert torch.equal(Run(exported).model()(tokens), NETWORK(tokens))
+    assert isinstance(Run(exported).codec(), BytesCodec)
+    model = AutoModelForCausalLM.from_pretrained(exported)  # the installed code is the better one
+    assert isinstance(model, PerceiverARForCausalLM)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == SMALL.to_json()  # no code there, so it names none
+
+
+def test_export_refuses_what_is_there(run: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "huggingface", str(run), "--out", str(exported)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+# Logits of every position
+
+
+@given(configs(), st.data(), st.integers(0, 999))
+@settings(max_examples=25)
+def test_every_position_has_the_logits_of_its_window_whatever_the_batch(
+    config: PerceiverARConfig, data: st.DataObject, seed: int
+) -> None:
+    """Padding on the left, on the right and in between; rows alone; rows longer than the context."""
+    model = network(config, seed)
+    T = data.draw(st.integers(1, 2 * config.context_length + 3))
+    mask = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=T, max_size=T), min_size=1, max_size=3)))
+    mask[:, 0] |= ~mask.any(1)
+    tokens = ids(*mask.shape, seed=seed, vocab_size=config.vocab_size)
+    last = data.draw(st.integers(0, T))
+    logits = adapted(model)(tokens, attention_mask=mask.long()).logits
+    assert logits.shape == (*mask.shape, config.vocab_size)
+    assert torch.equal(adapted(model)(tokens, attention_mask=mask, logits_to_keep=last).logits, logits[:, -last:])
+    for row, real, found in zip(tokens, mask, logits, strict=True):
+        assert_close(found[real], window_logits(model, row[real]), 1e-9)
+
+
+def test_the_loss_is_the_mean_over_targets_that_follow_a_token() -> None:
+    tokens, mask = ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :11] = 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    labels[1, 4:9] = -100
+    losses = []
+    for row, real, label in zip(tokens, mask.bool(), labels, strict=True):
+        scores = window_logits(NETWORK, row[real])[:-1].log_softmax(-1)
+        target = label[real][1:]
+        losses += [-score[t] for score, t in zip(scores, target, strict=True) if t != -100]
+    loss = MODEL(tokens, attention_mask=mask, labels=labels).loss
+    assert_close(loss.double(), torch.stack(losses).mean(), 1e-6)
+    flipped = MODEL(tokens.flip(0), attention_mask=mask.flip(0), labels=labels.flip(0), return_dict=False)
+    assert_close(flipped[0], loss, 1e-6)
+
+
+def test_the_loss_trains_every_weight() -> None:
+    model: Any = adapted(network())
+    model(ids(2, 30), labels=ids(2, 30)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+# Generation
+
+
+@given(configs(), st.lists(st.integers(1, 22), min_size=1, max_size=3), st.integers(0, 999))
+@settings(max_examples=20)
+def test_greedy_tokens_are_those_of_native_generation_for_each_row_alone(
+    config: PerceiverARConfig, lengths: list[int], seed: int
+) -> None:
+    """Through refills and past the context, left-padded in one batch."""
+    model, longest, count = network(config, seed), max(lengths), 2 * config.context_length + 4
+    tokens = ids(len(lengths), longest, seed=seed, vocab_size=config.vocab_size)
+    mask = torch.stack([torch.arange(longest) >= longest - length for length in lengths]).long()
+    adapter: Any = adapted(model)
+    new = adapter.generate(tokens, attention_mask=mask, max_new_tokens=count, do_sample=False)
+    for r, length in enumerate(lengths):
+        expected = generate(model, tokens[r, longest - length :], count, temperature=0.0)
+        assert torch.equal(new[r : r + 1, longest:], expected)
+
+
+@pytest.mark.parametrize("prompt_len", [3, 13])
+def test_beam_search_is_that_of_a_model_without_cache(prompt_len: int) -> None:
+    beams, count = 4, 30  # three refills, past the context
+    config = SMALL.replace(vocab_size=5)
+    model = network(config, seed=5)
+    prompts = ids(2, prompt_len, vocab_size=5)
+    adapter: Any = adapted(model)
+    found = adapter.generate(
+        prompts, max_new_tokens=count, do_sample=False, num_beams=beams, num_return_sequences=3,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    for r, prompt in enumerate(prompts):
+        rows = [(0.0, prompt)]
+        for _ in range(count):
+            scored = []
+            for score, row in rows:
+                following = window_logits(model, row, prompt_len)[-1].log_softmax(-1)
+                scored += [(score + float(following[i]), torch.cat([row, torch.tensor([i])])) for i in range(5)]
+            rows = sorted(scored, key=lambda item: -item[0])[:beams]
+        for i in range(3):
+            assert torch.equal(found.sequences[3 * r + i], rows[i][1])
+            assert_close(found.sequences_scores[3 * r + i].double(), torch.tensor(rows[i][0] / count).double(), 1e-5)
+
+
+def test_several_samples_are_drawn_from_the_logits_of_their_windows() -> None:
+    torch.manual_seed(0)
+    prompt = ids(2, 5)
+    drawn = MODEL.generate(
+        prompt, max_new_tokens=25, do_sample=True, num_return_sequences=3, top_k=0, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert drawn.sequences.shape == (6, 30)
+    assert len({tuple(row.tolist()) for row in drawn.sequences}) == 6
+    for r, row in enumerate(drawn.sequences):
+        found = torch.stack([step[r] for step in drawn.logits])
+        assert_close(found.double(), window_logits(NETWORK, row[:-1], prompt_len=5), 1e-5)
+
+
+def test_a_cache_goes_on_where_it_was(run: Path) -> None:
+    """Turn by turn, and token by token, as generation in one go; logits are those of windows."""
+    prompt, cache = ids(2, 5), PerceiverARCache()
+    first = MODEL.generate(prompt, cache=cache, max_new_tokens=9, do_sample=False)
+    both = torch.cat([first, ids(2, 2, seed=1)], dim=1)
+    second = MODEL.generate(both, cache=cache, max_new_tokens=15, do_sample=False)
+    output = MODEL(prompt, use_cache=True)
+    for t in range(5, second.shape[1]):
+        expected = torch.stack([window_logits(NETWORK, row[:t], prompt_len=5)[-1] for row in second])
+        assert_close(output.logits[:, 0], expected, 1e-9)
+        if t not in (14, 15):  # given, not drawn
+            assert torch.equal(output.logits[:, 0].argmax(-1), second[:, t])
+        output = MODEL(second[:, t : t + 1], cache=output.cache)
+
+
+def test_generation_ends_with_the_document(run: Path) -> None:
+    config = SMALL.replace(logits_bias=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(run)
+    assert model.generation_config.eos_token_id == model.generation_config.bos_token_id == 0
+
+    def end_soon(tokens: Tensor, scores: Tensor) -> Tensor:
+        scores[: tokens.shape[1] > 4, 0] = 1e9
+        return scores
+
+    assert config.vocab_size == 256
+    ended = model.generate(max_new_tokens=20, logits_processor=LogitsProcessorList([end_soon]))  # from the start token
+    assert ended.shape == (1, 6)
+    assert ended[0, 0] == ended[0, -1] == 0
+
+
+def test_a_stream_gives_the_text_as_it_is_drawn(run: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    streamer: Any = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    inputs = tokenizer("The cat sat", return_tensors="pt")
+    settings: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "streamer": streamer}
+    thread = Thread(target=MODEL.generate, kwargs={**inputs, **settings})
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    new = generate(NETWORK, inputs.input_ids, 20, temperature=0.0)[0]
+    assert text == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_a_pipeline_writes_batches(run: Path) -> None:
+    write = pipeline("text-generation", model=str(run))
+    prompts = ["The cat", "A much longer prompt, longer than the context"]
+    texts = [found[0]["generated_text"] for found in write(prompts, batch_size=2, max_new_tokens=12, do_sample=False)]
+    for prompt, text in zip(prompts, texts, strict=True):
+        start = torch.from_numpy(BytesCodec().start(prompt)).long()
+        new = generate(NETWORK, start, 12, temperature=0.0, stop_tokens=[0])[0]
+        assert text == prompt + write.tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size is 4"),
+        ({"cache_implementation": "static"}, "cache_implementation is 'static'"),
+        ({"cache_implementation": "offloaded"}, "leave it out"),
+        ({"cache_implementation": "paged"}, "use generate"),
+        ({"prompt_lookup_num_tokens": 2}, "leave out assistant_model"),
+        ({"use_cache": False}, "leave it out"),
+        ({"cache": DynamicCache()}, "is a DynamicCache"),
+        ({"cache": PerceiverARCache(max_length=5)}, r"cache=PerceiverARCache\(\)"),
+        ({"attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}, "pad them on the left"),
+        ({"attention_mask": torch.tensor([[1] * 6, [0] * 6])}, "pad them on the left"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(settings: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(InputError, match=remedy):
+        MODEL.generate(ids(2, 6), max_new_tokens=3, do_sample=False, **settings)
+
+
+def test_other_ways_round_the_windows_are_refused() -> None:
+    with pytest.raises(InputError, match="use generate"):
+        MODEL.generate_batch([[1, 2, 3]])
+    with pytest.raises(InputError, match="vocabulary"):
+        MODEL.resize_token_embeddings(300)
+    with pytest.raises(InputError, match="leave out the cache"):
+        MODEL(ids(1, 4), labels=ids(1, 4), use_cache=True)
+    with pytest.raises(InputError, match="must be equal"):
+        MODEL(ids(1, 4), attention_mask=torch.ones(1, 3))
+    cache = MODEL(ids(2, 4), use_cache=True).cache
+    with pytest.raises(InputError, match="3 rows for 2 in the cache"):
+        MODEL(ids(3, 1), cache=cache)
+    with pytest.raises(InputError, match="begin a new one"):
+        cache.crop(1)
+
+
+# Tokenizers
+
+
+TEXT_CODECS: list[Codec] = [
+    BytesCodec(),
+    BytesCodec(text=False),
+    OffsetBytesCodec(6, start_id=1),
+    OffsetBytesCodec(3),
+    train_bpe(["the cat sat on the mat, the cat, the mat"] * 3, 280),
+]
+
+
+def name(codec: Codec) -> str:
+    return f"{codec.name}-{len(codec.separator)}"
+
+
+@pytest.mark.parametrize("codec", TEXT_CODECS, ids=name)
+@given(text=st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",))))
+def test_a_tokenizer_has_the_codecs_ids_and_gives_any_text_back(codec: Codec, text: str) -> None:
+    tokenizer = codec_tokenizer(codec)
+    for document in (text, f"a {text} <|endoftext|><|1|>\u0100"):
+        assert tokenizer(document).input_ids == codec.start(document).tolist()
+        found = tokenizer(document, add_special_tokens=False).input_ids
+        assert found == codec.encode(document.encode()).tolist()
+        assert tokenizer.decode(found) == document
+        assert tokenizer.decode(codec.start(document).tolist(), skip_special_tokens=True) == document
+
+
+@pytest.mark.parametrize("codec", [*TEXT_CODECS, MuLawCodec(8000)], ids=name)
+def test_a_tokenizer_is_found_with_the_run_and_saved_as_an_ordinary_one(codec: Codec, tmp_path: Path) -> None:
+    network(SMALL.replace(vocab_size=codec.vocab_size)).save_pretrained(tmp_path)
+    save_codec(codec, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == codec.vocab_size
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == (codec.separator[-1] if codec.separator else None)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for again in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "tokenizer")):
+        for text in ("A cat, <|endoftext|>", "1 7 200 3"):
+            if not codec.writes_text:
+                continue
+            assert again(text).input_ids == codec.start(text).tolist()
+            assert again.decode(again(text).input_ids, skip_special_tokens=True) == text
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_what_is_no_text_has_ids_as_words() -> None:
+    codec = MuLawCodec(8000)
+    tokenizer = codec_tokenizer(codec)
+    assert tokenizer("3 255 17").input_ids == [*codec.separator, 3, 255, 17]
+    assert tokenizer.decode([3, 255, *codec.separator, 17], skip_special_tokens=True) == "3 255 17"
+
+
+# lm-evaluation-harness
+
+HARNESS = """
+import json, sys
+import lm_eval
+from lm_eval.tasks import TaskManager
+path, tasks = sys.argv[1:]
+found = []
+for batch_size in (1, 4):
+    for task, bos in (("local_choice", True), ("local_perplexity", False)):
+        result = lm_eval.simple_evaluate(
+            model="hf", model_args={"pretrained": path, "trust_remote_code": True, "add_bos_token": bos},
+            tasks=[task], task_manager=TaskManager(include_path=tasks), batch_size=batch_size, device="cpu",
+        )
+        samples = sorted(result["samples"][task], key=lambda sample: sample["doc_id"])
+        found.append([sample["resps"] for sample in samples])
+print(json.dumps(found))
+"""
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: {kind}
+metric_list: [{{metric: {metric}}}]
+{document}
+"""
+
+CHOICE = 'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"'
+QUESTIONS = [
+    {"question": "The cat sat on", "choices": [" the mat", " a"], "answer": 0},
+    {"question": "Two", "choices": [" is more", " is"], "answer": 1},
+    {"question": "A question longer than the context", "choices": [" four", " five hundred", " x"], "answer": 1},
+]
+TEXTS = ["Some text that is longer than two contexts of the model, as they are of 24 tokens.", "short", "Zw\u00f6lf"]
+
+
+def test_lm_eval_finds_our_likelihoods_at_any_batch_size(exported: Path, tmp_path: Path) -> None:
+    for name, documents, kind, metric, document in (
+        ("local_choice", QUESTIONS, "multiple_choice", "acc", CHOICE),
+        ("local_perplexity", [{"text": t} for t in TEXTS], "loglikelihood_rolling", "bits_per_byte",
+         'doc_to_text: ""\ndoc_to_target: "{{text}}"'),
+    ):  # fmt: skip
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(document) + "\n" for document in documents))
+        task = TASK.format(name=name, file=file, kind=kind, metric=metric, document=document)
+        (tmp_path / f"{name}.yaml").write_text(task)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", HARNESS, str(exported), str(tmp_path)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=tmp_path).stdout
+    choices, rolling, *again = json.loads(output.splitlines()[-1])
+
+    codec, length = BytesCodec(), SMALL.context_length
+
+    def likelihood(tokens: np.ndarray, count: int) -> float:
+        """Nats of the last `count` of tokens, with at most a context before."""
+        row = torch.from_numpy(tokens[-length - 1 :]).long()
+        scores = window_logits(NETWORK, row[:-1]).log_softmax(-1)
+        return float(scores.gather(1, row[1:, None])[-count:].sum())
+
+    for question, found in zip(QUESTIONS, choices, strict=True):
+        for choice, response in zip(question["choices"], found, strict=True):
+            tokens = codec.start(question["question"] + choice)
+            assert float(response[0][0]) == pytest.approx(likelihood(tokens, len(choice)), rel=1e-5)
+    for text, found in zip(TEXTS, rolling, strict=True):
+        tokens = codec.start(text)
+        firsts = range(1, len(tokens), length)
+        nats = [
+            likelihood(tokens[: min(first + length, len(tokens))], min(length, len(tokens) - first)) for first in firsts
+        ]
+        assert float(found[0][0]) == pytest.approx(sum(nats), rel=1e-5)
+    for one, other in zip((choices, rolling), again, strict=True):
+        flat = [[float(response[0][0]) for response in found] for found in one if isinstance(found[0], list)]
+        assert flat == [[pytest.approx(float(response[0][0]), rel=1e-5) for response in found] for found in other]
