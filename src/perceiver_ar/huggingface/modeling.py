@@ -120,11 +120,12 @@ class PerceiverARCache(transformers_caches.Cache):
                 [row[keep] for row, keep in zip(tokens, real, strict=True)], network.config.vocab_size
             )
             room = network.config.context_length if self.max_length is None else self.max_length - T + 1
-            rows = [
-                Row(r, prompt, torch.Generator(), network.config, Schedule(), None) for r, prompt in enumerate(prompts)
-            ]
+            rows = [Row(r, row, torch.Generator(), network.config, Schedule(), None) for r, row in enumerate(prompts)]
+            # Beams and samples of one prompt come as equal rows, side by side: it is read once.
+            sizes = [n for n in range(1, B + 1) if B % n == 0]
+            copies = max(n for n in sizes if all(torch.equal(prompts[r], prompts[r - r % n]) for r in range(B)))
             if network.config.cacheable:
-                self.decoder = Decoder(network, rows, 1, room)
+                self.decoder = Decoder(network, rows, copies, room)
             else:
                 self.decoder = Recomputing(network, rows)
             logits = self.decoder.next_logits()
