@@ -43,7 +43,7 @@ Perceiver AR on your own files: train, see how good it is, generate.
   generate RUN                  let the model write
   info RUN                      what a run is, and what it costs
   convert FORMAT CHECKPOINT --out RUN     another implementation's checkpoint becomes a run
-  export FORMAT RUN --out PATH            and back
+  export FORMAT RUN --out PATH            and back; or for Hugging Face transformers
 
 perceiver-ar VERB --help has all options and examples."""
 
