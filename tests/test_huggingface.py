@@ -131,6 +131,13 @@ def test_weights_that_are_missing_or_unknown_are_listed(run: Path, tmp_path: Pat
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_settings_of_another_version_are_refused_not_ignored(run: Path, tmp_path: Path) -> None:
+    settings = json.loads((run / "config.json").read_text()) | {"novel": 1}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=f"{tmp_path}: unknown settings novel"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_new_model_has_the_networks_own_first_weights() -> None:
     torch.manual_seed(3)
     expected = PerceiverAR(SMALL).state_dict()

@@ -39,11 +39,17 @@ class PerceiverARModelConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
 
     def __init__(self, network: PerceiverARConfig | None = None, **settings: Any) -> None:
-        """network: the settings; None: they are among `settings`, with those that transformers has of its own."""
-        names = [entry.name for entry in dataclasses.fields(PerceiverARConfig) if entry.name in settings]
-        own = {name: settings.pop(name) for name in names}
-        self.network = network or PerceiverARConfig.from_dict(own, where="config.json")
+        """settings: those that transformers have of their own."""
+        self.network = network or PerceiverARConfig()
         super().__init__(**settings)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From the content of a run's `config.json`. Raises InputError for settings that the network does not have."""
+        network = PerceiverARConfig.from_dict(config_dict, where=str(kwargs.get("name_or_path", "config.json")))
+        own = {"model_type", *(entry.name for entry in dataclasses.fields(PerceiverARConfig))}
+        others = {name: value for name, value in config_dict.items() if name not in own}
+        return super().from_dict({"network": network, **others}, **kwargs)
 
     @property
     def vocab_size(self) -> int:
