@@ -154,7 +154,11 @@ def test_greedy_generation_equals_the_packages_through_the_slide_of_the_window(c
     net = BASE.net()
     lengths, logits = [], list[Tensor]()
     net.register_forward_hook(lambda _module, inputs, _out: lengths.append(inputs[0].shape[1]))
-    net.model.head.register_forward_hook(lambda _module, _in, out: logits.append(out if out.ndim == 2 else out[:, -1]))
+
+    def record(_module: Any, _inputs: Any, out: Tensor) -> None:
+        logits.append(out if out.ndim == 2 else out[:, -1])
+
+    net.model.head.register_forward_hook(record)
     prompt = data["in/tokens"]
     new = AutoregressiveWrapper(net).generate(prompt, note["seq_len"], **note["kwargs"])
     assert torch.equal(new, data["out/tokens"])
