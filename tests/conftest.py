@@ -1,7 +1,10 @@
-"""What all tests share: how many threads they take, and how hypothesis draws its examples."""
+"""What all tests share: how many threads they take, how hypothesis draws its examples, some files."""
 
+import ctypes
 import os
 import random
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # One thread, also in the processes that tests start: on models so small, threads cost more than they bring,
@@ -30,3 +33,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(6):
         (folder / f"{number}.txt").write_text("".join(rng.choice(words) for _ in range(200)))
     return folder
+
+
+@pytest.fixture
+def bound_by_modes() -> Iterator[None]:
+    """Root, too, may only read what modes allow: meanwhile it lacks the capabilities that let it read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    if sys.platform != "linux":
+        pytest.skip("root may read everything")
+    libc, header = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0)
+    before, without = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()  # twice effective, permitted, inheritable
+    assert libc.capget(header, before) == 0
+    without[:] = before
+    without[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, without) == 0
+    yield
+    assert libc.capset(header, before) == 0

@@ -4,7 +4,6 @@
 """
 
 import csv
-import ctypes
 import json
 import math
 import os
@@ -224,24 +223,6 @@ def a_file_that_may_not_be_read(tmp_path: Path) -> Path:
     (tmp_path / "secret.txt").write_text("secret " * 100)
     (tmp_path / "secret.txt").chmod(0)
     return tmp_path / "secret.txt"
-
-
-@pytest.fixture
-def bound_by_modes() -> Iterator[None]:
-    """Root, too, may only read what modes allow: meanwhile it lacks the capabilities that let it read everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    if sys.platform != "linux":
-        pytest.skip("root may read everything")
-    libc, header = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0)
-    before, without = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()  # twice effective, permitted, inheritable
-    assert libc.capget(header, before) == 0
-    without[:] = before
-    without[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-    assert libc.capset(header, without) == 0
-    yield
-    assert libc.capset(header, before) == 0
 
 
 @pytest.mark.usefixtures("bound_by_modes")

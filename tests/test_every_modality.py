@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from test_cli import SMALL, assert_refused
 
-from perceiver_ar import PerceiverAR, Run, evaluate
+from perceiver_ar import PerceiverAR, Run, evaluate, generate
 from perceiver_ar.cli import main
 from perceiver_ar.data.audio import NeuralCodec
 from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.midi import write_midi
 from perceiver_ar.data.tokens import TokenFile
 
@@ -51,6 +52,10 @@ def write_numbers(path: Path, number: int) -> None:
     np.save(path, np.random.default_rng(number).integers(0, 40, (30, 10)))
 
 
+def write_words(path: Path, number: int) -> None:
+    path.write_text(f"{number} words and more words " * 20)
+
+
 class Modality(NamedTuple):
     write: Callable[[Path, int], None]
     ending: str
@@ -78,6 +83,8 @@ MODALITIES = {
     ),
     "integers": Modality(write_numbers, ".npy", [], ["new.npy"], ""),
 }
+TEXT = Modality(write_words, ".txt", [], [], "")
+"""Has tests of its own, but for those of its files."""
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +195,66 @@ def test_generation_writes_files_and_every_id_is_allowed(
                 picture.load()
         else:
             assert np.load(path).max() < 40
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("trained", ["rgb", "palette", "neural"], indirect=True)
+def test_no_id_is_out_of_its_channel_or_codebook(
+    trained: tuple[Modality, Path, Path], seed: int, tmp_path: Path
+) -> None:
+    """By the order of the ids themselves, not by the codec's mask, at a temperature that makes all ids as likely."""
+    run = trained[2]
+    model, codec, count = Run(run).model(), codec_of(run), 150
+    if isinstance(codec, ImageCodec):
+        count = codec.num_pixel_values
+    start = torch.from_numpy(codec.start().astype(np.int64))[None]
+    settings: dict[str, Any] = {"num_samples": 4, "seed": seed, "allowed_next": codec.constraint()}
+    new = generate(model, start, count, temperature=1e6, **settings).numpy()
+    for row in new:
+        if isinstance(codec, ImageCodec):  # each channel has all values; classes and start ids are none
+            assert row.max() < codec.num_values
+            continue
+        assert isinstance(codec, NeuralCodec)
+        ends = np.flatnonzero(row == codec.separator[0])
+        for recording in np.split(row, ends):
+            codes = recording[recording != codec.separator[0]]
+            assert (codes // codec.codebook_size == np.arange(len(codes)) % codec.codebooks).all()
+        lengths = np.diff(ends, prepend=-1) - 1
+        assert (lengths > 0).all() and (lengths % codec.codebooks == 0).all()
+    arguments = ["generate", str(run), "--temperature=1e6", f"--seed={seed}", "--samples=4", "--ignore_end"]
+    assert main([*arguments, f"--max_new_tokens={count}", "--out", str(tmp_path / "new")]) == 0
+    for number, row in enumerate(new, 1):  # the command has drawn the very same
+        assert (tmp_path / f"new-{number}{codec.ending}").read_bytes() == codec.decode(np.append(start, row))
+
+
+UNREADABLE: dict[str, Callable[[Path], Any]] = {
+    "locked": lambda path: path.chmod(0),
+    "lost": lambda path: (path.unlink(), path.symlink_to(f"no {path.name}")),
+    "loop": lambda path: (path.unlink(), path.symlink_to(path)),
+}
+
+
+@pytest.mark.usefixtures("bound_by_modes")
+@pytest.mark.parametrize("modality", [*MODALITIES.values(), TEXT], ids=[*MODALITIES, "text"])
+def test_files_that_cannot_be_read_are_skipped_and_counted(
+    modality: Modality, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, run = tmp_path / "files", tmp_path / "run"
+    (folder / f"inner{modality.ending}").mkdir(parents=True)  # named like a file
+    for number, place in enumerate([folder, folder / f"inner{modality.ending}"]):
+        modality.write(place / f"good{modality.ending}", number)
+    for number, (kind, spoil) in enumerate(UNREADABLE.items()):
+        for path in (folder / f"{kind}{modality.ending}", folder / kind):  # with its ending, and without
+            modality.write(folder / f"new{modality.ending}", number)
+            spoil((folder / f"new{modality.ending}").rename(path))
+    options = [option.replace("WEIGHTS", str(weights)) for option in modality.options]
+    training = [*SMALL, "--max_steps=1", "--data.validation_fraction=0", *options]
+    assert main(["train", str(folder), "--out", str(run), *training]) == 0
+    assert "skipped 6 of 8 files" in capsys.readouterr().err
+    assert TokenFile.open(run / "tokens" / "train").num_documents == 2
+    for path in folder.iterdir():
+        if path.name.split(".")[0] in UNREADABLE:
+            assert_refused(capsys, "train", path, "--out", tmp_path / "other", *training, says=path)
 
 
 def test_generation_starts_from_nothing_too(

@@ -289,7 +289,7 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     data = recipe.data
     sources = find_files(recipe.paths) if recipe.paths else standard_library()
     out = run.path.resolve()  # may lie in a folder that is trained on
-    sources = [source for source in sources if out not in source.path.resolve().parents]
+    sources = [source for source in sources if out not in Path(os.path.realpath(source.path)).parents]
     held_out_sources = find_files(data.validation) if data.validation else None
     modality = recipe.modality
     if modality == "auto":

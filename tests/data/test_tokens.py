@@ -94,9 +94,11 @@ def test_links_are_followed_but_not_in_circles(folder):
     (folder / "sub" / "circle2").symlink_to(folder / "sub")
     (folder / "broken").symlink_to(folder / "nowhere")
     (folder / "twin.txt").symlink_to(folder / "b.txt")
-    expected = ["a.py", "b.txt", "sub/c.txt", "sub/deep/d.txt"]
-    assert names(find_files(folder), folder) == expected
-    assert names(find_files(folder / "**" / "*"), folder) == expected
+    expected = ["a.py", "b.txt", "broken", "sub/c.txt", "sub/deep/d.txt"]  # who reads `broken` will say what it is
+    for path in (folder, folder / "**" / "*", folder / "*"):
+        assert names(sources := find_files(path), folder) == expected
+        with pytest.raises(InputError, match=r"broken is a link to nothing"):
+            list(sources[2].chunks())
 
 
 def test_a_pipe_in_a_folder_is_passed_over(folder):

@@ -35,9 +35,9 @@ def recognise(sources: Iterable[Source]) -> str:
     """The modality that all files are of: by their ending, or else by their first bytes; text where neither says more.
 
     Raises `InputError`, with how many there are of each, if they are of several. Notes and tables beside other files
-    (README, LICENSE, .csv, .json, .md) do not count.
+    (README, LICENSE, .csv, .json, .md) do not count, nor does what cannot be read.
     """
-    kinds = [(source, _kind(source)) for source in sources]
+    kinds = [(source, kind) for source in sources if (kind := _kind(source)) is not None]
     seen = Counter(kind for source, kind in kinds if kind != "text" or not NOTES.fullmatch(source.path.name))
     if len(seen) > 1:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in seen.most_common())
@@ -45,7 +45,7 @@ def recognise(sources: Iterable[Source]) -> str:
     return next(iter(seen), "text")
 
 
-def _kind(source: Source) -> str:
+def _kind(source: Source) -> str | None:
     name = source.path.name.lower()
     compressed = name.endswith(COMPRESSED)
     ending = os.path.splitext(os.path.splitext(name)[0] if compressed else name)[1]
@@ -57,7 +57,7 @@ def _kind(source: Source) -> str:
             with open(source.path, "rb") as file:
                 start = file.read(16)
         except OSError:  # whoever reads it will say what is wrong
-            return "text"
+            return None
         for magic, modality in MAGIC.items():
             if re.match(magic, start, re.DOTALL):
                 return modality

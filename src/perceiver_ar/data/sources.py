@@ -49,8 +49,10 @@ class Source:
     def chunks(self, advance: Callable[[int], Any] = lambda num_bytes: None) -> Iterator[bytes]:
         """The decompressed content. `advance(n)` is told whenever another n bytes of the stored file have been read.
 
-        Raises `InputError` if the file vanished, may not be read, or is damaged.
+        Raises `InputError` if the file vanished, is a link to nothing, may not be read, or is damaged.
         """
+        if _leads_nowhere(self.path):
+            raise InputError(f"{self.name} is a link to nothing; correct it or remove it")
         read = 0
         try:
             with open(self.path, "rb") as raw:
@@ -227,7 +229,7 @@ def _matching(pattern: str) -> list[Source]:
     for match in sorted(glob.glob(pattern)):
         if os.path.isdir(match):
             found += [] if os.path.basename(match) in NOT_DOCUMENTS else _walk(match)
-        elif os.path.isfile(match):
+        elif _is_file(match):
             found.append(_source(match, named=False))
     return found
 
@@ -242,7 +244,16 @@ def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _source(path: str, named: bool) -> Source:
-    return Source(Path(path), path, os.stat(path).st_size, named)
+    return Source(Path(path), path, 0 if _leads_nowhere(path) else os.stat(path).st_size, named)
+
+
+def _leads_nowhere(path: str | os.PathLike[str]) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def _is_file(path: str) -> bool:
+    """No folder, pipe or socket. A link to nothing was meant to be a file: it is skipped and counted like one."""
+    return os.path.isfile(path) or _leads_nowhere(path)
 
 
 def _refuse(error: OSError) -> None:
@@ -263,7 +274,7 @@ def _walk(
         folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
         for name in sorted(files):
             path = os.path.join(parent, name)
-            if not name.startswith(".") and os.path.isfile(path):  # no pipes, sockets, or links to nothing
+            if not name.startswith(".") and _is_file(path):
                 with suppress(FileNotFoundError):
                     found.append(_source(path, named=False))
     return found
