@@ -4,6 +4,7 @@ The neural codecs are transformers' own classes, small and with random weights.
 """
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,30 @@ def test_a_run_without_its_weights_does_not_look_elsewhere(neural: NeuralCodec, 
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere: no weights of dac there") as error:
+    with pytest.raises(InputError, match=r"nowhere: no such folder, and no weights of dac .* the Hub") as error:
         NeuralCodec.from_pretrained("dac", tmp_path / "nowhere")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "no numbers", "missing"])
+def test_damaged_weights_in_a_run_are_named_and_nobody_asks_the_hub(
+    neural: NeuralCodec, damage: str, tmp_path: Path
+) -> None:
+    save_codec(neural, tmp_path)
+    weights = tmp_path / "neural_codec" / "model.safetensors"
+    content = {"cut": weights.read_bytes()[:-100], "no numbers": b"no numbers" * 99, "missing": b""}[damage]
+    weights.write_bytes(content)
+    if damage == "missing":
+        weights.unlink()
+    with pytest.raises(InputError, match=rf"neural_codec: no weights of {neural.kind} there, or damaged ones") as error:
+        load_codec(tmp_path)
+    assert "\n" not in str(error.value) and "Hub" not in str(error.value)
+
+
+@pytest.mark.parametrize("rate", [0, -1, 0.5, 8000.0, "8000", True, None])
+def test_a_rate_is_a_whole_number_of_samples(rate: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"sample_rate is {rate!r}: it must be")):
+        MuLawCodec(rate)
 
 
 # What may come next, and any ids at all.

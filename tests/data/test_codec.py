@@ -75,6 +75,8 @@ def test_a_codec_that_only_knows_whole_documents_is_streamed_whole():
         (json.dumps({"codec": "image", "settings": {"rows": "4", "columns": 4}}), "is damaged"),
         (json.dumps({"codec": "image", "settings": {"rows": 4, "columns": 4, "palette": [[1, 2]]}}), "is damaged"),
         (json.dumps({"codec": "image", "settings": {"rows": 4, "columns": 4, "palette": [[300, 0, 0]]}}), "is damaged"),
+        (json.dumps({"codec": "mulaw", "settings": {"sample_rate": 0}}), "is damaged .sample_rate is 0"),
+        (json.dumps({"codec": "integers", "settings": {"num_values": -1}}), "is damaged .num_values is -1"),
         (json.dumps({"codec": "tokenizer", "settings": {}}), "cannot read the tokenizer"),
     ],
 )

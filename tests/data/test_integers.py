@@ -1,8 +1,10 @@
 """Arrays of integers come back exactly; anything else is one clear line."""
 
 import io
+import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +83,12 @@ def test_what_is_no_array_of_ids_is_refused_in_one_line(data: bytes, says: str) 
     with pytest.raises(WrongModality, match=says) as error:
         CODEC.encode(data)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [0, -3, 2.5, "9", False])
+def test_the_number_of_values_is_a_whole_one(number: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"num_values is {number!r}: it must be")):
+        IntegerCodec(number)
 
 
 def test_the_vocabulary_is_counted_and_kept(tmp_path: Path) -> None:

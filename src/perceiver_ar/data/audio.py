@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from perceiver_ar.data.codec import Codec, WrongModality, missing_extra, numbered
+from perceiver_ar.data.codec import Codec, WrongModality, check_positive, missing_extra, numbered
 from perceiver_ar.data.pictures import spectrogram
 from perceiver_ar.data.sound import wav_bytes, write_wav
 from perceiver_ar.errors import InputError
@@ -100,6 +100,7 @@ class MuLawCodec(AudioCodec):
     separator = (END,)
 
     def __init__(self, sample_rate: int = 16_000) -> None:
+        check_positive(sample_rate=sample_rate)
         self.sample_rate = sample_rate
 
     def encode_samples(self, samples: np.ndarray) -> np.ndarray:
@@ -174,7 +175,7 @@ class NeuralCodec(AudioCodec):
     ) -> "NeuralCodec":
         """`weights`: a folder, or a name on the Hub; `options` are those of transformers' `from_pretrained`.
 
-        Raises `InputError` if there are none, or of another kind.
+        Raises `InputError` if there are none, damaged ones, or of another kind.
         """
         try:
             from transformers import DacModel, EncodecModel, MimiModel
@@ -187,7 +188,11 @@ class NeuralCodec(AudioCodec):
             model = classes[kind].from_pretrained(str(weights), **options)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{weights}: no weights of {kind} there, nor on the Hub ({reason})") from None
+            if Path(weights).is_dir():
+                raise InputError(f"{weights}: no weights of {kind} there, or damaged ones ({reason})") from None
+            raise InputError(
+                f"{weights}: no such folder, and no weights of {kind} to be had from the Hub ({reason})"
+            ) from None
         return cls(kind, model, codebooks)
 
     @torch.no_grad()

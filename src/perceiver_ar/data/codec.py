@@ -173,6 +173,13 @@ class Codec(ABC):
         return cls(**settings)
 
 
+def check_positive(**settings: int) -> None:
+    """Raises ValueError, naming it, for a setting that is no whole number from 1 on."""
+    for name, value in settings.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}: it must be a whole number, at least 1")
+
+
 def numbered(stem: str, number: int, count: int) -> str:
     """The stem of one of `count` results."""
     return stem if count == 1 else f"{stem}-{number}"

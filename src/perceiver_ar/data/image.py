@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.data.codec import Codec, WrongModality
+from perceiver_ar.data.codec import Codec, WrongModality, check_positive
 from perceiver_ar.data.pictures import grid
 from perceiver_ar.data.sources import Source
 from perceiver_ar.errors import InputError
@@ -65,8 +65,7 @@ class ImageCodec(Codec):
         classes: Sequence[str] = (),
     ) -> None:
         """palette: (colours, 3), 0 ... 255, all different; classes: names of the folders that pictures lie in."""
-        if min(rows, columns) < 1:
-            raise ValueError(f"pictures of {rows} x {columns}")
+        check_positive(rows=rows, columns=columns)
         self.rows, self.columns, self.classes = rows, columns, tuple(classes)
         self.colours: Colours = colours
         self.palette = None if palette is None else np.array(palette, dtype=np.uint8).reshape(-1, 3)

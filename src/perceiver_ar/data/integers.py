@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from perceiver_ar.data.codec import Codec, WrongModality
+from perceiver_ar.data.codec import Codec, WrongModality, check_positive
 from perceiver_ar.data.sources import Source
 from perceiver_ar.errors import InputError
 
@@ -40,6 +40,7 @@ class IntegerCodec(Codec):
     ending = ".npy"
 
     def __init__(self, num_values: int) -> None:
+        check_positive(num_values=num_values)
         self.num_values = num_values
         self.vocab_size = num_values + 1
         self.separator = (num_values,)
