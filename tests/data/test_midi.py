@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from symusic import Score
 
 from perceiver_ar.data.codec import Codec, WrongModality, load_codec, save_codec
 from perceiver_ar.data.midi import END, MidiTokCodec, MusicCodec, PerformanceCodec, clean, read_midi, write_midi
@@ -102,6 +103,28 @@ def test_tempo_changes_tracks_drums_and_running_status() -> None:
     buffer = io.BytesIO()
     file.save(file=buffer)
     assert read_midi(buffer.getvalue()).tolist() == [[1.0, 2.0, 60, 64], [2.25, 3.25, 62, 5]]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([60, 61]), st.booleans()), min_size=1, max_size=30))
+def test_releases_end_strokes_in_their_order_as_symusic_has_it(events: list[tuple[int, int, bool]]) -> None:
+    now, messages, held = 0, [], []
+    for wait, pitch, pressed in events:
+        now += 100 * wait
+        if pressed:
+            messages.append((now, on(pitch, 1 + len(messages))))
+            held.append(pitch)
+        elif pitch in held:
+            messages.append((now, off(pitch)))
+            held.remove(pitch)
+    messages += [(now + 100, off(pitch)) for pitch in held]
+    if not messages:
+        return
+    data = midi_file(messages)
+    [track] = Score.from_midi(data).tracks
+    theirs = track.notes.numpy()
+    start, length = theirs["time"] / 960, theirs["duration"] / 960
+    expected = clean(np.stack([start, start + length, theirs["pitch"], theirs["velocity"]], axis=1))
+    np.testing.assert_allclose(read_midi(data), expected, atol=1e-9)
 
 
 def test_the_pedal_lengthens_notes_until_it_goes_up_or_the_key_is_struck_again() -> None:

@@ -7,12 +7,15 @@ Every codec here goes through one plain form, the notes of a piece:
 
 All tracks of a file but drums become one. The sustain pedal becomes length: a note whose key is released while the
 pedal is down sounds until the pedal goes up or the key is struck again (as MAESTRO is prepared; Hawthorne et al. 2019,
-arXiv 1810.12247).
+arXiv 1810.12247). Where a key is struck again before it was released, each release ends the earliest stroke that has
+none yet: MIDI owes every note-on a note-off of its own, and symusic pairs them in the same way. (Ending all strokes at
+the first release, as pretty_midi does, makes notes shorter than they were held.)
 """
 
 import struct
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,7 +87,7 @@ def _parse_track(
     """Adds the track's tempo changes to `tempos`. Raises IndexError where it ends in the middle of an event."""
     notes: dict[int, list[list[int]]] = {}  # by channel
     pedals: dict[int, list[tuple[int, int]]] = {}
-    sounding: dict[tuple[int, int], list[int]] = {}
+    sounding: dict[tuple[int, int], list[list[int]]] = {}  # by channel and pitch, the earliest first
     at, tick, status = 0, 0, 0
 
     def number() -> int:
@@ -120,18 +123,19 @@ def _parse_track(
             if max(first, second) > 127:
                 raise WrongModality("a damaged MIDI file")
             if kind in (0x80, 0x90) and channel != DRUMS:
-                if (note := sounding.pop((channel, first), None)) is not None:
-                    note[1] = tick
+                strokes = sounding.setdefault((channel, first), [])
                 if kind == 0x90 and second > 0:
-                    note = sounding[channel, first] = [tick, -1, first, second]
-                    notes.setdefault(channel, []).append(note)
+                    strokes.append([tick, -1, first, second])
+                    notes.setdefault(channel, []).append(strokes[-1])
+                elif strokes:
+                    strokes.pop(0)[1] = tick
             elif kind == 0xB0 and first == PEDAL:
                 pedals.setdefault(channel, []).append((tick, second))
         else:
             raise WrongModality("a damaged MIDI file")
     if at > len(data):
         raise IndexError
-    for note in sounding.values():  # never released
+    for note in chain.from_iterable(sounding.values()):  # never released
         note[1] = tick
     return [(np.array(notes[c]), np.array(pedals.get(c, [])).reshape(-1, 2)) for c in sorted(notes)]
 
