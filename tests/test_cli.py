@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from perceiver_ar import PerceiverAR, PerceiverARConfig, Run, evaluate, generate
 from perceiver_ar.cli import main
 
-VERBS = ["train", "evaluate", "generate", "info", "convert", "export"]
+VERBS = ["train", "evaluate", "generate", "info", "convert", "export", "push"]
 SMALL = [
     "--model.context_length=32", "--model.num_latents=8", "--model.dim=16", "--model.num_layers=1",
     "--model.num_heads=2", "--trainer.batch_size=4", "--trainer.precision=32", "--trainer.device=cpu",

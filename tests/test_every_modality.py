@@ -5,6 +5,7 @@ Damaged files lie among the good ones everywhere.
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from PIL import Image
 from test_cli import SMALL, assert_refused
 
 from perceiver_ar import PerceiverAR, Run, evaluate, generate
+from perceiver_ar.card import shared_files, write_card
 from perceiver_ar.cli import main
 from perceiver_ar.data.audio import NeuralCodec
 from perceiver_ar.data.codec import Codec
@@ -276,6 +278,20 @@ def test_info_shows_what_was_measured_and_nothing_else(
     shown = capsys.readouterr().out
     assert "None" not in shown and "bits per byte" not in shown and "nats per token" in shown
     assert ("bits per dimension" in shown) == (modality.unit == "dimension")
+
+
+def test_the_files_that_are_pushed_are_a_run(
+    trained: tuple[Modality, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained[2]
+    for name in shared_files(Run(run)):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(run / name, tmp_path / "run" / name)
+    write_card(Run(tmp_path / "run"), "me/mine")
+    [code] = re.findall(r"```python\n(.*?)```", (tmp_path / "run" / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace('"mine"', '"run"'), "README.md", "exec"), {})
+    assert (tmp_path / f"new{trained[0].ending}").stat().st_size > 0
 
 
 def test_neural_codecs_keep_their_weights_in_the_run(trained: tuple[Modality, Path, Path]) -> None:

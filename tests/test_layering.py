@@ -40,10 +40,11 @@ MAY_IMPORT = {
     "plots": BOTTOM | {"config", "evaluation"},
     "checkpoints": BOTTOM,
     "report": BOTTOM | {"run"},
+    "card": BOTTOM | {"run", "data"},
     "trouble": NETWORK | {"costs", "optim"},
     "training": BELOW_THE_TASKS | {"checkpoints", "trouble", "report", "evaluation", "plots"},
     "huggingface": BELOW_THE_TASKS,
-    "cli": BELOW_THE_TASKS | {"trouble", "compat", "evaluation", "plots", "training", "huggingface"},
+    "cli": BELOW_THE_TASKS | {"trouble", "compat", "card", "evaluation", "plots", "training", "huggingface"},
     "__main__": {"cli"},
 }
 

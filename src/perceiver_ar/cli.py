@@ -44,6 +44,7 @@ Perceiver AR on your own files: train, see how good it is, generate.
   info RUN                      what a run is, and what it costs
   convert FORMAT CHECKPOINT --out RUN     another implementation's checkpoint becomes a run
   export FORMAT RUN --out PATH            and back; or for Hugging Face transformers
+  push RUN OWNER/NAME           a run goes to the Hugging Face Hub
 
 perceiver-ar VERB --help has all options and examples."""
 
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         "info": info_verb,
         "convert": convert_verb,
         "export": export_verb,
+        "push": push_verb,
     }
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries, to their callers: to us, not to the user
@@ -624,6 +626,31 @@ def export(run: "Run", directory: Path) -> dict[str, Any]:
     codec = run.codec() if (run.path / "codec.json").exists() else None
     huggingface.export(huggingface.PerceiverARForCausalLM.from_pretrained(run.path), codec, directory)
     return {"files": sorted(file.name for file in directory.iterdir()), "codec": None if codec is None else codec.name}
+
+
+def push_verb(argv: list[str]) -> None:
+    parser = make_parser(
+        "push",
+        "RUN OWNER/NAME",
+        "Uploads a run to the Hugging Face Hub: model, codec, recipe, summary and report, with a model card. The card\n"
+        "is RUN/README.md; it is written unless it is there. Not uploaded are tokens, checkpoints and samples.",
+        "  perceiver-ar push runs/books me/books --dry_run         (write the card, and show what would be uploaded)\n"
+        "  perceiver-ar push runs/books me/books --private",
+    )
+    parser.add_argument("run", help="a run directory")
+    parser.add_argument("repo_id", help="whose repository of which name")
+    parser.add_argument("--private", action="store_true", help="for its owner alone")
+    parser.add_argument("--dry_run", action="store_true", help="upload nothing")
+    args = parser.parse_args(argv)
+
+    from perceiver_ar.card import CARD, push, shared_files, write_card
+    from perceiver_ar.run import Run
+
+    run = Run.open(args.run)
+    written = write_card(run, args.repo_id)
+    print(f"{run.path / CARD} is {'written; add a licence to its head' if written else 'there already'}",
+          file=sys.stderr)  # fmt: skip
+    print("\n".join(shared_files(run)) if args.dry_run else push(run, args.repo_id, private=args.private))
 
 
 # Of what summary.json has measured, where it has.

@@ -146,6 +146,7 @@ class NeuralCodec(AudioCodec):
     """
 
     name = "neural"
+    files = (f"{FOLDER}/*",)
 
     def __init__(self, kind: Kind, model: Any, codebooks: int | None = None) -> None:
         """model: an EncodecModel, DacModel or MimiModel of transformers, with one audio channel."""

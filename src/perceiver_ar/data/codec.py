@@ -47,11 +47,13 @@ class Codec(ABC):
                      empty where a modality has none. They stand for no bytes: `decode` drops them.
     index_dims       sizes of the dimensions of a position (rows, columns, channels of an image); empty for text
     document_length  tokens of every document, where all have as many (pictures): then each window stays within one
+    files            patterns of the files that `save` writes into a run directory
     ending           of the files that `decode` gives the content of, such as ".mid"
     writes_text      `decode` gives text that can be read piece by piece
     """
 
     name: ClassVar[str]
+    files: ClassVar[tuple[str, ...]] = ()
     ending: ClassVar[str] = ".bin"
     writes_text: ClassVar[bool] = False
     vocab_size: int

@@ -376,6 +376,7 @@ class MidiTokCodec(MusicCodec):
     """
 
     name = "miditok"
+    files = ("miditok.json",)
 
     def __init__(self, kind: Kind, tokenizer: Any = None) -> None:
         """tokenizer: one of MidiTok's made before. Raises `InputError` where MidiTok is not installed."""

@@ -108,6 +108,7 @@ class TokenizerCodec(Codec):
     """
 
     name = "tokenizer"
+    files = ("tokenizer.json",)
     ending = ".txt"
     writes_text = True
 
