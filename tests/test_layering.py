@@ -39,12 +39,13 @@ MAY_IMPORT = {
     "evaluation": BELOW_THE_TASKS,
     "plots": BOTTOM | {"config", "evaluation"},
     "checkpoints": BOTTOM,
+    "onnx": NETWORK | {"data"},
     "report": BOTTOM | {"run"},
     "card": BOTTOM | {"run", "data"},
     "trouble": NETWORK | {"costs", "optim"},
     "training": BELOW_THE_TASKS | {"checkpoints", "trouble", "report", "evaluation", "plots"},
     "huggingface": BELOW_THE_TASKS,
-    "cli": BELOW_THE_TASKS | {"trouble", "compat", "card", "evaluation", "plots", "training", "huggingface"},
+    "cli": BELOW_THE_TASKS | {"trouble", "compat", "card", "onnx", "evaluation", "plots", "training", "huggingface"},
     "__main__": {"cli"},
 }
 

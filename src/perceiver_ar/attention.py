@@ -14,7 +14,8 @@ read and dropped before the next one is made (streaming.py).
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -45,6 +46,8 @@ def attend(q: Tensor, pieces: Sequence[Piece], *, dropout: float = 0.0) -> Tenso
     """
     pieces = [piece for piece in pieces if piece.k.shape[2] > 0]
     assert pieces and all(not piece.causal or piece.k.shape[2] == q.shape[2] for piece in pieces)
+    if _ordinary:
+        return _attend_masked(q, pieces, dropout)
     if dropout > 0.0 or q.device.type != "cpu":
         return _attend_whole(q, pieces, dropout)
     if not torch.is_grad_enabled():
@@ -54,6 +57,23 @@ def attend(q: Tensor, pieces: Sequence[Piece], *, dropout: float = 0.0) -> Tenso
             return _attend_whole(q, pieces, 0.0)
     k, v, causal, masks = (list(column) for column in zip(*pieces, strict=True))
     return _attention(q, k, v, causal, masks)[0]
+
+
+_ordinary = False
+
+
+@contextmanager
+def ordinary_attention() -> Iterator[None]:
+    """Inside, `attend` is one call of PyTorch's attention under a mask: what exporters to other runtimes can translate.
+
+    Slower, and the mask is held; the operators of our own mean nothing outside of this package.
+    """
+    global _ordinary
+    before, _ordinary = _ordinary, True
+    try:
+        yield
+    finally:
+        _ordinary = before
 
 
 # Piece by piece: for callers that make their pieces one after another. No gradients flow through these two.
@@ -320,6 +340,14 @@ def _attend_whole(q: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(queries, keys))
         if not any(piece.causal for piece in pieces):
             return F.scaled_dot_product_attention(q, k, v)
+    return _attend_masked(q, pieces, dropout)
+
+
+def _attend_masked(q: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
+    """The same with what each query sees written out."""
+    k = torch.cat([piece.k for piece in pieces], dim=2)
+    v = torch.cat([piece.v for piece in pieces], dim=2)
+    queries = q.shape[2]
     columns = []
     for piece in pieces:
         seen = torch.ones(queries, piece.k.shape[2], dtype=torch.bool, device=q.device)

@@ -582,40 +582,53 @@ def convert_verb(argv: list[str]) -> None:
 def export_verb(argv: list[str]) -> None:
     parser = make_parser(
         "export",
-        "huggingface|lucidrains|krasserm RUN --out PATH",
+        "huggingface|lucidrains|krasserm|onnx RUN --out PATH",
         "Writes a run's model for others.\n"
         "huggingface: a directory that transformers load with trust_remote_code=True where this package is not\n"
         "installed: weights, settings, tokenizer and code; it is still a run. (Where the package is installed,\n"
         "transformers load the run itself, after `import perceiver_ar.huggingface`.)\n"
         "lucidrains, krasserm: a file of torch.save that perceiver-ar-pytorch loads, a Hugging Face directory that\n"
         "perceiver-io loads; shows the arguments or settings it goes with. Only for models that these packages can\n"
-        "compute, such as those trained with --preset lucidrains or --preset krasserm.",
+        "compute, such as those trained with --preset lucidrains or --preset krasserm.\n"
+        "onnx: a directory for runtimes without PyTorch: scoring, and generation step by step.",
         "  perceiver-ar export huggingface runs/books --out books-for-transformers/\n"
         "  perceiver-ar export krasserm runs/clm --out clm-for-perceiver-io/\n"
-        "  perceiver-ar export lucidrains runs/enwik8 --out model.pt",
+        "  perceiver-ar export lucidrains runs/enwik8 --out model.pt\n"
+        "  perceiver-ar export onnx runs/books --out books-onnx/",
     )
-    parser.add_argument("format", choices=["huggingface", "lucidrains", "krasserm"], help="for which package")
+    formats = ["huggingface", "lucidrains", "krasserm", "onnx"]
+    parser.add_argument("format", choices=formats, help="for which package")
     parser.add_argument("run", help="a run directory")
     parser.add_argument("--out", type=str, required=True, help="the file or directory to write")
     args = parser.parse_args(argv)
 
     from perceiver_ar import compat
-    from perceiver_ar.files import atomic_directory
+    from perceiver_ar.data.codec import save_codec
+    from perceiver_ar.files import atomic_directory, write_text
+    from perceiver_ar.onnx import export_onnx
     from perceiver_ar.run import Run
 
     run = Run.open(args.run)
     model = run.model()
     if args.format == "lucidrains":
-        about = compat.save_lucidrains(model, args.out)
+        about: Any = compat.save_lucidrains(model, args.out)
     else:
         if Run(args.out).is_taken():
             raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
         with atomic_directory(args.out) as directory:
-            about = compat.save_krasserm(model, directory) if args.format == "krasserm" else export(run, directory)
+            if args.format == "krasserm":
+                about = compat.save_krasserm(model, directory)
+            elif args.format == "huggingface":
+                about = export_huggingface(run, directory)
+            else:
+                about = export_onnx(model, directory)
+                write_text(directory / "config.json", model.config.to_json())
+                if (run.path / "codec.json").exists():
+                    save_codec(run.codec(), directory)
     print(json.dumps(about, indent=2))
 
 
-def export(run: "Run", directory: Path) -> dict[str, Any]:
+def export_huggingface(run: "Run", directory: Path) -> dict[str, Any]:
     """A run for transformers; what to tell of it."""
     from perceiver_ar.data.codec import missing_extra
 

@@ -216,7 +216,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         shape = positions.shape
         positions = positions if positions.ndim > 1 else positions[None]
         fits = positions.ndim == 2 or (positions.ndim == 3 and axes > 1 and shape[-1] == axes)
-        if not fits or positions.shape[0] not in (1, len(tokens)) or positions.shape[1] != tokens.shape[1]:
+        if not fits or positions.shape[0] not in (1, tokens.shape[0]) or positions.shape[1] != tokens.shape[1]:
             raise InputError(f"positions have shape {tuple(shape)}, tokens {tuple(tokens.shape)}: give one each")
         return positions
 

@@ -1,0 +1,188 @@
+"""A model as ONNX files, for runtimes without PyTorch: scoring, and generation over caches.
+
+`model.onnx`: a window of any split; P >= 0, N >= 1, P + N <= context_length.
+
+    prefix (B, P), latents (B, N)   ->   logits (B, N, V)
+
+`step.onnx`: one more latent of each row, behind what its caches hold.
+
+    tokens, positions (B, 1), context_held, latents_held (B,), CACHES   ->   logits (B, V), CACHES with the new token
+
+`read.onnx`: prefix tokens for the caches.
+
+    tokens, positions (B, K)   ->   context_k, context_v, of these tokens alone
+
+Ids, positions and counts are int64, the rest is float32. CACHES are context_k, context_v (cross-attention layers, B, H,
+room, C) and latent_k, latent_v (layers, B, H, room, C), finite everywhere. Of a row the first `context_held` places of
+the first two count, and the first `latents_held` of the others. How much room there is is the caller's choice.
+
+A window of P prefix tokens and N latents: `read` the prefix, put it at the first places, then a `step` for each latent.
+Every further step is a window that has grown by one. To refill, go on with latents_held = 0 and, as context_held, the
+longer prefix of the new window: what is held of tokens that stay prefix is right as it is, and what is held of former
+latents, too, unless the setting `latent_keys` is "query" (then `read` them). These are all windows of `generate`.
+Positions count from a row's start or, with position tables, from the window's.
+"""
+
+import copy
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from perceiver_ar.attention import Piece, ordinary_attention
+from perceiver_ar.cache import Cache
+from perceiver_ar.data.codec import missing_extra
+from perceiver_ar.model import PerceiverAR
+
+CACHES = ("context_k", "context_v", "latent_k", "latent_v")
+
+
+class Scoring(nn.Module):
+    """A context in its two parts, so that each has a length of its own."""
+
+    def __init__(self, model: PerceiverAR) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, prefix: Tensor, latents: Tensor) -> Tensor:
+        tokens = torch.cat([prefix, latents], dim=1)
+        positions = torch.arange(tokens.shape[1])
+        if self.model.config.positions_from_end:  # as the network does by a sum over a mask, which exporters lose
+            positions = tokens.shape[1] - 1 - positions
+        return self.model(tokens, prefix.shape[1], positions=positions)
+
+
+class Step(nn.Module):
+    """One latent of each row over caches that come and go as tensors."""
+
+    def __init__(self, model: PerceiverAR) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        context_held: Tensor,
+        latents_held: Tensor,
+        context_k: Tensor,
+        context_v: Tensor,
+        latent_k: Tensor,
+        latent_v: Tensor,
+    ) -> tuple[Tensor, ...]:
+        cross, own = Slots(context_k, context_v, context_held), Slots(latent_k, latent_v, latents_held)
+        latents = self.model.latents(tokens, positions=positions, cache=Cache(cast(Any, cross), cast(Any, own)))
+        return self.model.head(latents[:, -1]), *cross.written(), *own.written()
+
+
+class Read(nn.Module):
+    """Keys and values of prefix tokens in every cross-attention layer."""
+
+    def __init__(self, model: PerceiverAR) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        new = Written()
+        self.model.read(tokens, positions, Cache(cast(Any, new), cast(Any, None)))
+        return new.written()
+
+
+class Written:
+    """What a network writes to a cache, layer by layer: `cache.KeysValues` where nothing changes in place."""
+
+    def __init__(self) -> None:
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int) -> list[Piece]:
+        self.k.append(k)
+        self.v.append(v)
+        return [Piece(k, v)]
+
+    def written(self) -> tuple[Tensor, Tensor]:
+        return torch.stack(self.k), torch.stack(self.v)
+
+
+class Slots(Written):
+    """Into keys and values (layers, B, H, room, C) of which each row holds `held` (B,): the next place is written."""
+
+    def __init__(self, k: Tensor, v: Tensor, held: Tensor) -> None:
+        super().__init__()
+        self.before = k, v
+        places = torch.arange(k.shape[3])
+        self.seen = places <= held[:, None]
+        self.here = (places == held[:, None])[:, None, :, None]
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int) -> list[Piece]:
+        k, v = (torch.where(self.here, new, old[layer_idx]) for new, old in zip((k, v), self.before, strict=True))
+        super().update(k, v, layer_idx)
+        return [Piece(k, v, mask=self.seen)]
+
+
+def empty_caches(model: PerceiverAR, rows: int, context: int) -> dict[str, Tensor]:
+    """Caches for `step.onnx` by name, with room for a context of so many tokens and for num_latents latents."""
+    cache = Cache.empty(model.config, rows, context, torch.float32, torch.device("cpu"))
+    return dict(zip(CACHES, (cache.cross.k, cache.cross.v, cache.own.k, cache.own.v), strict=True))
+
+
+def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
+    """Writes `model.onnx` and, for networks whose latents can be cached, `step.onnx` and `read.onnx`.
+
+    Each comes with its weights in a file NAME.onnx.data. Returns their names.
+    Raises InputError where a package of the extra `onnx` is missing.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("onnx", error) from None
+    model = copy.copy(model).float().eval()
+    model.config = model.config.replace(prefix_chunk=0)  # streaming is an operator of ours
+    # In the example lengths of 0 and 1 would become constants, equal lengths one length, and inputs that are one tensor
+    # one input.
+    rows, ids = Dim("rows"), torch.zeros(2, 9, dtype=torch.int64)
+    most = model.config.context_length
+    lengths = {name: {0: rows, 1: Dim(name, max=most)} for name in ("prefix", "latents", "length")}
+    score: dict[str, Any] = {name: lengths[name] for name in ("prefix", "latents")}
+    graphs: dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any], list[str]]] = {
+        "model": (Scoring(model), (ids[:, :5], ids[:, :3]), score, ["logits"])
+    }
+    if model.config.cacheable:
+        caches = empty_caches(model, 2, 5)
+        room = {1: rows, 3: Dim("context_room")}, {1: rows, 3: Dim("latent_room")}
+        shapes: dict[str, Any] = {"tokens": {0: rows}, "positions": {0: rows}}
+        shapes |= {"context_held": {0: rows}, "latents_held": {0: rows}}
+        shapes |= dict(zip(CACHES, (room[0], room[0], room[1], room[1]), strict=True))
+        one, held = ids[:, :1], ids[:, 0]
+        outputs = ["logits", *(f"new_{name}" for name in CACHES)]
+        graphs["step"] = Step(model), (one, one, held, held, *caches.values()), shapes, outputs
+        graphs["read"] = (
+            Read(model),
+            (ids, ids),
+            dict.fromkeys(("tokens", "positions"), lengths["length"]),
+            list(CACHES[:2]),
+        )
+    log = logging.getLogger("torch.onnx")
+    level, names = log.level, []
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings(), torch.no_grad(), ordinary_attention():
+        warnings.simplefilter("ignore")  # of torch's exporter, about itself
+        log.setLevel(logging.ERROR)
+        try:
+            for name, (module, inputs, shapes, outputs) in graphs.items():
+                names.append(f"{name}.onnx")
+                program = torch.onnx.export(
+                    module.eval(), tuple(x.clone() for x in inputs), dynamo=True, dynamic_shapes=shapes,
+                    input_names=list(shapes), output_names=outputs, verbose=False,
+                )  # fmt: skip
+                assert program is not None
+                program.save(folder / names[-1], external_data=True)
+        finally:
+            log.setLevel(level)
+    return names
