@@ -22,11 +22,11 @@ from perceiver_ar.windows import Window, next_window
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "context_length": 24, "num_latents": 8, "dim": 32, "num_layers": 1}
 NETWORKS: dict[str, dict[str, Any]] = {
-    "keys of the query": {"num_heads": 2, "cross_layers": (0, 1), "latent_keys": "query"},
     "rows and columns": {"num_heads": 2, "position_table": "learned", "index_dims": (6, 4), "norm": "layernorm"},
 }
 FROM_END: dict[str, Any] = {"num_heads": 2, "positions_from_end": True, "latents_per_position": 2}
-OTHERS = {"positions from the end": FROM_END} | {
+QUERY_KEYS: dict[str, Any] = {"num_heads": 2, "cross_layers": (0, 1), "latent_keys": "query"}
+OTHERS = {"keys of the query": QUERY_KEYS, "positions from the end": FROM_END} | {
     name: {**settings, "head_dim": None, "num_heads": 2} for name, settings in PRESETS.items()
 }
 LENGTHS = [(1, 0, 1), (2, 0, 8), (1, 1, 1), (3, 16, 8), (1, 23, 1), (2, 5, 3)]

@@ -38,7 +38,7 @@ from perceiver_ar.cache import Cache
 from perceiver_ar.data.codec import missing_extra
 from perceiver_ar.model import PerceiverAR
 
-CACHES = ("context_k", "context_v", "latent_k", "latent_v")
+CACHES: tuple[str, ...] = ("context_k", "context_v", "latent_k", "latent_v")
 
 
 class Scoring(nn.Module):
