@@ -127,7 +127,8 @@ class Slots(Written):
 def empty_caches(model: PerceiverAR, rows: int, context: int) -> dict[str, Tensor]:
     """Caches for `step.onnx` by name, with room for a context of so many tokens and for num_latents latents."""
     cache = Cache.empty(model.config, rows, context, torch.float32, torch.device("cpu"))
-    return dict(zip(CACHES, (cache.cross.k, cache.cross.v, cache.own.k, cache.own.v), strict=True))
+    stacked = [torch.stack(x) for part in (cache.cross, cache.own) for x in zip(*part.layers, strict=True)]
+    return dict(zip(CACHES, stacked, strict=True))
 
 
 def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
