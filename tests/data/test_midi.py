@@ -120,7 +120,8 @@ def test_releases_end_strokes_in_their_order_as_symusic_has_it(events: list[tupl
     if not messages:
         return
     data = midi_file(messages)
-    [track] = Score.from_midi(data).tracks
+    score: Any = Score.from_midi(data)
+    [track] = score.tracks
     theirs = track.notes.numpy()
     start, length = theirs["time"] / 960, theirs["duration"] / 960
     expected = clean(np.stack([start, start + length, theirs["pitch"], theirs["velocity"]], axis=1))
