@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -53,6 +53,12 @@ def on_devices(recipe: Recipe, devices: int, micro_batch_size: int = 6) -> Recip
     Two of them have one sum, bit by bit, wherever they are computed; more are added up in another order.
     """
     return replace(recipe, trainer=replace(recipe.trainer, devices=devices, micro_batch_size=micro_batch_size))
+
+
+def sharing_prefixes(recipe: Recipe, devices: int, prefix_ranks: int) -> Recipe:
+    """As on_devices, with groups of so many devices that read the same windows."""
+    trainer = replace(recipe.trainer, devices=devices, prefix_ranks=prefix_ranks, micro_batch_size=6)
+    return replace(recipe, trainer=trainer)
 
 
 class Processes:
@@ -129,6 +135,18 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 # Which windows each rank reads.
+
+
+def test_ranks_that_share_prefixes_have_the_same_windows_and_groups_share_them_as_ranks_do(recipe: Recipe) -> None:
+    windows = Windows(np.arange(2000) % 256, 32, 8, recipe.seed)
+    groups = rank_batches(on_devices(recipe, 2), windows)
+    ranks = rank_batches(sharing_prefixes(recipe, 6, 3), windows)
+    for _ in range(8):
+        expected, batches = [next(group) for group in groups], [next(rank) for rank in ranks]
+        for rank, ours in enumerate(batches):
+            theirs = expected[rank // 3]
+            assert ours["weight"] == theirs["weight"]
+            assert all(torch.equal(ours[name], theirs[name]) for name in ("tokens", "labels"))
 
 
 def rank_batches(recipe: Recipe, windows: Windows, first: int = 0) -> list[Iterator[dict[str, Any]]]:
@@ -215,6 +233,70 @@ def test_torchrun_says_how_many_processes_there_are(recipe: Recipe, alone: dict[
     with Processes(tmp_path, recipe, *torchrun(3)) as three:
         assert three.status() == 0, three.lines()
     assert_same_parameters(recipe.out, alone["adamw"])
+
+
+def test_ranks_that_share_prefixes_give_the_parameters_of_one_process(
+    recipe: Recipe, alone: dict[str, Path], tmp_path: Path
+) -> None:
+    with Processes(tmp_path, sharing_prefixes(recipe, 4, 2)) as four:
+        assert four.status() == 0, four.lines()
+    assert_same_parameters(recipe.out, alone["muon"])
+    assert len([line for line in four.lines() if "4 devices, 2 to a prefix" in line]) == 1
+    assert mean_bits(four.out) == pytest.approx(mean_bits(alone["muon"]), rel=1e-5)
+    ours, theirs = (json.loads((Path(run) / "summary.json").read_text()) for run in (recipe.out, alone["muon"]))
+    for name in ("steps", "tokens_seen", "bits_per_byte"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+SHARED = """
+import sys, torch
+from perceiver_ar import PerceiverAR, Recipe
+from perceiver_ar.config import PerceiverARConfig, TrainerConfig
+from perceiver_ar.training import PerceiverARModule
+torch.distributed.init_process_group("gloo")
+recipe = Recipe(out="run", model=PerceiverARConfig(context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2),
+                trainer=TrainerConfig(device="cpu", devices=2, prefix_ranks=2))
+torch.manual_seed(0)
+module = PerceiverARModule(PerceiverAR(recipe.model), recipe, torch.distributed.get_rank())
+module.configure_model()
+tokens = torch.randint(256, (2, 33))
+with torch.profiler.profile() as profile:
+    module.forward_loss({"tokens": tokens[:, :-1], "labels": tokens[:, -8:], "weight": 1.0}).backward()
+counts = [event.count for event in profile.key_averages() if event.key in ("gloo:all_reduce", "gloo:all_gather")]
+assert len(counts) == 2 and sum(counts) > 2, counts
+assert module.model.prefix_group is None
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_in_a_training_step_a_prefix_is_read_in_shares(tmp_path: Path) -> None:
+    (tmp_path / "shared.py").write_text(SHARED)
+    command = [str(word) for word in torchrun(2)]
+    run = subprocess.run([*command, str(tmp_path / "shared.py")], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_with_a_mean_of_its_weights_goes_on_with_other_shares_of_windows_prefixes_and_weights(
+    recipe: Recipe, tmp_path: Path, strategy: Literal["ddp", "fsdp"]
+) -> None:
+    recipe = replace(recipe, optim=replace(MUON, ema=0.5))
+    shared = sharing_prefixes(recipe, 2, 2)
+    shared = replace(shared, trainer=replace(shared.trainer, strategy=strategy), max_steps=10)
+    train(replace(on_devices(recipe, 1), max_steps=5))
+    with Processes(tmp_path, shared, options=("--out", recipe.out, "--resume")) as two:
+        assert two.status() == 0, two.lines()
+    assert json.loads(two.stdout.read_text())["steps"] == 10
+    train(replace(on_devices(recipe, 1), max_steps=15), resume=True)
+    train(replace(on_devices(recipe, 1), max_steps=15, out=str(tmp_path / "alone")))
+    assert_same_parameters(recipe.out, tmp_path / "alone")
+
+
+def test_devices_that_no_prefix_is_left_for_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    alone = replace(recipe, trainer=replace(recipe.trainer, prefix_ranks=2))
+    with pytest.raises(InputError, match="prefix_ranks is 2: devices must be a multiple of it, not 1"):
+        train(alone)
+    assert not Path(recipe.out).exists()
 
 
 @pytest.mark.parametrize("optim", [ADAMW, MUON], ids=["adamw", "muon"])

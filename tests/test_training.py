@@ -34,6 +34,7 @@ from perceiver_ar import InputError, PerceiverAR, Recipe, Run, train
 from perceiver_ar.checkpoints import Checkpoints
 from perceiver_ar.config import DataConfig, OptimConfig, PerceiverARConfig, TrainerConfig
 from perceiver_ar.data.tokens import TokenFile, Windows
+from perceiver_ar.evaluation import evaluate
 from perceiver_ar.objective import IGNORE, next_token_loss
 from perceiver_ar.optim import lr_factor, make_optimizer
 from perceiver_ar.training import Batches, PerceiverARModule
@@ -424,6 +425,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "paths": {"paths": ("elsewhere",)},
     "trainer.batch_size": {"trainer": replace(TRAINER, batch_size=8)},
     "trainer.short_prefix": {"trainer": replace(TRAINER, short_prefix=0.25)},
+    "trainer.prefix_growth": {"trainer": replace(TRAINER, prefix_growth=0.25)},
 }
 
 
@@ -481,11 +483,11 @@ def test_any_integer_is_a_seed(recipe: Recipe, seed: int) -> None:
     assert train(replace(recipe, seed=seed, max_steps=1))["steps"] == 1
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.5])
-def test_training_is_this_plain_loop(recipe: Recipe, ema: float) -> None:
+@pytest.mark.parametrize(("ema", "more"), [(0.0, {}), (0.5, {}), (0.0, {"label_smoothing": 0.1, "z_loss": 1e-3})])
+def test_training_is_this_plain_loop(recipe: Recipe, ema: float, more: dict[str, Any]) -> None:
     recipe = replace(recipe, model=DROPPING, seed=5, trainer=replace(TRAINER, short_prefix=0.0))
-    recipe = replace(recipe, optim=OptimConfig(ema=ema))
-    train(recipe)
+    recipe = replace(recipe, optim=OptimConfig(ema=ema, **more))
+    summary = train(recipe)
     torch.manual_seed(5)
     model = PerceiverAR(recipe.model)
     mean = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -496,7 +498,7 @@ def test_training_is_this_plain_loop(recipe: Recipe, ema: float) -> None:
             group["lr"] = group["initial_lr"] * lr_factor(recipe.optim, (step + 0.5) / 12)
         batch = windows.batch(4 * step, 4)
         torch.manual_seed(5 * 1_000_003 + step)
-        loss = next_token_loss(model(batch["tokens"], 24, mask=batch.get("mask")), batch["labels"])
+        loss = next_token_loss(model(batch["tokens"], 24, mask=batch.get("mask")), batch["labels"], **more)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.grad_clip)
@@ -507,6 +509,10 @@ def test_training_is_this_plain_loop(recipe: Recipe, ema: float) -> None:
     assert all(torch.equal(tensor, trained[name]) for name, tensor in mean.items())
     assert all(torch.equal(x, checkpoint(recipe.out)["state_dict"][f"model.{name}"])
                for name, x in model.state_dict().items())  # fmt: skip
+    # Whatever it was trained on, it is measured by the plain loss.
+    held_out = TokenFile.open(Path(recipe.out) / "tokens" / "validation").tokens
+    plain = evaluate(PerceiverAR.from_pretrained(recipe.out), held_out, max_tokens=10 * TRAINER.evaluation_tokens)
+    assert summary["nats_per_token"] == plain.nats_per_token
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -526,6 +532,19 @@ def test_a_share_of_the_steps_has_shorter_prefixes_and_the_same_targets(recipe: 
     shorter = [length for length in lengths if length < 32]
     assert abs(len(shorter) / 200 - share) < 0.2
     assert share == 0.0 or (min(shorter) == 8 and len(set(shorter)) > 2)
+
+
+@pytest.mark.parametrize("growth", [0.25, 1.0])
+def test_the_longest_prefix_grows_by_quarters_over_a_share_of_the_run(recipe: Recipe, growth: float) -> None:
+    trainer = replace(TRAINER, prefix_growth=growth, short_prefix=0.5)
+    recipe = replace(recipe, max_steps=200, trainer=trainer)
+    windows = Windows(np.arange(1000) % 256, 32, 8, recipe.seed)
+    batches = islice(Batches(windows, PerceiverARModule(PerceiverAR(MODEL), recipe)), 200)
+    prefixes = [batch["tokens"].shape[1] - 8 for batch in batches]
+    fifth = int(200 * growth / 5)
+    for i in range(5):
+        part = prefixes[i * fifth : (i + 1) * fifth if i < 4 else None]
+        assert max(part) == 6 * i  # of 24
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 30])

@@ -163,13 +163,14 @@ def test_without_windows_to_give_up_other_settings_are_named() -> None:
     assert "lower model.context_length" in out_of_memory(recipe, 10**6, "cpu")
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_the_largest_micro_batch_fits_divides_and_the_next_one_would_not_fit(devices: int) -> None:
+@pytest.mark.parametrize(("devices", "ranks"), [(1, 1), (2, 1), (6, 3)])
+def test_the_largest_micro_batch_fits_divides_and_the_next_one_would_not_fit(devices: int, ranks: int) -> None:
     from perceiver_ar.costs import training_bytes
 
     model = PerceiverARConfig(prefix_chunk=0)
-    recipe = Recipe(out="x", model=model, trainer=replace(TRAINER, batch_size=24, devices=devices))
-    sizes = [size for size in (1, 2, 3, 4, 6, 8, 12, 24) if 24 // devices % size == 0]
+    trainer = replace(TRAINER, batch_size=24, devices=devices, prefix_ranks=ranks)
+    recipe = Recipe(out="x", model=model, trainer=trainer)
+    sizes = [size for size in (1, 2, 3, 4, 6, 8, 12, 24) if 24 // (devices // ranks) % size == 0]
     for size, following in zip(sizes, [*sizes[1:], None], strict=True):
         enough = training_bytes(recipe, 10**6, size)
         assert largest_micro_batch(recipe, 10**6, "cpu", enough) == size

@@ -438,13 +438,18 @@ class OptimConfig:
     """Largest norm of the whole gradient; 0: no clipping."""
     skip_spikes: float = 0.0
     """Skip a step whose gradient norm is more than so many times the median of the last 100; 0: none, 10 is careful."""
+    label_smoothing: float = 0.0
+    """Share of each target spread over all other ids. Held-out text is measured without."""
+    z_loss: float = 0.0
+    """Weight of log^2(sum exp(logits)) in the loss, which keeps logits from drifting, such as 1e-4. Held-out text is
+    measured without."""
     ema: float = 0.0
     """Share of the old in a running mean of the weights, taken at every step, which is then what is measured and
     written; such as 0.999. 0: the weights themselves."""
 
     def __post_init__(self) -> None:
         _check_types(self, "optim.")
-        for name in ("muon_lr", "lr", "weight_decay", "grad_clip", "skip_spikes"):
+        for name in ("muon_lr", "lr", "weight_decay", "grad_clip", "skip_spikes", "label_smoothing", "z_loss"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"optim.{name} is {value}: it must not be negative")
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {self.betas}: both must be in [0, 1)")
@@ -470,9 +475,15 @@ class TrainerConfig:
     None: all its share."""
     devices: int = 1
     """Devices that share each step, each with a process of its own; torchrun and SLURM say it themselves."""
+    prefix_ranks: int = 1
+    """How many devices read the same windows, a share of the prefix each, so that context can grow with their number;
+    devices / prefix_ranks groups of them share the windows of a step."""
     short_prefix: float = 0.5
     """Share of the steps whose windows have their prefix cut to 3/4, 1/2, 1/4 or nothing of it, at random.
     Always whole, the model would not learn to write from little, and less prefix is less work."""
+    prefix_growth: float = 0.0
+    """Share of the run over which the longest prefix grows from nothing to whole, by quarters: what is near is learned
+    first, at less cost. 0: it is whole from the start."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp: each of several devices holds the whole network; fsdp: a share of weights, gradients and optimizer state."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
@@ -496,19 +507,25 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "trainer.")
-        for name in ("batch_size", "micro_batch_size", "devices"):
+        for name in ("batch_size", "micro_batch_size", "devices", "prefix_ranks"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"trainer.{name} is {value}: it must be at least 1")
         require(
-            self.batch_size % self.devices == 0,
-            f"trainer.batch_size {self.batch_size} is not a multiple of devices {self.devices}, which share it",
+            self.devices == 1 or self.devices % self.prefix_ranks == 0,
+            f"trainer.prefix_ranks is {self.prefix_ranks}, which does not divide devices {self.devices}",
+        )
+        ranks = f"devices {self.devices}" + (f" / prefix_ranks {self.prefix_ranks}" if self.prefix_ranks > 1 else "")
+        require(
+            self.batch_size % self.data_ranks == 0,
+            f"trainer.batch_size {self.batch_size} is not a multiple of {ranks}, which share it",
         )
         require(
-            self.batch_size % (self.devices * self.micro_batch) == 0,
+            self.batch_size % (self.data_ranks * self.micro_batch) == 0,
             f"trainer.batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            + (f" times devices {self.devices}" if self.devices > 1 else ""),
+            + (f" times {ranks}" if self.data_ranks > 1 else ""),
         )
-        require(0 <= self.short_prefix <= 1, f"trainer.short_prefix is {self.short_prefix}: it must be in [0, 1]")
+        for name in ("short_prefix", "prefix_growth"):
+            require(0 <= getattr(self, name) <= 1, f"trainer.{name} is {getattr(self, name)}: it must be in [0, 1]")
         for name in ("evaluations", "sample_tokens", "keep_best"):
             require(getattr(self, name) >= 0, f"trainer.{name} is {getattr(self, name)}: it must not be negative")
         require(
@@ -517,9 +534,14 @@ class TrainerConfig:
         parse_duration(self.checkpoint_every, "trainer.checkpoint_every")
 
     @property
+    def data_ranks(self) -> int:
+        """Groups of devices that share the windows of a step."""
+        return max(1, self.devices // self.prefix_ranks)
+
+    @property
     def micro_batch(self) -> int:
         """micro_batch_size with its default filled in."""
-        return self.micro_batch_size or self.batch_size // self.devices
+        return self.micro_batch_size or self.batch_size // self.data_ranks
 
     @property
     def sharded(self) -> bool:
@@ -555,9 +577,16 @@ class Recipe:
             self.modality in ("auto", "text") or (self.data.tokenizer is None and self.data.bpe_vocab_size is None),
             f"modality is {self.modality!r}, but a tokenizer reads text: leave out one of them",
         )
+        most = 1 - 1 / self.model.vocab_size  # there all ids are alike
         require(
-            not (self.trainer.sharded and self.optim.ema),
-            f"optim.ema is {self.optim.ema}, which trainer.strategy fsdp does not have: use ddp, or leave it out",
+            self.optim.label_smoothing == 0 or self.optim.label_smoothing < most,
+            f"optim.label_smoothing is {self.optim.label_smoothing}: with {self.model.vocab_size} ids it must be in "
+            f"[0, {most:.4g})",
+        )
+        require(
+            self.trainer.prefix_ranks == 1 or self.model.attention_dropout == 0,
+            f"model.attention_dropout is {self.model.attention_dropout}, which needs the whole prefix on each device: "
+            "set it to 0, or trainer.prefix_ranks to 1",
         )
         if self.max_time is not None:
             parse_duration(self.max_time, "max_time")

@@ -61,18 +61,18 @@ def training_bytes(
                   + per cross layer  N (4 D + 7 W + 2 E + 2 F) + P (2 E + 5 W)   kept for the backward pass
                   + per self layer   N (4 D + 7 W + 2 F)
 
-    floats; for the letters see `costs`, but P is what prefix dropout leaves of it, or one piece. Keys and values of the
-    prefix have 3 W kept and 2 W of gradients, when little else is left. With activation checkpointing a layer keeps
-    its input, and one at a time all of it. Autocast keeps 2.3 bytes instead of 4, the mean of what is kept in two and
-    in four, and a copy of the weights in two. Several latents per position keep as many times as much, but for
-    the logits.
+    floats; for the letters see `costs`, but P is what prefix dropout leaves of it, a device's share of that, or one
+    piece. Keys and values of the prefix have 3 W kept and 2 W of gradients, when little else is left. With activation
+    checkpointing a layer keeps its input, and one at a time all of it. Autocast keeps 2.3 bytes instead of 4, the mean
+    of what is kept in two and in four, and a copy of the weights in two. Several latents per position keep as many
+    times as much, but for the logits.
 
     This is what is allocated. On a CPU the C library's allocator may hold half as much again (docs/log.md).
     """
     config = recipe.model
     B, K = recipe.trainer.micro_batch if windows is None else windows, config.latents_per_position
     N, D, E = config.num_latents, config.dim, config.width_embed
-    P = (config.context_length - N) * (1 - config.prefix_dropout)
+    P = (config.context_length - N) * (1 - config.prefix_dropout) / recipe.trainer.prefix_ranks
     P = min(P, (config.prefix_chunk if prefix_chunk is None else prefix_chunk) or P)
     W, F = config.heads_cross * config.width_head_cross, int((config.cross_mlp_ratio or config.mlp_ratio) * D)
     cross = N * (4 * D + 7 * W + 2 * E + 2 * F) + P * (2 * E + 5 * W)

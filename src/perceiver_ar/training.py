@@ -4,11 +4,10 @@ A run is a function of its recipe. The weights come from the seed, training wind
 of step k from the seed and k. So a run that was killed and resumed makes exactly the steps of an undisturbed one.
 (Bounded by `max_time` instead of `max_steps`, the learning rate follows the clock, and no two runs are the same.)
 
-On several devices every process (rank) runs all of this: each takes its share of the micro-batches of a step, all agree
-on the clock and on stopping, and the first one alone writes, prints and measures.
+On several devices every process (rank) runs all of this: each takes its share of the micro-batches of a step, or of the
+prefix of the same ones, all agree on the clock and on stopping, and the first one alone writes, prints and measures.
 """
 
-import copy
 import csv
 import errno
 import importlib.util
@@ -43,8 +42,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from perceiver_ar.checkpoints import Checkpoint, Checkpoints
 from perceiver_ar.config import Recipe, TrainerConfig, parse_duration
@@ -52,7 +52,7 @@ from perceiver_ar.data.codec import Codec, load_codec, save_codec
 from perceiver_ar.data.modalities import make_codec, official_split, recognise
 from perceiver_ar.data.sources import find_files, standard_library
 from perceiver_ar.data.tokens import TokenFile, Windows, prepare
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.evaluation import compressed_bits_per_byte, evaluate, evaluate_context_lengths, write_table
 from perceiver_ar.files import atomic_path, write_text
 from perceiver_ar.generation import generate
@@ -107,6 +107,8 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
         Interrupted: stopped by SIGINT or SIGTERM, and saved.
     """
     recipe = replace(recipe, trainer=replace(recipe.trainer, devices=world(recipe.trainer)[0]))
+    devices, ranks = recipe.trainer.devices, recipe.trainer.prefix_ranks
+    require(devices % ranks == 0, f"trainer.prefix_ranks is {ranks}: devices must be a multiple of it, not {devices}")
     run = Run(recipe.out)
     if any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
         resume = resume or run.recipe_file.exists()
@@ -139,6 +141,10 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
 
 def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> Windows:
     """The sequence of training windows. Raises InputError where there are too few tokens."""
+    require(
+        recipe.trainer.prefix_growth == 0 or codec.document_length is None,
+        "trainer.prefix_growth cannot be had with pictures, whose prefixes are never cut: leave it out",
+    )
     return Windows(
         tokens,
         recipe.model.context_length,
@@ -218,7 +224,7 @@ def check_resumable(run: Run, recipe: Recipe) -> Recipe:
         recipe = replace(recipe, model=load_codec(run.path).fit(recipe.model))
     fixed = ("paths", "modality", "seed", "model", "data", "optim")
     changed = [name for name in fixed if getattr(before, name) != getattr(recipe, name)]
-    for name in ("batch_size", "short_prefix"):
+    for name in ("batch_size", "short_prefix", "prefix_growth"):
         if getattr(before.trainer, name) != getattr(recipe.trainer, name):
             changed.append(f"trainer.{name}")
     if changed:
@@ -324,7 +330,8 @@ class PerceiverARModule(pl.LightningModule):
         model.activation_checkpointing = recipe.trainer.activation_checkpointing
         # In lists, so that their parameters are not listed, and saved, a second time.
         self.compiled: list[Any] = [torch.compile(model) if recipe.trainer.compile else model]
-        self.mean: list[PerceiverAR] = [copy.deepcopy(model)] if recipe.optim.ema else []
+        self.prefix_group: Any = None  # of the ranks that have the same windows
+        self.mean: dict[str, Tensor] = {}  # of the weights, where the recipe asks for it; from the first step on
         self.first_window = 0
         self.seconds_before = 0.0  # spent in earlier parts of a resumed run
         self.started = time.perf_counter()
@@ -341,28 +348,49 @@ class PerceiverARModule(pl.LightningModule):
         """Why the run cannot go on."""
 
     @property
-    def in_use(self) -> PerceiverAR:
-        """What is measured, sampled from, and written for use: the running mean of the weights if there is one."""
-        return self.mean[0] if self.mean else self.model
+    def data_rank(self) -> int:
+        """Of this process's group among those that share the windows; neighbours share a prefix."""
+        return self.rank // self.recipe.trainer.prefix_ranks
 
     def configure_model(self) -> None:
-        """Under FSDP, divides the network among the ranks, layer by layer."""
-        if self.recipe.trainer.sharded and not isinstance(self.model, FSDPModule):
+        """Finds who shares a prefix; under FSDP, divides the network among all ranks, layer by layer.
+
+        Gradients are averaged over all ranks, too. Those of a prefix group are the same but for rounding, and this way
+        nothing ever lets their weights drift apart.
+        """
+        settings = self.recipe.trainer
+        if settings.prefix_ranks > 1 and self.prefix_group is None:
+            shape = (settings.data_ranks, settings.prefix_ranks)
+            mesh = init_device_mesh(choose_device(settings), shape, mesh_dim_names=("data", "prefix"))
+            self.prefix_group = mesh["prefix"].get_group()
+        if settings.sharded and not isinstance(self.model, FSDPModule):
             assert self.device_mesh is not None
             mesh = self.device_mesh["data_parallel"]
             for layer in (*self.model.cross_attention, *self.model.self_attention, self.model):
                 fully_shard(layer, mesh=mesh)
 
     def usable(self) -> PerceiverAR:
-        """`in_use`; under FSDP a copy of it with all weights, for which all ranks have to call this."""
-        if not self.recipe.trainer.sharded:
-            return self.in_use
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(self.model, options=options)  # empty on all ranks but the first
+        """What is measured, sampled from, and written for use: the network with the running mean of the weights if
+        there is one. Under FSDP all ranks have to call this, and only the first has the weights."""
+        if not (self.mean or self.recipe.trainer.sharded):
+            return self.model
+        state = self.whole_on_first(self.mean or self.weights())
         model = PerceiverAR(self.recipe.model)
-        if self.rank == 0:
+        if state:
             model.load_state_dict(state)
         return model.to(self.device)
+
+    def weights(self) -> dict[str, Tensor]:
+        """By all their names."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters(remove_duplicate=False)}
+
+    def whole_on_first(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All of what FSDP has divided, in the first rank's main memory; nothing on the others."""
+        if not self.recipe.trainer.sharded:
+            return state
+        device = choose_device(self.recipe.trainer)  # Lightning takes the network from it at the end
+        gathered = ((name, whole(tensor.to(device))) for name, tensor in state.items())
+        return {name: tensor.cpu() for name, tensor in gathered if self.rank == 0}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         dtype = torch.bfloat16 if self.recipe.trainer.precision == "bf16" else torch.float32
@@ -401,21 +429,27 @@ class PerceiverARModule(pl.LightningModule):
         factor = lr_factor(self.recipe.optim, self.progress())
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
             group["lr"] = group["initial_lr"] * factor
-        place = batch_idx * self.recipe.trainer.devices + self.rank  # of the micro-batch among all of the run
+        place = batch_idx * self.recipe.trainer.data_ranks + self.data_rank  # of the micro-batch among all of the run
         torch.manual_seed((self.recipe.seed * 1_000_003 + place) % 2**63)
 
     def forward_loss(self, batch: dict[str, Any]) -> Tensor:
-        tokens, labels = batch["tokens"], batch["labels"]
+        tokens, labels, rule = batch["tokens"], batch["labels"], self.recipe.optim
         inputs = {"prefix_len": tokens.shape[1] - labels.shape[1], "mask": batch.get("mask")}
-        if self.large_vocabulary(labels.numel()):
-            return batch["weight"] * head_loss(self.model.latents(tokens, **inputs), self.model.head, labels)
-        return batch["weight"] * next_token_loss(self.compiled[0](tokens, **inputs), labels)
+        self.model.prefix_group = self.prefix_group
+        try:
+            if self.large_vocabulary(labels.numel()):
+                return batch["weight"] * head_loss(self.model.latents(tokens, **inputs), self.model.head, labels)
+            logits = self.compiled[0](tokens, **inputs)
+        finally:
+            self.model.prefix_group = None  # whoever measures or samples is alone
+        loss = next_token_loss(logits, labels, label_smoothing=rule.label_smoothing, z_loss=rule.z_loss)
+        return batch["weight"] * loss
 
     def large_vocabulary(self, targets: int) -> bool:
-        """Whether logits would take a large share of the memory, and nothing wants the network called as a whole."""
-        settings, device = self.recipe.trainer, self.device
+        """Whether logits would take a large share of the memory, and nothing wants them, or the network, whole."""
+        settings, rule, device = self.recipe.trainer, self.recipe.optim, self.device
         size = 4 * targets * self.recipe.model.vocab_size
-        whole = settings.compile or settings.strategy == "fsdp"
+        whole = settings.compile or settings.strategy == "fsdp" or rule.label_smoothing or rule.z_loss
         return not whole and size > SHARE * device_memory(device.type, device.index or 0)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -431,8 +465,8 @@ class PerceiverARModule(pl.LightningModule):
                 # Short runs and beginnings would otherwise remember where they started.
                 decay = min(self.recipe.optim.ema, (1 + self.steps) / (10 + self.steps))
                 with torch.no_grad():
-                    for mean, own in zip(self.mean[0].parameters(), self.model.parameters(), strict=True):
-                        mean.lerp_(own, 1 - decay)
+                    for name, own in self.weights().items():
+                        self.mean[name].lerp_(own, 1 - decay)
         if self.failures == FAILURES:
             where = first_not_finite(self.model, lambda: self.forward_loss(batch))
             self.trouble = (
@@ -460,7 +494,7 @@ class PerceiverARModule(pl.LightningModule):
     def accumulate(self) -> int:
         """Micro-batches of a step on each device."""
         settings = self.recipe.trainer
-        return settings.batch_size // (settings.micro_batch * settings.devices)
+        return settings.batch_size // (settings.micro_batch * settings.data_ranks)
 
     @property
     def steps(self) -> int:
@@ -475,9 +509,10 @@ class PerceiverARModule(pl.LightningModule):
     def tokens_seen(self) -> int:
         return self.steps * self.recipe.trainer.batch_size * self.recipe.model.num_latents
 
-    def progress(self) -> float:
-        """Share of the run that is done, 0 ... 1, half of the running step included."""
-        by_steps = (self.steps + 0.5) / self.recipe.max_steps if self.recipe.max_steps else 0.0
+    def progress(self, step: int | None = None) -> float:
+        """Share of the run that is done, 0 ... 1, half of the running step, or of another one, included."""
+        step = self.steps if step is None else step
+        by_steps = (step + 0.5) / self.recipe.max_steps if self.recipe.max_steps else 0.0
         by_time = self.now / self.recipe.max_seconds if self.recipe.max_seconds else 0.0
         return min(1.0, max(by_steps, by_time))
 
@@ -487,14 +522,13 @@ class PerceiverARModule(pl.LightningModule):
         checkpoint["skipped"] = self.skipped
         checkpoint["norms"] = list(self.norms)
         if self.mean:
-            checkpoint["mean"] = self.mean[0].state_dict()
+            checkpoint["mean"] = self.whole_on_first(self.mean)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.seconds_before, self.first_window = checkpoint["seconds"], checkpoint["windows"]
         self.skipped = checkpoint["skipped"]
         self.norms = list(checkpoint["norms"])
-        if self.mean:
-            self.mean[0].load_state_dict(checkpoint["mean"])
+        self.mean = checkpoint.get("mean", {})
         # Lightning counts micro-batches, and there may now be more or fewer of them in a step.
         counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         further = checkpoint["global_step"] * self.accumulate - counts["total"]["ready"]
@@ -502,13 +536,22 @@ class PerceiverARModule(pl.LightningModule):
             group.update({name: count + further for name, count in group.items()})
 
     def on_train_start(self) -> None:
-        for mean in self.mean:
-            mean.to(self.device)
+        if self.recipe.optim.ema:
+            weights = self.weights()
+            self.mean = {name: divided_as(own, self.mean.get(name, own)) for name, own in weights.items()}
+
+
+def divided_as(own: Tensor, values: Tensor) -> Tensor:
+    """A copy of `values` on the device of `own`, divided among the ranks as FSDP has divided that."""
+    if isinstance(own, DTensor) and not isinstance(values, DTensor):
+        values = values.to(own.device_mesh.device_type)
+        return distribute_tensor(values, own.device_mesh, own.placements, src_data_rank=None)
+    return values.detach().to(own.device, copy=True)
 
 
 class Batches:
     """The endless sequence of a rank's micro-batches, from the window on that the module says (a resumed run skips
-    ahead). Of the micro-batches of a step, rank r of k takes every k-th, from the r-th on.
+    ahead). Of the micro-batches of a step, data rank r of k takes every k-th, from the r-th on.
 
     `weight` is a micro-batch's share of the targets of its step, times the number of micro-batches: a step's mean of
     the weighted mean losses is the mean over its targets, however it is divided.
@@ -519,27 +562,33 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         settings = self.module.recipe.trainer
-        pieces, size = self.module.accumulate * settings.devices, settings.batch_size
+        pieces, size = self.module.accumulate * settings.data_ranks, settings.batch_size
         first = self.module.first_window
         while True:
             targets = np.diff(self.windows.spans(first, size)).reshape(pieces, -1).sum(axis=1)
             weights = pieces * targets / targets.sum()
-            for i in range(self.module.rank, pieces, settings.devices):
+            for i in range(self.module.data_rank, pieces, settings.data_ranks):
                 batch = self.windows.batch(first + i * settings.micro_batch, settings.micro_batch)
                 yield self.shorten(batch, first // size) | {"weight": float(weights[i])}
             first += size
 
     def shorten(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Cuts a prefix of P to 0, P/4, P/2 or 3P/4, in the share of the steps that the recipe says.
+        """Cuts a prefix of P to 0, P/4, P/2 or 3P/4: at random in the share of the steps that the recipe says, and
+        always to what it lets prefixes have by then.
 
         Few lengths, because kernels are made, and kept, for every new shape.
         """
         recipe = self.module.recipe
         random = np.random.default_rng((recipe.seed % 2**63, step))
-        prefix_len = recipe.model.context_length - recipe.model.num_latents
-        cut = prefix_len - random.integers(4) * prefix_len // 4
-        if random.random() >= recipe.trainer.short_prefix or self.windows.document_length is not None:
+        quarters = int(random.integers(4))
+        if random.random() >= recipe.trainer.short_prefix:
+            quarters = 4
+        if growth := recipe.trainer.prefix_growth:
+            quarters = min(quarters, int(5 * self.module.progress(step) / growth))
+        if quarters == 4 or self.windows.document_length is not None:
             return batch
+        prefix_len = recipe.model.context_length - recipe.model.num_latents
+        cut = prefix_len - quarters * prefix_len // 4
         return {name: x if name == "labels" else x[:, cut:] for name, x in batch.items()}
 
 
@@ -773,6 +822,7 @@ def fit(
     say(
         f"{model.num_parameters():,} parameters, {windows_text(recipe)}, {precision}"
         + (f", {devices} devices" if devices > 1 else "")
+        + (f", {recipe.trainer.prefix_ranks} to a prefix" if recipe.trainer.prefix_ranks > 1 else "")
         + (", resuming" if checkpoint else "")
     )
     resume = f"perceiver-ar train --out {shlex.quote(str(run.path))} --resume"

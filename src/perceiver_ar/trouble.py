@@ -50,6 +50,7 @@ def expected_bytes(recipe: Recipe, parameters: int, device: str, windows: int | 
     config, chunk = recipe.model, recipe.model.prefix_chunk
     if chunk is None:
         length = int((config.context_length - config.num_latents) * (1 - config.prefix_dropout))
+        length = -(-length // recipe.trainer.prefix_ranks)
         rows = recipe.trainer.micro_batch if windows is None else windows
         chunk = automatic_chunk(config, rows * config.latents_per_position, length, torch.float32, torch.device(device))
     return training_bytes(recipe, parameters, windows, chunk)
@@ -78,7 +79,7 @@ def out_of_memory(recipe: Recipe, parameters: int, device: str) -> str:
 
 def largest_micro_batch(recipe: Recipe, parameters: int, device: str, room: float) -> int | None:
     """The most windows at once that `room` bytes hold by the estimate; None: not even one."""
-    share = recipe.trainer.batch_size // recipe.trainer.devices
+    share = recipe.trainer.batch_size // recipe.trainer.data_ranks
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     fitting = [size for size in sizes if expected_bytes(recipe, parameters, device, size) <= room]
     return max(fitting, default=None)
