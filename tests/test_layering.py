@@ -42,8 +42,9 @@ MAY_IMPORT = {
     "onnx": NETWORK | {"data"},
     "report": BOTTOM | {"run"},
     "card": BOTTOM | {"run", "data"},
+    "tracking": BOTTOM | {"config"},
     "trouble": NETWORK | {"costs", "optim"},
-    "training": BELOW_THE_TASKS | {"checkpoints", "trouble", "report", "evaluation", "plots"},
+    "training": BELOW_THE_TASKS | {"checkpoints", "trouble", "report", "tracking", "evaluation", "plots"},
     "huggingface": BELOW_THE_TASKS,
     "cli": BELOW_THE_TASKS | {"trouble", "compat", "card", "onnx", "evaluation", "plots", "training", "huggingface"},
     "__main__": {"cli"},
@@ -56,9 +57,11 @@ ONLY_IN = {
     "lightning_utilities": "training",
     "pytorch_lightning": "training",
     "transformers": "huggingface data",  # data: neural audio codecs
+    "wandb": "tracking",
+    "trackio": "tracking",
     "matplotlib": "plots",
 }
-WITHOUT_TORCH = {"errors", "files", "config", "costs", "windows"}
+WITHOUT_TORCH = {"errors", "files", "config", "costs", "windows", "tracking"}
 
 
 class Import(NamedTuple):

@@ -500,6 +500,8 @@ class TrainerConfig:
     """Most held-out tokens to score each time; at the end, ten times as many."""
     sample_tokens: int = 200
     """Length of the samples; 0: none."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """Where metrics go beside metrics.csv and TensorBoard (which is taken where it is installed); each is an extra."""
     checkpoint_every: str = "60s"
     """Time between checkpoints, as in max_time; there is one after each evaluation, too."""
     keep_best: int = 1

@@ -5,6 +5,7 @@ codec.json (tokenizer.json)         files to ids and back
 recipe.yaml                         the complete settings; training it again reproduces the run
 summary.json                        how good it is; written last, so a run that has it is finished
 metrics.csv, tensorboard/           what was measured on the way
+tracker_id, wandb/                  what a tracker calls the run, and what W&B keeps of it, where there is one
 samples/, plots/, report.html       what it writes, pictures, and all of it on one page
 tokens/, checkpoints/               only for resuming
 """

@@ -62,6 +62,7 @@ from perceiver_ar.optim import lr_factor, make_optimizer, whole
 from perceiver_ar.report import write_report
 from perceiver_ar.run import Run
 from perceiver_ar.streaming import SHARE, device_memory
+from perceiver_ar.tracking import Track, check_tracker, tracking
 from perceiver_ar.trouble import (
     ROOM,
     first_not_finite,
@@ -136,7 +137,10 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
         precision = choose_precision(recipe.trainer)
     tokens, held_out, codec = prepare_tokens(run, recipe)
     recipe = replace(recipe, model=codec.fit(recipe.model))
-    return fit(run, recipe, make_windows(tokens, recipe, codec), held_out, codec, precision)
+    windows = make_windows(tokens, recipe, codec)
+    tracked = recipe if RANK == 0 else replace(recipe, trainer=replace(recipe.trainer, tracker="none"))
+    with tracking(run.path, tracked) as track:
+        return fit(run, recipe, windows, held_out, codec, precision, track)
 
 
 def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> Windows:
@@ -167,6 +171,7 @@ def world(settings: TrainerConfig) -> tuple[int, int]:
 
 def prepare_run(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> Recipe:
     """Makes the run directory with tokens and codec, or checks the one to go on with; returns the complete recipe."""
+    check_tracker(recipe.trainer.tracker)
     if not resume and run.is_taken():
         raise InputError(f"{run.path} already exists: give another --out, or go on with --resume")
     run.remove_unfinished_files()
@@ -617,8 +622,10 @@ class Watch(Callback):
         recipe: Recipe,
         autocast: bool,
         files: "CheckpointFiles",
+        track: Track,
     ) -> None:
         self.run, self.held_out, self.codec, self.recipe, self.files = run, held_out, codec, recipe, files
+        self.track = track
         self.precision: Literal["32", "bf16"] = "bf16" if autocast else "32"
         self.signalled = False  # in this process
         self.stop_asked = self.finished = False  # in any, as all agreed
@@ -773,6 +780,7 @@ class Watch(Callback):
                     csv.DictWriter(file, self.COLUMNS).writerow(self.rows[-1])
             for logger in module.loggers:
                 logger.log_metrics(dict(values), step=module.steps)
+            self.track(values, module.steps)
 
     def write_rows(self) -> None:
         with (
@@ -788,7 +796,13 @@ class Watch(Callback):
 
 
 def fit(
-    run: Run, recipe: Recipe, windows: Windows, held_out: TokenFile | None, codec: Codec, precision: str
+    run: Run,
+    recipe: Recipe,
+    windows: Windows,
+    held_out: TokenFile | None,
+    codec: Codec,
+    precision: str,
+    track: Track,
 ) -> dict[str, Any]:
     """Trains to the end of the recipe, then measures, draws and writes the summary."""
     quiet_lightning()
@@ -798,7 +812,7 @@ def fit(
     checkpoints = Checkpoints(run.checkpoints, recipe.trainer.keep_best)
     checkpoint = newest(checkpoints)
     files = CheckpointFiles(run, checkpoints, recipe, model)
-    watch = Watch(run, held_out, codec, recipe, autocast=precision != "32-true", files=files)
+    watch = Watch(run, held_out, codec, recipe, autocast=precision != "32-true", files=files, track=track)
     devices, machines = world(recipe.trainer)
     trainer = pl.Trainer(
         accelerator=choose_device(recipe.trainer),
@@ -902,6 +916,7 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
             draw_context(run, recipe, watch, model)
     sample(model, codec, run, recipe, module.steps)
     draw_loss(run, codec, last, references)
+    watch.track({name: value for name, value in summary.items() if isinstance(value, (int, float))}, module.steps)
     write_report(run, summary)
     run.write_summary(summary)
     return summary
