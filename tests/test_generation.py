@@ -4,6 +4,7 @@ import math
 import os
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from reference import assert_close, configs, randomize
 from torch import Tensor
 
+from perceiver_ar import generation
 from perceiver_ar.config import PRESETS, PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation import generate, stream
@@ -134,6 +136,19 @@ def test_compiled_steps_have_the_same_logits() -> None:
         assert torch.equal(step.tokens, expected.tokens)
         assert torch.equal(step.num_latents, expected.num_latents)
         assert_close(step.logits, expected.logits, 1e-9)
+
+
+def test_any_number_of_shapes_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch stops at eight forms of a function unless told otherwise; without its compiler, only traced, they are cheap.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    generation._compiled.cache_clear()
+    model = tiny(num_layers=0)
+    for rows in range(1, 11):
+        prompt = torch.zeros(rows, 2, dtype=torch.long)
+        assert torch.equal(
+            generate(model, prompt, 3, temperature=0.0, compile=True), generate(model, prompt, 3, temperature=0.0)
+        )
+    generation._compiled.cache_clear()
 
 
 @settings(max_examples=15)

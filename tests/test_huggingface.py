@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -330,6 +331,13 @@ def test_generation_ends_with_the_document(run: Path) -> None:
     ended = model.generate(max_new_tokens=20, logits_processor=LogitsProcessorList([end_soon]))  # from the start token
     assert ended.shape == (1, 6)
     assert ended[0, 0] == ended[0, -1] == 0
+
+
+def test_what_generation_config_says_is_kept(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": true}')
+    settings = AutoModelForCausalLM.from_pretrained(tmp_path / "run").generation_config
+    assert (settings.temperature, settings.do_sample, settings.eos_token_id) == (0.7, True, 0)
 
 
 def test_a_stream_gives_the_text_as_it_is_drawn(run: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from perceiver_ar import PerceiverAR, PerceiverARConfig, Run, generate, stream
 from perceiver_ar.cli import main
 from perceiver_ar.config import PRESETS
+from perceiver_ar.errors import InputError
 from perceiver_ar.onnx import CACHES, empty_caches, export_onnx
 from perceiver_ar.windows import Window, next_window
 
@@ -46,7 +47,7 @@ def run(session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> 
 @pytest.fixture(scope="module", params=[*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     torch.manual_seed(0)
-    model = PerceiverAR(PerceiverARConfig(**{**(NETWORKS | OTHERS)[request.param], **SIZES})).eval()
+    model = PerceiverAR(PerceiverARConfig(**{**(NETWORKS | OTHERS)[request.param], **SIZES})).double()
     for parameter in model.parameters():  # nothing of what starts at zero may hide
         torch.nn.init.normal_(parameter, std=0.2)
     directory = tmp_path_factory.mktemp("onnx") / "files"
@@ -54,7 +55,9 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     names = export_onnx(model, directory)
     logging.disable(logging.NOTSET)
     assert sorted(path.name for path in directory.glob("*.onnx")) == sorted(names)
-    return model, sessions(directory)
+    assert all(module.training for module in model.modules())  # nothing of it has changed
+    assert model.embed.weight.dtype == torch.float64
+    return model.float().eval(), sessions(directory)
 
 
 def test_scores_are_the_networks_at_any_length(exported: Exported) -> None:
@@ -173,6 +176,13 @@ def test_a_run_is_exported_with_its_codec_and_without_steps_where_nothing_can_be
     with torch.no_grad():
         torch.testing.assert_close(logits, Run(source).model()(tokens, 3), atol=1e-4, rtol=0)
     assert_refused(capsys, "export", "onnx", source, "--out", out, says=f"--out {out} is there already")
+
+
+def test_too_small_a_model_is_refused(tmp_path: Path) -> None:
+    config = PerceiverARConfig(vocab_size=9, context_length=8, num_latents=4, dim=8, num_layers=1, num_heads=1)
+    with pytest.raises(InputError, match="context of 9 tokens and 3 latents to see what varies: here are 8 and 8"):
+        export_onnx(PerceiverAR(config), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 MISSING = """

@@ -15,8 +15,10 @@ from perceiver_ar.files import write_text
 from perceiver_ar.run import Run
 
 CARD = "README.md"
-SHARED = (CARD, "config.json", "model.safetensors", "codec.json", "recipe.yaml", "summary.json", "report.html")
-"""Besides the codec's own files: what it takes to use the run and to know how it was made; not what resumes it."""
+SHARED = (CARD, "config.json", "model.safetensors", "codec.json", "recipe.yaml", "summary.json", "report.html",
+          "modeling_perceiver_ar.py", "generation_config.json", "tokenizer.json", "tokenizer_config.json")  # fmt: skip
+"""Besides the codec's own files: what it takes to use the run and to know how it was made; not what resumes it.
+The last four are those of an export for transformers."""
 MEASURED = ("bits_per_byte", "bits_per_dimension", "nats_per_note", "nats_per_second", "bits_per_token",
             "nats_per_token")  # fmt: skip
 
@@ -166,11 +168,12 @@ def _use(repo_id: str, name: str, codec: Codec | None) -> Iterator[str]:
         return
     count = 200 if codec.document_length is None else codec.document_length - 1
     start = 'codec.start("It was")' if codec.writes_text else "codec.start()"
+    yield from ([] if codec.writes_text else ["from pathlib import Path", ""])
     yield from ("from perceiver_ar import Run, generate", "")
     yield from (f'run = Run.open("{name}")', "model, codec = run.model(), run.codec()")
     yield f"ids = generate(model, [{start}], max_new_tokens={count}, seed=1, allowed_next=codec.constraint())"
     if codec.writes_text:
         yield 'print(codec.decode(ids[0]).decode(errors="replace"))'
     else:
-        yield f'open("new{codec.ending}", "wb").write(codec.decode(ids[0]))'
+        yield f'Path("new{codec.ending}").write_bytes(codec.decode(ids[0]))'
     yield "```"

@@ -43,7 +43,7 @@ Perceiver AR on your own files: train, see how good it is, generate.
   generate RUN                  let the model write
   info RUN                      what a run is, and what it costs
   convert FORMAT CHECKPOINT --out RUN     another implementation's checkpoint becomes a run
-  export FORMAT RUN --out PATH            and back; or for Hugging Face transformers
+  export FORMAT RUN --out PATH            and back; or for Hugging Face transformers, or as ONNX
   push RUN OWNER/NAME           a run goes to the Hugging Face Hub
 
 perceiver-ar VERB --help has all options and examples."""
@@ -661,8 +661,8 @@ def push_verb(argv: list[str]) -> None:
 
     run = Run.open(args.run)
     written = write_card(run, args.repo_id)
-    print(f"{run.path / CARD} is {'written; add a licence to its head' if written else 'there already'}",
-          file=sys.stderr)  # fmt: skip
+    state = "written; add a licence to its head" if written else "there already: remove it to have it written anew"
+    print(f"{run.path / CARD} is {state}", file=sys.stderr)
     print("\n".join(shared_files(run)) if args.dry_run else push(run, args.repo_id, private=args.private))
 
 

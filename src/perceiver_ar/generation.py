@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed
 
 from perceiver_ar.cache import Cache
@@ -103,8 +104,9 @@ def stream(
             the same, but the remaining latents still know what the dropped ones knew: after the first drop the logits
             are those of no single forward. With position tables a full context is still followed by a refill.
         compile: the step with `torch.compile`, as CUDA graphs on CUDA: takes half a minute first, and again for
-            another model, number of rows or length of the cache; then every token is faster. On a CPU it needs a C++
-            compiler. (Every step then reads the whole cache, so a long context that is still growing gains nothing.)
+            another model, number of rows or size of the cache, which is the next power of two; then every token is
+            faster. On a CPU it needs a C++ compiler. (Every step reads the whole cache, so a long context that is
+            still growing gains nothing.)
 
     Raises:
         InputError: at once for arguments that cannot work; later if the model's weights give NaN, or a row may not go
@@ -299,6 +301,8 @@ class Decoder:
         """rows: every prompt num_samples times in a row; each prompt is read once. compile: see `stream`."""
         weight = model.embed.weight
         longest = max(row.num_tokens for row in rows) + max_new_tokens
+        if compile:  # one size for many lengths
+            longest = 2 ** (longest - 1).bit_length()
         context = min(longest_context(model.config), longest)
         self.model = model
         self.rows = list(rows[::num_samples])
@@ -399,7 +403,9 @@ def _compiled_next_logits(model: PerceiverAR, tokens: Tensor, positions: Tensor,
     """As `_next_logits`, with a fixed cache. Raises InputError where there is nothing to compile with."""
     cache.aim()
     try:
-        logits = _compiled("reduce-overhead" if tokens.is_cuda else None)(model, tokens, positions, cache)
+        # One process may compile for any number of models, batches and contexts.
+        with dynamo_config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+            logits = _compiled("reduce-overhead" if tokens.is_cuda else None)(model, tokens, positions, cache)
     except BackendCompilerFailed as error:
         what = str(error).partition("\n")[0]
         raise InputError(f"the step does not compile ({what}): repair that, or leave out compile") from error

@@ -36,6 +36,7 @@ from torch.export import Dim
 from perceiver_ar.attention import Piece, ordinary_attention
 from perceiver_ar.cache import Cache
 from perceiver_ar.data.codec import missing_extra
+from perceiver_ar.errors import require
 from perceiver_ar.model import PerceiverAR
 
 CACHES: tuple[str, ...] = ("context_k", "context_v", "latent_k", "latent_v")
@@ -135,20 +136,26 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
     """Writes `model.onnx` and, for networks whose latents can be cached, `step.onnx` and `read.onnx`.
 
     Each comes with its weights in a file NAME.onnx.data. Returns their names.
-    Raises InputError where a package of the extra `onnx` is missing.
+    Raises InputError where a package of the extra `onnx` is missing, or the model is too small for the exporter.
     """
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise missing_extra("onnx", error) from None
-    model = copy.copy(model).float().eval()
+    model = copy.deepcopy(model).float().eval()
     model.config = model.config.replace(prefix_chunk=0)  # streaming is an operator of ours
     # In the example lengths of 0 and 1 would become constants, equal lengths one length, and inputs that are one tensor
     # one input.
     rows, ids = Dim("rows"), torch.zeros(2, 9, dtype=torch.int64)
     most = model.config.context_length
-    lengths = {name: {0: rows, 1: Dim(name, max=most)} for name in ("prefix", "latents", "length")}
+    latents = model.config.num_latents if model.config.learned_queries == "each" else most
+    require(
+        most >= 9 and latents >= 3,
+        f"the exporter needs a context of 9 tokens and 3 latents to see what varies: here are {most} and {latents}",
+    )
+    bounds = {"prefix": most, "latents": latents, "length": most}
+    lengths = {name: {0: rows, 1: Dim(name, max=bound)} for name, bound in bounds.items()}
     score: dict[str, Any] = {name: lengths[name] for name in ("prefix", "latents")}
     graphs: dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any], list[str]]] = {
         "model": (Scoring(model), (ids[:, :5], ids[:, :3]), score, ["logits"])

@@ -9,7 +9,8 @@ All tracks of a file but drums become one. The sustain pedal becomes length: a n
 pedal is down sounds until the pedal goes up or the key is struck again (as MAESTRO is prepared; Hawthorne et al. 2019,
 arXiv 1810.12247). Where a key is struck again before it was released, each release ends the earliest stroke that has
 none yet: MIDI owes every note-on a note-off of its own, and symusic pairs them in the same way. (Ending all strokes at
-the first release, as pretty_midi does, makes notes shorter than they were held.)
+the first release, as pretty_midi does, makes notes shorter than they were held. A stroke whose note-off is missing
+leaves the next ones of its key each with the release of the one after.)
 """
 
 import struct

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import cache_utils as transformers_caches
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -110,6 +110,7 @@ class PerceiverARCache(transformers_caches.Cache):
             InputError: padding to the right of a token, rows of padding alone, more columns than announced.
         """
         B, T = tokens.shape
+        require(T > 0, "input_ids have no columns: a row begins with a token, such as the codec's separator")
         total = self.length + T
         require(
             self.max_length is None or total <= self.max_length,
@@ -136,10 +137,9 @@ class PerceiverARCache(transformers_caches.Cache):
                 self.decoder = Recomputing(network, rows)
             logits = self.decoder.next_logits()
         else:
-            require(
-                len(self.decoder.rows) == B and bool(real.all()),
-                f"tokens have {B} rows for {len(self.decoder.rows)} in the cache, or padding: continue every row",
-            )
+            rows = len(self.decoder.rows)
+            require(rows == B, f"tokens have {B} rows for {rows} in the cache: continue every row")
+            require(bool(real.all()), "new tokens are masked as padding: continue every row, or give attention_mask")
             for column in tokens.T.tolist():
                 self.decoder.add(column, ())
                 logits = self.decoder.next_logits()
@@ -318,7 +318,8 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             f"prefill_chunk_size is {generation_config.prefill_chunk_size}: a prompt's latents are computed together, "
             "leave it out (its prefix is read in pieces anyway)",
         )
-        super()._validate_generation_mode(generation_mode, generation_config, *rest)  # pyright: ignore[reportAttributeAccessIssue]
+        validate = super()._validate_generation_mode  # pyright: ignore[reportAttributeAccessIssue]
+        validate(generation_mode, generation_config, *rest)
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         raise InputError("continuous batching pages keys and values, which refills make anew: use generate")
@@ -344,7 +345,9 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         require(not wrong, f"{pretrained_model_name_or_path}: weights do not fit the settings: {'; '.join(wrong)}")
         if model.generation_config.eos_token_id is None:
             end = end_of_document(pretrained_model_name_or_path, kwargs)
-            model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                if getattr(model.generation_config, name) is None:
+                    setattr(model.generation_config, name, end)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
@@ -356,6 +359,8 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
 
+HUB = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+"""Arguments of `from_pretrained` that say where a file is."""
 WRONG = {"missing": "missing_keys", "unknown": "unexpected_keys"}
 
 
@@ -365,7 +370,7 @@ def end_of_document(path: Any, kwargs: dict[str, Any]) -> int | None:
         from perceiver_ar.data.codec import load_codec
     except ImportError:  # this file has gone with the weights alone
         return None
-    hub = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "local_files_only") if name in kwargs}
+    hub = {name: value for name, value in kwargs.items() if name in HUB}
     file = cached_file(path, "codec.json", _raise_exceptions_for_missing_entries=False, **hub)
     separator: Sequence[int] = () if file is None else load_codec(Path(file).parent).separator
     return separator[-1] if separator else None

@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 
 from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.data.text import BYTE_CHARACTERS, END_OF_TEXT, BytesCodec, OffsetBytesCodec, TokenizerCodec
+from perceiver_ar.huggingface.modeling import HUB
 
 
 class PerceiverARTokenizer:
@@ -20,7 +21,7 @@ class PerceiverARTokenizer:
 
     @classmethod
     def from_pretrained(cls, path: Any, *_: Any, **kwargs: Any) -> PreTrainedTokenizerFast:
-        hub = {name: kwargs[name] for name in ("cache_dir", "revision", "token", "local_files_only") if name in kwargs}
+        hub = {name: value for name, value in kwargs.items() if name in HUB}
         cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)  # beside codec.json
         file = cached_file(path, "codec.json", _raise_exceptions_for_missing_entries=False, **hub)
         return codec_tokenizer(load_codec(path if file is None else Path(file).parent))
