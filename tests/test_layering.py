@@ -60,6 +60,7 @@ ONLY_IN = {
     "wandb": "tracking",
     "trackio": "tracking",
     "matplotlib": "plots",
+    "datasets": "data",
 }
 WITHOUT_TORCH = {"errors", "files", "config", "costs", "windows", "tracking"}
 

@@ -132,10 +132,15 @@ def train_verb(argv: list[str]) -> None:
         "  perceiver-ar train books/ --out runs/books --max_time 1h\n"
         "  perceiver-ar train corpus.txt.xz --data.split_on '\\n\\n\\n\\n' --out runs/corpus --max_steps 2000\n"
         "  perceiver-ar train src/ --out runs/code --model.context_length 8192 --model.dim 256 --model.num_heads 4\n"
+        "  perceiver-ar train stories.parquet --data.column story --out runs/stories     (a document each row)\n"
         "  perceiver-ar train --out runs/python --max_time 5m      (Python's own source)\n"
         "  perceiver-ar train --out runs/books --resume            (go on where it stopped)",
     )
-    add_paths(parser, "files, folders, patterns, - for standard input; also .gz .xz .bz2 .zst; none: Python's source")
+    add_paths(
+        parser,
+        "files, folders, patterns, - for standard input; also .gz .xz .bz2 .zst, and .parquet .arrow .jsonl, of which "
+        "each row is a document; none: Python's source",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
     parser.add_argument(
         "--find_batch", action="store_true", help="choose the largest trainer.micro_batch_size that the memory holds"
@@ -257,12 +262,16 @@ def parse_lengths(text: str | None) -> list[int] | None:
 
 
 def tokens_to_score(run: "Run", codec: "Codec", paths: list[str], scratch: Path) -> "np.ndarray":
+    from perceiver_ar.data.rows import find_rows
     from perceiver_ar.data.sources import find_files
     from perceiver_ar.data.tokens import TokenFile, prepare
 
     if paths:
-        split_on = run.recipe().data.split_on if run.recipe_file.exists() else None
+        recipe = run.recipe() if run.recipe_file.exists() else Recipe(out=str(run.path))
+        split_on = recipe.data.split_on
         sources = find_files(paths)
+        if codec.writes_text and recipe.modality != "bytes":
+            sources = find_rows(sources, recipe.data.column)
         return prepare(sources, codec, scratch, validation_fraction=0.0, split_on=split_on, progress=False)[0].tokens
     if not (run.tokens / "validation.json").exists():
         raise InputError(f"{run.path} held nothing out: name the files to evaluate")

@@ -50,6 +50,7 @@ from perceiver_ar.checkpoints import Checkpoint, Checkpoints
 from perceiver_ar.config import Recipe, TrainerConfig, parse_duration
 from perceiver_ar.data.codec import Codec, load_codec, save_codec
 from perceiver_ar.data.modalities import make_codec, official_split, recognise
+from perceiver_ar.data.rows import find_rows
 from perceiver_ar.data.sources import find_files, standard_library
 from perceiver_ar.data.tokens import TokenFile, Windows, prepare
 from perceiver_ar.errors import InputError, require
@@ -305,6 +306,9 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     modality = recipe.modality
     if modality == "auto":
         modality = recognise(sources) if recipe.paths else "text"
+    if modality == "text":
+        sources = find_rows(sources, data.column)
+        held_out_sources = held_out_sources and find_rows(held_out_sources, data.column)
     ruled = data.group_by is not None or held_out_sources is not None
     if modality in ("midi", "audio") and not ruled and (split := official_split(sources)):
         sources, held_out_sources, line = split

@@ -95,6 +95,7 @@ for file, package, option in [
     ("a.mid", "miditok", "--data.midi_tokens=remi"),
     ("a.wav", "soundfile", "--data.sample_rate=8000"),
     ("a.wav", "transformers", "--data.audio_codec=mimi"),
+    ("a.jsonl", "datasets", "--data.column=text"),
 ]:
     sys.modules[package] = None  # as if it were not installed
     print(main(["train", f"{folder}/{file}", "--out", out, option]))
@@ -102,12 +103,12 @@ for file, package, option in [
 
 
 def test_a_missing_extra_says_how_to_install_it(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "data", "a.mid", "a.wav")
+    folder = folder_of(tmp_path / "data", "a.mid", "a.wav", "a.jsonl")
     command = [sys.executable, "-c", MISSING, str(folder), str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True)
     lines = result.stderr.splitlines()
-    assert result.stdout.split() == ["2", "2", "2"] and len(lines) == 3, result.stderr
-    packages = [("miditok", "midi"), ("soundfile", "audio"), ("transformers", "codecs")]
+    assert result.stdout.split() == ["2"] * 4 and len(lines) == 4, result.stderr
+    packages = [("miditok", "midi"), ("soundfile", "audio"), ("transformers", "codecs"), ("datasets", "datasets")]
     for line, (package, extra) in zip(lines, packages, strict=True):
         assert package in line and line.endswith(f"pip install 'perceiver-ar[{extra}]'")
     assert not (tmp_path / "run").exists()

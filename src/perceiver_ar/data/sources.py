@@ -70,6 +70,13 @@ class Source:
             reason = f"{self.name} is damaged, or not what its ending says ({error})"
             raise InputError(f"{reason}; fetch or compress it again") from None
 
+    def documents(
+        self, separator: bytes | None, advance: Callable[[int], Any] = lambda num_bytes: None
+    ) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """The documents in it, as `split_documents` has them, each after what messages call it."""
+        for number, document in enumerate(split_documents(self.chunks(advance), separator), 1):
+            yield f"{self.name}, document {number}," if separator else self.name, document
+
 
 class _Damaged(Exception):
     """A damaged .zst file."""
@@ -153,11 +160,12 @@ def read_text(sources: Iterable[Source], max_bytes: int | None = None) -> Iterat
     total = 0
     for source in sources:
         try:
-            for piece in text_pieces(source.chunks(), source.name):
-                yield piece
-                total += len(piece.encode())
-                if max_bytes is not None and total >= max_bytes:
-                    return
+            for where, document in source.documents(None):
+                for piece in text_pieces(document, where):
+                    yield piece
+                    total += len(piece.encode())
+                    if max_bytes is not None and total >= max_bytes:
+                        return
         except WrongModality:
             if source.named:
                 raise

@@ -217,7 +217,8 @@ def decode_utf8(chunks: Iterable[bytes], where: str, allow_nul: bool = True) -> 
     offset = 0  # of the chunk in the document
 
     def wrong(byte: int, at: int) -> WrongModality:
-        return WrongModality(f"{where} is not UTF-8 text (byte 0x{byte:02x} at offset {at}); use --modality bytes")
+        remedy = "use --modality bytes" if byte else "use --modality bytes or a tokenizer"
+        return WrongModality(f"{where} is not UTF-8 text (byte 0x{byte:02x} at offset {at}); {remedy}")
 
     def decode(chunk: bytes, final: bool) -> str:
         pending = len(decoder.getstate()[0])  # bytes of a broken character kept from the last chunk

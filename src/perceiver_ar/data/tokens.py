@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from perceiver_ar.data.codec import Codec
-from perceiver_ar.data.sources import Source, find_files, read_text, split_documents, standard_library
+from perceiver_ar.data.sources import Source, find_files, read_text, standard_library
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path, write_text
 
@@ -134,13 +134,12 @@ class _Writer:
     def add_source(self, source: Source, split_on: bytes | None, advance: Callable[[int], Any]) -> None:
         """Adds the documents of one file: all, or none if it raises."""
         before = len(self.lengths)
-        for number, document in enumerate(split_documents(source.chunks(advance), split_on), 1):
-            where = f"{source.name}, document {number}," if split_on else source.name
-            try:
+        try:
+            for where, document in source.documents(split_on, advance):
                 self.add(document, where)
-            except InputError:
-                self.take_back(before)
-                raise
+        except InputError:
+            self.take_back(before)
+            raise
 
     def add(self, chunks: Iterable[bytes], where: str) -> None:
         """Adds one document; nothing if it is empty."""
@@ -231,7 +230,8 @@ def prepare(
 ) -> tuple[TokenFile, TokenFile | None]:
     """Encodes `sources` into the token files `train` and `validation` in `directory`, replacing those that are there.
 
-    A file is one document, or, with `split_on`, as many as that string separates. Empty documents are left out.
+    A file is one document, or, with `split_on`, as many as that string separates, and `Rows` have at least one a row.
+    Empty documents are left out.
     Validation is `validation_sources` (which then are not trained on, should they be among `sources`), or whole
     documents, chosen by `seed`, of about `validation_fraction` of all bytes; None if the fraction is 0 or there is only
     one document. Files stay on one side of that choice if the pattern `group_by` (a regular expression) finds the same

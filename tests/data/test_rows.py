@@ -1,0 +1,250 @@
+"""Rows of real files, written by the datasets library, are documents like any others."""
+
+import bz2
+import gzip
+import json
+import logging
+import lzma
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import zstandard
+
+from perceiver_ar.cli import main
+from perceiver_ar.data.rows import Rows, find_rows
+from perceiver_ar.data.sources import find_files
+from perceiver_ar.data.text import BytesCodec, Codec, train_bpe
+from perceiver_ar.data.tokens import TokenFile, prepare, read_text
+from perceiver_ar.errors import InputError
+
+TEXTS = [f"Story {number}: " + "é, 日本\n\n" * number for number in range(1, 12)]
+TEXT = BytesCodec()
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No bars, and the library's cache in a folder of the test's."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def write(folder: Path, form: str, columns: dict[str, list[Any]] | None = None) -> Path:
+    """The texts, or other columns, as a file or folder of the form."""
+    folder.mkdir(exist_ok=True)
+    data = datasets.Dataset.from_dict(columns or {"number": list(range(len(TEXTS))), "text": TEXTS})
+    path = folder / f"rows.{form}"
+    match form.partition("."):
+        case "parquet", _, _:
+            data.to_parquet(path, batch_size=4)
+        case "arrow", _, _:
+            data.save_to_disk(folder / "written")
+            (folder / "written" / "data-00000-of-00001.arrow").rename(path)
+        case "saved", _, _:
+            data.save_to_disk(path, num_shards=3)
+        case "splits", _, _:
+            half = len(data) // 2
+            first, second = data.select(range(half)), data.select(range(half, len(data)))
+            datasets.DatasetDict([("a", first), ("b", second)]).save_to_disk(path)
+        case "jsonl", _, compression:
+            data.to_json(folder / "rows.plain")
+            content = (folder / "rows.plain").read_bytes()
+            compress = {"gz": gzip, "xz": lzma, "bz2": bz2, "zst": zstandard}
+            path.write_bytes(compress[compression].compress(content) if compression else content)
+    return path
+
+
+def texts_as_files(folder: Path, texts: list[str] = TEXTS) -> Path:
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number:02d}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def tokens(path: Path, out: Path, codec: Codec = TEXT, column: str = "text", **options: Any) -> list[TokenFile | None]:
+    return list(prepare(find_rows(find_files(path), column), codec, out, progress=False, **options))
+
+
+def contents(files: list[TokenFile | None]) -> list[tuple[Any, ...]]:
+    return [(f.tokens.tolist(), f.documents.tolist(), f.num_bytes) if f else () for f in files]
+
+
+@pytest.mark.parametrize("name", ["bytes", "tokenizer"])
+@pytest.mark.parametrize(
+    "form",
+    [*("parquet", "arrow", "jsonl", "jsonl.gz", "jsonl.xz", "jsonl.bz2", "jsonl.zst"), "saved", "splits"],
+)
+def test_rows_give_the_tokens_and_the_split_of_the_same_texts_in_files(tmp_path: Path, form: str, name: str) -> None:
+    codec = TEXT if name == "bytes" else train_bpe(TEXTS, 280)
+    expected = tokens(texts_as_files(tmp_path / "files"), tmp_path / "one", codec, validation_fraction=0.3)
+    found = tokens(write(tmp_path / "rows", form), tmp_path / "two", codec, validation_fraction=0.3)
+    assert found[1] is not None and found[1].num_documents >= 2
+    assert contents(found) == contents(expected)
+
+
+def test_another_column_holds_the_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "parquet", {"text": ["no"], "story": ["yes"]})
+    [train, _] = tokens(path, tmp_path / "out", column="story")
+    assert train and TEXT.decode(train.tokens) == b"yes"
+
+
+def test_rows_without_text_are_left_out_and_a_row_may_hold_several_documents(tmp_path: Path) -> None:
+    path = write(tmp_path, "parquet", {"text": ["a", None, "", "b--c"]})
+    [train, _] = tokens(path, tmp_path / "out", split_on="--", validation_fraction=0)
+    assert train and train.num_documents == 3 and train.tokens.tolist() == [0, 97, 0, 98, 0, 99]
+
+
+def test_names_that_look_like_patterns_and_hidden_folders_are_read(tmp_path: Path) -> None:
+    (tmp_path / ".hidden").mkdir()
+    path = write(tmp_path, "parquet").rename(tmp_path / ".hidden" / "a[1] *?.PARQUET")
+    [train, _] = tokens(path, tmp_path / "out", validation_fraction=0)
+    assert train and train.num_documents == len(TEXTS)
+
+
+def test_what_lies_beside_rows_is_left_out_unless_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "rows", "saved")
+    datasets.load_from_disk(folder).map(lambda row: {"text": row["text"] * 2})  # leaves a cache-….arrow there
+    assert list(folder.glob("cache-*.arrow"))
+    (folder / "README.md").write_text("about")
+    (folder / "more.txt").write_text("a document, too")
+    found = find_rows(find_files([folder, folder / "dataset_info.json"]), "text")
+    assert [source.path.suffix for source in found] == [".arrow"] * 3 + [".txt"]
+    found = find_rows(find_files([folder / "README.md", folder]), "text")
+    assert found[0].path.name == "README.md"
+
+
+def test_without_rows_nothing_changes(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "notes.json").write_text("{}")
+    sources = find_files(tmp_path)
+    assert find_rows(sources, "text") == sources
+
+
+def test_a_tokenizer_is_trained_on_the_column_alone(tmp_path: Path) -> None:
+    sources = find_rows(find_files(write(tmp_path, "parquet")), "text")
+    assert isinstance(sources[0], Rows) and list(read_text(sources)) == TEXTS
+
+
+def test_nothing_is_left_in_the_cache(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows", "parquet")
+    tokens(path, tmp_path / "out")
+    assert {file.suffix for file in (tmp_path / "cache").iterdir()} <= {".lock"}
+
+
+def rows_of(*values: Any) -> str:
+    return "".join(json.dumps({"text": value}) + "\n" for value in values)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", '{"a": 1, "b": 2}\n', r"x\.jsonl has no column 'text'; set data\.column to one of a, b$"),
+        ("x.jsonl", rows_of(1), r"x\.jsonl, row 1, has a int in column 'text', not text; set data\.column$"),
+        ("x.jsonl", rows_of("a", ["b"]), r"x\.jsonl.*(list|damaged)"),
+        ("x.jsonl", rows_of("a", "b\0c"), r"x\.jsonl, row 2, is not UTF-8 text .*or a tokenizer$"),
+        ("x.jsonl", "", r"x\.jsonl is empty"),
+        ("x.jsonl", "\n\n", r"x\.jsonl is empty"),
+        ("x.jsonl", rows_of("", None), r"x\.jsonl is empty"),
+        ("x.jsonl", '{"text": "a', r"x\.jsonl is damaged, or not what its ending says \(.+\); write it again$"),
+        ("x.jsonl.gz", "junk", r"x\.jsonl\.gz is damaged"),
+        ("x.parquet", "PAR1 junk", r"x\.parquet is damaged"),
+        ("x.arrow", "ARROW1 junk", r"x\.arrow is damaged"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    content: str,
+    message: str,
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [caplog.handler])
+    with pytest.raises(InputError, match=message) as error:
+        tokens(path, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert caplog.records == []  # which would be more lines
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_rows_cut_short_are_refused(tmp_path: Path) -> None:
+    for form in "parquet", "arrow", "jsonl.gz":
+        path = write(tmp_path / form, form)
+        path.write_bytes(path.read_bytes()[:-12])
+        with pytest.raises(InputError, match=rf"rows\.{form} is damaged"):
+            tokens(path, tmp_path / "out")
+
+
+def test_an_empty_table_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "parquet", {"text": []})
+    with pytest.raises(InputError, match=r"rows\.parquet is empty"):
+        tokens(path, tmp_path / "out")
+
+
+def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "parquet")
+    sources = find_rows(find_files(path), "text")
+    path.unlink()
+    with pytest.raises(InputError, match=r"rows\.parquet vanished"):
+        prepare(sources, TEXT, tmp_path / "out")
+
+
+SMALL = [
+    *("--max_steps", "2", "--model.dim", "32", "--model.num_layers", "1", "--model.num_heads", "1"),
+    *("--model.context_length", "64", "--model.num_latents", "16", "--trainer.batch_size", "1"),
+    *("--trainer.evaluations", "1", "--trainer.sample_tokens", "0"),
+]
+
+
+def test_the_command_trains_on_rows_and_evaluates_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, "parquet", {"story": TEXTS})
+    files = texts_as_files(tmp_path / "files")
+    for name, source in ("rows", path), ("files", files):
+        argv = ["train", str(source), "--data.column", "story", "--out", str(tmp_path / "runs" / name), *SMALL]
+        assert main(argv) == 0
+    one, two = ((tmp_path / "runs" / name / "tokens" / "train.bin").read_bytes() for name in ("rows", "files"))
+    assert one == two
+    capsys.readouterr()
+    for source in path, files:
+        assert main(["evaluate", str(tmp_path / "runs" / "rows"), str(source), "--json"]) == 0
+    scored = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert scored[0]["tokens"] == scored[1]["tokens"] and np.isclose(
+        scored[0]["bits_per_byte"], scored[1]["bits_per_byte"]
+    )
+    argv = ["train", str(path), "--modality", "bytes", "--out", str(tmp_path / "raw"), *SMALL]
+    assert main(argv) == 0
+    assert TokenFile.open(tmp_path / "raw" / "tokens" / "train").tokens.tobytes() == path.read_bytes()
+    assert main(["train", str(path), "--out", str(tmp_path / "none"), *SMALL]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("set data.column to one of story")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak of memory")
+def test_memory_is_for_a_part_of_the_file(tmp_path: Path) -> None:
+    """Of 160 MB, the last seven eighths take little more memory than the first."""
+    letters = np.random.default_rng(0).integers(97, 123, (8000, 20_000), np.uint8)
+    data = datasets.Dataset.from_dict({"text": [row.tobytes().decode() for row in letters]})
+    data.to_parquet(tmp_path / "big.parquet", batch_size=100)
+    program = """
+        import re, sys
+        from perceiver_ar.data.rows import find_rows
+        from perceiver_ar.data.sources import find_files
+        [source], peaks = find_rows(find_files(sys.argv[1]), "text"), []
+        for number, (_, document) in enumerate(source.documents(None), 1):
+            assert sum(map(len, document)) == 20_000
+            if number in (1000, 8000):
+                peaks.append(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+        print(peaks[1] - peaks[0])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "big.parquet")]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 70_000  # kB
