@@ -47,7 +47,7 @@ def attend(q: Tensor, pieces: Sequence[Piece], *, dropout: float = 0.0) -> Tenso
     pieces = [piece for piece in pieces if piece.k.shape[2] > 0]
     assert pieces and all(not piece.causal or piece.k.shape[2] == q.shape[2] for piece in pieces)
     if _ordinary:
-        return _attend_masked(q, pieces, dropout)
+        return _attend_masked(q, *_joined(pieces), pieces, dropout)
     if dropout > 0.0 or q.device.type != "cpu":
         return _attend_whole(q, pieces, dropout)
     if not torch.is_grad_enabled():
@@ -329,8 +329,7 @@ def _attend_whole(q: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
 
     Without masks and dropout the lower-right causal bias keeps it a fused kernel that builds no mask.
     """
-    k = torch.cat([piece.k for piece in pieces], dim=2)
-    v = torch.cat([piece.v for piece in pieces], dim=2)
+    k, v = _joined(pieces)
     queries, keys = q.shape[2], k.shape[2]
     causal_last = pieces[-1].causal and not any(piece.causal for piece in pieces[:-1])
     if dropout == 0.0 and all(piece.mask is None for piece in pieces):
@@ -340,13 +339,18 @@ def _attend_whole(q: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(queries, keys))
         if not any(piece.causal for piece in pieces):
             return F.scaled_dot_product_attention(q, k, v)
-    return _attend_masked(q, pieces, dropout)
+    return _attend_masked(q, k, v, pieces, dropout)
 
 
-def _attend_masked(q: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
-    """The same with what each query sees written out."""
-    k = torch.cat([piece.k for piece in pieces], dim=2)
-    v = torch.cat([piece.v for piece in pieces], dim=2)
+def _joined(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+    """All keys and all values; those of a single piece, such as a whole cache, are not copied."""
+    if len(pieces) == 1:
+        return pieces[0].k, pieces[0].v
+    return torch.cat([piece.k for piece in pieces], dim=2), torch.cat([piece.v for piece in pieces], dim=2)
+
+
+def _attend_masked(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
+    """The same, of the joined `pieces`, with what each query sees written out."""
     queries = q.shape[2]
     columns = []
     for piece in pieces:
