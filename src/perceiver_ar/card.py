@@ -32,7 +32,7 @@ def write_card(run: Run, repo_id: str) -> bool:
     check_repo_id(repo_id)
     if (run.path / CARD).exists():
         return False
-    model, codec, summary = run.model(), _codec(run), run.summary() or {}
+    model, codec, summary = run.model(), run.codec_if_any(), run.summary() or {}
     name = repo_id.partition("/")[2]
     task = _task(codec)
     data = ModelCardData(
@@ -73,7 +73,7 @@ def write_card(run: Run, repo_id: str) -> bool:
 def shared_files(run: Run) -> list[str]:
     """The files of a run that go to the Hub, as paths within it. Raises InputError if it cannot be used with them."""
     run.model()
-    codec = _codec(run)
+    codec = run.codec_if_any()
     patterns = [*SHARED, *(() if codec is None else codec.files)]
     found = {path.relative_to(run.path).as_posix() for pattern in patterns for path in run.path.glob(pattern)}
     return sorted(found)
@@ -108,11 +108,6 @@ def check_repo_id(repo_id: str) -> None:
     except HFValidationError as error:
         raise InputError(f"{repo_id!r} is no name on the Hub ({error}); give OWNER/NAME") from None
     require(repo_id.count("/") == 1, f"{repo_id!r} does not say whose it is: give OWNER/NAME")
-
-
-def _codec(run: Run) -> Codec | None:
-    """None for converted checkpoints that do not say what their ids stand for."""
-    return run.codec() if (run.path / "codec.json").exists() else None
 
 
 def _task(codec: Codec | None) -> str:

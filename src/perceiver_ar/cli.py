@@ -632,8 +632,8 @@ def export_verb(argv: list[str]) -> None:
             else:
                 about = export_onnx(model, directory)
                 write_text(directory / "config.json", model.config.to_json())
-                if (run.path / "codec.json").exists():
-                    save_codec(run.codec(), directory)
+                if (codec := run.codec_if_any()) is not None:
+                    save_codec(codec, directory)
     print(json.dumps(about, indent=2))
 
 
@@ -645,7 +645,7 @@ def export_huggingface(run: "Run", directory: Path) -> dict[str, Any]:
         from perceiver_ar import huggingface
     except ImportError as error:
         raise missing_extra("hf", error) from None
-    codec = run.codec() if (run.path / "codec.json").exists() else None
+    codec = run.codec_if_any()
     huggingface.export(huggingface.PerceiverARForCausalLM.from_pretrained(run.path), codec, directory)
     return {"files": sorted(file.name for file in directory.iterdir()), "codec": None if codec is None else codec.name}
 

@@ -87,6 +87,10 @@ class Run:
     def codec(self) -> Codec:
         return load_codec(self.path)
 
+    def codec_if_any(self) -> Codec | None:
+        """None for converted checkpoints that do not say what their ids stand for. Raises as `codec` else."""
+        return self.codec() if (self.path / "codec.json").exists() else None
+
     def summary(self) -> dict[str, Any] | None:
         """What `summary.json` says; None before the run is finished."""
         try:
