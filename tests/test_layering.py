@@ -15,7 +15,17 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 BOTTOM = {"errors", "files"}
 NETWORK = BOTTOM | {"config", "attention", "heads", "streaming", "cache", "model"}
-BELOW_THE_TASKS = NETWORK | {"objective", "windows", "sampling", "generation", "optim", "data", "run", "costs"}
+BELOW_THE_TASKS = NETWORK | {
+    "objective",
+    "windows",
+    "sampling",
+    "generation",
+    "quantization",
+    "optim",
+    "data",
+    "run",
+    "costs",
+}
 
 # Every module, or folder of modules, and what it may import of ours. Modules of one folder may import each other.
 MAY_IMPORT = {
@@ -31,6 +41,7 @@ MAY_IMPORT = {
     "windows": BOTTOM | {"config"},
     "sampling": BOTTOM,
     "generation": NETWORK | {"windows", "sampling"},
+    "quantization": {"data"},
     "optim": {"errors", "config"},
     "costs": BOTTOM | {"config"},
     "data": BOTTOM | {"config"},
@@ -61,6 +72,7 @@ ONLY_IN = {
     "trackio": "tracking",
     "matplotlib": "plots",
     "datasets": "data",
+    "torchao": "quantization",
 }
 WITHOUT_TORCH = {"errors", "files", "config", "costs", "windows", "tracking"}
 

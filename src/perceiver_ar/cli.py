@@ -344,7 +344,8 @@ def generate_verb(argv: list[str]) -> None:
     )
     parser.add_argument("--compile", action="store_true", help="half a minute first, then faster tokens")
     parser.add_argument("--slide", action="store_true", help="drop the oldest latent instead: constant time per token")
-    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of weights and computation")
+    parser.add_argument("--precision", choices=["32", "bf16", "int8"], default="32", help="of weights and computation; "
+                        "int8 (extra [int8]): such weights, computation in bf16; fast with --compile only")  # fmt: skip
     parser.add_argument("--seed", type=int | None, help="the same seed draws the same text")
     parser.add_argument("--out", type=str | None, help="also write what was generated into this file; for what is no "
                         "text, how the files are named (default: RUN/samples/generated)")  # fmt: skip
@@ -361,14 +362,17 @@ def generate_verb(argv: list[str]) -> None:
     from perceiver_ar.data.text import Utf8Stream
     from perceiver_ar.files import atomic_path
     from perceiver_ar.generation import stream
+    from perceiver_ar.quantization import int8_weights
     from perceiver_ar.run import Run
 
     if args.soundfont is not None:
         check_soundfont(args.soundfont)  # before anything is drawn
     run = Run.open(args.run)
     model, codec = to_device(run.model()), run.codec()
-    if args.precision == "bf16":
+    if args.precision != "32":
         model = model.to(torch.bfloat16)
+    if args.precision == "int8":
+        int8_weights(model)
     document = prompt_ids(codec, args.prompt, args.prompt_file)
     prompt, count, samples = what_to_draw(codec, document, args)
     stop = stop_bytes(codec, args.stop)
