@@ -9,7 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from perceiver_ar import PerceiverAR, next_token_loss
 from perceiver_ar.compat.lucidrains import PerceiverAR as Ours
+from perceiver_ar.config import OptimConfig
+from perceiver_ar.data.tokens import Windows
+from perceiver_ar.optim import lr_factor, make_optimizer
 
 Step = Callable[[], None]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,3 +116,24 @@ def product_peak(dtype: torch.dtype, size: int = 2048) -> float:
         synchronize()
 
     return 2 * size**3 / min(in_turns([product], 10)[0])
+
+
+def train(
+    model: PerceiverAR, rule: OptimConfig, windows: Windows, steps: int, batch: int, micro_batch: int | None = None
+) -> None:
+    """So many steps on so many windows each, as the Trainer makes them but for shortened prefixes."""
+    optimizer, micro_batch = make_optimizer(model, rule), micro_batch or batch
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor(rule, (step + 0.5) / steps)
+        for first in range(step * batch, (step + 1) * batch, micro_batch):
+            (loss(model, windows.batch(first, micro_batch)) * micro_batch / batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), rule.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def loss(model: PerceiverAR, batch: dict[str, Tensor]) -> Tensor:
+    """Nats per target of some windows."""
+    logits = model(batch["tokens"], model.config.context_length - model.config.num_latents, mask=batch.get("mask"))
+    return next_token_loss(logits, batch["labels"])

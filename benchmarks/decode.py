@@ -14,6 +14,7 @@ timed, evenly spread over the others.
 import argparse
 import platform
 import time
+from copy import deepcopy
 from itertools import accumulate, pairwise
 from statistics import median
 
@@ -25,6 +26,7 @@ from perceiver_ar_pytorch.autoregressive_wrapper import (  # pyright: ignore[rep
 
 from perceiver_ar import PerceiverAR, stream
 from perceiver_ar.compat.lucidrains import PerceiverAR as Ours
+from perceiver_ar.quantization import int8_weights
 
 
 def main() -> None:
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--depth", type=int, default=8, help="self-attention layers")
     parser.add_argument("--bf16", action="store_true", help="ours in bfloat16, too")
+    parser.add_argument("--int8", action="store_true", help="ours with int8 weights and the rest in bfloat16, too")
     parser.add_argument("--compiled", action="store_true", help="ours with compiled steps, too")
     parser.add_argument("--threads", type=int, help="of the CPU")
     args = parser.parse_args()
@@ -74,7 +77,8 @@ def main() -> None:
                 memory = ""
                 if isinstance(model, PerceiverAR):
                     tables = {table.weight for table in model.modules() if isinstance(table, torch.nn.Embedding)}
-                    weights = sum(x.numel() * x.element_size() for x in set(model.parameters()) - tables)
+                    read = [getattr(x, "qdata", x) for x in set(model.parameters()) - tables]
+                    weights = sum(x.numel() * x.element_size() for x in read)
                     cache = len(tokens) * cached_bytes(model, tokens.shape[1])
                     memory = f"{1000 * weights / speed:.2f} | {1000 * (weights + cache) / speed:.2f}"
                 print(
@@ -91,13 +95,15 @@ def main() -> None:
                     wrapper.generate(torch.cat([tokens, more], dim=1), 1)
                     seconds.append(now(device) - start)
                 row("perceiver-ar-pytorch", theirs, [0.0, *accumulate(seconds)])
-            for dtype in [torch.float32, torch.bfloat16][: 1 + args.bf16]:
-                model = ours.model.to(dtype)
+            kinds = {"float32": True, "bfloat16": args.bf16, "int8": args.int8}
+            for kind in [kind for kind, wanted in kinds.items() if wanted]:
+                model = deepcopy(ours.model).to(torch.float32 if kind == "float32" else torch.bfloat16)
+                if kind == "int8":
+                    int8_weights(model)
                 for compile in [False, True][: 1 + args.compiled]:
                     timed(model, tokens, args.tokens if compile else 2, device, compile)
                     clock = timed(model, tokens, args.tokens, device, compile)
-                    row(f"ours, {str(dtype)[6:]}{', compiled' if compile else ''}", model, clock)
-            ours.float()
+                    row(f"ours, {kind}{', compiled' if compile else ''}", model, clock)
             if 0 < prompt <= args.llama_up_to:
                 row("Llama, float32", theirs, llama(args, tokens, device))
 

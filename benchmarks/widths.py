@@ -14,14 +14,13 @@ import time
 from dataclasses import replace
 
 import torch
-from common import machine
+from common import loss, machine, train
 
-from perceiver_ar import PerceiverAR, PerceiverARConfig, next_token_loss
+from perceiver_ar import PerceiverAR, PerceiverARConfig
 from perceiver_ar.config import DataConfig, OptimConfig
 from perceiver_ar.data.modalities import make_codec
 from perceiver_ar.data.sources import standard_library
 from perceiver_ar.data.tokens import Windows, prepare
-from perceiver_ar.optim import lr_factor, make_optimizer
 
 
 def main() -> None:
@@ -63,22 +62,10 @@ def train_once(
     """Bits per byte on 256 held-out windows, after training."""
     torch.manual_seed(args.seed)
     model = PerceiverAR(config)
-    optimizer = make_optimizer(model, rule)
-    for step in range(args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_factor(rule, (step + 0.5) / args.steps)
-        loss(model, windows.batch(8 * step, 8)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), rule.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, rule, windows, args.steps, 8)
     with torch.no_grad():
         losses = [loss(model.eval(), unseen.batch(first, 64)).item() for first in range(0, 256, 64)]
     return sum(losses) / len(losses) / math.log(2)
-
-
-def loss(model: PerceiverAR, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    logits = model(batch["tokens"], model.config.context_length - model.config.num_latents, mask=batch.get("mask"))
-    return next_token_loss(logits, batch["labels"])
 
 
 if __name__ == "__main__":
