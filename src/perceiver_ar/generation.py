@@ -318,6 +318,7 @@ class Decoder:
         """Of a compiled decoder: rows that end keep their slots, as all shapes stay."""
         if compile:
             self.cache.fix()
+        self._step = _compile_and_run
         self._refilled = True
 
     def next_logits(self) -> Tensor:
@@ -332,8 +333,10 @@ class Decoder:
         else:
             ended = self.slots - len(self.rows)
             at = self._tensor(positions + [0] * ended)[:, None]
-            logits = _compiled_next_logits(self.model, self._tensor(tokens + [[0]] * ended), at, self.cache)
-            logits = logits[: len(self.rows)]
+            self.cache.aim()
+            logits = self._step(self.model, self._tensor(tokens + [[0]] * ended), at, self.cache)
+            self._step = _compiled(logits.device.type)
+            logits = logits[: len(self.rows)].clone()  # CUDA graphs write the next ones to the same place
         self.cache.advance(1)
         return logits
 
@@ -399,21 +402,20 @@ def _next_logits(model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: C
     return model.head(model.latents(tokens, positions=positions, cache=cache)[:, -1])
 
 
-def _compiled_next_logits(model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+def _compile_and_run(model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
     """As `_next_logits`, with a fixed cache. Raises InputError where there is nothing to compile with."""
-    cache.aim()
     try:
         # One process may compile for any number of models, batches and contexts.
         with dynamo_config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
-            logits = _compiled("reduce-overhead" if tokens.is_cuda else None)(model, tokens, positions, cache)
+            return _compiled(tokens.device.type)(model, tokens, positions, cache)
     except BackendCompilerFailed as error:
         what = str(error).partition("\n")[0]
         raise InputError(f"the step does not compile ({what}): repair that, or leave out compile") from error
-    return logits.clone()  # CUDA graphs write the next ones to the same place
 
 
 @lru_cache
-def _compiled(mode: str | None) -> Callable[[PerceiverAR, Tensor, Tensor, Cache], Tensor]:
+def _compiled(device: str) -> Callable[[PerceiverAR, Tensor, Tensor, Cache], Tensor]:
+    mode = "reduce-overhead" if device == "cuda" else None  # CUDA graphs
     return torch.compile(_next_logits, fullgraph=True, dynamic=False, mode=mode)
 
 
