@@ -1,6 +1,7 @@
 """The loss is the mean cross-entropy of the labels that are targets."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from reference import assert_close
 from torch import Tensor
 
+from perceiver_ar.errors import InputError
 from perceiver_ar.objective import IGNORE, head_loss, next_token_loss
 
 
@@ -102,6 +104,24 @@ def test_only_minus_100_is_ignored_by_default() -> None:
 def test_a_label_that_is_no_token_is_an_error(label: int) -> None:
     with pytest.raises(IndexError):
         next_token_loss(torch.zeros(1, 1, 3), torch.tensor([[label]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int32])
+@pytest.mark.parametrize("settings_", [{}, {"label_smoothing": 0.1}, {"ignore_index": 2}], ids=str)
+def test_labels_may_stay_in_the_type_they_are_stored_in(dtype: torch.dtype, settings_: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    latents, head = torch.randn(2, 5, 4), torch.nn.Linear(4, 7)
+    labels = torch.randint(7, (2, 5))
+    expected = next_token_loss(head(latents), labels, **settings_)
+    assert torch.equal(next_token_loss(head(latents), labels.to(dtype), **settings_), expected)
+    if not settings_:
+        assert_close(head_loss(latents, head, labels.to(dtype)), expected, 1e-6)
+
+
+@pytest.mark.parametrize(("logits", "labels"), [((2, 5, 7), (2, 6)), ((2, 5, 7), (10,)), ((5, 7), (5,))])
+def test_shapes_that_do_not_fit_are_named(logits: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=re.escape(f"logits have shape {logits} and labels {labels}")):
+        next_token_loss(torch.zeros(logits), torch.zeros(labels, dtype=torch.long))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,7 +5,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_ar.errors import require
+from perceiver_ar.errors import InputError, require
 
 IGNORE = -100
 """Label of a position that is no target. No token id is special."""
@@ -28,11 +28,21 @@ def next_token_loss(
 
     Args:
         logits: (B, N, V).
-        labels: (B, N) integer ids: the token after each latent's position, or `ignore_index` where there is no target.
+        labels: (B, N) ids of any integer type: the token after each latent's position, or `ignore_index` where there
+            is no target.
         reduction: "mean" over targets (NaN without any), "sum", or "none" for (B, N) with 0 at ignored labels.
         label_smoothing: from 0 to less than 1 - 1 / V.
         z_loss: 0 or more; google trains with 1e-4.
+
+    Raises:
+        InputError: shapes that do not fit together, or too much smoothing.
     """
+    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+        raise InputError(
+            f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}: "
+            "they must be (B, N, V) and (B, N), a label for each latent"
+        )
+    labels = labels.long()
     exact = logits if logits.element_size() >= 4 else logits.float()
     V, s = logits.shape[-1], label_smoothing
     if s != 0:  # torch.compile reads no messages with sizes in them
@@ -71,7 +81,7 @@ def head_loss(latents: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     return F.linear_cross_entropy(
         latents.flatten(0, 1),
         head.weight,
-        labels.flatten(),
+        labels.flatten().long(),
         linear_bias=head.bias,
         ignore_index=IGNORE,
         options=nn.LinearCrossEntropyOptions(),

@@ -454,6 +454,34 @@ def test_too_long_a_sequence_is_refused_with_its_length() -> None:
         random_net()(torch.zeros(1, 13, dtype=torch.long))
 
 
+def test_a_sequence_without_a_batch_is_refused_with_its_shape() -> None:
+    with pytest.raises(InputError, match=r"tokens have shape \(12,\)"):
+        random_net()(torch.zeros(12, dtype=torch.long))
+
+
+def test_sequences_may_stay_in_the_type_they_are_stored_in() -> None:
+    wrapper = AutoregressiveWrapper(random_net())
+    tokens = torch.randint(1, 7, (2, 13))
+    for dtype in (torch.uint8, torch.uint16, torch.int32):
+        assert torch.equal(wrapper(tokens.to(dtype)), wrapper(tokens))
+        new = wrapper.generate(tokens[:, :3].to(dtype), 12, temperature=0.0)
+        assert torch.equal(new, wrapper.generate(tokens[:, :3], 12, temperature=0.0))
+
+
+@pytest.mark.parametrize(
+    ("start", "temperature", "message"),
+    [
+        (torch.zeros(2, 0, dtype=torch.long), 1.0, "prompt row 0 is empty"),
+        (torch.tensor([[1], [7]]), 1.0, "prompt row 1 has id 7"),
+        (torch.tensor([[1]]), -1.0, "temperature is -1.0"),
+        (torch.tensor([1, 2]), 1.0, r"start_tokens have shape \(2,\)"),
+    ],
+)
+def test_generation_from_what_cannot_be_is_refused(start: Tensor, temperature: float, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        AutoregressiveWrapper(random_net()).generate(start, 3, temperature=temperature)
+
+
 def test_labels_zero_are_ignored_as_in_the_package_unless_told_otherwise() -> None:
     net = random_net()
     tokens = torch.randint(7, (1, 12))

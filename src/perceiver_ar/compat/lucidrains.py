@@ -35,11 +35,11 @@ from perceiver_ar.compat.weights import (
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import BytesCodec
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
 from perceiver_ar.generation import Decoder, Row, evaluation_mode, prompt_rows
 from perceiver_ar.objective import next_token_loss
-from perceiver_ar.sampling import keep_top_k, sample
+from perceiver_ar.sampling import Sampling, keep_top_k, sample
 from perceiver_ar.windows import Schedule
 
 __all__ = ["AutoregressiveWrapper", "PerceiverAR", "load_lucidrains"]
@@ -129,7 +129,7 @@ class PerceiverAR(nn.Module):
             ignore_index: the label that is no target. The package ignores label 0.
             prefix_keep: as in `perceiver_ar.PerceiverAR.forward`, to fix what prefix dropout keeps.
         """
-        B, T = x.shape
+        B, T = x.shape[0], x.shape[-1]
         P = min(self.cross_attn_seq_len, T - 1)
         mask = None
         if prefix_mask is not None:
@@ -175,8 +175,15 @@ class AutoregressiveWrapper(nn.Module):
             eos_token: when every row has drawn it, sampling ends, and everything after it in a row becomes pad_value.
             temperature: 0 is greedy.
             filter_thres: only the int((1 - filter_thres) * num_tokens) most likely ids, and at least one, can be drawn.
+
+        Raises:
+            InputError: start tokens that are no rows of ids, or a temperature below 0.
         """
-        out, n = start_tokens, start_tokens.shape[1]
+        shape = tuple(start_tokens.shape)
+        require(len(shape) == 2, f"start_tokens have shape {shape}: they must be (batch, length)")
+        Sampling(temperature)  # says if it cannot be
+        out = torch.stack(prompt_rows(start_tokens, self.net.model.config.vocab_size))
+        n = out.shape[1]
         decoder: Decoder | None = None
         with evaluation_mode(self.net):
             for _ in range(seq_len):
