@@ -114,6 +114,8 @@ def test_another_kind_of_model_is_refused_by_name() -> None:
         ({"cross_head_dim": 0}, ["cross_head_dim is 0", "positive"]),
         ({"cross_mlp_ratio": 0.0}, ["cross_mlp_ratio is 0.0", "positive"]),
         ({"mlp_ratio": -1.0}, ["mlp_ratio is -1.0", "positive"]),
+        ({"mlp_ratio": math.inf}, ["mlp_ratio is inf", "finite"]),
+        ({"cross_mlp_ratio": math.inf}, ["cross_mlp_ratio is inf", "finite"]),
         ({"prefix_dropout": 1.0}, ["prefix_dropout is 1.0", "[0, 1)"]),
         ({"attention_dropout": -0.1}, ["attention_dropout is -0.1", "[0, 1)"]),
         ({"mlp_dropout": math.nan}, ["mlp_dropout is nan", "[0, 1)"]),

@@ -176,13 +176,15 @@ def test_prompts_may_be_tensors_arrays_or_lists() -> None:
     array = np.array(ids, dtype=np.uint16)
     array.flags.writeable = False
     for prompt in (
+        array,
         torch.tensor(ids),
         torch.tensor(ids, dtype=torch.uint8),
         list(array),
         [torch.tensor(r) for r in ids],
     ):
         assert torch.equal(generate(MODEL, prompt, 5, seed=0), expected)
-    assert torch.equal(generate(MODEL, torch.tensor(ids[0]), 5, seed=0), expected[:1])
+    for row in (torch.tensor(ids[0]), array[0]):
+        assert torch.equal(generate(MODEL, row, 5, seed=0), expected[:1])
 
 
 def test_greedy_takes_the_most_likely_token() -> None:
@@ -428,7 +430,8 @@ def test_sliding_rows_give_the_same_alone_and_in_a_batch(fields: dict[str, Any])
         (torch.zeros(2, 0, dtype=torch.long), {}, "prompt row 0 is empty: generation needs a start token"),
         ([], {}, "no rows"),
         (torch.zeros(1, 1, 1, dtype=torch.long), {}, r"shape \(1, 1, 1\)"),
-        ([1, 2], {}, "prompt row 0 has shape"),
+        ([1, 2], {}, "prompt row 0 is a single id"),
+        ([torch.zeros(1, 2, dtype=torch.long)], {}, r"prompt row 0 has shape \(1, 2\)"),
         (["text"], {}, "prompt row 0 is no sequence of ids"),
         ([[0.5]], {}, "ids are integers"),
         ([[1], [2, 11]], {}, r"prompt row 1 has id 11 at place 1: this model's vocabulary is ids 0 \.\.\. 10"),

@@ -3,7 +3,9 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
@@ -353,6 +355,22 @@ def test_masks_and_positions_of_other_shapes_are_named_with_their_numbers() -> N
     for shape in [(7,), (3, 8), (2, 7)]:
         with pytest.raises(InputError, match="positions have shape"):
             model(tokens, positions=torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("tokens", [[[1, 2]], np.ones((1, 2), dtype=np.int64)], ids=["list", "array"])
+def test_tokens_that_are_no_tensor_are_refused_with_what_they_are(tokens: Any) -> None:
+    with pytest.raises(InputError, match=r"tokens are of type (list|ndarray): .* torch.as_tensor"):
+        small()(tokens)
+
+
+@pytest.mark.parametrize("prefix_chunk", [0, 3])
+def test_more_tokens_than_the_tables_have_positions_are_refused_with_both_numbers(prefix_chunk: int) -> None:
+    model = small(position_table="learned", index_dims=(2, 4), prefix_chunk=prefix_chunk)
+    assert model(random_tokens(model, 2, 8)).shape[0] == 2
+    tokens = random_tokens(model, 2, 9)
+    with pytest.raises(InputError, match="9 tokens are more than the 8 positions"):
+        model(tokens)
+    model(tokens, positions=torch.arange(9) % 8)  # given, they may fit
 
 
 def test_masks_that_are_not_bool_are_refused_with_their_type() -> None:
@@ -792,6 +810,12 @@ def test_another_kind_of_model_is_refused(saved: Path) -> None:
     message = refusal(saved)
     assert str(saved / "config.json") in message
     assert "gpt2" in message
+
+
+def test_arguments_that_mean_nothing_are_named(saved: Path) -> None:
+    PerceiverAR.from_pretrained(saved, local_files_only=True)  # as the Hub takes it
+    with pytest.raises(InputError, match="from_pretrained has no argument map_location, torch_dtype"):
+        PerceiverAR.from_pretrained(saved, torch_dtype=torch.float32, map_location="cpu")
 
 
 def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -146,8 +146,10 @@ class PerceiverARConfig:
         )
         for name in ("head_dim", "embed_dim", "cross_num_heads", "cross_head_dim", "cross_mlp_ratio", "rotary_base"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"{name} is {value}: it must be positive, or left out")
-        require(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}: it must be positive")
+            require(
+                value is None or 0 < value < math.inf, f"{name} is {value}: it must be positive and finite, or left out"
+            )
+        require(0 < self.mlp_ratio < math.inf, f"mlp_ratio is {self.mlp_ratio}: it must be positive and finite")
         for name, ratio in {"mlp_ratio": self.mlp_ratio, "cross_mlp_ratio": self.cross_mlp_ratio or 1.0}.items():
             require(
                 int(self.dim * ratio) >= 1, f"{name} is {ratio}: with dim {self.dim} that is no hidden unit, raise it"

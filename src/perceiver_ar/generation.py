@@ -17,6 +17,7 @@ from functools import lru_cache
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
@@ -29,7 +30,7 @@ from perceiver_ar.model import PerceiverAR
 from perceiver_ar.sampling import LogitsProcessor, Sampling, penalise_repetition
 from perceiver_ar.windows import Schedule, longest_context, next_window
 
-Prompt = Tensor | Sequence[Any]
+Prompt = Tensor | np.ndarray | Sequence[Any]
 """(B, T) or (T,) integer ids, or rows of any lengths: a list of 1-D sequences, arrays or tensors of ids."""
 
 READ = 4096
@@ -445,7 +446,7 @@ def prompt_rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:
     Raises:
         InputError: no rows, an empty row, or what is not an id below `vocab_size`; names the row and the id.
     """
-    if isinstance(prompt, Tensor):
+    if isinstance(prompt, Tensor | np.ndarray):
         require(prompt.ndim in (1, 2), f"the prompt has shape {tuple(prompt.shape)}: it must be (B, T) or (T,)")
         prompt = prompt[None] if prompt.ndim == 1 else prompt
     require(len(prompt) > 0, "the prompt has no rows: give at least one")
@@ -455,6 +456,7 @@ def prompt_rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:
             row = ids if isinstance(ids, Tensor) else torch.tensor(ids)
         except (TypeError, ValueError, RuntimeError):
             raise InputError(f"prompt row {r} is no sequence of ids: encode it with the model's codec") from None
+        require(row.ndim > 0, f"prompt row {r} is a single id: give a list of rows, even if it is one")
         require(row.ndim == 1, f"prompt row {r} has shape {tuple(row.shape)}: a row is a 1-D sequence of ids")
         require(len(row) > 0, f"prompt row {r} is empty: generation needs a start token, such as the codec's separator")
         whole = not (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool)

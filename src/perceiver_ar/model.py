@@ -11,6 +11,7 @@ Shapes: B batch, T context, P prefix, N latents (T = P + N), D dim, H heads, C c
     logits = head(norm(u))                     (B, N, V)   latent r predicts token P + r + 1
 """
 
+import inspect
 import math
 import os
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from perceiver_ar.attention import Piece, attend
 from perceiver_ar.cache import Cache
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path, write_text
 from perceiver_ar.heads import Rotary, merge_heads, place, rotary_tables, split_heads, split_keys_values
 from perceiver_ar.streaming import Prefix, automatic_chunk, coordinates, embed, running, stream_attention
@@ -178,6 +179,10 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
 
     def check(self, tokens: Tensor, prefix_len: int | None, mask: Tensor | None, prefix_keep: Tensor | None) -> int:
         """The prefix length to use. Raises InputError where tokens, prefix length and masks do not fit together."""
+        if not isinstance(tokens, Tensor):
+            raise InputError(
+                f"tokens are of type {type(tokens).__name__}: turn them into a tensor with torch.as_tensor"
+            )
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise InputError(f"tokens have shape {tuple(tokens.shape)}: they must be (batch, length), neither empty")
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
@@ -207,6 +212,12 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
     def positions(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
         """Positions as `Prefix` takes them: (B or 1, T) or, by axes, (B or 1, T, axes); None: 0 ... T - 1."""
         if positions is None:
+            T, most = tokens.shape[1], self.config.max_positions
+            if mask is None and most is not None and most < T:
+                raise InputError(
+                    f"{T} tokens are more than the {most} positions of the tables {self.config.table_sizes}: "
+                    "give fewer, or positions of their own"
+                )
             if mask is None and not self.config.positions_from_end:
                 return None
             real = torch.ones_like(tokens[:1], dtype=torch.bool) if mask is None else mask
@@ -321,8 +332,10 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         """The model in a directory (a run is one) or, with huggingface_hub's arguments, on the Hub; in evaluation mode.
 
         Raises:
-            InputError: files missing, damaged, or not ours.
+            InputError: files missing, damaged, or not ours; arguments that nobody has.
         """
+        unknown = sorted(set(kwargs) - set(inspect.signature(snapshot_download).parameters))
+        require(not unknown, f"from_pretrained has no argument {', '.join(unknown)}: leave it out")
         path = Path(pretrained_model_name_or_path)
         if not path.is_dir():
             try:
