@@ -146,7 +146,12 @@ WRONG = {
     "an unknown option": (["--colour", "blue"], "--colour"),
     "an abbreviated option": (["--max_step", "3"], "--max_step"),
     "an unknown setting": (["--model.depth", "3"], "--model.depth"),
-    "a word for a number": (["--model.dim", "abc"], "model.dim"),
+    "a word for a number": (["--model.dim", "abc"], "--model.dim is abc: it must be a whole number;"),
+    "a word for a number or none": (
+        ["--model.head_dim", "abc"],
+        "--model.head_dim is abc: it must be a whole number or left out;",
+    ),
+    "a word for numbers": (["--model.cross_layers", "abc"], "--model.cross_layers is abc: it must be a list as [1,2];"),
     "a fraction for a count": (["--model.num_layers", "1.5"], "model.num_layers"),
     "a context shorter than the latents": (["--model.context_length", "4"], "context_length 4"),
     "a width that heads do not divide": (["--model.dim", "17"], "dim 17 is not a multiple of num_heads 2"),
@@ -155,7 +160,7 @@ WRONG = {
     "no time at all": (["--max_time", "0s"], "max_time is '0s'"),
     "no steps at all": (["--max_steps", "0"], "max_steps is 0"),
     "an unknown preset": (["--preset", "gpt5"], "gpt5"),
-    "an unknown modality": (["--modality", "video"], "video"),
+    "an unknown modality": (["--modality", "video"], "--modality is video: it must be auto or text or bytes or "),
     "an unknown schedule": (["--optim.schedule", "zigzag"], "optim.schedule"),
     "an interval that is none": (["--trainer.checkpoint_every", "often"], "trainer.checkpoint_every is 'often'"),
     "micro-batches that do not fit": (["--trainer.micro_batch_size", "3"], "micro_batch_size 3"),
@@ -514,6 +519,39 @@ def test_a_preset_sets_the_model_and_options_win(corpus: Path, tmp_path: Path) -
     assert model == PerceiverARConfig.preset("lucidrains", **sizes, rotary_fraction=0.25)
 
 
+@pytest.mark.parametrize(
+    ("settings_", "says"),
+    [
+        ("model: [1, 2]", "model is [1, 2]: it must be a group of settings"),
+        ("trainer: 3", "trainer is 3: it must be a group of settings"),
+        ("paths: 3", "paths is 3: it must be names of files or folders"),
+        ("paths: [1]", "paths is [1]: it must be names of files or folders"),
+        ("max_steps: [1]", "--max_steps is [1]: it must be a whole number or left out"),
+    ],
+)
+def test_settings_of_another_kind_in_a_config_are_refused(
+    settings_: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(settings_)
+    assert_refused(capsys, "train", "--config", tmp_path / "mine.yaml", "--out", tmp_path / "run", says=says)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_options_of_evaluate_in_a_config_have_kinds_too(
+    finished: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "options.yaml"
+    for options, says in {"paths: 3": "paths is 3", "run: [1]": "--run is [1]: it must be text"}.items():
+        file.write_text(options)
+        assert_refused(capsys, "evaluate", finished, "--config", file, says=says)
+    results = []
+    for paths in (corpus / "0.txt", [str(corpus / "0.txt")]):
+        file.write_text(f"paths: {paths}")
+        assert main(["evaluate", str(finished), "--config", str(file), "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out)["nats_per_token"])
+    assert results[0] == results[1]
+
+
 def test_paths_in_a_config_may_be_one(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(f"paths: {corpus}\n")
     argv = ["train", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), *SMALL]
@@ -765,6 +803,18 @@ def test_an_interrupt_keeps_what_was_written(cycle: Path, tmp_path: Path, capsys
     assert captured.err.splitlines()[-1].startswith("perceiver-ar: interrupted")
 
 
+def test_weights_that_give_no_first_token_cost_no_text_of_before(
+    cycle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = PerceiverAR.from_pretrained(cycle)
+    torch.nn.init.constant_(model.head.weight, math.nan)
+    model.save_pretrained(cycle)
+    out = tmp_path / "text.txt"
+    out.write_text("before")
+    assert_refused(capsys, "generate", cycle, "--out", out, says="the model's weights give NaN")
+    assert out.read_text() == "before"
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -781,7 +831,8 @@ def test_an_interrupt_keeps_what_was_written(cycle: Path, tmp_path: Path, capsys
         (["--top_k", "0"], "top_k is 0"),
         (["--top_p", "2"], "top_p is 2"),
         (["--max_new_tokens", "-1"], "max_new_tokens is -1"),
-        (["--max_new_tokens", "many"], "max_new_tokens"),
+        (["--max_new_tokens", "many"], "--max_new_tokens is many: it must be a whole number or left out;"),
+        (["--temperature", "hot"], "--temperature is hot: it must be a number;"),
         (["--repetition_penalty", "0"], "repetition_penalty is 0"),
         (["--frequency_penalty", "inf"], "frequency_penalty"),
         (["--refill_latents", "9"], "refill_latents is 9: it must be in 1 ... 8"),

@@ -4,8 +4,11 @@ Damaged files lie among the good ones everywhere.
 """
 
 import json
+import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,6 +270,20 @@ def test_generation_starts_from_nothing_too(
     assert len(list(tmp_path.iterdir())) >= 2
     assert_refused(capsys, "generate", run, "--prompt", "Once upon", says="Once upon")
     assert any((run / "samples").iterdir())  # those of training
+
+
+def test_an_interrupt_keeps_what_was_drawn(
+    trained: tuple[Modality, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modality, _, run = trained
+    if modality is not MODALITIES["integers"]:  # one that ends by itself late, and is shown at once
+        return
+    capsys.readouterr()
+    threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+    assert main(["generate", str(run), "--max_new_tokens=1000000000", "--out", str(tmp_path / "new")]) == 130
+    captured = capsys.readouterr()
+    assert captured.out == f"{tmp_path / 'new.npy'}\n" and len(np.load(tmp_path / "new.npy")) > 0
+    assert captured.err.splitlines()[-1].startswith("perceiver-ar: interrupted")
 
 
 def test_info_shows_what_was_measured_and_nothing_else(

@@ -10,17 +10,17 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from perceiver_ar.config import PRESETS, Recipe
 from perceiver_ar.costs import costs
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (InputError, argparse.ArgumentError) as error:
         remedy = "" if isinstance(error, InputError) else f"; perceiver-ar {argv[0]} --help has all options"
-        complain(" ".join(str(error).split()) + remedy)
+        complain(plain(" ".join(str(error).split())) + remedy)
         return 2
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -95,6 +95,29 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         complain(str(error) or "interrupted")
         return 130
+
+
+WRONG_TYPE = re.compile(
+    r'Parser key "(?P<option>[^"]+)": '
+    r"(?:.* Subtypes: |Expected a )(?P<kinds>.+?)(?: Errors: .* Given value|\. Got value): (?P<value>.*)"
+)
+TYPES = {
+    "NoneType": "left out",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "tuple": "a list as [1,2]",
+}
+
+
+def plain(message: str) -> str:
+    """A message in our words where the parser says in its own that a value is of the wrong type."""
+    match = WRONG_TYPE.fullmatch(message)
+    kinds: list[str] = [] if match is None else re.findall(r"'(\w+)'", match["kinds"])
+    if match is None or not kinds:
+        return message
+    return f"--{match['option']} is {match['value']}: it must be {' or '.join(TYPES.get(k, k) for k in kinds)}"
 
 
 def complain(message: str) -> None:
@@ -122,6 +145,14 @@ def make_parser(verb: str, arguments: str, description: str, examples: str) -> A
 def add_paths(parser: ArgumentParser, help: str) -> None:
     action = parser.add_argument("paths", nargs="*", help=help)
     action.required = False  # pyright: ignore[reportOptionalMemberAccess]  # or the help would say that it is
+
+
+def names(paths: Any) -> tuple[str, ...]:
+    """The paths given, as a --config file may have them: one, several or none."""
+    found = (paths,) if isinstance(paths, str) else paths or ()
+    if not isinstance(found, list | tuple) or not all(isinstance(path, str) for path in found):
+        raise InputError(f"paths is {paths!r}: it must be names of files or folders")
+    return tuple(found)
 
 
 def train_verb(argv: list[str]) -> None:
@@ -175,13 +206,16 @@ def train_verb(argv: list[str]) -> None:
     for name in ("preset", "resume", "find_batch"):
         if from_files.get(name):
             raise InputError(f"the --config file sets {name}, which only the command line can: give --{name} there")
-    settings = parser.instantiate(parser.parse_args(argv)).as_dict()
+    parsed = parser.parse_args(argv)
+    for group in ("model", "data", "optim", "trainer"):
+        if not isinstance(parsed[group], Namespace):
+            raise InputError(f"{group} is {parsed[group]!r}: it must be a group of settings, as in recipe.yaml")
+    settings = parser.instantiate(parsed).as_dict()
     for name in ("config", "preset"):
         settings.pop(name)
     resume, find_batch = settings.pop("resume"), settings.pop("find_batch")
     # The parser does not take positional arguments from files.
-    paths = settings["paths"] or from_files.get("paths") or ()
-    settings["paths"] = (paths,) if isinstance(paths, str) else tuple(paths)
+    settings["paths"] = names(settings["paths"] or from_files.get("paths"))
     recipe = Recipe(**settings)
 
     from perceiver_ar.training import train
@@ -212,7 +246,7 @@ def evaluate_verb(argv: list[str]) -> None:
         "  perceiver-ar evaluate runs/books --context_lengths 256,1024,4096\n"
         "  perceiver-ar evaluate runs/books new_book.txt --json",
     )
-    parser.add_argument("run", help="a run directory")
+    parser.add_argument("run", type=str, help="a run directory")
     add_paths(parser, "files as for train; none: what the run held out")
     parser.add_argument("--stride", type=int | None, help="tokens from window to window; 1 is exact and slow "
                         "(default: half the latents)")  # fmt: skip
@@ -235,7 +269,7 @@ def evaluate_verb(argv: list[str]) -> None:
     run = Run.open(args.run)
     model, codec = to_device(run.model()), run.codec()
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
-        tokens = tokens_to_score(run, codec, args.paths, Path(scratch))
+        tokens = tokens_to_score(run, codec, names(args.paths), Path(scratch))
         options: dict[str, Any] = {"num_latents": args.num_latents, "byte_lengths": codec.byte_lengths()}
         options |= {"amounts": codec.amounts, "document_length": codec.document_length}
         options |= {"max_tokens": args.max_tokens, "batch_size": args.batch_size, "precision": args.precision}
@@ -261,7 +295,7 @@ def parse_lengths(text: str | None) -> list[int] | None:
         raise InputError(f"--context_lengths is {text!r}: write numbers with commas between, as in 256,1024") from None
 
 
-def tokens_to_score(run: "Run", codec: "Codec", paths: list[str], scratch: Path) -> "np.ndarray":
+def tokens_to_score(run: "Run", codec: "Codec", paths: tuple[str, ...], scratch: Path) -> "np.ndarray":
     from perceiver_ar.data.rows import find_rows
     from perceiver_ar.data.sources import find_files
     from perceiver_ar.data.tokens import TokenFile, prepare
@@ -321,7 +355,7 @@ def generate_verb(argv: list[str]) -> None:
         "  perceiver-ar generate runs/books --stop '\\n\\n' --seed 1 --out sample.txt\n"
         "  perceiver-ar generate runs/piano --prompt_file prelude.mid --keep 500 --max_new_tokens 1000 --out new.mid",
     )
-    parser.add_argument("run", help="a run directory")
+    parser.add_argument("run", type=str, help="a run directory")
     parser.add_argument("--prompt", type=str | None, help="text to go on from; for pictures the name of a class")
     parser.add_argument("--prompt_file", type=str | None, help="a file to go on from")
     parser.add_argument("--keep", type=float | None, help="go on from the first so many tokens of the prompt file, or "
@@ -416,7 +450,7 @@ def generate_verb(argv: list[str]) -> None:
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        if args.out is not None:
+        if args.out is not None and (ids or count == 0):  # a file of before is not given up for nothing
             with atomic_path(args.out) as temporary:
                 temporary.write_bytes(codec.decode(ids))
     seconds = time.perf_counter() - started
@@ -490,11 +524,16 @@ def show_files(
     import numpy as np
 
     started, columns = time.perf_counter(), []
-    with suppress(KeyboardInterrupt):  # then what was drawn until then is shown
+    interrupted = False
+    try:
         for step in steps:
             columns.append(step.tokens.cpu().numpy())
             if sys.stderr.isatty():
                 print(f"\r{len(columns):,} tokens", end="", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        if not columns:
+            raise
+        interrupted = True
     seconds = time.perf_counter() - started
     samples = len(columns[0]) if columns else 1
     rows = [np.array(document[:prompt_len] + [int(column[r]) for column in columns]) for r in range(samples)]
@@ -504,6 +543,8 @@ def show_files(
     for path in codec.show(rows, prompt_len, out.parent, stem, original=original, soundfont=args.soundfont):
         print(path)
     print(f"{len(columns)} tokens in {seconds:.1f} s, {len(columns) / seconds:.1f} tokens/s", file=sys.stderr)
+    if interrupted:
+        raise KeyboardInterrupt("interrupted; what was drawn until then is in these files")
 
 
 def to_device(model: Any) -> Any:
@@ -514,7 +555,7 @@ def to_device(model: Any) -> Any:
 
 def info_verb(argv: list[str]) -> None:
     parser = make_parser("info", "RUN", "Shows what a run is and what it costs.", "  perceiver-ar info runs/books")
-    parser.add_argument("run", help="a run directory")
+    parser.add_argument("run", type=str, help="a run directory")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
 
@@ -560,7 +601,7 @@ def convert_verb(argv: list[str]) -> None:
         "  perceiver-ar convert google checkpoint.dill --settings random_mirrored_131072 --out runs/copy",
     )
     parser.add_argument("format", choices=list(CONVERT_OPTIONS), help="whose checkpoint it is")
-    parser.add_argument("checkpoint", help="a file, or a directory where they write one")
+    parser.add_argument("checkpoint", type=str, help="a file, or a directory where they write one")
     parser.add_argument("--out", type=str, required=True, help="the run directory to make")
     for form, options in CONVERT_OPTIONS.items():
         for name, kind, text in options:
@@ -611,7 +652,7 @@ def export_verb(argv: list[str]) -> None:
     )
     formats = ["huggingface", "lucidrains", "krasserm", "onnx"]
     parser.add_argument("format", choices=formats, help="for which package")
-    parser.add_argument("run", help="a run directory")
+    parser.add_argument("run", type=str, help="a run directory")
     parser.add_argument("--out", type=str, required=True, help="the file or directory to write")
     args = parser.parse_args(argv)
 
@@ -663,8 +704,8 @@ def push_verb(argv: list[str]) -> None:
         "  perceiver-ar push runs/books me/books --dry_run         (write the card, and show what would be uploaded)\n"
         "  perceiver-ar push runs/books me/books --private",
     )
-    parser.add_argument("run", help="a run directory")
-    parser.add_argument("repo_id", help="whose repository of which name")
+    parser.add_argument("run", type=str, help="a run directory")
+    parser.add_argument("repo_id", type=str, help="whose repository of which name")
     parser.add_argument("--private", action="store_true", help="for its owner alone")
     parser.add_argument("--dry_run", action="store_true", help="upload nothing")
     args = parser.parse_args(argv)
