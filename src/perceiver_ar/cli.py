@@ -377,7 +377,8 @@ def generate_verb(argv: list[str]) -> None:
         "--refill_latents", type=int | None, help="latents to go on with when all are used (default: half)"
     )
     parser.add_argument("--compile", action="store_true", help="half a minute first, then faster tokens")
-    parser.add_argument("--slide", action="store_true", help="drop the oldest latent instead: constant time per token")
+    parser.add_argument("--slide", action="store_true", help="drop the oldest latent instead: constant time a token, "
+                        "but what it knew lives on in the others: logits of no single forward")  # fmt: skip
     parser.add_argument("--precision", choices=["32", "bf16", "int8"], default="32", help="of weights and computation; "
                         "int8 (extra [int8]): such weights, computation in bf16; fast with --compile only")  # fmt: skip
     parser.add_argument("--seed", type=int | None, help="the same seed draws the same text")
