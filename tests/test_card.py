@@ -68,6 +68,17 @@ def test_a_model_without_a_codec_or_a_summary_has_a_card(tmp_path: Path) -> None
     assert shared_files(Run(tmp_path)) == ["README.md", "config.json", "model.safetensors"]
 
 
+def test_figures_that_a_summary_lacks_are_left_out(run: Path) -> None:
+    (run / "summary.json").write_text(
+        '{"steps": 5, "bits_per_byte": 2.5, "nats_per_token": NaN, "bits_per_token": "?"}'
+    )
+    assert write_card(Run(run), "me/books")
+    card = ModelCard.load(run / "README.md")
+    data: Any = card.data
+    assert [(result.metric_type, result.metric_value) for result in data.eval_results] == [("bits_per_byte", 2.5)]
+    assert "| bits per byte | 2.5000 |" in card.text and "per token" not in card.text
+
+
 def test_what_the_card_shows_runs_with_the_files_that_are_pushed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,8 @@ from transformers import (
     DynamicCache,
     LogitsProcessorList,
     TextIteratorStreamer,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 
@@ -35,6 +37,7 @@ from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec, train_bpe
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation import generate
 from perceiver_ar.huggingface import PerceiverARCache, PerceiverARForCausalLM, PerceiverARModelConfig, codec_tokenizer
+from perceiver_ar.huggingface.modeling import CACHE
 from perceiver_ar.model import PerceiverAR
 from perceiver_ar.run import Run
 from perceiver_ar.windows import next_window
@@ -137,6 +140,15 @@ def test_settings_of_another_version_are_refused_not_ignored(run: Path, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=f"{tmp_path}: unknown settings novel"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_settings_given_on_loading_are_the_networks(run: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(run, context_length=48, prefix_dropout=0.5)
+    assert model.network.config == SMALL.replace(context_length=48, prefix_dropout=0.5)
+    tokens = ids(2, 20)
+    assert torch.equal(model.network(tokens), SAVED(tokens))
+    with pytest.raises(InputError, match="num_latents is 99"):
+        AutoModelForCausalLM.from_pretrained(run, num_latents=99)
 
 
 def test_a_new_model_has_the_networks_own_first_weights() -> None:
@@ -245,6 +257,57 @@ def test_the_loss_trains_every_weight() -> None:
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+# Training with transformers' Trainer
+
+
+def trained(path: Path, steps: int, resume: Path | None = None, tie: bool = False, **settings: Any) -> Any:
+    """A small model after some steps of two rows, one of them padded."""
+    texts = ids(16, 30, seed=4)
+    rows = [{"input_ids": text, "labels": text.masked_fill(torch.arange(30) < 3 * (i % 4), -100)}
+            for i, text in enumerate(texts)]  # fmt: skip
+    config = SMALL.replace(tie_embeddings=tie, init="normal")
+    torch.manual_seed(0)
+    model = PerceiverARForCausalLM(PerceiverARModelConfig(config))
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_steps": 2,
+        "report_to": [], "disable_tqdm": True, "use_cpu": True, "logging_steps": 1,
+    }  # fmt: skip
+    arguments = TrainingArguments(str(path), max_steps=steps, **(defaults | settings))
+    trainer = Trainer(model, arguments, train_dataset=rows)  # pyright: ignore[reportArgumentType]
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return model
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_trainer_that_resumes_ends_where_one_does_that_was_never_stopped(tie: bool, tmp_path: Path) -> None:
+    expected = trained(tmp_path / "whole", 4, tie=tie).state_dict()
+    found = trained(tmp_path / "resumed", 4, tmp_path / "whole/checkpoint-2", tie=tie)
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert torch.equal(Run(tmp_path / "whole/checkpoint-4").model()(ids(1, 9)), found.eval().network(ids(1, 9)))
+
+
+def test_accumulated_batches_weigh_as_their_targets(tmp_path: Path) -> None:
+    """So two of one row each train as one of two rows, though one row has fewer labels."""
+    settings = {"optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "no"}
+    expected = trained(tmp_path / "one", 3, **settings).state_dict()
+    found = trained(
+        tmp_path / "two", 3, per_device_train_batch_size=1, gradient_accumulation_steps=2, **settings
+    ).state_dict()
+    for name, tensor in found.items():
+        assert_close(tensor, expected[name], 1e-5)
+
+
+def test_arguments_without_a_value_change_nothing() -> None:
+    """As PEFT's wrappers give them."""
+    tokens = ids(2, 30)
+    nothing: dict[str, Any] = {"inputs_embeds": None, "output_attentions": None, "output_hidden_states": False}
+    assert torch.equal(MODEL(tokens, **nothing).logits, MODEL(tokens).logits)
+    for name in nothing:
+        with pytest.raises(InputError, match=f"{name}: .* leave it out"):
+            MODEL(tokens, **{name: True})
+
+
 # Generation
 
 
@@ -303,19 +366,20 @@ def test_several_samples_are_drawn_from_the_logits_of_their_windows() -> None:
         assert_close(found.double(), window_logits(NETWORK, row[:-1], prompt_len=5), 1e-5)
 
 
-def test_a_cache_goes_on_where_it_was(run: Path) -> None:
+@pytest.mark.parametrize("name", sorted({"cache", CACHE}))
+def test_a_cache_goes_on_where_it_was(name: str) -> None:
     """Turn by turn, and token by token, as generation in one go; logits are those of windows."""
-    prompt, cache = ids(2, 5), PerceiverARCache()
-    first = MODEL.generate(prompt, cache=cache, max_new_tokens=9, do_sample=False)
+    prompt, cache = ids(2, 5), {name: PerceiverARCache()}
+    first = MODEL.generate(prompt, **cache, max_new_tokens=9, do_sample=False)
     both = torch.cat([first, ids(2, 2, seed=1)], dim=1)
-    second = MODEL.generate(both, cache=cache, max_new_tokens=15, do_sample=False)
+    second = MODEL.generate(both, **cache, max_new_tokens=15, do_sample=False)
     output = MODEL(prompt, use_cache=True)
     for t in range(5, second.shape[1]):
         expected = torch.stack([window_logits(NETWORK, row[:t], prompt_len=5)[-1] for row in second])
         assert_close(output.logits[:, 0], expected, 1e-9)
         if t not in (14, 15):  # given, not drawn
             assert torch.equal(output.logits[:, 0].argmax(-1), second[:, t])
-        output = MODEL(second[:, t : t + 1], cache=output.cache)
+        output = MODEL(second[:, t : t + 1], **{name: output[CACHE]})
 
 
 def test_generation_ends_with_the_document(run: Path) -> None:
@@ -351,6 +415,20 @@ def test_a_stream_gives_the_text_as_it_is_drawn(run: Path) -> None:
     thread.join()
     new = generate(NETWORK, inputs.input_ids, 20, temperature=0.0)[0]
     assert text == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_a_stop_string_ends_generation(run: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    inputs = tokenizer("The cat sat", return_tensors="pt")
+    settings = {"max_new_tokens": 20, "do_sample": True, "eos_token_id": None, "stop_strings": ["z"]}
+
+    def only_z_from_the_sixteenth(tokens: Tensor, scores: Tensor) -> Tensor:
+        scores[:, ord("z")] = 1e9 if tokens.shape[1] >= 16 else -1e9
+        return scores
+
+    processors = LogitsProcessorList([only_z_from_the_sixteenth])
+    ended = MODEL.generate(**inputs, **settings, tokenizer=tokenizer, logits_processor=processors)
+    assert ended.shape == (1, 17)
 
 
 def test_a_pipeline_writes_batches(run: Path) -> None:
@@ -392,7 +470,9 @@ def test_other_ways_round_the_windows_are_refused() -> None:
         MODEL(ids(1, 4), labels=ids(1, 4), use_cache=True)
     with pytest.raises(InputError, match="must be equal"):
         MODEL(ids(1, 4), attention_mask=torch.ones(1, 3))
-    cache = MODEL(ids(2, 4), use_cache=True).cache
+    cache = MODEL(ids(2, 4), use_cache=True)[CACHE]
+    with pytest.raises(InputError, match="two names of one"):
+        MODEL(ids(2, 1), cache=cache, past_key_values=cache)
     with pytest.raises(InputError, match="3 rows for 2 in the cache"):
         MODEL(ids(3, 1), cache=cache)
     with pytest.raises(InputError, match="begin a new one"):
@@ -443,6 +523,13 @@ def test_a_tokenizer_is_found_with_the_run_and_saved_as_an_ordinary_one(codec: C
             assert again.decode(again(text).input_ids, skip_special_tokens=True) == text
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_options_of_a_tokenizer_are_kept(run: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(run, padding_side="right", model_max_length=9)
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("right", 9)
+    assert tokenizer(["a", "bc"], padding=True).attention_mask == [[1, 1, 0], [1, 1, 1]]
+    assert AutoTokenizer.from_pretrained(run).padding_side == "left"
 
 
 def test_what_is_no_text_has_ids_as_words() -> None:

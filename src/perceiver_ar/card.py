@@ -1,5 +1,6 @@
 """A run on the Hugging Face Hub: its model card (README.md), and which of its files go there."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def write_card(run: Run, repo_id: str) -> bool:
     check_repo_id(repo_id)
     if (run.path / CARD).exists():
         return False
-    model, codec, summary = run.model(), run.codec_if_any(), run.summary() or {}
+    model, codec, figures = run.model(), run.codec_if_any(), _figures(run)
     name = repo_id.partition("/")[2]
     task = _task(codec)
     data = ModelCardData(
@@ -47,10 +48,10 @@ def write_card(run: Run, repo_id: str) -> bool:
                 dataset_name="documents held out in training",
                 metric_type=metric,
                 metric_name=metric.replace("_", " "),
-                metric_value=round(float(summary[metric]), 5),
+                metric_value=round(figures[metric], 5),
             )
             for metric in MEASURED
-            if summary.get(metric) is not None
+            if metric in figures
         ]
         or None,
     )
@@ -62,7 +63,7 @@ def write_card(run: Run, repo_id: str) -> bool:
         f"{config.context_length:,} tokens at once, made with perceiver-ar {__version__}.",
         "",
         *_table(_settings(run, model, codec)),
-        *_measured(summary),
+        *_measured(figures),
         *_use(repo_id, name, codec),
     ]
     content = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(about) + "\n"
@@ -118,7 +119,7 @@ def _task(codec: Codec | None) -> str:
 
 
 def _settings(run: Run, model: Any, codec: Codec | None) -> Iterator[tuple[str, str]]:
-    config, summary = model.config, run.summary() or {}
+    config, figures = model.config, _figures(run)
     yield "context", f"{config.context_length:,} tokens, the last {config.num_latents:,} of them latents"
     yield "layers", f"{len(config.cross_layers)} of cross-attention, {config.num_layers} of self-attention"
     yield "width", f"{config.dim} ({config.num_heads} heads)"
@@ -126,22 +127,36 @@ def _settings(run: Run, model: Any, codec: Codec | None) -> Iterator[tuple[str, 
     if run.recipe_file.exists():
         paths = run.recipe().paths
         yield "trained on", ", ".join(f"`{Path(path).name}`" for path in paths) or "Python's standard library"
-    if "tokens_seen" in summary:
-        yield "training", f"{summary['steps']:,} steps, {summary['tokens_seen']:,} targets"
+    if {"steps", "tokens_seen"} <= figures.keys():
+        yield "training", f"{figures['steps']:,} steps, {figures['tokens_seen']:,} targets"
     if run.recipe_file.exists():
         yield "all settings", "[recipe.yaml](recipe.yaml)"
 
 
-def _measured(summary: dict[str, Any]) -> Iterator[str]:
-    rows = [(name.replace("_", " "), f"{summary[name]:.4f}") for name in MEASURED if summary.get(name) is not None]
+def _figures(run: Run) -> dict[str, Any]:
+    """The numbers of a summary, which may be an older version's or somebody's own; none that is not finite."""
+    summary = run.summary() or {}
+    return {
+        name: value
+        for name, value in summary.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def _measured(figures: dict[str, Any]) -> Iterator[str]:
+    rows = [(name.replace("_", " "), f"{figures[name]:.4f}") for name in MEASURED if name in figures]
+    if not rows:
+        return
     for tool in ("gzip", "xz"):
-        if (value := summary.get(f"{tool}_bits_per_byte")) is not None:
+        if (value := figures.get(f"{tool}_bits_per_byte")) is not None:
             rows.append((f"`{tool}` on the same bytes", f"{value:.4f}"))
-    if rows:
-        documents = summary["held_out_documents"]
-        yield from ("", "## How good it is", "")
-        yield f"On {summary['tokens']:,} tokens of {documents:,} documents that it was not trained on:"
-        yield from ("", *_table(iter(rows)))
+    yield from ("", "## How good it is", "")
+    if {"tokens", "held_out_documents"} <= figures.keys():
+        documents = f"{figures['tokens']:,} tokens of {figures['held_out_documents']:,} documents"
+        yield f"On {documents} that it was not trained on:"
+    else:
+        yield "On documents that it was not trained on:"
+    yield from ("", *_table(iter(rows)))
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> Iterator[str]:

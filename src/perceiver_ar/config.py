@@ -253,7 +253,15 @@ class PerceiverARConfig:
         return dataclasses.replace(self, **settings)
 
     def to_json(self) -> str:
-        return json.dumps({"model_type": MODEL_TYPE, **dataclasses.asdict(self)}, indent=2) + "\n"
+        """The content of `config.json`, without settings that are None and would be by default.
+
+        (transformers' Trainer reads the file as a configuration of no known kind, and multiplies a `head_dim` that is
+        there by `num_heads`.)
+        """
+        unset = {entry.name for entry in dataclasses.fields(self) if entry.default is None}
+        settings = dataclasses.asdict(self)
+        given = {name: value for name, value in settings.items() if value is not None or name not in unset}
+        return json.dumps({"model_type": MODEL_TYPE, **given}, indent=2) + "\n"
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], where: str = "the settings") -> Self:

@@ -166,7 +166,7 @@ def stream(
             return
         home, asks_for_ids = prompts[0].device, bool(logits_processors or allowed_next)
         rows = [
-            Row(i, prompts[i // num_samples], generator, config, schedule, max_new_tokens if asks_for_ids else None)
+            Row(i, prompts[i // num_samples], config, generator, schedule, max_new_tokens if asks_for_ids else None)
             for i, generator in enumerate(generators)
         ]
         plain = repetition_penalty == 1.0 and frequency_penalty == 0.0 and rows[0].history is None
@@ -234,14 +234,15 @@ class Row:
         self,
         index: int,
         prompt: Tensor,
-        generator: torch.Generator,
         config: PerceiverARConfig,
-        schedule: Schedule,
-        history: int | None,
+        generator: torch.Generator | None = None,
+        schedule: Schedule | None = None,
+        history: int | None = None,
     ) -> None:
-        """history: room for so many new tokens in a record of all; None: no record."""
+        """generator: None where others draw. history: room for so many new tokens in a record of all; None: none."""
         longest = longest_context(config)
-        self.index, self.generator, self.config, self.schedule = index, generator, config, schedule
+        self.index, self.config, self.schedule = index, config, schedule or Schedule()
+        self.generator = generator or torch.Generator()
         self.num_tokens = len(prompt)
         self.ids = deque(prompt[-longest:].tolist(), maxlen=longest)
         self.seen, self.drawn = set(prompt.bincount().nonzero()[:, 0].tolist()), Counter[int]()

@@ -209,7 +209,7 @@ class AutoregressiveWrapper(nn.Module):
         """Behind the prefix all tokens (B, T) are latents, and so will be `more` that come."""
         config, rows = self.net.model.config, prompt_rows(tokens, self.net.model.config.vocab_size)
         schedule = Schedule(prompt_latents=tokens.shape[1] - self.net.cross_attn_seq_len)
-        rows = [Row(r, row, torch.Generator(), config, schedule, None) for r, row in enumerate(rows)]
+        rows = [Row(r, row, config, schedule=schedule) for r, row in enumerate(rows)]
         return Decoder(self.net.model, rows, 1, more)
 
 

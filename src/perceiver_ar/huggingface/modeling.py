@@ -27,7 +27,7 @@ from perceiver_ar.errors import InputError, require
 from perceiver_ar.generation import Decoder, Recomputing, Row, prompt_rows
 from perceiver_ar.model import PerceiverAR
 from perceiver_ar.objective import IGNORE
-from perceiver_ar.windows import Schedule, blocks
+from perceiver_ar.windows import blocks
 
 CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__annotations__)
 """What transformers call what is kept between calls: `past_key_values` up to 5.23."""
@@ -45,10 +45,15 @@ class PerceiverARModelConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """From the content of a run's `config.json`. Raises InputError for settings that the network does not have."""
-        network = PerceiverARConfig.from_dict(config_dict, where=str(kwargs.get("name_or_path", "config.json")))
-        own = {"model_type", *(entry.name for entry in dataclasses.fields(PerceiverARConfig))}
-        others = {name: value for name, value in config_dict.items() if name not in own}
+        """From the content of a run's `config.json`, changed by settings of the network in kwargs.
+
+        Raises InputError for settings that the network does not have.
+        """
+        names = {entry.name for entry in dataclasses.fields(PerceiverARConfig)}
+        changed = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        where = str(kwargs.get("name_or_path", "config.json"))
+        network = PerceiverARConfig.from_dict(config_dict | changed, where=where)
+        others = {name: value for name, value in config_dict.items() if name not in {"model_type", *names}}
         return super().from_dict({"network": network, **others}, **kwargs)
 
     @property
@@ -127,7 +132,7 @@ class PerceiverARCache(transformers_caches.Cache):
                 [row[keep] for row, keep in zip(tokens, real, strict=True)], network.config.vocab_size
             )
             room = network.config.context_length if self.max_length is None else self.max_length - T + 1
-            rows = [Row(r, row, torch.Generator(), network.config, Schedule(), None) for r, row in enumerate(prompts)]
+            rows = [Row(r, row, network.config) for r, row in enumerate(prompts)]
             # Beams and samples of one prompt come as equal rows, side by side: it is read once.
             sizes = [n for n in range(1, B + 1) if B % n == 0]
             copies = max(n for n in sizes if all(torch.equal(prompts[r], prompts[r - r % n]) for r in range(B)))
@@ -191,6 +196,7 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: PerceiverARModelConfig) -> None:
         super().__init__(config)
         self.network = PerceiverAR(config.network)
+        self.register_load_state_dict_pre_hook(_names_of_a_run)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -215,6 +221,8 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits (B, T, V) of the token after each position; with a cache (B, 1, V), of the token after the last.
 
@@ -234,10 +242,18 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: begin a cache, if none is given. None: no.
             logits_to_keep: the last so many positions only, or those at these indices; 0: all.
             return_dict: False: a tuple.
+            num_items_in_batch: what the losses are summed over and divided by, instead of their mean: labels in all
+                batches of one step, as transformers' Trainer counts them.
+            others: None or False, as wrappers such as PEFT's give arguments that they have no value for.
 
         Raises:
-            InputError: shapes that do not fit; padding on the right with a cache; another library's cache.
+            InputError: shapes that do not fit; padding on the right with a cache; another library's cache; others.
         """
+        given = sorted(name for name, value in others.items() if value is not None and value is not False)
+        require(not given, f"{', '.join(given)}: this network has no such input or output, leave it out")
+        require(
+            cache is None or past_key_values is None, "cache and past_key_values are two names of one: leave one out"
+        )
         cache = past_key_values if cache is None else cache
         require(
             attention_mask is None or attention_mask.ndim == 2,
@@ -261,7 +277,9 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
                 if attention_mask is not None:  # what follows padding is predicted from nothing
                     before = nn.functional.pad(attention_mask.bool(), (1, -1))
                     labels = labels.masked_fill(~(before & attention_mask.bool()), IGNORE)
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
+                )
             output = CausalLMOutputWithPast(loss=loss, logits=cast(Any, logits))
         return output.to_tuple() if return_dict is False else output
 
@@ -297,8 +315,14 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_length: int,
     ) -> None:
-        if model_kwargs.get("cache") is None:
-            model_kwargs["cache"] = PerceiverARCache(max_length)
+        given = [model_kwargs.pop(name, None) for name in ("cache", "past_key_values")]
+        require(None in given, "cache and past_key_values are two names of one: leave one out")
+        model_kwargs[CACHE] = next((cache for cache in given if cache is not None), PerceiverARCache(max_length))
+
+    def prepare_inputs_for_generation(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Without the tokenizer of stop strings, which transformers hand on to the network."""
+        prepare = super().prepare_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        return prepare(*args, **kwargs)
 
     def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, *rest: Any) -> None:
         """Refuses what would not give the windows' own logits."""
@@ -357,6 +381,20 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in self._tied_weights_keys}
         state_dict = {name.removeprefix("network."): tensor for name, tensor in state_dict.items()}
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def _names_of_a_run(model: PerceiverARForCausalLM, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before `load_state_dict`: weights under the names that `save_pretrained` gives them are the network's.
+
+    So transformers' Trainer, which reads its checkpoints itself, finds them when it resumes.
+    """
+    for name in list(model.network.state_dict()):
+        if prefix + name in state_dict:
+            state_dict[f"{prefix}network.{name}"] = state_dict.pop(prefix + name)
+    if model.config.tie_word_embeddings:
+        for name, source in model._tied_weights_keys.items():
+            if prefix + source in state_dict:
+                state_dict.setdefault(prefix + name, state_dict[prefix + source])
 
 
 HUB = ("cache_dir", "revision", "token", "local_files_only", "subfolder")

@@ -24,11 +24,15 @@ class PerceiverARTokenizer:
         hub = {name: value for name, value in kwargs.items() if name in HUB}
         cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)  # beside codec.json
         file = cached_file(path, "codec.json", _raise_exceptions_for_missing_entries=False, **hub)
-        return codec_tokenizer(load_codec(path if file is None else Path(file).parent))
+        options = {name: value for name, value in kwargs.items() if name not in HUB and not name.startswith("_")}
+        return codec_tokenizer(load_codec(path if file is None else Path(file).parent), **options)
 
 
-def codec_tokenizer(codec: Codec) -> PreTrainedTokenizerFast:
-    """A codec as a tokenizer: `tokenizer(text).input_ids` are `codec.start(text)`."""
+def codec_tokenizer(codec: Codec, **options: Any) -> PreTrainedTokenizerFast:
+    """A codec as a tokenizer: `tokenizer(text).input_ids` are `codec.start(text)`.
+
+    options: those of transformers' tokenizers, such as padding_side (left unless given).
+    """
     tokenizer = id_tokenizer(codec)
     end = tokenizer.id_to_token(codec.separator[-1]) if codec.separator else None
     if codec.separator:
@@ -37,15 +41,13 @@ def codec_tokenizer(codec: Codec) -> PreTrainedTokenizerFast:
         tokenizer.post_processor = processors.TemplateProcessing(single=[*start, "$A"], special_tokens=names)
     else:
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # adds nothing
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=end,
-        eos_token=end,
-        pad_token=end,
-        padding_side="left",
-        split_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-    )
+    defaults: dict[str, Any] = {
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), end),
+        "padding_side": "left",
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **(defaults | options))
 
 
 def id_tokenizer(codec: Codec) -> Tokenizer:
