@@ -342,6 +342,7 @@ class PerceiverARModule(pl.LightningModule):
         self.prefix_group: Any = None  # of the ranks that have the same windows
         self.mean: dict[str, Tensor] = {}  # of the weights, where the recipe asks for it; from the first step on
         self.first_window = 0
+        self.tokens_seen = 0  # targets of all steps; windows at the ends of a pass, or of a picture, have fewer
         self.seconds_before = 0.0  # spent in earlier parts of a resumed run
         self.started = time.perf_counter()
         self.now = 0.0  # the time spent training that all ranks go by
@@ -468,6 +469,7 @@ class PerceiverARModule(pl.LightningModule):
 
     def end_step(self, batch: dict[str, Any]) -> None:
         """What is to be done after each optimizer step; `batch` is its last micro-batch."""
+        self.tokens_seen += batch["targets"]
         if not self.step_skipped:
             self.loss_sum, self.losses = self.loss_sum + self.step_loss, self.losses + self.accumulate
             if self.mean:
@@ -514,10 +516,6 @@ class PerceiverARModule(pl.LightningModule):
         """Time spent training, evaluations included, over all parts of the run."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    @property
-    def tokens_seen(self) -> int:
-        return self.steps * self.recipe.trainer.batch_size * self.recipe.model.num_latents
-
     def progress(self, step: int | None = None) -> float:
         """Share of the run that is done, 0 ... 1, half of the running step, or of another one, included."""
         step = self.steps if step is None else step
@@ -528,6 +526,7 @@ class PerceiverARModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["seconds"] = self.seconds
         checkpoint["windows"] = self.steps * self.recipe.trainer.batch_size
+        checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["skipped"] = self.skipped
         checkpoint["norms"] = list(self.norms)
         if self.mean:
@@ -535,6 +534,7 @@ class PerceiverARModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.seconds_before, self.first_window = checkpoint["seconds"], checkpoint["windows"]
+        self.tokens_seen = checkpoint.get("tokens_seen", self.first_window * self.recipe.model.num_latents)
         self.skipped = checkpoint["skipped"]
         self.norms = list(checkpoint["norms"])
         self.mean = checkpoint.get("mean", {})
@@ -563,7 +563,7 @@ class Batches:
     ahead). Of the micro-batches of a step, data rank r of k takes every k-th, from the r-th on.
 
     `weight` is a micro-batch's share of the targets of its step, times the number of micro-batches: a step's mean of
-    the weighted mean losses is the mean over its targets, however it is divided.
+    the weighted mean losses is the mean over its targets, however it is divided. `targets` are those of the whole step.
     """
 
     def __init__(self, windows: Windows, module: PerceiverARModule) -> None:
@@ -575,10 +575,11 @@ class Batches:
         first = self.module.first_window
         while True:
             targets = np.diff(self.windows.spans(first, size)).reshape(pieces, -1).sum(axis=1)
-            weights = pieces * targets / targets.sum()
+            total = int(targets.sum())
+            weights = pieces * targets / total
             for i in range(self.module.data_rank, pieces, settings.data_ranks):
                 batch = self.windows.batch(first + i * settings.micro_batch, settings.micro_batch)
-                yield self.shorten(batch, first // size) | {"weight": float(weights[i])}
+                yield self.shorten(batch, first // size) | {"weight": float(weights[i]), "targets": total}
             first += size
 
     def shorten(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -652,7 +653,7 @@ class Watch(Callback):
         module.started = time.perf_counter()
         module.agree(False)
         self.logged_at = self.saved_at = self.printed_at = module.now
-        self.logged_steps = module.steps
+        self.logged_tokens = module.tokens_seen
         self.evaluations_done = int(module.progress() * self.recipe.trainer.evaluations)
         if module.rank == 0:
             self.rows = [row for row in read_metrics(self.run.metrics_file) if int(row["step"]) <= module.steps]
@@ -740,11 +741,10 @@ class Watch(Callback):
             self.logged_at = module.now
             return
         seconds = module.now
-        new = module.steps - self.logged_steps
-        rate = new * self.recipe.trainer.batch_size * self.recipe.model.num_latents / (seconds - self.logged_at + 1e-9)
+        rate = (module.tokens_seen - self.logged_tokens) / (seconds - self.logged_at + 1e-9)
         lr = module.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]
         self.add_row(module, train_bits=bits, lr=lr, grad_norm=module.grad_norm, tokens_per_second=round(rate))
-        self.logged_at, self.logged_steps = seconds, module.steps
+        self.logged_at, self.logged_tokens = seconds, module.tokens_seen
         progress = module.progress()
         left = duration(seconds * (1 - progress) / progress) if seconds > 5 else "..."
         text = f"step {module.steps:,}  {bits:.3f} bits/token  {rate:,.0f} tokens/s"
