@@ -503,7 +503,7 @@ class TrainerConfig:
     evaluation_tokens: int = 100_000
     """Most held-out tokens to score each time; at the end, ten times as many."""
     sample_tokens: int = 200
-    """Length of the samples; 0: none."""
+    """Length of the samples, 0: none; the last one of pictures is a whole picture."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
     """Where metrics go beside metrics.csv and TensorBoard (which is taken where it is installed); each is an extra."""
     checkpoint_every: str = "60s"

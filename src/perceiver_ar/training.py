@@ -918,7 +918,7 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
         summary = {**result.to_dict(), **compressed, **summary, "held_out_documents": held_out.num_documents}
         if codec.document_length is None:
             draw_context(run, recipe, watch, model)
-    sample(model, codec, run, recipe, module.steps)
+    sample(model, codec, run, recipe, module.steps, whole=True)
     draw_loss(run, codec, last, references)
     watch.track({name: value for name, value in summary.items() if isinstance(value, (int, float))}, module.steps)
     write_report(run, summary)
@@ -977,13 +977,17 @@ def renumber(states: list[dict[str, Any]], numbers: list[int]) -> list[dict[str,
     ]
 
 
-def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int) -> None:
-    """Keeps what the model generates from nothing, and shows it on stderr if it is text."""
+def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int, whole: bool = False) -> None:
+    """Keeps what the model generates from nothing, and shows it on stderr if it is text.
+
+    whole: where all documents have one length, the sample has it, too, whatever the recipe says.
+    """
     length = recipe.trainer.sample_tokens
-    if codec.document_length is not None:
-        length = min(length, codec.document_length - 1)
     if length == 0:
         return
+    if codec.document_length is not None:
+        rest = codec.document_length - len(codec.start())
+        length = rest if whole else min(length, rest)
     start = codec.start() if len(codec.start()) else np.zeros(1, np.int64)
     stop = codec.separator[-1:]
     ids = generate(
