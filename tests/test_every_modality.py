@@ -146,7 +146,7 @@ def test_damaged_files_are_skipped_counted_and_named_and_the_rest_is_used(
     assert sum(file.num_documents for file in files) == 6
     capsys.readouterr()
     assert main(["evaluate", str(run), str(folder), "--max_tokens=100"]) == 0
-    assert re.search(r"skipped \d of 11 files \(.*README.md.*, \.\.\.\)", capsys.readouterr().err)
+    assert re.search(r"skipped \d of 11 files:\n(  .+\n)*  .*README\.md: ", capsys.readouterr().err)
     broken = folder / f"text{modality.ending}"
     options = [option.replace("WEIGHTS", str(weights)) for option in modality.options]
     assert_refused(capsys, "train", broken, "--out", tmp_path / "run", *SMALL, *options, says=broken)
