@@ -417,9 +417,9 @@ def test_a_finished_run_that_goes_on_is_unfinished_until_the_new_end(recipe: Rec
 
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "model": {"model": MODEL.replace(num_layers=2)},
-    "optim": {"optim": OptimConfig(lr=1e-4)},
-    "data": {"data": DataConfig(validation_fraction=0.3)},
+    "model.num_layers": {"model": MODEL.replace(num_layers=2)},
+    "optim.lr": {"optim": OptimConfig(lr=1e-4)},
+    "data.validation_fraction": {"data": DataConfig(validation_fraction=0.3)},
     "seed": {"seed": 1},
     "modality": {"modality": "bytes"},
     "paths": {"paths": ("elsewhere",)},

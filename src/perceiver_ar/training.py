@@ -229,16 +229,25 @@ def check_resumable(run: Run, recipe: Recipe) -> Recipe:
     if (run.path / "codec.json").exists():
         recipe = replace(recipe, model=load_codec(run.path).fit(recipe.model))
     fixed = ("paths", "modality", "seed", "model", "data", "optim")
-    changed = [name for name in fixed if getattr(before, name) != getattr(recipe, name)]
-    for name in ("batch_size", "short_prefix", "prefix_growth"):
-        if getattr(before.trainer, name) != getattr(recipe.trainer, name):
-            changed.append(f"trainer.{name}")
+    fixed += ("trainer.batch_size", "trainer.short_prefix", "trainer.prefix_growth")
+    was, now = flat(before.to_dict()), flat(recipe.to_dict())
+    changed = [name for name in was if name.startswith(fixed) and was[name] != now[name]]
     if changed:
+        changes = ", ".join(f"{name} changed from {was[name]!r} to {now[name]!r}" for name in changed)
         raise InputError(
-            f"{run.path}: --resume goes on with the same recipe, but {', '.join(changed)} changed: "
+            f"{run.path}: --resume goes on with the same recipe, but {changes}: "
             "leave that out, or start a new run in another --out"
         )
     return before
+
+
+def flat(settings: dict[str, Any], group: str = "") -> dict[str, Any]:
+    """Settings in groups as one table, by names such as model.dim."""
+    parts = (
+        flat(value, f"{name}.") if isinstance(value, dict) else {group + name: value}
+        for name, value in settings.items()
+    )
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def goes_further(recipe: Recipe, before: Recipe) -> bool:
