@@ -342,9 +342,13 @@ def describe(result: "Evaluation") -> str:
     for unit in (unit for unit, amount in result.amounts.items() if amount > 0):
         lines.append(
             f"{'per ' + unit:<17}{result.nats_per(unit):.4f} nats, {result.bits_per(unit):.4f} bits "
-            f"({result.amounts[unit]:,.0f} {unit}s)"
+            f"({amount_words(result.amounts[unit])} {unit}s)"
         )
     return "\n".join(lines)
+
+
+def amount_words(amount: float) -> str:
+    return f"{amount:,.0f}" if amount >= 100 or amount == round(amount) else f"{amount:.3g}"
 
 
 def show_context_table(run: "Run", results: "list[Evaluation]", as_json: bool) -> None:
@@ -496,7 +500,8 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
         pieces = [ids.tolist() for ids in codec.encode_stream([data], prompt_file)]
     except WrongModality as error:
         reason = str(error).replace("the input", "--prompt", 1) if prompt_file is None else f"--prompt_file {error}"
-        raise InputError(f"this run cannot read the prompt: {reason} in training") from None
+        reason = re.sub("; use --modality bytes", ", which a run trained with --modality bytes would read", reason)
+        raise InputError(f"this run cannot read the prompt: {reason}") from None
     return [*codec.separator, *chain.from_iterable(pieces)] or [0]
 
 
