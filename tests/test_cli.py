@@ -250,6 +250,27 @@ def test_train_refuses_bad_files_names_them_and_makes_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model.dims=32"], "no option --model.dims (did you mean --model.dim?)"),
+        (["--lr", "1"], "no option --lr (did you mean --optim.lr?)"),
+        (["--max-steps", "1"], "no option --max-steps (did you mean --max_steps?)"),
+        (["--epochs=3"], "no option --epochs;"),
+        (["--config", "modle: {dim: 32}"], "no option modle.dim (did you mean model.dim?)"),
+        (["--config", "optim: {muonlr: 1}"], "no option optim.muonlr (did you mean optim.muon_lr?)"),
+        (["--config", "modle: 3"], "no option modle (did you mean model?)"),
+    ],
+)
+def test_of_unknown_settings_the_nearest_known_one_is_named(
+    options: list[str], says: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if options[0] == "--config":
+        (tmp_path / "recipe.yaml").write_text(options[1])
+        options = ["--config", str(tmp_path / "recipe.yaml")]
+    assert_refused(capsys, "train", corpus, "--out", tmp_path / "run", *options, says=says)
+
+
 def test_train_without_out_is_refused(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_refused(capsys, "train", corpus, *SMALL, says="--out")
 
@@ -300,20 +321,19 @@ def test_a_run_can_be_moved_and_resumed_without_its_sources(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--model.dim=32"], "model"),
-        (["--model.prefix_dropout=0.5"], "model"),
-        (["--trainer.batch_size=8"], "trainer.batch_size"),
-        (["--trainer.short_prefix=0"], "trainer.short_prefix"),
-        (["--optim.lr=1"], "optim"),
-        (["--seed=1"], "seed"),
-        (["elsewhere"], "paths"),
+        (["--model.dim=32"], "model.dim changed from 16 to 32"),
+        (["--model.prefix_dropout=0.5"], "model.prefix_dropout changed from 0.0 to 0.5"),
+        (["--trainer.batch_size=8"], "trainer.batch_size changed from 4 to 8"),
+        (["--trainer.short_prefix=0"], "trainer.short_prefix changed from 0.5 to 0.0"),
+        (["--optim.lr=1", "--seed=1"], "seed changed from 0 to 1, optim.lr changed from None to 1.0: leave that out"),
+        (["elsewhere"], "paths changed from"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(
     run: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = content(run)
-    assert_refused(capsys, "train", *options, "--out", run, "--resume", "--max_steps=62", says=f"{says} changed")
+    assert_refused(capsys, "train", *options, "--out", run, "--resume", "--max_steps=62", says=says)
     assert_refused(capsys, "train", "--preset=lucidrains", "--out", run, "--resume", "--max_steps=62", says="--preset")
     assert content(run) == before
 
@@ -371,7 +391,8 @@ def test_resuming_notices_files_that_are_cut_short(run: Path, name: str, capsys:
     [
         ("- a\n- list\n", "recipe.yaml"),
         ("colour: blue\n", "unknown settings colour"),
-        ("out: x\nmodel: {depth: 3}\n", "depth"),
+        ("out: x\nmodel: {depth: 3}\n", "unknown settings model.depth"),
+        ("out: x\ntrainer: {batchsize: 3}\n", "trainer.batchsize (did you mean trainer.batch_size?)"),
         ("out: x\nmodel: {dim: wide}\n", "dim"),
         ("out: x\nmodel: 3\n", "model"),
         ("out: x\nmodel: {num_heads: 3}\n", "num_heads 3"),

@@ -34,6 +34,23 @@ def test_the_text_is_on_disk_as_utf8_and_nothing_beside_it(tmp_path: Path, text:
     assert content(tmp_path) == {"notes.txt": text.encode()}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="has /dev/full")
+@pytest.mark.usefixtures("bound_by_modes")
+def test_errors_name_the_file_to_write_not_the_temporary_one(tmp_path: Path):
+    with pytest.raises(OSError, match="No space") as full, atomic_path(tmp_path / "notes.txt") as temporary:
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+        try:
+            os.write(descriptor, temporary.name.encode())
+        finally:
+            os.close(descriptor)
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(PermissionError) as closed:
+        write_text(tmp_path / "closed" / "notes.txt", "text")
+    for error, path in ((full, tmp_path / "notes.txt"), (closed, tmp_path / "closed" / "notes.txt")):
+        assert error.value.filename == os.path.realpath(path)
+    assert content(tmp_path / "closed") == {} and os.listdir(tmp_path) == ["closed"]
+
+
 def test_the_locale_does_not_choose_the_encoding(tmp_path: Path):
     program = "import sys; from perceiver_ar.files import write_text; write_text(sys.argv[1], chr(0xE9))"
     plain = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}

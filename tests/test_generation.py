@@ -446,8 +446,14 @@ def test_sliding_rows_give_the_same_alone_and_in_a_batch(fields: dict[str, Any])
         ([[1]], {"min_p": 1.1}, "min_p is 1.1"),
         ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ([[1]], {"refill_latents": 0}, "refill_latents is 0"),
-        ([[1]], {"refill_latents": 5}, r"refill_latents is 5: it must be in 1 \.\.\. 4"),
-        ([[1]], {"prompt_latents": 5}, r"prompt_latents is 5: it must be in 1 \.\.\. 4"),
+        ([[1]], {"refill_latents": 5}, r"refill_latents is 5: it must be a whole number in 1 \.\.\. 4"),
+        ([[1]], {"refill_latents": 2.5}, r"refill_latents is 2.5: it must be a whole number in 1 \.\.\. 4"),
+        ([[1]], {"seed": 1.5}, "seed is 1.5: give a whole number"),
+        ([[1]], {"seed": [1.5]}, r"seed is \[1.5\]: give a whole number"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ([[1]], {"num_samples": 1.5}, "num_samples is 1.5"),
+        ([[1]], {"top_k": 1.5}, "top_k is 1.5"),
+        ([[1]], {"prompt_latents": 5}, r"prompt_latents is 5: it must be a whole number in 1 \.\.\. 4"),
         ([[1]], {"stop_tokens": [11]}, "a stop token or sequence has id 11"),
         ([[1]], {"stop_sequences": [[1], []]}, "a stop sequence is empty"),
         ([[1]], {"num_samples": 0}, "num_samples is 0"),
@@ -459,6 +465,20 @@ def test_what_cannot_work_is_refused_at_once(prompt: Any, fields: dict[str, Any]
     with pytest.raises(InputError, match=message) as error:
         stream(MODEL, prompt, **{"max_new_tokens": 3, **fields})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "says"),
+    [
+        (torch.ones(12, dtype=torch.bool), r"a torch.bool tensor \(12,\)"),
+        (torch.ones(1, 11, dtype=torch.bool), r"a torch.bool tensor \(1, 11\)"),
+        (torch.ones(11), r"a torch.float32 tensor \(11,\)"),
+        ([True] * 11, "a list"),
+    ],
+)
+def test_what_allowed_next_must_give_is_said(allowed: Any, says: str) -> None:
+    with pytest.raises(InputError, match=rf"allowed_next gave {says}: it must give a bool tensor \(11,\)"):
+        generate(MODEL, [[1]], 3, allowed_next=lambda ids: allowed)
 
 
 def test_weights_of_nan_are_named() -> None:

@@ -386,6 +386,15 @@ def test_kept_prefixes_of_other_shapes_are_refused_with_their_shape(shape: tuple
         model(random_tokens(model, 2, 12), prefix_keep=torch.zeros(shape, dtype=torch.long))
 
 
+@pytest.mark.parametrize("index", [-1, 4, 11])
+def test_kept_indices_outside_the_prefix_are_refused_and_not_wrapped(index: int) -> None:
+    model = small()
+    with pytest.raises(
+        InputError, match=rf"prefix_keep has index {index}: with prefix_len 4 they must be in 0 \.\.\. 3"
+    ):
+        model(random_tokens(model, 2, 12), 4, prefix_keep=torch.tensor([[0, 1], [2, index]]))
+
+
 @pytest.mark.parametrize("index_dims", [(), (3, 4), (2, 2, 3)])
 @pytest.mark.parametrize("beyond", [12, 13, 24, -1])
 def test_positions_beyond_the_tables_are_errors_and_not_other_positions(

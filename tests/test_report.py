@@ -94,6 +94,12 @@ def test_what_counts_comes_first_and_everything_is_there(run: Run) -> None:
     assert "3 min 00 s" in text and "skipped" not in text.split("Measurements")[0]
 
 
+def test_the_last_sample_is_that_of_the_highest_step(run: Run) -> None:
+    (run.samples / "step-1000000.txt").write_text("the last words")
+    text = page(run).text
+    assert text.index("after step 1,000,000") < text.index("after step 848")
+
+
 def test_nothing_from_files_is_taken_for_markup(run: Run) -> None:
     shown = page(run)
     assert "if a < b & c: <b>ü€</b>" in shown.text and "<script>alert(1)</script>" in shown.text

@@ -417,9 +417,9 @@ def test_a_finished_run_that_goes_on_is_unfinished_until_the_new_end(recipe: Rec
 
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "model": {"model": MODEL.replace(num_layers=2)},
-    "optim": {"optim": OptimConfig(lr=1e-4)},
-    "data": {"data": DataConfig(validation_fraction=0.3)},
+    "model.num_layers": {"model": MODEL.replace(num_layers=2)},
+    "optim.lr": {"optim": OptimConfig(lr=1e-4)},
+    "data.validation_fraction": {"data": DataConfig(validation_fraction=0.3)},
     "seed": {"seed": 1},
     "modality": {"modality": "bytes"},
     "paths": {"paths": ("elsewhere",)},
@@ -527,11 +527,21 @@ def test_a_share_of_the_steps_has_shorter_prefixes_and_the_same_targets(recipe: 
         lengths.append(batch["tokens"].shape[1])
         assert torch.equal(batch["labels"], whole["labels"])
         assert torch.equal(batch["tokens"], whole["tokens"][:, 32 - lengths[-1] :])
-        assert batch.keys() - {"weight"} == whole.keys()
+        assert batch.keys() - {"weight", "targets"} == whole.keys()
     assert lengths[0::2] == lengths[1::2]  # of the two micro-batches of a step
     shorter = [length for length in lengths if length < 32]
     assert abs(len(shorter) / 200 - share) < 0.2
     assert share == 0.0 or (min(shorter) == 8 and len(set(shorter)) > 2)
+
+
+def test_tokens_seen_are_the_targets_of_all_windows_also_over_a_resumption(recipe: Recipe) -> None:
+    recipe = replace(recipe, trainer=replace(TRAINER, batch_size=60, micro_batch_size=20))
+    train(replace(recipe, max_steps=5))
+    summary = train(recipe, resume=True)
+    windows = Windows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, 8, recipe.seed)
+    targets = int((windows.batch(0, 12 * 60)["labels"] != IGNORE).sum())
+    assert summary["tokens_seen"] == targets < 12 * 60 * 8  # windows at the ends of a pass have fewer than 8
+    assert int(metrics(recipe.out)[-1]["tokens"]) == targets
 
 
 @pytest.mark.parametrize("growth", [0.25, 1.0])

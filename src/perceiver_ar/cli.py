@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
-from perceiver_ar.config import PRESETS, Recipe
+from perceiver_ar.config import PRESETS, Recipe, unknown_words
 from perceiver_ar.costs import costs
 from perceiver_ar.errors import InputError
 
@@ -76,9 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"there is no verb {argv[0]!r}: use {', '.join(verbs)}")
         verbs[argv[0]](argv[1:])
         return 0
-    except (InputError, argparse.ArgumentError) as error:
-        remedy = "" if isinstance(error, InputError) else f"; perceiver-ar {argv[0]} --help has all options"
-        complain(plain(" ".join(str(error).split())) + remedy)
+    except InputError as error:
+        complain(" ".join(str(error).split()))
         return 2
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -97,6 +96,19 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    """The options. Raises InputError for what they cannot be."""
+    try:
+        return parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        message = plain(" ".join(str(error).split()), list(parser.get_defaults().keys(branches=True)))
+        raise InputError(f"{message}; {parser.prog} --help has all options") from None
+
+
+UNKNOWN = re.compile(
+    r"unrecognized arguments: (?P<option>--[\w.-]+)|Option '(?P<setting>[\w.]+)' is not accepted"
+    r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'"
+)
 WRONG_TYPE = re.compile(
     r'Parser key "(?P<option>[^"]+)": '
     r"(?:.* Subtypes: |Expected a )(?P<kinds>.+?)(?: Errors: .* Given value|\. Got value): (?P<value>.*)"
@@ -111,8 +123,14 @@ TYPES = {
 }
 
 
-def plain(message: str) -> str:
-    """A message in our words where the parser says in its own that a value is of the wrong type."""
+def plain(message: str, known: list[str]) -> str:
+    """A message in our words where the parser says in its own that there is no such option, of those `known`, or that
+    a value is of the wrong type."""
+    if match := UNKNOWN.match(message):
+        name = match["option"] or match["setting"] or f"{match['group']}.{match['name']}"
+        known = [f"--{other}" for other in known] if match["option"] else known
+        return f"there is no option {unknown_words([name], known)}"
+    message = message.replace('Parser key "config": ', "--config: ")
     match = WRONG_TYPE.fullmatch(message)
     kinds: list[str] = [] if match is None else re.findall(r"'(\w+)'", match["kinds"])
     if match is None or not kinds:
@@ -206,7 +224,7 @@ def train_verb(argv: list[str]) -> None:
     for name in ("preset", "resume", "find_batch"):
         if from_files.get(name):
             raise InputError(f"the --config file sets {name}, which only the command line can: give --{name} there")
-    parsed = parser.parse_args(argv)
+    parsed = parse(parser, argv)
     for group in ("model", "data", "optim", "trainer"):
         if not isinstance(parsed[group], Namespace):
             raise InputError(f"{group} is {parsed[group]!r}: it must be a group of settings, as in recipe.yaml")
@@ -258,7 +276,7 @@ def evaluate_verb(argv: list[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="windows at once")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the computation")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     lengths = parse_lengths(args.context_lengths)
 
     import tempfile
@@ -324,9 +342,13 @@ def describe(result: "Evaluation") -> str:
     for unit in (unit for unit, amount in result.amounts.items() if amount > 0):
         lines.append(
             f"{'per ' + unit:<17}{result.nats_per(unit):.4f} nats, {result.bits_per(unit):.4f} bits "
-            f"({result.amounts[unit]:,.0f} {unit}s)"
+            f"({amount_words(result.amounts[unit])} {unit}s)"
         )
     return "\n".join(lines)
+
+
+def amount_words(amount: float) -> str:
+    return f"{amount:,.0f}" if amount >= 100 or amount == round(amount) else f"{amount:.3g}"
 
 
 def show_context_table(run: "Run", results: "list[Evaluation]", as_json: bool) -> None:
@@ -385,7 +407,7 @@ def generate_verb(argv: list[str]) -> None:
     parser.add_argument("--out", type=str | None, help="also write what was generated into this file; for what is no "
                         "text, how the files are named (default: RUN/samples/generated)")  # fmt: skip
     parser.add_argument("--soundfont", type=str | None, help="an .sf2 or .sf3 file to play music with")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     if args.prompt is not None and args.prompt_file is not None:
         raise InputError("--prompt and --prompt_file are both given: choose one")
     if args.out is not None and Path(args.out).is_dir():
@@ -478,7 +500,8 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
         pieces = [ids.tolist() for ids in codec.encode_stream([data], prompt_file)]
     except WrongModality as error:
         reason = str(error).replace("the input", "--prompt", 1) if prompt_file is None else f"--prompt_file {error}"
-        raise InputError(f"this run cannot read the prompt: {reason} in training") from None
+        reason = re.sub("; use --modality bytes", ", which a run trained with --modality bytes would read", reason)
+        raise InputError(f"this run cannot read the prompt: {reason}") from None
     return [*codec.separator, *chain.from_iterable(pieces)] or [0]
 
 
@@ -558,7 +581,7 @@ def info_verb(argv: list[str]) -> None:
     parser = make_parser("info", "RUN", "Shows what a run is and what it costs.", "  perceiver-ar info runs/books")
     parser.add_argument("run", type=str, help="a run directory")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
 
     from perceiver_ar.run import Run
 
@@ -607,7 +630,7 @@ def convert_verb(argv: list[str]) -> None:
     for form, options in CONVERT_OPTIONS.items():
         for name, kind, text in options:
             parser.add_argument(f"--{name}", type=kind | None, help=f"{form}: {text}")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     own = [name for name, _, _ in CONVERT_OPTIONS[args.format]]
     for name, _, _ in (option for options in CONVERT_OPTIONS.values() for option in options):
         if name not in own and args[name] is not None:
@@ -655,7 +678,7 @@ def export_verb(argv: list[str]) -> None:
     parser.add_argument("format", choices=formats, help="for which package")
     parser.add_argument("run", type=str, help="a run directory")
     parser.add_argument("--out", type=str, required=True, help="the file or directory to write")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
 
     from perceiver_ar import compat
     from perceiver_ar.data.codec import save_codec
@@ -709,7 +732,7 @@ def push_verb(argv: list[str]) -> None:
     parser.add_argument("repo_id", type=str, help="whose repository of which name")
     parser.add_argument("--private", action="store_true", help="for its owner alone")
     parser.add_argument("--dry_run", action="store_true", help="upload nothing")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
 
     from perceiver_ar.card import CARD, push, shared_files, write_card
     from perceiver_ar.run import Run

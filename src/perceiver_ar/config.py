@@ -6,10 +6,11 @@ implementation computes; `PRESETS` names those combinations.
 """
 
 import dataclasses
+import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -279,7 +280,7 @@ class PerceiverARConfig:
             settings.pop(foreign, None)
         fields = {entry.name for entry in dataclasses.fields(cls)}
         if unknown := sorted(set(settings) - fields):
-            raise InputError(f"{where}: unknown settings {', '.join(unknown)}")
+            raise InputError(f"{where}: unknown settings {unknown_words(unknown, fields)}")
         try:
             return cls(**settings)
         except InputError as error:
@@ -511,7 +512,7 @@ class TrainerConfig:
     evaluation_tokens: int = 100_000
     """Most held-out tokens to score each time; at the end, ten times as many."""
     sample_tokens: int = 200
-    """Length of the samples; 0: none."""
+    """Length of the samples, 0: none; the last one of pictures is a whole picture."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
     """Where metrics go beside metrics.csv and TensorBoard (which is taken where it is installed); each is an extra."""
     checkpoint_every: str = "60s"
@@ -619,16 +620,33 @@ class Recipe:
     def from_dict(cls, settings: Mapping[str, Any], where: str = "the settings") -> Self:
         """The inverse of `to_dict`. Raises InputError that names `where` for what does not belong."""
         groups = {"model": PerceiverARConfig, "data": DataConfig, "optim": OptimConfig, "trainer": TrainerConfig}
-        if unknown := sorted(map(str, set(settings) - {entry.name for entry in dataclasses.fields(cls)})):
-            raise InputError(f"{where}: unknown settings {', '.join(unknown)}: is this a recipe of perceiver-ar?")
+        known, given = {entry.name for entry in dataclasses.fields(cls)}, set(map(str, settings))
         try:
             for name in groups:
                 group = settings.get(name) or {}
                 require(isinstance(group, Mapping), f"{name} is {group!r}: it must be a group of settings")
+                known |= {f"{name}.{entry.name}" for entry in dataclasses.fields(groups[name])}
+                given |= {f"{name}.{setting}" for setting in group}
+            if unknown := sorted(given - known):
+                words = unknown_words(unknown, known)
+                raise InputError(f"unknown settings {words}: is this a recipe of perceiver-ar?")
             parts = {name: group(**settings.get(name) or {}) for name, group in groups.items()}
             return cls(**{**settings, **parts})
         except (InputError, TypeError) as error:
             raise InputError(f"{where}: {error}") from None
+
+
+def unknown_words(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """Names that there are not, each with the nearest one that there is, if any is near."""
+    known = sorted(known)
+
+    def nearest(name: str) -> str:
+        last = name.lstrip("-").rpartition(".")[2]
+        same = [other for other in known if other.lstrip("-").rpartition(".")[2] == last]  # in another group
+        near = same[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        return f" (did you mean {near[0]}?)" if near else ""
+
+    return ", ".join(f"{name}{nearest(name)}" for name in unknown)
 
 
 def parse_duration(text: str, name: str) -> float:

@@ -27,7 +27,7 @@ from perceiver_ar.cache import Cache
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.model import PerceiverAR
-from perceiver_ar.sampling import LogitsProcessor, Sampling, penalise_repetition
+from perceiver_ar.sampling import LogitsProcessor, Sampling, is_whole, penalise_repetition
 from perceiver_ar.windows import Schedule, longest_context, next_window
 
 Prompt = Tensor | np.ndarray | Sequence[Any]
@@ -115,12 +115,14 @@ def stream(
     """
     config = model.config
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty)
-    require(max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}: it must not be negative")
-    require(num_samples >= 1, f"num_samples is {num_samples}: it must be at least 1")
+    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("num_samples", num_samples, 1)):
+        require(
+            is_whole(value) and value >= least, f"{name} is {value}: it must be a whole number and at least {least}"
+        )
     for name, value in {"refill_latents": refill_latents, "prompt_latents": prompt_latents}.items():
         require(
-            value is None or 1 <= value <= config.num_latents,
-            f"{name} is {value}: it must be in 1 ... {config.num_latents}, the model's num_latents",
+            value is None or (is_whole(value) and 1 <= value <= config.num_latents),
+            f"{name} is {value}: it must be a whole number in 1 ... {config.num_latents}, the model's num_latents",
         )
     require(
         config.cacheable or not compile, "compile is for networks with a cache, which these settings rule out: leave it"
@@ -152,7 +154,12 @@ def stream(
             for processor in logits_processors:
                 logits = processor(ids[None], logits[None])[0]
             if allowed_next is not None:
-                logits = logits.masked_fill(~allowed_next(ids).cpu(), float("-inf"))
+                allowed = allowed_next(ids)
+                require(
+                    isinstance(allowed, Tensor) and allowed.dtype == torch.bool and allowed.shape == logits.shape,
+                    f"allowed_next gave {_kind(allowed)}: it must give a bool tensor ({len(logits)},), one for each id",
+                )
+                logits = logits.masked_fill(~allowed.cpu(), float("-inf"))
             best = float(logits.amax())
             require(
                 math.isfinite(best),
@@ -411,7 +418,7 @@ def _compile_and_run(model: PerceiverAR, tokens: Tensor, positions: Tensor, cach
         with dynamo_config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
             return _compiled(tokens.device.type)(model, tokens, positions, cache)
     except BackendCompilerFailed as error:
-        what = str(error).partition("\n")[0]
+        what = " ".join(" ".join(str(error).splitlines()[:2]).split())  # the cause may be on the second line
         raise InputError(f"the step does not compile ({what}): repair that, or leave out compile") from error
 
 
@@ -474,13 +481,20 @@ def prompt_rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:
     return rows
 
 
+def _kind(value: Any) -> str:
+    """A value's type, and its shape if it has one, for messages."""
+    return f"a {value.dtype} tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
 def _generators(seed: int | Sequence[int] | None, rows: int) -> list[torch.Generator]:
     generators = [torch.Generator() for _ in range(rows)]
     if seed is None:
         for generator in generators:
             generator.seed()
         return generators
-    seeds = list(seed) if isinstance(seed, Sequence) else [int(seed) + r for r in range(rows)]
+    numbers = list(seed) if isinstance(seed, Sequence) else [seed]
+    require(all(map(is_whole, numbers)), f"seed is {seed!r}: give a whole number, or one for each row")
+    seeds = numbers if isinstance(seed, Sequence) else [int(seed) + r for r in range(rows)]
     require(
         len(seeds) == rows, f"seed has {len(seeds)} numbers, the prompt {rows} rows: give each row one, or one in all"
     )

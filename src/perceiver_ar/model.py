@@ -203,11 +203,15 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
                 f"prefix_keep has shape {tuple(prefix_keep.shape)} for {layers} cross-attention layers and "
                 f"{len(tokens)} rows: it must be (rows, kept) or (layers, rows, kept)"
             )
-        if prefix_len is None:
-            return max(0, T - self.config.num_latents)
-        if not 0 <= prefix_len < T:
-            raise InputError(f"prefix_len is {prefix_len} with {T} tokens: it must be in 0 ... {T - 1}")
-        return prefix_len
+        P = max(0, T - self.config.num_latents) if prefix_len is None else prefix_len
+        if not 0 <= P < T:
+            raise InputError(f"prefix_len is {P} with {T} tokens: it must be in 0 ... {T - 1}")
+        # Where looking costs no wait for a GPU. What lies behind the prefix would let latents see what comes.
+        if prefix_keep is not None and prefix_keep.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = prefix_keep[(prefix_keep < 0) | (prefix_keep >= P)].tolist()
+            if wrong:
+                raise InputError(f"prefix_keep has index {wrong[0]}: with prefix_len {P} they must be in 0 ... {P - 1}")
+        return P
 
     def positions(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
         """Positions as `Prefix` takes them: (B or 1, T) or, by axes, (B or 1, T, axes); None: 0 ... T - 1."""

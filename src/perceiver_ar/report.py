@@ -91,7 +91,7 @@ def facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             break
     for name in ("gzip", "xz"):
         if f"{name}_bits_per_byte" in summary:
-            yield f"{name} on the same bytes", f"{summary[f'{name}_bits_per_byte']:.3f}"
+            yield f"bits per byte, {name} on the same", f"{summary[f'{name}_bits_per_byte']:.3f}"
     yield "steps", f"{summary['steps']:,}"
     if summary.get("skipped_steps"):
         yield "of them skipped", f"{summary['skipped_steps']:,}"
@@ -105,6 +105,7 @@ def samples(folder: Path) -> Iterator[str]:
     steps: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("step-*")):
         steps.setdefault("-".join(path.stem.split("-")[:2]), []).append(path)
+    steps = dict(sorted(steps.items(), key=lambda item: int(item[0].removeprefix("step-"))))  # 1000000 behind 999999
     for i, (step, paths) in enumerate(reversed(steps.items())):
         number = int(step.removeprefix("step-"))
         title = f"What it writes after step {number:,}"

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +13,11 @@ from perceiver_ar.errors import require
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 """Ids so far (1, T) int64 and logits (1, V) -> logits (1, V), as Hugging Face transformers' logits processors."""
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is an integer, of Python or numpy."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,10 @@ class Sampling:
     def __post_init__(self) -> None:
         t, k, p, m = self.temperature, self.top_k, self.top_p, self.min_p
         require(0 <= t < math.inf, f"temperature is {t}: it must be 0 (greedy) or more, and finite")
-        require(k is None or k >= 1, f"top_k is {k}: it must be at least 1, or left out")
+        require(
+            k is None or (is_whole(k) and k >= 1),
+            f"top_k is {k}: it must be a whole number and at least 1, or left out",
+        )
         require(p is None or 0 < p <= 1, f"top_p is {p}: it must be in (0, 1], or left out")
         require(m is None or 0 <= m <= 1, f"min_p is {m}: it must be in [0, 1], or left out")
         require(

@@ -229,16 +229,25 @@ def check_resumable(run: Run, recipe: Recipe) -> Recipe:
     if (run.path / "codec.json").exists():
         recipe = replace(recipe, model=load_codec(run.path).fit(recipe.model))
     fixed = ("paths", "modality", "seed", "model", "data", "optim")
-    changed = [name for name in fixed if getattr(before, name) != getattr(recipe, name)]
-    for name in ("batch_size", "short_prefix", "prefix_growth"):
-        if getattr(before.trainer, name) != getattr(recipe.trainer, name):
-            changed.append(f"trainer.{name}")
+    fixed += ("trainer.batch_size", "trainer.short_prefix", "trainer.prefix_growth")
+    was, now = flat(before.to_dict()), flat(recipe.to_dict())
+    changed = [name for name in was if name.startswith(fixed) and was[name] != now[name]]
     if changed:
+        changes = ", ".join(f"{name} changed from {was[name]!r} to {now[name]!r}" for name in changed)
         raise InputError(
-            f"{run.path}: --resume goes on with the same recipe, but {', '.join(changed)} changed: "
+            f"{run.path}: --resume goes on with the same recipe, but {changes}: "
             "leave that out, or start a new run in another --out"
         )
     return before
+
+
+def flat(settings: dict[str, Any], group: str = "") -> dict[str, Any]:
+    """Settings in groups as one table, by names such as model.dim."""
+    parts = (
+        flat(value, f"{name}.") if isinstance(value, dict) else {group + name: value}
+        for name, value in settings.items()
+    )
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def goes_further(recipe: Recipe, before: Recipe) -> bool:
@@ -342,6 +351,7 @@ class PerceiverARModule(pl.LightningModule):
         self.prefix_group: Any = None  # of the ranks that have the same windows
         self.mean: dict[str, Tensor] = {}  # of the weights, where the recipe asks for it; from the first step on
         self.first_window = 0
+        self.tokens_seen = 0  # targets of all steps; windows at the ends of a pass, or of a picture, have fewer
         self.seconds_before = 0.0  # spent in earlier parts of a resumed run
         self.started = time.perf_counter()
         self.now = 0.0  # the time spent training that all ranks go by
@@ -468,6 +478,7 @@ class PerceiverARModule(pl.LightningModule):
 
     def end_step(self, batch: dict[str, Any]) -> None:
         """What is to be done after each optimizer step; `batch` is its last micro-batch."""
+        self.tokens_seen += batch["targets"]
         if not self.step_skipped:
             self.loss_sum, self.losses = self.loss_sum + self.step_loss, self.losses + self.accumulate
             if self.mean:
@@ -514,10 +525,6 @@ class PerceiverARModule(pl.LightningModule):
         """Time spent training, evaluations included, over all parts of the run."""
         return self.seconds_before + time.perf_counter() - self.started
 
-    @property
-    def tokens_seen(self) -> int:
-        return self.steps * self.recipe.trainer.batch_size * self.recipe.model.num_latents
-
     def progress(self, step: int | None = None) -> float:
         """Share of the run that is done, 0 ... 1, half of the running step, or of another one, included."""
         step = self.steps if step is None else step
@@ -528,6 +535,7 @@ class PerceiverARModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["seconds"] = self.seconds
         checkpoint["windows"] = self.steps * self.recipe.trainer.batch_size
+        checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["skipped"] = self.skipped
         checkpoint["norms"] = list(self.norms)
         if self.mean:
@@ -535,6 +543,7 @@ class PerceiverARModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.seconds_before, self.first_window = checkpoint["seconds"], checkpoint["windows"]
+        self.tokens_seen = checkpoint.get("tokens_seen", self.first_window * self.recipe.model.num_latents)
         self.skipped = checkpoint["skipped"]
         self.norms = list(checkpoint["norms"])
         self.mean = checkpoint.get("mean", {})
@@ -563,7 +572,7 @@ class Batches:
     ahead). Of the micro-batches of a step, data rank r of k takes every k-th, from the r-th on.
 
     `weight` is a micro-batch's share of the targets of its step, times the number of micro-batches: a step's mean of
-    the weighted mean losses is the mean over its targets, however it is divided.
+    the weighted mean losses is the mean over its targets, however it is divided. `targets` are those of the whole step.
     """
 
     def __init__(self, windows: Windows, module: PerceiverARModule) -> None:
@@ -575,10 +584,11 @@ class Batches:
         first = self.module.first_window
         while True:
             targets = np.diff(self.windows.spans(first, size)).reshape(pieces, -1).sum(axis=1)
-            weights = pieces * targets / targets.sum()
+            total = int(targets.sum())
+            weights = pieces * targets / total
             for i in range(self.module.data_rank, pieces, settings.data_ranks):
                 batch = self.windows.batch(first + i * settings.micro_batch, settings.micro_batch)
-                yield self.shorten(batch, first // size) | {"weight": float(weights[i])}
+                yield self.shorten(batch, first // size) | {"weight": float(weights[i]), "targets": total}
             first += size
 
     def shorten(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -652,7 +662,7 @@ class Watch(Callback):
         module.started = time.perf_counter()
         module.agree(False)
         self.logged_at = self.saved_at = self.printed_at = module.now
-        self.logged_steps = module.steps
+        self.logged_tokens = module.tokens_seen
         self.evaluations_done = int(module.progress() * self.recipe.trainer.evaluations)
         if module.rank == 0:
             self.rows = [row for row in read_metrics(self.run.metrics_file) if int(row["step"]) <= module.steps]
@@ -740,11 +750,10 @@ class Watch(Callback):
             self.logged_at = module.now
             return
         seconds = module.now
-        new = module.steps - self.logged_steps
-        rate = new * self.recipe.trainer.batch_size * self.recipe.model.num_latents / (seconds - self.logged_at + 1e-9)
+        rate = (module.tokens_seen - self.logged_tokens) / (seconds - self.logged_at + 1e-9)
         lr = module.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]
         self.add_row(module, train_bits=bits, lr=lr, grad_norm=module.grad_norm, tokens_per_second=round(rate))
-        self.logged_at, self.logged_steps = seconds, module.steps
+        self.logged_at, self.logged_tokens = seconds, module.tokens_seen
         progress = module.progress()
         left = duration(seconds * (1 - progress) / progress) if seconds > 5 else "..."
         text = f"step {module.steps:,}  {bits:.3f} bits/token  {rate:,.0f} tokens/s"
@@ -899,6 +908,7 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
     }
     references: dict[str, float] = {}
     last: list[tuple[float, float]] = []
+    tokens_per_byte = 1.0
     if held_out is not None and len(held_out) > 1:
         limit = 10 * recipe.trainer.evaluation_tokens
         result = evaluate(
@@ -915,11 +925,12 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
             compressed = compressed_bits_per_byte(codec.decode(held_out.tokens[: limit + 1]))
             references = {"gzip": compressed["gzip_bits_per_byte"], "xz": compressed["xz_bits_per_byte"]}
         last = [(module.tokens_seen, result.bits_per_token)]
+        tokens_per_byte = result.tokens / result.bytes if result.bytes else 1.0
         summary = {**result.to_dict(), **compressed, **summary, "held_out_documents": held_out.num_documents}
         if codec.document_length is None:
             draw_context(run, recipe, watch, model)
-    sample(model, codec, run, recipe, module.steps)
-    draw_loss(run, codec, last, references)
+    sample(model, codec, run, recipe, module.steps, whole=True)
+    draw_loss(run, codec, last, references, tokens_per_byte)
     watch.track({name: value for name, value in summary.items() if isinstance(value, (int, float))}, module.steps)
     write_report(run, summary)
     run.write_summary(summary)
@@ -977,13 +988,17 @@ def renumber(states: list[dict[str, Any]], numbers: list[int]) -> list[dict[str,
     ]
 
 
-def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int) -> None:
-    """Keeps what the model generates from nothing, and shows it on stderr if it is text."""
+def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int, whole: bool = False) -> None:
+    """Keeps what the model generates from nothing, and shows it on stderr if it is text.
+
+    whole: where all documents have one length, the sample has it, too, whatever the recipe says.
+    """
     length = recipe.trainer.sample_tokens
-    if codec.document_length is not None:
-        length = min(length, codec.document_length - 1)
     if length == 0:
         return
+    if codec.document_length is not None:
+        rest = codec.document_length - len(codec.start())
+        length = rest if whole else min(length, rest)
     start = codec.start() if len(codec.start()) else np.zeros(1, np.int64)
     stop = codec.separator[-1:]
     ids = generate(
@@ -1006,7 +1021,10 @@ def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int
     say("  " + text.replace("\n", "\n  "), style="dim")
 
 
-def draw_loss(run: Run, codec: Codec, last: list[tuple[float, float]], references: dict[str, float]) -> None:
+def draw_loss(
+    run: Run, codec: Codec, last: list[tuple[float, float]], references: dict[str, float], tokens_per_byte: float
+) -> None:
+    """tokens_per_byte: of held-out text. More than one even where tokens are bytes: separators are predicted, too."""
     from perceiver_ar.plots import plot_loss
 
     rows = read_metrics(run.metrics_file)
@@ -1015,10 +1033,15 @@ def draw_loss(run: Run, codec: Codec, last: list[tuple[float, float]], reference
         for name in ("train_bits", "validation_bits")
     }
     bytewise = codec.writes_text and codec.vocab_size == 256  # then a token is a byte, and compressors compare
+    scale = tokens_per_byte if bytewise else 1.0
+    train, validation = (
+        [(tokens, scale * bits) for tokens, bits in points]
+        for points in (curves["train_bits"], curves["validation_bits"] + last)
+    )
     plot_loss(
         run.plots / "loss.png",
-        curves["train_bits"],
-        curves["validation_bits"] + last,
+        train,
+        validation,
         references if bytewise else {},
         y_label="bits per byte" if bytewise else "bits per token",
     )

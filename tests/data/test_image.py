@@ -148,6 +148,12 @@ def test_a_palette_suits_the_pictures_and_is_theirs_where_they_have_few_colours(
     assert sorted(choose_palette(sources, 6, 6, 16)) == sorted(colours.tolist())
     two = choose_palette(sources, 6, 6, 2)
     assert len(two) == 2 and sum(two[0]) < sum(two[1])
+    for folder, colour in (("red", (250, 0, 0)), ("white", (255, 255, 255))):
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            Image.new("RGB", (6, 6), colour).save(tmp_path / folder / f"{number}.png")
+    folders = find_files([tmp_path / "red", tmp_path / "white"])
+    assert choose_palette(folders, 6, 6, 16, most=2) == [[250, 0, 0], [255, 255, 255]]  # not the first folder alone
     with pytest.raises(InputError, match=r"b\.png: no picture, or a damaged one"):
         choose_palette(find_files(tmp_path / "b.png"), 6, 6, 2)
     with pytest.raises(InputError, match="no picture to choose a palette from"):

@@ -23,8 +23,8 @@ def folder_of(tmp_path: Path, *names: str, content: bytes = b"x") -> Path:
     ("names", "modality"),
     [
         (["a.mid", "b/C.MIDI"], "midi"),
-        (["a.png", "b.JPG", "c.jpeg", "d.webp"], "image"),
-        (["a.wav", "b.flac", "c.ogg"], "audio"),
+        (["a.png", "b.JPG", "c.jpeg", "d.webp", "e.gif", "f.bmp", "g.tif"], "image"),
+        (["a.wav", "b.flac", "c.ogg", "d.mp3", "e.aiff"], "audio"),
         (["a.npy", "b.npz"], "integers"),
         (["a.txt", "b.py", "noending"], "text"),
         (["genes.fasta"], "text"),
@@ -57,7 +57,8 @@ def test_without_a_known_ending_the_first_bytes_tell(tmp_path: Path, start: byte
 
 def test_a_mixed_folder_is_an_error_that_counts(tmp_path: Path) -> None:
     folder_of(tmp_path, "a.png", "b.png", "c.mid", "notes.txt", "d.png", "README.md")
-    with pytest.raises(InputError, match=r"several kinds \(3 image, 1 midi, 1 text\).* --modality"):
+    counts = r"3 image, such as .*a\.png, 1 midi, such as .*c\.mid, 1 text, such as .*notes\.txt"
+    with pytest.raises(InputError, match=rf"several kinds \({counts}\).* --modality"):
         recognise(find_files(tmp_path))
 
 

@@ -317,12 +317,25 @@ def test_files_given_for_validation_are_not_trained_on(tmp_path):
 def test_files_found_that_are_no_text_are_skipped_and_counted(tmp_path, capsys):
     late = b"good start " * 200_000 + b"\xff"  # found out long after the first tokens are written
     contents = {"a.txt": b"aaa", "b.bin": late, "c.nul": b"x\0", "d.txt": b"ddd", "e": b"\xfe", "f": b"\xfe"}
+    contents |= {"g": b"\xfe", "h.gz": gzip.compress(b"")}
     folder = write_files(tmp_path / "data", contents)
     train, _ = prepare(find_files(folder), TEXT, tmp_path / "out", validation_fraction=0)
     assert documents(train) == [b"aaa", b"ddd"] and train.num_bytes == 6
-    (line, last) = capsys.readouterr().err.splitlines()
-    assert line.startswith("skipped 4 of 6 files (") and "b.bin, " in line and ", ...)" in line
+    first, *lines, last = capsys.readouterr().err.splitlines()
+    assert first == "skipped 6 of 8 files:"
+    reasons = {
+        "b.bin": r"byte 0xff at .*",
+        "c.nul": "byte 0x00 .*",
+        "e": "byte 0xfe .*",
+        "f": "byte .*",
+        "g": "byte .*",
+    }
+    for line, (name, reason) in zip(lines[:-1], reasons.items(), strict=True):
+        assert re.fullmatch(rf"  .*/{name} is not UTF-8 text \({reason}", line)
+    assert lines[-1] == "  and 1 more"
     assert last == "2 documents (8 tokens) to train on"
+    prepare(find_files(folder / "[ah]*"), TEXT, tmp_path / "out", validation_fraction=0)
+    assert re.match(r"skipped 1 of 2 files:\n  .*h\.gz has nothing in it\n", capsys.readouterr().err)
     with pytest.raises(
         InputError, match=r"b\.bin is not UTF-8 text \(byte 0xff at offset 2200000\); use --modality bytes"
     ):
@@ -330,7 +343,7 @@ def test_files_found_that_are_no_text_are_skipped_and_counted(tmp_path, capsys):
     with pytest.raises(InputError, match=r"none of 3 files can be read: .*use --modality bytes"):
         prepare(find_files([folder / "[c]*", folder / "[ef]"]), TEXT, tmp_path / "out")
     train, _ = prepare(find_files(folder), BYTES, tmp_path / "out", validation_fraction=0)
-    assert train.num_documents == 6
+    assert train.num_documents == 7
 
 
 @pytest.mark.parametrize(
@@ -661,6 +674,6 @@ def test_files_found_in_a_folder_that_cannot_be_read_are_skipped(tmp_path, capsy
     folder = write_files(tmp_path / "data", {"a.txt": b"fine", "b.txt.gz": b"no gzip", "c.txt": b"fine, too"})
     train, _ = prepare(find_files(folder), TEXT, tmp_path / "out", validation_fraction=0)
     assert documents(train) == [b"fine", b"fine, too"]
-    assert re.search(r"skipped 1 of 3 files \(.*b\.txt\.gz\): .*damaged", capsys.readouterr().err)
+    assert re.search(r"skipped 1 of 3 files:\n  .*b\.txt\.gz is damaged", capsys.readouterr().err)
     with pytest.raises(InputError, match="damaged"):  # named by the user, it is an error
         prepare(find_files([folder / "a.txt", folder / "b.txt.gz"]), TEXT, tmp_path / "out")

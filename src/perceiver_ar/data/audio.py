@@ -30,7 +30,8 @@ def read_audio(data: bytes, rate: int) -> np.ndarray:
     try:
         samples, original = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except Exception as error:  # soundfile's, or what a damaged header leads to
-        raise WrongModality(f"no recording, or a damaged one ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split()).partition("BytesIO object at")[2].partition(": ")[2] or error
+        raise WrongModality(f"no recording, or a damaged one ({reason})") from None
     if len(samples) == 0 or not np.isfinite(samples).all():
         raise WrongModality("a recording without samples" if len(samples) == 0 else "a damaged recording")
     samples = samples.mean(axis=1)

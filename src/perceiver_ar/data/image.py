@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,9 +157,10 @@ class ImageCodec(Codec):
 
 
 def choose_palette(sources: Iterable[Source], rows: int, columns: int, size: int, most: int = 500) -> list[list[int]]:
-    """At most `size` different colours that suit the first `most` pictures among `sources`, dark ones first."""
-    samples = []
-    for source in sources:
+    """At most `size` different colours that suit some `most` pictures from all over `sources`, dark ones first."""
+    samples, sources = [], list(sources)
+    step = max(1, len(sources) // most)  # sorted by folders, the first ones may all be of a kind
+    for source in chain.from_iterable(sources[first::step] for first in range(step)):
         try:
             samples.append(read_image(b"".join(source.chunks()), rows, columns, "palette"))
         except InputError as error:

@@ -16,6 +16,8 @@ LARGEST = (1 << 31) - 2
 
 def read_arrays(data: bytes) -> list[np.ndarray]:
     """The arrays of a .npy or .npz file, each as one row. Raises `WrongModality` for all but whole numbers >= 0."""
+    if not data.startswith((b"\x93NUMPY", b"PK")):  # numpy would take it for a pickle
+        raise WrongModality("no .npy or .npz file")
     try:
         content = np.load(io.BytesIO(data), allow_pickle=False)
         arrays = [content] if isinstance(content, np.ndarray) else [content[name] for name in content.files]

@@ -15,8 +15,8 @@ from perceiver_ar.errors import InputError
 
 ENDINGS = {
     "midi": (".mid", ".midi", ".rmi"),
-    "image": (".png", ".jpg", ".jpeg", ".webp"),
-    "audio": (".wav", ".flac", ".ogg"),
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    "audio": (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff"),
     "integers": (".npy", ".npz"),
 }
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
@@ -38,9 +38,11 @@ def recognise(sources: Iterable[Source]) -> str:
     (README, LICENSE, .csv, .json, .md) do not count, nor does what cannot be read.
     """
     kinds = [(source, kind) for source in sources if (kind := _kind(source)) is not None]
-    seen = Counter(kind for source, kind in kinds if kind != "text" or not NOTES.fullmatch(source.path.name))
+    kinds = [(source, kind) for source, kind in kinds if kind != "text" or not NOTES.fullmatch(source.path.name)]
+    seen = Counter(kind for _, kind in kinds)
     if len(seen) > 1:
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in seen.most_common())
+        examples = {kind: source.name for source, kind in reversed(kinds)}
+        counts = ", ".join(f"{count:,} {kind}, such as {examples[kind]}" for kind, count in seen.most_common())
         raise InputError(f"the files are of several kinds ({counts}); name files of one kind, or say --modality which")
     return next(iter(seen), "text")
 

@@ -34,6 +34,7 @@ __all__ = ["Source", "TokenFile", "Windows", "find_files", "prepare", "read_text
 
 VERSION = 1
 BLOCK = 1 << 22  # tokens moved at once
+NAMED = 5  # so many of the files that are skipped are named, with the reason
 
 
 @dataclass(frozen=True)
@@ -236,8 +237,8 @@ def prepare(
     documents, chosen by `seed`, of about `validation_fraction` of all bytes; None if the fraction is 0 or there is only
     one document. Files stay on one side of that choice if the pattern `group_by` (a regular expression) finds the same
     in their names: what its first group has, or the whole match without groups. Each source is read once and memory is
-    constant. Files that were found but that cannot be read are skipped and named on stderr; `progress` shows a bar
-    there, or, where it is no terminal, one line at the end.
+    constant. Files that were found but that cannot be read are skipped, and named on stderr with the reason, as are
+    those that hold nothing. `progress` shows a bar there, or, where it is no terminal, one line at the end.
     Raises `InputError` if there is nothing to train on, or for a file that was named and cannot be read.
     """
     sources, directory = list(sources), Path(directory)
@@ -299,25 +300,29 @@ def _add_all(
     advance: Callable[[int], Any],
     groups: Sequence[int] | None = None,
 ) -> None:
-    skipped: list[tuple[str, InputError]] = []
+    wrong: list[str] = []
+    empty: list[str] = []
     for number, source in enumerate(sources):
         writer.group = None if groups is None else groups[number]
+        before = len(writer.lengths)
         try:
             writer.add_source(source, split_on, advance)
+            if len(writer.lengths) == before and (source.size > 0 or source.named):
+                empty.append(f"{source.name} has nothing in it")
         except InputError as error:
             if source.named:
                 raise
-            skipped.append((source.name, error))
+            wrong.append(str(error))
     if not sources:
         raise InputError("no files given; name files, folders or patterns")
-    if not writer.lengths and skipped:
-        raise InputError(f"none of {len(skipped)} files can be read: {skipped[0][1]}")
+    if not writer.lengths and wrong:
+        raise InputError(f"none of {len(sources)} files can be read: {wrong[0]}")
     if not writer.lengths:
         names = f"{sources[0].name} is" if len(sources) == 1 else f"{sources[0].name} and all other files are"
         raise InputError(f"{names} empty; give files with something in them")
-    if skipped:
-        names = ", ".join(name for name, _ in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
-        print(f"skipped {len(skipped)} of {len(sources)} files ({names}): {skipped[0][1]}", file=sys.stderr)
+    if reasons := [*wrong, *empty]:
+        more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
+        print(f"skipped {len(reasons)} of {len(sources)} files:", *reasons[:NAMED], *more, sep="\n  ", file=sys.stderr)
 
 
 def _choose_groups(writer: _Writer, fraction: float, seed: int) -> np.ndarray:
