@@ -908,7 +908,7 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
     }
     references: dict[str, float] = {}
     last: list[tuple[float, float]] = []
-    tokens_per_byte = 1.0
+    tokens_per_byte: float | None = None
     if held_out is not None and len(held_out) > 1:
         limit = 10 * recipe.trainer.evaluation_tokens
         result = evaluate(
@@ -925,12 +925,12 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
             compressed = compressed_bits_per_byte(codec.decode(held_out.tokens[: limit + 1]))
             references = {"gzip": compressed["gzip_bits_per_byte"], "xz": compressed["xz_bits_per_byte"]}
         last = [(module.tokens_seen, result.bits_per_token)]
-        tokens_per_byte = result.tokens / result.bytes if result.bytes else 1.0
+        tokens_per_byte = result.tokens / result.bytes if codec.writes_text and result.bytes else None
         summary = {**result.to_dict(), **compressed, **summary, "held_out_documents": held_out.num_documents}
         if codec.document_length is None:
             draw_context(run, recipe, watch, model)
     sample(model, codec, run, recipe, module.steps, whole=True)
-    draw_loss(run, codec, last, references, tokens_per_byte)
+    draw_loss(run, last, references, tokens_per_byte)
     watch.track({name: value for name, value in summary.items() if isinstance(value, (int, float))}, module.steps)
     write_report(run, summary)
     run.write_summary(summary)
@@ -1022,9 +1022,10 @@ def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int
 
 
 def draw_loss(
-    run: Run, codec: Codec, last: list[tuple[float, float]], references: dict[str, float], tokens_per_byte: float
+    run: Run, last: list[tuple[float, float]], references: dict[str, float], tokens_per_byte: float | None
 ) -> None:
-    """tokens_per_byte: of held-out text. More than one even where tokens are bytes: separators are predicted, too."""
+    """tokens_per_byte: of held-out text, separators counted; so its curve agrees with the summary, and the training
+    curve stands beside it. None: no text."""
     from perceiver_ar.plots import plot_loss
 
     rows = read_metrics(run.metrics_file)
@@ -1032,8 +1033,7 @@ def draw_loss(
         name: [(float(row["tokens"]), float(row[name])) for row in rows if row[name]]
         for name in ("train_bits", "validation_bits")
     }
-    bytewise = codec.writes_text and codec.vocab_size == 256  # then a token is a byte, and compressors compare
-    scale = tokens_per_byte if bytewise else 1.0
+    scale = tokens_per_byte or 1.0
     train, validation = (
         [(tokens, scale * bits) for tokens, bits in points]
         for points in (curves["train_bits"], curves["validation_bits"] + last)
@@ -1042,8 +1042,8 @@ def draw_loss(
         run.plots / "loss.png",
         train,
         validation,
-        references if bytewise else {},
-        y_label="bits per byte" if bytewise else "bits per token",
+        references,
+        y_label="bits per token" if tokens_per_byte is None else "bits per byte",
     )
 
 
