@@ -856,7 +856,7 @@ def test_weights_that_give_no_first_token_cost_no_text_of_before(
         (["--temperature", "hot"], "--temperature is hot: it must be a number;"),
         (["--repetition_penalty", "0"], "repetition_penalty is 0"),
         (["--frequency_penalty", "inf"], "frequency_penalty"),
-        (["--refill_latents", "9"], "refill_latents is 9: it must be in 1 ... 8"),
+        (["--refill_latents", "9"], "refill_latents is 9: it must be a whole number in 1 ... 8"),
         (["--stop", ""], "--stop '' cannot be encoded"),
         (["--stop", "a\udcff"], "cannot be encoded"),
         (["--precision", "int4"], "--precision"),

@@ -332,7 +332,15 @@ def test_a_mixed_folder_is_refused_with_counts(tmp_path: Path, capsys: pytest.Ca
     write_music(folder / "a.mid", 0)
     write_picture(folder / "b.png", 0)
     write_picture(folder / "c.png", 1)
-    assert_refused(capsys, "train", folder, "--out", tmp_path / "run", *SMALL, says="2 image, 1 midi")
+    assert_refused(
+        capsys,
+        "train",
+        folder,
+        "--out",
+        tmp_path / "run",
+        *SMALL,
+        says=f"(2 image, such as {folder}/b.png, 1 midi, such as {folder}/a.mid)",
+    )
     options = [*SMALL, "--max_steps=1", "--modality=midi", "--data.validation_fraction=0"]
     assert main(["train", str(folder), "--out", str(tmp_path / "run"), *options]) == 0
     assert "skipped 2 of 3 files" in capsys.readouterr().err
