@@ -147,8 +147,13 @@ def test_settings_given_on_loading_are_the_networks(run: Path) -> None:
     assert model.network.config == SMALL.replace(context_length=48, prefix_dropout=0.5)
     tokens = ids(2, 20)
     assert torch.equal(model.network(tokens), SAVED(tokens))
-    with pytest.raises(InputError, match="num_latents is 99"):
-        AutoModelForCausalLM.from_pretrained(run, num_latents=99)
+    for wrong, says in (
+        ({"num_latents": 99}, "^num_latents is 99"),
+        ({"hidden_size": 99}, "hidden_size is 99: the network's setting is dim"),
+        ({"tie_embeddings": True}, "tie_embeddings is given, but the head has its own weights"),
+    ):
+        with pytest.raises(InputError, match=says):
+            AutoModelForCausalLM.from_pretrained(run, **wrong)
 
 
 def test_a_new_model_has_the_networks_own_first_weights() -> None:
@@ -298,6 +303,25 @@ def test_accumulated_batches_weigh_as_their_targets(tmp_path: Path) -> None:
         assert_close(tensor, expected[name], 1e-5)
 
 
+def test_the_loss_is_a_mean_also_where_a_trainer_counts_what_follows_padding() -> None:
+    tokens, mask = ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :11] = 0
+    for labels in (tokens, tokens.masked_fill(mask == 0, -100)):
+        expected = MODEL(tokens, attention_mask=mask, labels=labels).loss
+        count = (labels[:, 1:] != -100).sum()
+        assert_close(
+            MODEL(tokens, attention_mask=mask, labels=labels, num_items_in_batch=count).loss.double(),
+            expected.double(), 1e-5,
+        )  # fmt: skip
+
+
+def test_weights_without_the_prefix_load_where_a_wrapper_has_changed_the_head() -> None:
+    """As PEFT does, under whose names a tied head has no entry of its own."""
+    model: Any = PerceiverARForCausalLM(PerceiverARModelConfig(SMALL.replace(tie_embeddings=True)))
+    model.network.head = torch.nn.Sequential(model.network.head)
+    model.load_state_dict(model.state_dict())
+
+
 def test_arguments_without_a_value_change_nothing() -> None:
     """As PEFT's wrappers give them."""
     tokens = ids(2, 30)
@@ -366,7 +390,8 @@ def test_several_samples_are_drawn_from_the_logits_of_their_windows() -> None:
         assert_close(found.double(), window_logits(NETWORK, row[:-1], prompt_len=5), 1e-5)
 
 
-@pytest.mark.parametrize("name", sorted({"cache", CACHE}))
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_cache_goes_on_where_it_was(name: str) -> None:
     """Turn by turn, and token by token, as generation in one go; logits are those of windows."""
     prompt, cache = ids(2, 5), {name: PerceiverARCache()}

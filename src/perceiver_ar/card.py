@@ -62,7 +62,7 @@ def write_card(run: Run, repo_id: str) -> bool:
         f"A [Perceiver AR](https://arxiv.org/abs/2202.07765) of {model.num_parameters():,} parameters that reads up to "
         f"{config.context_length:,} tokens at once, made with perceiver-ar {__version__}.",
         "",
-        *_table(_settings(run, model, codec)),
+        *_table(_settings(run, model, codec, figures)),
         *_measured(figures),
         *_use(repo_id, name, codec),
     ]
@@ -118,8 +118,8 @@ def _task(codec: Codec | None) -> str:
     return "unconditional-image-generation" if codec is not None and codec.ending == ".png" else "other"
 
 
-def _settings(run: Run, model: Any, codec: Codec | None) -> Iterator[tuple[str, str]]:
-    config, figures = model.config, _figures(run)
+def _settings(run: Run, model: Any, codec: Codec | None, figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    config = model.config
     yield "context", f"{config.context_length:,} tokens, the last {config.num_latents:,} of them latents"
     yield "layers", f"{len(config.cross_layers)} of cross-attention, {config.num_layers} of self-attention"
     yield "width", f"{config.dim} ({config.num_heads} heads)"

@@ -911,21 +911,27 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
     tokens_per_byte: float | None = None
     if held_out is not None and len(held_out) > 1:
         limit = 10 * recipe.trainer.evaluation_tokens
-        result = evaluate(
-            model,
-            held_out.tokens,
-            byte_lengths=codec.byte_lengths(),
-            amounts=codec.amounts,
-            document_length=codec.document_length,
-            max_tokens=limit,
-            precision=watch.precision,
+        result, shorter = (
+            evaluate(
+                model,
+                held_out.tokens,
+                byte_lengths=codec.byte_lengths(),
+                amounts=codec.amounts,
+                document_length=codec.document_length,
+                max_tokens=most,
+                precision=watch.precision,
+            )
+            for most in (limit, recipe.trainer.evaluation_tokens)
         )
         compressed = {}
         if codec.writes_text:
             compressed = compressed_bits_per_byte(codec.decode(held_out.tokens[: limit + 1]))
             references = {"gzip": compressed["gzip_bits_per_byte"], "xz": compressed["xz_bits_per_byte"]}
-        last = [(module.tokens_seen, result.bits_per_token)]
-        tokens_per_byte = result.tokens / result.bytes if codec.writes_text and result.bytes else None
+        last = [(module.tokens_seen, shorter.bits_per_token)]  # of the tokens that were scored on the way
+        tokens_per_byte = shorter.tokens / shorter.bytes if codec.writes_text and shorter.bytes else None
+        if result.tokens > shorter.tokens:
+            per_byte = result.bits_per_byte if tokens_per_byte is not None else None
+            references["all held out"] = result.bits_per_token if per_byte is None else per_byte
         summary = {**result.to_dict(), **compressed, **summary, "held_out_documents": held_out.num_documents}
         if codec.document_length is None:
             draw_context(run, recipe, watch, model)
@@ -1024,8 +1030,7 @@ def sample(model: PerceiverAR, codec: Codec, run: Run, recipe: Recipe, step: int
 def draw_loss(
     run: Run, last: list[tuple[float, float]], references: dict[str, float], tokens_per_byte: float | None
 ) -> None:
-    """tokens_per_byte: of held-out text, separators counted; so its curve agrees with the summary, and the training
-    curve stands beside it. None: no text."""
+    """tokens_per_byte: of the held-out text that was scored on the way, separators counted; None: no text."""
     from perceiver_ar.plots import plot_loss
 
     rows = read_metrics(run.metrics_file)

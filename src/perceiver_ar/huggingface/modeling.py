@@ -33,6 +33,10 @@ CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOu
 """What transformers call what is kept between calls: `past_key_values` up to 5.23."""
 
 
+THEIR_NAMES = {"hidden_size": "dim", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+               "n_positions": "context_length", "tie_word_embeddings": "tie_embeddings"}  # fmt: skip
+
+
 class PerceiverARModelConfig(PreTrainedConfig):
     """A `PerceiverARConfig`, in `network`, with the names that transformers asks for. Its JSON is that of a run."""
 
@@ -50,9 +54,11 @@ class PerceiverARModelConfig(PreTrainedConfig):
         Raises InputError for settings that the network does not have.
         """
         names = {entry.name for entry in dataclasses.fields(PerceiverARConfig)}
+        for theirs, ours in THEIR_NAMES.items():
+            require(theirs not in kwargs, f"{theirs} is {kwargs.get(theirs)!r}: the network's setting is {ours}")
         changed = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         where = str(kwargs.get("name_or_path", "config.json"))
-        network = PerceiverARConfig.from_dict(config_dict | changed, where=where)
+        network = PerceiverARConfig.from_dict(config_dict, where=where).replace(**changed)
         others = {name: value for name, value in config_dict.items() if name not in {"model_type", *names}}
         return super().from_dict({"network": network, **others}, **kwargs)
 
@@ -275,8 +281,12 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             loss = None
             if labels is not None:
                 if attention_mask is not None:  # what follows padding is predicted from nothing
+                    counted = (labels[:, 1:] != IGNORE).sum()
                     before = nn.functional.pad(attention_mask.bool(), (1, -1))
                     labels = labels.masked_fill(~(before & attention_mask.bool()), IGNORE)
+                    if num_items_in_batch is not None:
+                        left = (labels[:, 1:] != IGNORE).sum()
+                        num_items_in_batch = num_items_in_batch * left.clamp(min=1) / counted.clamp(min=1)
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
                 )
@@ -360,13 +370,18 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         Generation ends at the codec's end of a document, if there is one and no generation_config.json says otherwise.
 
         Raises:
-            InputError: weights are missing or unknown; lists them.
+            InputError: weights are missing or unknown; lists them. Or embedding and head are to be one and are not.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True)
         model, info = loaded
         wrong = [f"{name} is {what}" for what, key in WRONG.items() for name in sorted(info[key])]
         require(not wrong, f"{pretrained_model_name_or_path}: weights do not fit the settings: {'; '.join(wrong)}")
+        network = model.network
+        require(
+            not model.config.tie_word_embeddings or network.head.weight is network.embed.weight,
+            f"{pretrained_model_name_or_path}: tie_embeddings is given, but the head has its own weights: leave it out",
+        )
         if model.generation_config.eos_token_id is None:
             end = end_of_document(pretrained_model_name_or_path, kwargs)
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -388,16 +403,17 @@ def _names_of_a_run(model: PerceiverARForCausalLM, state_dict: dict[str, Tensor]
 
     So transformers' Trainer, which reads its checkpoints itself, finds them when it resumes.
     """
-    for name in list(model.network.state_dict()):
+    own = model.network.state_dict()
+    for name in own:
         if prefix + name in state_dict:
             state_dict[f"{prefix}network.{name}"] = state_dict.pop(prefix + name)
     if model.config.tie_word_embeddings:
         for name, source in model._tied_weights_keys.items():
-            if prefix + source in state_dict:
+            if prefix + source in state_dict and name.removeprefix("network.") in own:  # not so where PEFT wraps it
                 state_dict.setdefault(prefix + name, state_dict[prefix + source])
 
 
-HUB = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of `from_pretrained` that say where a file is."""
 WRONG = {"missing": "missing_keys", "unknown": "unexpected_keys"}
 

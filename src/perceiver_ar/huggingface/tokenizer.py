@@ -31,7 +31,7 @@ class PerceiverARTokenizer:
 def codec_tokenizer(codec: Codec, **options: Any) -> PreTrainedTokenizerFast:
     """A codec as a tokenizer: `tokenizer(text).input_ids` are `codec.start(text)`.
 
-    options: those of transformers' tokenizers, such as padding_side (left unless given).
+    options: those of transformers' tokenizers, such as padding_side ("left" unless given).
     """
     tokenizer = id_tokenizer(codec)
     end = tokenizer.id_to_token(codec.separator[-1]) if codec.separator else None
