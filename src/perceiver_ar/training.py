@@ -54,7 +54,13 @@ from perceiver_ar.data.rows import find_rows
 from perceiver_ar.data.sources import find_files, standard_library
 from perceiver_ar.data.tokens import TokenFile, Windows, prepare
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.evaluation import compressed_bits_per_byte, evaluate, evaluate_context_lengths, write_table
+from perceiver_ar.evaluation import (
+    Evaluation,
+    compressed_bits_per_byte,
+    evaluate,
+    evaluate_context_lengths,
+    write_table,
+)
 from perceiver_ar.files import atomic_path, write_text
 from perceiver_ar.generation import generate
 from perceiver_ar.model import PerceiverAR
@@ -910,9 +916,11 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
     last: list[tuple[float, float]] = []
     tokens_per_byte: float | None = None
     if held_out is not None and len(held_out) > 1:
-        limit = 10 * recipe.trainer.evaluation_tokens
-        result, shorter = (
-            evaluate(
+        some = recipe.trainer.evaluation_tokens
+        limit = 10 * some
+
+        def score(most: int) -> Evaluation:
+            return evaluate(
                 model,
                 held_out.tokens,
                 byte_lengths=codec.byte_lengths(),
@@ -921,15 +929,16 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
                 max_tokens=most,
                 precision=watch.precision,
             )
-            for most in (limit, recipe.trainer.evaluation_tokens)
-        )
+
+        result = score(limit)
+        shorter = score(some) if result.tokens > some else result  # what was scored on the way
         compressed = {}
         if codec.writes_text:
             compressed = compressed_bits_per_byte(codec.decode(held_out.tokens[: limit + 1]))
             references = {"gzip": compressed["gzip_bits_per_byte"], "xz": compressed["xz_bits_per_byte"]}
-        last = [(module.tokens_seen, shorter.bits_per_token)]  # of the tokens that were scored on the way
+        last = [(module.tokens_seen, shorter.bits_per_token)]
         tokens_per_byte = shorter.tokens / shorter.bytes if codec.writes_text and shorter.bytes else None
-        if result.tokens > shorter.tokens:
+        if shorter is not result:
             per_byte = result.bits_per_byte if tokens_per_byte is not None else None
             references["all held out"] = result.bits_per_token if per_byte is None else per_byte
         summary = {**result.to_dict(), **compressed, **summary, "held_out_documents": held_out.num_documents}
