@@ -500,7 +500,7 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
         pieces = [ids.tolist() for ids in codec.encode_stream([data], prompt_file)]
     except WrongModality as error:
         reason = str(error).replace("the input", "--prompt", 1) if prompt_file is None else f"--prompt_file {error}"
-        reason = re.sub("; use --modality bytes", ", which a run trained with --modality bytes would read", reason)
+        reason = reason.replace("; use --modality bytes", ", which a run trained with --modality bytes would read")
         raise InputError(f"this run cannot read the prompt: {reason}") from None
     return [*codec.separator, *chain.from_iterable(pieces)] or [0]
 

@@ -939,8 +939,9 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
         last = [(module.tokens_seen, shorter.bits_per_token)]
         tokens_per_byte = shorter.tokens / shorter.bytes if codec.writes_text and shorter.bytes else None
         if shorter is not result:
-            per_byte = result.bits_per_byte if tokens_per_byte is not None else None
-            references["all held out"] = result.bits_per_token if per_byte is None else per_byte
+            bits = result.bits_per_token if tokens_per_byte is None else result.bits_per_byte
+            assert bits is not None  # of text
+            references["all held out"] = bits
         summary = {**result.to_dict(), **compressed, **summary, "held_out_documents": held_out.num_documents}
         if codec.document_length is None:
             draw_context(run, recipe, watch, model)

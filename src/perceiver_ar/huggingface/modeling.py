@@ -31,10 +31,9 @@ from perceiver_ar.windows import blocks
 
 CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__annotations__)
 """What transformers call what is kept between calls: `past_key_values` up to 5.23."""
-
-
 THEIR_NAMES = {"hidden_size": "dim", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
                "n_positions": "context_length", "tie_word_embeddings": "tie_embeddings"}  # fmt: skip
+"""What transformers call settings of ours: to be read, and set under our names."""
 
 
 class PerceiverARModelConfig(PreTrainedConfig):
@@ -257,10 +256,7 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         """
         given = sorted(name for name, value in others.items() if value is not None and value is not False)
         require(not given, f"{', '.join(given)}: this network has no such input or output, leave it out")
-        require(
-            cache is None or past_key_values is None, "cache and past_key_values are two names of one: leave one out"
-        )
-        cache = past_key_values if cache is None else cache
+        cache = _only(cache, past_key_values)
         require(
             attention_mask is None or attention_mask.ndim == 2,
             f"attention_mask has shape {None if attention_mask is None else tuple(attention_mask.shape)}: give (B, T)",
@@ -281,12 +277,11 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             loss = None
             if labels is not None:
                 if attention_mask is not None:  # what follows padding is predicted from nothing
-                    counted = (labels[:, 1:] != IGNORE).sum()
                     before = nn.functional.pad(attention_mask.bool(), (1, -1))
-                    labels = labels.masked_fill(~(before & attention_mask.bool()), IGNORE)
+                    counted, labels = labels, labels.masked_fill(~(before & attention_mask.bool()), IGNORE)
                     if num_items_in_batch is not None:
-                        left = (labels[:, 1:] != IGNORE).sum()
-                        num_items_in_batch = num_items_in_batch * left.clamp(min=1) / counted.clamp(min=1)
+                        left, all_of_them = ((ids[:, 1:] != IGNORE).sum().clamp(min=1) for ids in (labels, counted))
+                        num_items_in_batch = num_items_in_batch * left / all_of_them
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
                 )
@@ -325,9 +320,8 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_length: int,
     ) -> None:
-        given = [model_kwargs.pop(name, None) for name in ("cache", "past_key_values")]
-        require(None in given, "cache and past_key_values are two names of one: leave one out")
-        model_kwargs[CACHE] = next((cache for cache in given if cache is not None), PerceiverARCache(max_length))
+        cache = _only(model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None))
+        model_kwargs[CACHE] = PerceiverARCache(max_length) if cache is None else cache
 
     def prepare_inputs_for_generation(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Without the tokenizer of stop strings, which transformers hand on to the network."""
@@ -396,6 +390,12 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in self._tied_weights_keys}
         state_dict = {name.removeprefix("network."): tensor for name, tensor in state_dict.items()}
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def _only(cache: PerceiverARCache | None, past_key_values: PerceiverARCache | None) -> PerceiverARCache | None:
+    """The cache under either name. Raises InputError where both are given."""
+    require(cache is None or past_key_values is None, "cache and past_key_values are two names of one: leave one out")
+    return past_key_values if cache is None else cache
 
 
 def _names_of_a_run(model: PerceiverARForCausalLM, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
