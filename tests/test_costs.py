@@ -36,6 +36,11 @@ NAMED = {
     "no layers": SIZES.replace(num_layers=0, cross_layers=()),
     "all latents": SIZES.replace(num_latents=24),
 }  # fmt: skip
+LOOKED_UP = {  # keys and values of the prefix
+    "few ids": SIZES.replace(vocab_size=9),
+    "few ids, two cross-attentions": SIZES.replace(vocab_size=5, cross_layers=(0, 2), cross_num_heads=1, head_dim=7),
+    "few ids, latents per position": SIZES.replace(vocab_size=20, latents_per_position=3),
+}
 
 
 def products(work: Callable[[], object]) -> int:
@@ -65,9 +70,9 @@ def assert_counted(config: PerceiverARConfig, context: int, latents: int) -> Non
     assert costs(config, context, latents).forward_flops == pytest.approx(seen + attention(config, context, latents))
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", NAMED | LOOKED_UP)
 def test_forward_counts_are_the_counters(name: str) -> None:
-    config = NAMED[name]
+    config = (NAMED | LOOKED_UP)[name]
     assert_counted(config, config.context_length, config.num_latents)
     assert costs(config) == costs(config, config.context_length, config.num_latents)
 
@@ -111,10 +116,11 @@ def test_context_bytes_are_those_of_the_keys_and_values(name: str) -> None:
 
 
 def test_longer_contexts_cost_the_cross_attention_only() -> None:
-    short, long = costs(SIZES, context=10_000, latents=6), costs(SIZES, context=20_000, latents=6)
     width, dim = 16, 16
-    assert long.forward_flops - short.forward_flops == 10_000 * (4 * dim * width + 4 * 6 * width)
-    assert long.context_bytes == 2 * short.context_bytes
+    for config, projection in ((SIZES, 0), (SIZES.replace(position_table="learned"), 4 * dim * width)):
+        short, long = costs(config, context=10_000, latents=6), costs(config, context=20_000, latents=6)
+        assert long.forward_flops - short.forward_flops == 10_000 * (projection + 4 * 6 * width)
+        assert long.context_bytes == 2 * short.context_bytes
 
 
 # Memory.

@@ -81,6 +81,64 @@ def test_streamed_equals_dense_with_all_gradients(case: Case, device: str, data:
     assert_same(actual, expected, 1e-10)
 
 
+def with_more_ids(model: PerceiverAR, vocab_size: int) -> PerceiverAR:
+    """The same network with ids that no text has: too many for keys and values to be looked up."""
+    larger = PerceiverAR(model.config.replace(vocab_size=vocab_size)).to(model.embed.weight.dtype)
+    weights = model.state_dict()
+    for name in ("embed.weight", "head.weight", "head.bias"):
+        if name in weights:
+            rows = vocab_size - model.config.vocab_size
+            weights[name] = torch.cat([weights[name], torch.ones_like(weights[name][:1]).repeat_interleave(rows, 0)])
+    larger.load_state_dict(weights)
+    return larger
+
+
+@settings(max_examples=50)
+@given(
+    chunk=st.integers(0, 60),
+    settings=st.fixed_dictionaries(
+        {
+            "cross_layers": st.sampled_from([(0,), (0, 0, 1)]),
+            "norm": st.sampled_from(["layernorm", "rmsnorm"]),
+            "qk_norm": st.booleans(),
+            "rotary": st.booleans(),
+            "attention_bias": st.booleans(),
+            "tie_embeddings": st.booleans(),
+        }
+    ),
+    masked=st.booleans(),
+)
+def test_keys_and_values_that_are_looked_up_are_those_of_the_tokens(
+    chunk: int, settings: dict[str, Any], masked: bool
+) -> None:
+    model = pair(chunk, num_latents=7, **settings)[1].double()
+    larger, tokens, V = with_more_ids(model, 60), tokens_of(model, 2, 64), model.config.vocab_size
+    assert model.config.by_id(2 * 57) and not larger.config.by_id(2 * 57)
+    mask = torch.arange(64) >= torch.tensor([[0], [20]]) if masked else None
+    weight = torch.linspace(-1, 1, 2 * 7 * V, dtype=torch.float64).reshape(2, 7, V)
+    found: list[list[Tensor]] = []
+    for network in (model, larger):
+        logits = network(tokens, 57, mask=mask)[..., :V]
+        (logits * weight).sum().backward()
+        gradients = [(name, p.grad) for name, p in network.named_parameters() if p.grad is not None]
+        named = ("embed.", "head.")
+        found.append([logits.detach(), *(x[:V] if name.startswith(named) else x for name, x in gradients)])
+    assert_same(found[0], found[1], 1e-10)
+
+
+@pytest.mark.parametrize("chunk", [0, 512])
+def test_gradients_of_what_is_looked_up_are_not_summed_in_half_precision(chunk: int) -> None:
+    sizes = {"vocab_size": 3, "context_length": 8197, "num_layers": 1, "cross_layers": (0,)}
+    model = pair(chunk, **sizes)[1]
+    tokens = torch.zeros(1, 8197, dtype=torch.long)
+    tokens[:, ::1000] = 1
+    exact = results(model, tokens, 8192)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = results(model, tokens, 8192)
+    embedding = 2  # after the logits and the loss
+    assert_same(rounded[embedding : embedding + 1], exact[embedding : embedding + 1], 0.03)
+
+
 @pytest.mark.parametrize("chunk", [1, 16, 37])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_in_float32_too(preset: str, chunk: int) -> None:
@@ -148,12 +206,14 @@ def test_nan_in_one_row_reaches_no_other() -> None:
 
 
 def test_the_prefix_is_streamed_where_it_would_take_a_large_share_of_the_memory() -> None:
-    config = PerceiverARConfig(dim=512, num_heads=8, context_length=1 << 24)
+    config = PerceiverARConfig(dim=512, num_heads=8, context_length=1 << 24, num_latents=256)
     cpu = torch.device("cpu")
-    limit = int(streaming.SHARE * streaming.device_memory("cpu", 0) / (2 * 512 * 4))  # tokens of keys and values
+    most = min(streaming.SHARE * streaming.device_memory("cpu", 0), streaming.CPU_BYTES)
+    limit = int(most / (2 * 512 * 4))  # tokens of keys and values
     assert streaming.automatic_chunk(config, 1, limit, torch.float32, cpu) == 0
     assert streaming.automatic_chunk(config, 1, limit + 1, torch.float32, cpu) == streaming.PIECE["cpu"]
     assert streaming.automatic_chunk(config, 2, limit, torch.float32, cpu) == streaming.PIECE["cpu"] // 2
+    assert streaming.automatic_chunk(config, 100, limit, torch.float32, cpu) == 2 * config.num_latents
     assert streaming.automatic_chunk(config, 1, limit + 1, torch.bfloat16, cpu) == 0
     twice = config.replace(cross_layers=(0, 1))
     assert streaming.automatic_chunk(twice, 1, limit, torch.float32, cpu) > 0

@@ -233,6 +233,14 @@ class PerceiverARConfig:
         """Positions the model can tell apart; None: any number (rotary only)."""
         return math.prod(self.table_sizes) if self.table_sizes else None
 
+    def by_id(self, tokens: int) -> bool:
+        """Whether keys and values of so many prefix tokens are made once for each id of the vocabulary and looked up.
+
+        Without position tables they depend, before they are turned to their positions, on the id alone. Looking up is
+        almost free, so it pays where there are fewer ids than tokens; twice as many, to be worth the detour.
+        """
+        return not self.table_sizes and 2 * self.vocab_size <= tokens
+
     @property
     def cacheable(self) -> bool:
         """Whether what is kept of latents serves the next token: not where they change when tokens follow, as with

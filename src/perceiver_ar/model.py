@@ -33,7 +33,16 @@ from perceiver_ar.cache import Cache
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path, write_text
-from perceiver_ar.heads import Rotary, merge_heads, place, rotary_tables, split_heads, split_keys_values
+from perceiver_ar.heads import (
+    Rotary,
+    look_up,
+    merge_heads,
+    place,
+    rotary_tables,
+    split_heads,
+    split_keys_values,
+    vocabulary_keys_values,
+)
 from perceiver_ar.streaming import Prefix, automatic_chunk, coordinates, embed, running, stream_attention
 
 Past = Callable[[Tensor, Tensor], list[Piece]]
@@ -44,13 +53,15 @@ class Span(NamedTuple):
     """Tokens of the context as cross-attention layers read them."""
 
     h: Tensor
-    """(B, K, D) embeddings, before any normalisation."""
+    """(B, K, E) embeddings, before any normalisation; with `ids`, those of the whole vocabulary (V, E)."""
     positions: Tensor
     """(B or 1, K)"""
     rotary: Rotary | None
     """Their rotation as keys."""
     mask: Tensor | None
     """(B, K) bool, True where the token is real; None: all are."""
+    ids: Tensor | None = None
+    """(B, K) rows of `h`."""
 
 
 class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", tags=["perceiver-ar", "long-context"]):
@@ -167,9 +178,9 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
     def read(self, tokens: Tensor, positions: Tensor, cache: Cache) -> None:
         """Writes prefix tokens (B, K) at positions (B or 1, K) to a cache; `cache.cross.advance(K)` keeps them."""
         prefix = Prefix(self.tables(), tokens, self.positions(tokens, None, positions), None, None)
-        span = self.span(prefix, 0, prefix.length)
+        span = self.prefix_span(prefix)
         for c, layer in enumerate(cast("list[CrossLayer]", self.cross_attention)):
-            cache.cross.update(*layer.keys_values(layer.context_norm(span.h), span.rotary), c)
+            cache.cross.update(*layer.read(span), c)
 
     # The context: which tokens, where they stand, how they are embedded.
 
@@ -266,7 +277,15 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
             return prefix._replace(chunk=chunk or max(length, 1), group=group.group_name)
         if 0 < chunk < length:
             return prefix._replace(chunk=chunk)
-        return self.span(prefix, 0, prefix.length)
+        return self.prefix_span(prefix)
+
+    def prefix_span(self, prefix: Prefix) -> Span:
+        """All of a prefix, as cross-attention layers make keys and values of it."""
+        # An exported graph is to serve all lengths, so nothing is asked of them.
+        if torch.compiler.is_exporting() or not self.config.by_id(prefix.tokens.shape[0] * prefix.length):
+            return self.span(prefix, 0, prefix.length)
+        ids, positions, mask = prefix.part(0, prefix.length)
+        return Span(prefix.tables[0], positions, self.rotary(positions, cross=True), mask, ids)
 
     def span(self, tokens: Prefix, start: int, stop: int) -> Span:
         ids, positions, mask = tokens.part(start, stop)
@@ -411,12 +430,13 @@ class CrossLayer(nn.Module):
         q = place(split_heads(self.q_proj(x), self.config.heads_cross), rotary, self.config)
         # lucidrains and krasserm take the keys at latent positions from the normalised query stream instead.
         own = x if self.config.latent_keys == "query" else self.context_norm(latent.h)
-        piece = Piece(*self.keys_values(own, latent.rotary), causal=True, mask=latent.mask)
+        k, v = split_keys_values(self.kv_proj(own), latent.rotary, self.config)
+        piece = Piece(k, v, causal=True, mask=latent.mask)
         if isinstance(prefix, Prefix):
             norm, projection = self.context_norm.parameters(), self.kv_proj.parameters()
             out = stream_attention(self.settings, q, piece, prefix, list(norm), list(projection))
         elif isinstance(prefix, Span):
-            k, v = self.keys_values(self.context_norm(prefix.h), prefix.rotary)
+            k, v = self.read(prefix)
             dropout = self.config.attention_dropout if self.training else 0.0
             out = attend(q, [Piece(k, v, mask=prefix.mask), piece], dropout=dropout)
         else:
@@ -425,9 +445,13 @@ class CrossLayer(nn.Module):
         u = u + out if self.config.query_residual else out.to(u.dtype)
         return u + self.mlp(u)
 
-    def keys_values(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        """Normalised context (B, K, D) -> keys and values, each (B, H, K, C)."""
-        return split_keys_values(self.kv_proj(x), rotary, self.config)
+    def read(self, prefix: Span) -> tuple[Tensor, Tensor]:
+        """Keys and values of a prefix, each (B, H, K, C)."""
+        kv = self.kv_proj(self.context_norm(prefix.h))
+        if prefix.ids is None:
+            return split_keys_values(kv, prefix.rotary, self.config)
+        vocabulary = vocabulary_keys_values(kv, self.config)
+        return look_up(prefix.ids, *vocabulary, prefix.rotary, self.config, kv.dtype)
 
 
 class SelfLayer(nn.Module):

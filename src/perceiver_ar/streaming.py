@@ -10,7 +10,7 @@ Shapes: B batch, P prefix, K some of its tokens, N latents, E embedding width, H
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -30,10 +30,12 @@ from perceiver_ar.attention import (
     piece_weight,
 )
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.heads import Rotary, rotary_tables, split_keys_values
+from perceiver_ar.heads import Rotary, look_up, rotary_tables, split_keys_values, vocabulary_keys_values
 
 SHARE = 1 / 128
 """The prefix is streamed where its keys and values would take more than this share of the device's memory."""
+CPU_BYTES = 32 << 20
+"""On a CPU also where they would take more than this: pieces stay in its caches and in memory that the process has."""
 PIECE = {"cpu": 2048, "cuda": 32768}
 """Tokens of a piece, over all rows of a batch: enough to keep the device busy, few enough to stay in its caches."""
 
@@ -112,9 +114,11 @@ def automatic_chunk(config: PerceiverARConfig, rows: int, length: int, dtype: to
     """Tokens of a piece of a prefix of `length` tokens in each of `rows` rows; 0: hold the prefix as a whole."""
     width = config.heads_cross * config.width_head_cross
     size = len(config.cross_layers) * rows * length * 2 * width * dtype.itemsize
-    if size <= SHARE * device_memory(device.type, device.index or 0):
+    most = SHARE * device_memory(device.type, device.index or 0)
+    if size <= (min(most, CPU_BYTES) if device.type == "cpu" else most):
         return 0
-    return max(1, PIECE.get(device.type, PIECE["cpu"]) // rows)
+    # For every piece the latents' output so far is read and written, which short pieces would not be worth.
+    return max(2 * config.num_latents, PIECE.get(device.type, PIECE["cpu"]) // rows)
 
 
 @torch.compiler.assume_constant_result
@@ -164,28 +168,48 @@ class _Reader:
         self.prefix, self.chunk = Prefix(self.tables, *prefix), chunk
         self.group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
         self.rank, self.ranks = (self.group.rank(), self.group.size()) if self.group else (0, 1)
+        self.first, self.end = (self.prefix.length * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        by_id = self.config.by_id(len(self.prefix.tokens) * (self.end - self.first))
+        self.vocabulary = self.keys_values_by_id(self.tables[0], *self.norm, *self.projection) if by_id else None
+        """(V, H C) keys and values of every id; None: those of each token are made."""
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Tokens, coordinates and mask, part after part of what this rank reads."""
-        first, end = (self.prefix.length * rank // self.ranks for rank in (self.rank, self.rank + 1))
-        for start in range(first, end, self.chunk):
-            tokens, positions, mask = self.prefix.part(start, min(start + self.chunk, end))
+        for start in range(self.first, self.end, self.chunk):
+            tokens, positions, mask = self.prefix.part(start, min(start + self.chunk, self.end))
             yield tokens, coordinates(self.config, positions), mask
 
     def rotary(self, places: Tensor) -> Rotary | None:
         dtype = torch.float64 if self.tables[0].dtype == torch.float64 else torch.float32
         return rotary_tables(self.config, running(self.config, places), cross=True, dtype=dtype)
 
-    def keys_values(self, rotary: Rotary | None, h: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        """As `CrossLayer.keys_values` of the normalised context, with these weights of the norm and the projection."""
+    def project(self, h: Tensor, *weights: Tensor) -> Tensor:
+        """Embeddings (..., E) to fused keys and values (..., 2 H C), with these weights of the norm and projection."""
         norm, projection = weights[: len(self.norm)], weights[len(self.norm) :]
         x = F.layer_norm(h, h.shape[-1:], *norm) if len(norm) == 2 else F.rms_norm(h, h.shape[-1:], *norm, eps=1e-5)
-        return split_keys_values(F.linear(x.to(projection[0].dtype), *projection), rotary, self.config)
+        return F.linear(x.to(projection[0].dtype), *projection)
+
+    def keys_values(self, rotary: Rotary | None, h: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return split_keys_values(self.project(h, *weights), rotary, self.config)
+
+    def keys_values_by_id(self, h: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return vocabulary_keys_values(self.project(h, *weights), self.config)
+
+    def sources(
+        self, tokens: Tensor, places: Tensor
+    ) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
+        """A function that makes keys and values of a part, and of what it makes them."""
+        rotary = self.rotary(places)
+        if self.vocabulary is None:
+            h = embed(self.tables, tokens, places)
+            return partial(self.keys_values, rotary), (h, *self.norm, *self.projection)
+        settings = {"rotary": rotary, "config": self.config, "dtype": self.projection[0].dtype}
+        return partial(look_up, tokens, **settings), self.vocabulary
 
     def pieces(self) -> Iterator[Piece]:
         for tokens, places, mask in self.parts():
-            h = embed(self.tables, tokens, places)
-            yield Piece(*self.keys_values(self.rotary(places), h, *self.norm, *self.projection), mask=mask)
+            make, sources = self.sources(tokens, places)
+            yield Piece(*make(*sources), mask=mask)
 
     def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Attention to what all ranks have read, from what this one has."""
@@ -264,24 +288,36 @@ def _stream_backward(
         d_weights = [torch.zeros_like(weight, memory_format=torch.contiguous_format) for weight in weights]
         d_tables, d_rest = d_weights[: len(reader.tables)], d_weights[len(reader.tables) :]
         d_q = torch.zeros_like(q, dtype=lse.dtype)  # of many pieces: half precision would lose them
+        d_vocabulary = [torch.zeros_like(table) for table in reader.vocabulary or ()]
         for part_tokens, places, part_mask in reader.parts():
-            h = embed(reader.tables, part_tokens, places)
-            keys_values = partial(reader.keys_values, reader.rotary(places))
             # The gradient of any way to make keys and values: nothing of it is written down twice.
-            (part_k, part_v), gradients = torch.func.vjp(keys_values, h, *reader.norm, *reader.projection)  # type: ignore[misc]
+            make, sources = reader.sources(part_tokens, places)
+            (part_k, part_v), gradients = torch.func.vjp(make, *sources)  # type: ignore[misc]
             piece = Piece(part_k, part_v, mask=part_mask)
             part_d_q, *d_piece = piece_gradients(d_out, q, piece, out, lse)
             d_q.add_(part_d_q)
-            d_h, *part_d_rest = gradients(tuple(d_piece))
-            for total, part in zip(d_rest, part_d_rest, strict=True):
-                total.add_(part)
-            _add_rows(d_tables[0], part_tokens, d_h)
-            for axis, total in enumerate(d_tables[1:]):
-                _add_rows(total, places[..., axis], d_h)
+            d_sources = gradients(tuple(d_piece))
+            if d_vocabulary:
+                _add(d_vocabulary, d_sources)
+            else:
+                d_h, *part_d_rest = d_sources
+                _add(d_rest, part_d_rest)
+                _add_rows(d_tables[0], part_tokens, d_h)
+                for axis, total in enumerate(d_tables[1:]):
+                    _add_rows(total, places[..., axis], d_h)
+        if d_vocabulary:
+            weights_of_all = reader.tables[0], *reader.norm, *reader.projection
+            _, gradients = torch.func.vjp(reader.keys_values_by_id, *weights_of_all)  # type: ignore[misc]
+            _add([d_tables[0], *d_rest], gradients(tuple(d_vocabulary)))
         reader.add_up(d_q, *d_weights)
         own_d_q, d_k, d_v = piece_gradients(d_out, q, Piece(k, v, causal=True, mask=own_mask), out, lse)
         d_q = (d_q + own_d_q).to(q.dtype)
         return heads_inside(d_q), heads_inside(d_k), heads_inside(d_v), d_weights
+
+
+def _add(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    for total, part in zip(totals, parts, strict=True):
+        total.add_(part)
 
 
 def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
