@@ -127,9 +127,9 @@ def test_longer_contexts_cost_the_cross_attention_only() -> None:
 
 
 def test_latents_per_position_keep_as_much_as_so_many_windows_but_for_the_logits() -> None:
-    recipes = [Recipe(out="x", model=SIZES.replace(latents_per_position=K)) for K in (1, 3)]
+    recipes = [Recipe(out="x", model=SIZES.replace(latents_per_position=K, vocab_size=999)) for K in (1, 3)]
     (one, one_more), (three, three_more) = ([training_bytes(recipe, 0, B) for B in (1, 2)] for recipe in recipes)
-    logits = 4 * 3 * SIZES.num_latents * SIZES.vocab_size
+    logits = 4 * 3 * SIZES.num_latents * 999
     assert one_more - one > logits
     assert three_more - three == pytest.approx(3 * (one_more - one - logits) + logits)
 
@@ -170,6 +170,9 @@ SIZED = {
     ),
     "bfloat16": ({"context_length": 2048, "num_latents": 256, "dim": 256, "num_layers": 4}, 6, "bf16", False),
     "recomputed": ({"context_length": 2048, "num_latents": 512, "dim": 256, "num_layers": 4}, 6, "32", True),
+    "half as many ids": (
+        {"context_length": 8320, "num_latents": 128, "dim": 128, "num_layers": 2, "vocab_size": 4096}, 1, "32", False
+    ),
     "many parameters": ({"context_length": 256, "num_latents": 128, "dim": 512, "num_layers": 8}, 1, "32", False),
 }  # fmt: skip
 

@@ -102,23 +102,31 @@ def with_more_ids(model: PerceiverAR, vocab_size: int) -> PerceiverAR:
             "norm": st.sampled_from(["layernorm", "rmsnorm"]),
             "qk_norm": st.booleans(),
             "rotary": st.booleans(),
+            "rotary_fraction": st.sampled_from([0.5, 1.0]),
+            "rotary_heads_fraction": st.sampled_from([0.5, 1.0]),
             "attention_bias": st.booleans(),
-            "tie_embeddings": st.booleans(),
+            "latents_per_position": st.sampled_from([1, 2]),
         }
     ),
+    embedding=st.sampled_from([{}, {"tie_embeddings": True}, {"embed_dim": 12, "query_proj": True}]),
     masked=st.booleans(),
+    kept=st.integers(0, 57) | st.none(),
 )
 def test_keys_and_values_that_are_looked_up_are_those_of_the_tokens(
-    chunk: int, settings: dict[str, Any], masked: bool
+    chunk: int, settings: dict[str, Any], embedding: dict[str, Any], masked: bool, kept: int | None
 ) -> None:
-    model = pair(chunk, num_latents=7, **settings)[1].double()
-    larger, tokens, V = with_more_ids(model, 60), tokens_of(model, 2, 64), model.config.vocab_size
-    assert model.config.by_id(2 * 57) and not larger.config.by_id(2 * 57)
-    mask = torch.arange(64) >= torch.tensor([[0], [20]]) if masked else None
+    model = pair(chunk, num_latents=7, **settings, **embedding)[1].double()
+    larger, tokens, V = with_more_ids(model, 120), tokens_of(model, 2, 64), model.config.vocab_size
+    assert model.config.by_id(2 * 57) and not larger.config.by_id(4 * 57)
+    inputs: dict[str, Any] = {}
+    if masked:
+        inputs["mask"] = torch.arange(64) >= torch.tensor([[0], [20]])
+    if kept is not None:
+        inputs["prefix_keep"] = torch.stack([torch.arange(57)[:kept], torch.arange(57).flip(0)[:kept]])
     weight = torch.linspace(-1, 1, 2 * 7 * V, dtype=torch.float64).reshape(2, 7, V)
     found: list[list[Tensor]] = []
     for network in (model, larger):
-        logits = network(tokens, 57, mask=mask)[..., :V]
+        logits = network(tokens, 57, **inputs)[..., :V]
         (logits * weight).sum().backward()
         gradients = [(name, p.grad) for name, p in network.named_parameters() if p.grad is not None]
         named = ("embed.", "head.")
@@ -126,7 +134,7 @@ def test_keys_and_values_that_are_looked_up_are_those_of_the_tokens(
     assert_same(found[0], found[1], 1e-10)
 
 
-@pytest.mark.parametrize("chunk", [0, 512])
+@pytest.mark.parametrize("chunk", [0, 16])
 def test_gradients_of_what_is_looked_up_are_not_summed_in_half_precision(chunk: int) -> None:
     sizes = {"vocab_size": 3, "context_length": 8197, "num_layers": 1, "cross_layers": (0,)}
     model = pair(chunk, **sizes)[1]
@@ -217,6 +225,28 @@ def test_the_prefix_is_streamed_where_it_would_take_a_large_share_of_the_memory(
     assert streaming.automatic_chunk(config, 1, limit + 1, torch.bfloat16, cpu) == 0
     twice = config.replace(cross_layers=(0, 1))
     assert streaming.automatic_chunk(twice, 1, limit, torch.float32, cpu) > 0
+
+
+class Adapted(torch.nn.Linear):
+    """A projection that is more than its weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_projections_that_are_more_than_their_weights_are_not_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "CPU_BYTES", 0)
+    dense, streamed = pair(7)
+    automatic = PerceiverAR(dense.config.replace(prefix_chunk=None))
+    automatic.load_state_dict(dense.state_dict())
+    tokens = tokens_of(dense, 2, 50)
+    for model in (dense, streamed, automatic):
+        adapted = Adapted(16, 32, bias=False)
+        adapted.load_state_dict(model.cross_attention[1].kv_proj.state_dict())  # type: ignore[union-attr]
+        model.cross_attention[1].kv_proj = adapted  # type: ignore[union-attr]
+    assert_close(automatic(tokens, 45), dense(tokens, 45), 1e-6)
+    with pytest.raises(InputError, match=r"kv_proj is Adapted .* set prefix_chunk to 0"):
+        streamed(tokens, 45)
 
 
 def test_a_negative_piece_is_refused() -> None:

@@ -53,7 +53,8 @@ class PerceiverARConfig:
     """Dropout on the hidden units of the feed-forward blocks in training."""
     prefix_chunk: int | None = None
     """Tokens of the prefix that cross-attention reads at once, so that memory does not grow with the context; the
-    results are the same. 0: all at once; None: all, unless their keys and values would take 1/128 of the memory."""
+    results are the same. 0: all at once; None: all, unless their keys and values would take 1/128 of the memory, or on
+    a CPU 32 MiB."""
 
     # Shape of a block.
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -236,8 +237,9 @@ class PerceiverARConfig:
     def by_id(self, tokens: int) -> bool:
         """Whether keys and values of so many prefix tokens are made once for each id of the vocabulary and looked up.
 
-        Without position tables they depend, before they are turned to their positions, on the id alone. Looking up is
-        almost free, so it pays where there are fewer ids than tokens; twice as many, to be worth the detour.
+        Without position tables they depend, before they are turned to their positions, on the id alone. Looking up
+        costs little, so it pays where there are fewer ids than tokens (on a CPU from half as many on; on GPUs not
+        measured yet).
         """
         return not self.table_sizes and 2 * self.vocab_size <= tokens
 

@@ -22,7 +22,7 @@ class Costs:
 
 
 def costs(config: PerceiverARConfig, context: int | None = None, latents: int | None = None) -> Costs:
-    """Costs of one window; by default of the whole context with all latents.
+    """Costs of one window alone; by default of the whole context with all latents.
 
     forward = 2 N V D                                                     logits
             + per cross layer  2 (N D W + 2 N E W + N W D + 2 N D F) + 4 W (N P + N^2 / 2) + 4 R E W
@@ -62,7 +62,8 @@ def training_bytes(
         under FSDP a share of each
       + per window  3 N V                                                        logits and their gradients
                   + per cross layer  N (4 D + 7 W + 2 E + 2 F) + P (2 E + 5 W)   kept for the backward pass,
-                                     without the 2 E where keys and values are looked up (`config.by_id`)
+                                     where keys and values are looked up (`config.by_id`), V (E + 2 W) in all
+                                     and no 2 E for tokens
                   + per self layer   N (4 D + 7 W + 2 F)
 
     floats; for the letters see `costs`, but P is what prefix dropout leaves of it, a device's share of that, or one
@@ -77,10 +78,11 @@ def training_bytes(
     B, K = recipe.trainer.micro_batch if windows is None else windows, config.latents_per_position
     N, D, E = config.num_latents, config.dim, config.width_embed
     P = (config.context_length - N) * (1 - config.prefix_dropout) / recipe.trainer.prefix_ranks
-    by_id = config.by_id(int(P))
+    by_id = config.by_id(int(B * K * P))
     P = min(P, (config.prefix_chunk if prefix_chunk is None else prefix_chunk) or P)
     W, F = config.heads_cross * config.width_head_cross, int((config.cross_mlp_ratio or config.mlp_ratio) * D)
     cross = N * (4 * D + 7 * W + 2 * E + 2 * F) + P * ((0 if by_id else 2 * E) + 5 * W)
+    ids = len(config.cross_layers) * config.vocab_size * (E + 2 * W) if by_id else 0
     W, F = config.num_heads * config.width_head, int(config.mlp_ratio * D)
     own = N * (4 * D + 7 * W + 2 * F)
     layers = [cross] * len(config.cross_layers) + [own] * config.num_layers
@@ -92,4 +94,4 @@ def training_bytes(
     states = 2 + moments + (recipe.optim.ema > 0) + half / 2
     if recipe.trainer.devices > 1:
         states = states / recipe.trainer.devices if recipe.trainer.sharded else states + 1
-    return 4 * states * parameters + B * (K * (2.3 if half else 4) * kept + 4 * 3 * N * config.vocab_size)
+    return 4 * (states * parameters + ids) + B * (K * (2.3 if half else 4) * kept + 4 * 3 * N * config.vocab_size)

@@ -34,17 +34,17 @@ def split_keys_values(kv: Tensor, rotary: Rotary | None, config: PerceiverARConf
 def vocabulary_keys_values(kv: Tensor, config: PerceiverARConfig) -> tuple[Tensor, Tensor]:
     """A fused projection (V, 2 * H * C) of the vocabulary -> keys, not turned yet, and values, each (V, H * C).
 
-    In float32 at least: `look_up` has a gradient of many tokens for a row, whose sum half precision would lose.
+    In float32 at least: many tokens look up one row, and half precision would lose the sum of their gradients.
     """
     k, v = (merge_heads(x)[0] for x in split_keys_values(kv[None], None, config))
     return (k, v) if kv.dtype == torch.float64 else (k.float(), v.float())
 
 
-def look_up(
-    ids: Tensor, keys: Tensor, values: Tensor, rotary: Rotary | None, config: PerceiverARConfig, dtype: torch.dtype
+def place_rows(
+    k: Tensor, v: Tensor, rotary: Rotary | None, config: PerceiverARConfig, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What `vocabulary_keys_values` made, of ids (B, K) -> keys in their places and values, each (B, H, K, C)."""
-    k, v = (split_heads(F.embedding(ids, table), config.heads_cross) for table in (keys, values))
+    """Rows (B, K, H * C) of `vocabulary_keys_values` -> keys in their places and values, each (B, H, K, C)."""
+    k, v = (split_heads(x, config.heads_cross) for x in (k, v))
     return (k if rotary is None else rotate(k, rotary)).to(dtype), v.to(dtype)
 
 

@@ -35,9 +35,9 @@ from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path, write_text
 from perceiver_ar.heads import (
     Rotary,
-    look_up,
     merge_heads,
     place,
+    place_rows,
     rotary_tables,
     split_heads,
     split_keys_values,
@@ -260,7 +260,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
     def prefix(self, context: Prefix, P: int, keep: Tensor | None) -> Span | Prefix:
         """The first P tokens, or those at the indices `keep` (B, K): what is dropped is never embedded.
 
-        As ids where they are to be streamed, else embedded.
+        A `Prefix` where it is to be streamed.
         """
         prefix = Prefix(context.tables, *(None if x is None else x[:, :P] for x in context[1:4]), keep)  # type: ignore[arg-type]
         chunk = self.config.prefix_chunk
@@ -268,7 +268,14 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         if group is not None and dropout:
             raise InputError("attention_dropout needs the whole prefix in one process: set it to 0, or no prefix_group")
         length = prefix.length if group is None else -(-prefix.length // group.size())
-        if dropout:
+        layers = cast("list[CrossLayer]", self.cross_attention)
+        odd = next((layer.kv_proj for layer in layers if not is_plain(layer.kv_proj)), None)
+        if odd is not None and (chunk or group is not None):
+            raise InputError(
+                f"a cross-attention's kv_proj is {type(odd).__name__} with weights of its own kind, and streaming "
+                "reads a plain torch.nn.Linear: set prefix_chunk to 0, and no prefix_group"
+            )
+        if dropout or odd is not None:
             chunk = 0
         elif chunk is None:
             weight = self.embed.weight
@@ -450,8 +457,8 @@ class CrossLayer(nn.Module):
         kv = self.kv_proj(self.context_norm(prefix.h))
         if prefix.ids is None:
             return split_keys_values(kv, prefix.rotary, self.config)
-        vocabulary = vocabulary_keys_values(kv, self.config)
-        return look_up(prefix.ids, *vocabulary, prefix.rotary, self.config, kv.dtype)
+        k, v = (F.embedding(prefix.ids, table) for table in vocabulary_keys_values(kv, self.config))
+        return place_rows(k, v, prefix.rotary, self.config, kv.dtype)
 
 
 class SelfLayer(nn.Module):
@@ -476,6 +483,11 @@ class SelfLayer(nn.Module):
             pieces = side_by_side(pieces[0], self.config.latents_per_position)
         u = u + self.out_proj(merge_heads(attend(q, pieces)))
         return u + self.mlp(u)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a linear layer is its weight and bias: not with an adapter (PEFT), nor quantised (torchao)."""
+    return type(layer) is nn.Linear and not hasattr(layer.weight, "qdata")
 
 
 def side_by_side(piece: Piece, K: int) -> list[Piece]:

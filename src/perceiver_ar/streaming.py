@@ -30,14 +30,15 @@ from perceiver_ar.attention import (
     piece_weight,
 )
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.heads import Rotary, look_up, rotary_tables, split_keys_values, vocabulary_keys_values
+from perceiver_ar.heads import Rotary, place_rows, rotary_tables, split_keys_values, vocabulary_keys_values
 
 SHARE = 1 / 128
 """The prefix is streamed where its keys and values would take more than this share of the device's memory."""
 CPU_BYTES = 32 << 20
 """On a CPU also where they would take more than this: pieces stay in its caches and in memory that the process has."""
 PIECE = {"cpu": 2048, "cuda": 32768}
-"""Tokens of a piece, over all rows of a batch: enough to keep the device busy, few enough to stay in its caches."""
+"""Tokens of a piece, over all rows of a batch: enough to keep the device busy, few enough to stay in its caches. (Of
+each row at least twice num_latents: every piece costs a pass over the latents' output so far.)"""
 
 
 class Prefix(NamedTuple):
@@ -117,7 +118,6 @@ def automatic_chunk(config: PerceiverARConfig, rows: int, length: int, dtype: to
     most = SHARE * device_memory(device.type, device.index or 0)
     if size <= (min(most, CPU_BYTES) if device.type == "cpu" else most):
         return 0
-    # For every piece the latents' output so far is read and written, which short pieces would not be worth.
     return max(2 * config.num_latents, PIECE.get(device.type, PIECE["cpu"]) // rows)
 
 
@@ -165,13 +165,14 @@ class _Reader:
         self.tables = list(weights[:num_tables])
         self.norm = list(weights[num_tables : num_tables + num_norm])
         self.projection = [weight.to(dtype) for weight in weights[num_tables + num_norm :]]
+        self.embedding, self.makers = self.tables[0], (*self.norm, *self.projection)
         self.prefix, self.chunk = Prefix(self.tables, *prefix), chunk
         self.group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
         self.rank, self.ranks = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.first, self.end = (self.prefix.length * rank // self.ranks for rank in (self.rank, self.rank + 1))
-        by_id = self.config.by_id(len(self.prefix.tokens) * (self.end - self.first))
-        self.vocabulary = self.keys_values_by_id(self.tables[0], *self.norm, *self.projection) if by_id else None
-        """(V, H C) keys and values of every id; None: those of each token are made."""
+        tokens, piece = (len(self.prefix.tokens) * length for length in (self.end - self.first, chunk))
+        # Of the vocabulary there is never much more at once than of a piece.
+        self.by_id = self.config.by_id(tokens) and self.config.vocab_size <= 2 * piece
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Tokens, coordinates and mask, part after part of what this rank reads."""
@@ -192,23 +193,23 @@ class _Reader:
     def keys_values(self, rotary: Rotary | None, h: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         return split_keys_values(self.project(h, *weights), rotary, self.config)
 
-    def keys_values_by_id(self, h: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    def vocabulary(self, h: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         return vocabulary_keys_values(self.project(h, *weights), self.config)
 
-    def sources(
-        self, tokens: Tensor, places: Tensor
+    def recipe(
+        self, tokens: Tensor, places: Tensor, vocabulary: tuple[Tensor, Tensor] | None
     ) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
-        """A function that makes keys and values of a part, and of what it makes them."""
+        """What makes the keys and values of a part, and of which tensors: rows of the vocabulary's where there are."""
         rotary = self.rotary(places)
-        if self.vocabulary is None:
-            h = embed(self.tables, tokens, places)
-            return partial(self.keys_values, rotary), (h, *self.norm, *self.projection)
-        settings = {"rotary": rotary, "config": self.config, "dtype": self.projection[0].dtype}
-        return partial(look_up, tokens, **settings), self.vocabulary
+        if vocabulary is None:
+            return partial(self.keys_values, rotary), (embed(self.tables, tokens, places), *self.makers)
+        rows = tuple(F.embedding(tokens, table) for table in vocabulary)
+        return partial(place_rows, rotary=rotary, config=self.config, dtype=self.projection[0].dtype), rows
 
     def pieces(self) -> Iterator[Piece]:
+        vocabulary = self.vocabulary(self.embedding, *self.makers) if self.by_id else None
         for tokens, places, mask in self.parts():
-            make, sources = self.sources(tokens, places)
+            make, sources = self.recipe(tokens, places, vocabulary)
             yield Piece(*make(*sources), mask=mask)
 
     def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,27 +289,29 @@ def _stream_backward(
         d_weights = [torch.zeros_like(weight, memory_format=torch.contiguous_format) for weight in weights]
         d_tables, d_rest = d_weights[: len(reader.tables)], d_weights[len(reader.tables) :]
         d_q = torch.zeros_like(q, dtype=lse.dtype)  # of many pieces: half precision would lose them
-        d_vocabulary = [torch.zeros_like(table) for table in reader.vocabulary or ()]
+        vocabulary, to_weights = None, None
+        if reader.by_id:
+            vocabulary, to_weights = torch.func.vjp(reader.vocabulary, reader.embedding, *reader.makers)  # type: ignore[misc]
+        d_vocabulary = [torch.zeros_like(table) for table in vocabulary or ()]
         for part_tokens, places, part_mask in reader.parts():
             # The gradient of any way to make keys and values: nothing of it is written down twice.
-            make, sources = reader.sources(part_tokens, places)
+            make, sources = reader.recipe(part_tokens, places, vocabulary)
             (part_k, part_v), gradients = torch.func.vjp(make, *sources)  # type: ignore[misc]
             piece = Piece(part_k, part_v, mask=part_mask)
             part_d_q, *d_piece = piece_gradients(d_out, q, piece, out, lse)
             d_q.add_(part_d_q)
             d_sources = gradients(tuple(d_piece))
-            if d_vocabulary:
-                _add(d_vocabulary, d_sources)
+            if vocabulary is not None:
+                for total, d_rows in zip(d_vocabulary, d_sources, strict=True):
+                    _add_rows(total, part_tokens, d_rows)
             else:
                 d_h, *part_d_rest = d_sources
                 _add(d_rest, part_d_rest)
                 _add_rows(d_tables[0], part_tokens, d_h)
                 for axis, total in enumerate(d_tables[1:]):
                     _add_rows(total, places[..., axis], d_h)
-        if d_vocabulary:
-            weights_of_all = reader.tables[0], *reader.norm, *reader.projection
-            _, gradients = torch.func.vjp(reader.keys_values_by_id, *weights_of_all)  # type: ignore[misc]
-            _add([d_tables[0], *d_rest], gradients(tuple(d_vocabulary)))
+        if to_weights is not None:
+            _add([d_tables[0], *d_rest], to_weights(tuple(d_vocabulary)))
         reader.add_up(d_q, *d_weights)
         own_d_q, d_k, d_v = piece_gradients(d_out, q, Piece(k, v, causal=True, mask=own_mask), out, lse)
         d_q = (d_q + own_d_q).to(q.dtype)
