@@ -17,6 +17,7 @@ import time
 from copy import deepcopy
 from itertools import accumulate, pairwise
 from statistics import median
+from typing import Literal
 
 import torch
 from perceiver_ar_pytorch import PerceiverAR as Theirs  # pyright: ignore[reportMissingImports]  # extra: bench
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="ours in bfloat16, too")
     parser.add_argument("--int8", action="store_true", help="ours with int8 weights and the rest in bfloat16, too")
     parser.add_argument("--compiled", action="store_true", help="ours with compiled steps, too")
+    parser.add_argument("--max_autotune", action="store_true", help="and with kernels tried out for this machine")
     parser.add_argument("--threads", type=int, help="of the CPU")
     args = parser.parse_args()
     if args.threads:
@@ -100,10 +102,15 @@ def main() -> None:
                 model = deepcopy(ours.model).to(torch.float32 if kind == "float32" else torch.bfloat16)
                 if kind == "int8":
                     int8_weights(model)
-                for compile in [False, True][: 1 + args.compiled]:
-                    timed(model, tokens, args.tokens if compile else 2, device, compile)
-                    clock = timed(model, tokens, args.tokens, device, compile)
-                    row(f"ours, {kind}{', compiled' if compile else ''}", model, clock)
+                for how, compile, wanted in (
+                    ("", False, True),
+                    (", compiled", True, args.compiled),
+                    (", max-autotune", "max-autotune", args.max_autotune),
+                ):
+                    if wanted:
+                        timed(model, tokens, args.tokens if compile else 2, device, compile)
+                        clock = timed(model, tokens, args.tokens, device, compile)
+                        row(f"ours, {kind}{how}", model, clock)
             if 0 < prompt <= args.llama_up_to:
                 row("Llama, float32", theirs, llama(args, tokens, device))
 
@@ -114,7 +121,9 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def timed(model: PerceiverAR, tokens: torch.Tensor, n: int, device: str, compile: bool) -> list[float]:
+def timed(
+    model: PerceiverAR, tokens: torch.Tensor, n: int, device: str, compile: bool | Literal["max-autotune"]
+) -> list[float]:
     """The start, and when each token was there."""
     clock = [now(device)]
     for _ in stream(model, tokens, max_new_tokens=n, temperature=0.0, compile=compile):

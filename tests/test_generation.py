@@ -4,7 +4,6 @@ import math
 import os
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from reference import assert_close, configs, randomize
 from torch import Tensor
 
-from perceiver_ar import generation
 from perceiver_ar.config import PRESETS, PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation import generate, stream
@@ -124,31 +122,6 @@ def test_far_from_the_start_the_logits_are_those_of_an_uncached_forward(dtype: t
             expected = model(context[None], prefix_len=len(context) - int(step.num_latents))[:, -1]
         assert_close(step.logits, expected, tolerance)
         row = torch.cat([row, step.tokens])
-
-
-def test_compiled_steps_have_the_same_logits() -> None:
-    model, rows = tiny(num_layers=1, position_table="learned", latent_keys="query"), random_rows([15, 3, 6], 11, seed=0)
-    stop = int(generate(model, rows, 4, temperature=0.0)[1, 2])
-    options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.0, "stop_tokens": [stop], "num_samples": 2}
-    plain, compiled = (list(stream(model, rows, **options, compile=compile)) for compile in (False, True))
-    assert any(len({*step.window_start.tolist()}) > 1 for step in plain)  # rows differ
-    for step, expected in zip(compiled, plain, strict=True):
-        assert torch.equal(step.tokens, expected.tokens)
-        assert torch.equal(step.num_latents, expected.num_latents)
-        assert_close(step.logits, expected.logits, 1e-9)
-
-
-def test_any_number_of_shapes_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    # torch stops at eight forms of a function unless told otherwise; without its compiler, only traced, they are cheap.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    generation._compiled.cache_clear()
-    model = tiny(num_layers=0)
-    for rows in range(1, 11):
-        prompt = torch.zeros(rows, 2, dtype=torch.long)
-        assert torch.equal(
-            generate(model, prompt, 3, temperature=0.0, compile=True), generate(model, prompt, 3, temperature=0.0)
-        )
-    generation._compiled.cache_clear()
 
 
 @settings(max_examples=15)

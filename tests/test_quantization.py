@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -52,8 +53,8 @@ def test_the_network_is_the_one_with_rounded_weights() -> None:
 
 # torch says that it keeps no compiled code of such tensors for other processes.
 @pytest.mark.filterwarnings("ignore:.*does not implement _stable_hash_for_caching:UserWarning")
-@pytest.mark.parametrize("compile", [False, True])
-def test_steps_have_the_logits_of_the_windows_that_they_report(compile: bool) -> None:
+@pytest.mark.parametrize("compile", [False, True, pytest.param("max-autotune", marks=pytest.mark.slow)])
+def test_steps_have_the_logits_of_the_windows_that_they_report(compile: Any) -> None:
     model = small().bfloat16()
     int8_weights(model)
     row = torch.randint(11, (30,), generator=torch.Generator().manual_seed(0))

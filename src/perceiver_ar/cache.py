@@ -117,6 +117,8 @@ class KeysValues:
         slots = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
         mask = torch.zeros(B, self.room, dtype=torch.bool, device=device)
         self._fixed = _Plan([], slots, self.layers, mask)
+        if device.type == "cpu":  # no CUDA graphs there, and what has a fixed address is taken for a constant
+            return
         for x in (*slots, mask, *chain(*self.layers)):
             torch._dynamo.mark_static_address(x, guard=False)  # type: ignore[reportPrivateImportUsage]
 

@@ -399,6 +399,8 @@ def generate_verb(argv: list[str]) -> None:
         "--refill_latents", type=int | None, help="latents to go on with when all are used (default: half)"
     )
     parser.add_argument("--compile", action="store_true", help="half a minute first, then faster tokens")
+    parser.add_argument("--max_autotune", action="store_true", help="the same with kernels tried out for this machine: "
+                        "a minute first, pays from some ten thousand tokens on")  # fmt: skip
     parser.add_argument("--slide", action="store_true", help="drop the oldest latent instead: constant time a token, "
                         "but what it knew lives on in the others: logits of no single forward")  # fmt: skip
     parser.add_argument("--precision", choices=["32", "bf16", "int8"], default="32", help="of weights and computation; "
@@ -448,7 +450,7 @@ def generate_verb(argv: list[str]) -> None:
         seed=args.seed,
         refill_latents=args.refill_latents,
         slide=args.slide,
-        compile=args.compile,
+        compile="max-autotune" if args.max_autotune else args.compile,
         allowed_next=codec.constraint(),
     )
     if not codec.writes_text:

@@ -13,17 +13,16 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from functools import partial
 from itertools import groupby, islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo_config
-from torch._dynamo.exc import BackendCompilerFailed
 
 from perceiver_ar.cache import Cache
+from perceiver_ar.compiled import NextLogits, compile_and_run, compiled, next_logits
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.model import PerceiverAR
@@ -73,7 +72,7 @@ def stream(
     refill_latents: int | None = None,
     prompt_latents: int | None = None,
     slide: bool = False,
-    compile: bool = False,
+    compile: bool | Literal["max-autotune"] = False,
 ) -> Iterator[Step]:
     """Continues every row of a prompt token by token.
 
@@ -107,7 +106,10 @@ def stream(
         compile: the step with `torch.compile`, as CUDA graphs on CUDA: takes half a minute first, and again for
             another model, number of rows or size of the cache, which is the next power of two; then every token is
             faster. On a CPU it needs a C++ compiler. (Every step reads the whole cache, so a long context that is
-            still growing gains nothing.)
+            still growing gains nothing.) "max-autotune", as torch calls it: kernels are tried out for this machine,
+            which takes a minute and pays from some ten thousand tokens on. On a CPU it also holds another copy of the
+            weights, laid out for them, as they are when a stream begins; where they have changed since the last stream,
+            it is compiled anew.
 
     Raises:
         InputError: at once for arguments that cannot work; later if the model's weights give NaN, or a row may not go
@@ -124,6 +126,9 @@ def stream(
             value is None or (is_whole(value) and 1 <= value <= config.num_latents),
             f"{name} is {value}: it must be a whole number in 1 ... {config.num_latents}, the model's num_latents",
         )
+    require(
+        compile in (False, True, "max-autotune"), f"compile is {compile!r}: it must be True, False or 'max-autotune'"
+    )
     require(
         config.cacheable or not compile, "compile is for networks with a cache, which these settings rule out: leave it"
     )
@@ -305,7 +310,12 @@ class Decoder:
     """The network over a cache of which every row has a slot. `rows` are those that go on, in the slots' order."""
 
     def __init__(
-        self, model: PerceiverAR, rows: Sequence[Row], num_samples: int, max_new_tokens: int, compile: bool = False
+        self,
+        model: PerceiverAR,
+        rows: Sequence[Row],
+        num_samples: int,
+        max_new_tokens: int,
+        compile: bool | Literal["max-autotune"] = False,
     ) -> None:
         """rows: every prompt num_samples times in a row; each prompt is read once. compile: see `stream`."""
         weight = model.embed.weight
@@ -327,7 +337,8 @@ class Decoder:
         """Of a compiled decoder: rows that end keep their slots, as all shapes stay."""
         if compile:
             self.cache.fix()
-        self._step = _compile_and_run
+        self._tuned = compile == "max-autotune"
+        self._step: NextLogits = partial(compile_and_run, tuned=self._tuned)
         self._refilled = True
 
     def next_logits(self) -> Tensor:
@@ -338,13 +349,13 @@ class Decoder:
         tokens = [[row.ids[-1]] for row in self.rows]
         positions = [row.num_tokens - 1 - row.origin for row in self.rows]
         if self.slots is None:
-            logits = _next_logits(self.model, self._tensor(tokens), self._positions(positions, 1), self.cache)
+            logits = next_logits(self.model, self._tensor(tokens), self._positions(positions, 1), self.cache)
         else:
             ended = self.slots - len(self.rows)
             at = self._tensor(positions + [0] * ended)[:, None]
             self.cache.aim()
             logits = self._step(self.model, self._tensor(tokens + [[0]] * ended), at, self.cache)
-            self._step = _compiled(logits.device.type)
+            self._step = compiled(logits.device.type, self._tuned)
             logits = logits[: len(self.rows)].clone()  # CUDA graphs write the next ones to the same place
         self.cache.advance(1)
         return logits
@@ -405,27 +416,6 @@ class Decoder:
 
     def _tensor(self, ids: Any) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self.model.embed.weight.device)
-
-
-def _next_logits(model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-    return model.head(model.latents(tokens, positions=positions, cache=cache)[:, -1])
-
-
-def _compile_and_run(model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-    """As `_next_logits`, with a fixed cache. Raises InputError where there is nothing to compile with."""
-    try:
-        # One process may compile for any number of models, batches and contexts.
-        with dynamo_config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
-            return _compiled(tokens.device.type)(model, tokens, positions, cache)
-    except BackendCompilerFailed as error:
-        what = " ".join(" ".join(str(error).splitlines()[:2]).split())  # the cause may be on the second line
-        raise InputError(f"the step does not compile ({what}): repair that, or leave out compile") from error
-
-
-@lru_cache
-def _compiled(device: str) -> Callable[[PerceiverAR, Tensor, Tensor, Cache], Tensor]:
-    mode = "reduce-overhead" if device == "cuda" else None  # CUDA graphs
-    return torch.compile(_next_logits, fullgraph=True, dynamic=False, mode=mode)
 
 
 class Recomputing:
