@@ -102,11 +102,12 @@ def main() -> None:
                 model = deepcopy(ours.model).to(torch.float32 if kind == "float32" else torch.bfloat16)
                 if kind == "int8":
                     int8_weights(model)
-                for how, compile, wanted in (
+                ways: list[tuple[str, bool | Literal["max-autotune"], bool]] = [
                     ("", False, True),
                     (", compiled", True, args.compiled),
                     (", max-autotune", "max-autotune", args.max_autotune),
-                ):
+                ]
+                for how, compile, wanted in ways:
                     if wanted:
                         timed(model, tokens, args.tokens if compile else 2, device, compile)
                         clock = timed(model, tokens, args.tokens, device, compile)
