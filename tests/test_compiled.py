@@ -39,14 +39,14 @@ def test_compiled_steps_have_the_same_logits(compile: bool | Literal["max-autotu
 def test_any_number_of_shapes_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch stops at eight forms of a function unless told otherwise; without its compiler, only traced, they are cheap.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    compiled.compiled.cache_clear()
+    compiled._shared_step.cache_clear()
     model = tiny(num_layers=0)
     for rows in range(1, 11):
         prompt = torch.zeros(rows, 2, dtype=torch.long)
         assert torch.equal(
             generate(model, prompt, 3, temperature=0.0, compile=True), generate(model, prompt, 3, temperature=0.0)
         )
-    compiled.compiled.cache_clear()
+    compiled._shared_step.cache_clear()
 
 
 def logits(model: PerceiverAR, compile: bool | Literal["max-autotune"]) -> Tensor:
@@ -68,7 +68,10 @@ def test_weights_that_became_constants_are_those_of_the_model_when_a_stream_begi
             change(first.cross_attention[0].mlp.up_proj.weight)  # type: ignore[union-attr]
         for model in (first, second):
             assert_close(logits(model, "max-autotune"), logits(model, False), 1e-5)
-    assert "AUTOTUNE" not in capfd.readouterr().err
+        steps = [compiled.compiled_step(model, "cpu", tuned=True) for model in (first, second)]
+        assert steps[0] is not steps[1]
+        assert steps == [compiled.compiled_step(model, "cpu", tuned=True) for model in (first, second)]
+    assert "autotune" not in capfd.readouterr().err.lower()
 
 
 @given(

@@ -404,7 +404,7 @@ def generate_verb(argv: list[str]) -> None:
     parser.add_argument("--slide", action="store_true", help="drop the oldest latent instead: constant time a token, "
                         "but what it knew lives on in the others: logits of no single forward")  # fmt: skip
     parser.add_argument("--precision", choices=["32", "bf16", "int8"], default="32", help="of weights and computation; "
-                        "int8 (extra [int8]): such weights, computation in bf16; fast with --compile only")  # fmt: skip
+                        "int8 (extra [int8]): such weights, computation in bf16; fast with these two only")  # fmt: skip
     parser.add_argument("--seed", type=int | None, help="the same seed draws the same text")
     parser.add_argument("--out", type=str | None, help="also write what was generated into this file; for what is no "
                         "text, how the files are named (default: RUN/samples/generated)")  # fmt: skip

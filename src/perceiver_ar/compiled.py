@@ -3,17 +3,19 @@
 Shapes: B rows, V vocabulary.
 """
 
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from itertools import chain
+from threading import RLock
+from types import FunctionType
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -30,74 +32,88 @@ def next_logits(model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Ca
     return model.head(model.latents(tokens, positions=positions, cache=cache)[:, -1])
 
 
-def tuned_next_logits(model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-    """The same: torch keeps what it compiled by function, and two ways of compiling are not to be mixed up."""
-    return next_logits(model, tokens, positions, cache)
+def compiled_step(model: PerceiverAR, device: str, tuned: bool) -> NextLogits:
+    """`next_logits` for a fixed cache, once `compile_and_run` has compiled it.
+
+    tuned: with kernels that are tried out for this machine. On a CPU the weights then become constants, laid out as
+    the kernels want them, so the step is for these weights only.
+    """
+    if not tuned or device != "cpu":
+        return _shared_step(device, tuned)
+    weights = [fingerprint(x) for x in chain(model.parameters(), model.buffers())]
+    with _lock:
+        if model not in _tuned or _tuned[model][0] != weights:
+            # torch keeps what it compiled by code object, and looks at a constant's identity, not at its value.
+            own = FunctionType(next_logits.__code__.replace(), next_logits.__globals__)
+            _tuned[model] = weights, torch.compile(own, fullgraph=True, dynamic=False)
+        return _tuned[model][1]
+
+
+_lock = RLock()
+_tuned = WeakKeyDictionary[PerceiverAR, tuple[list[int], NextLogits]]()
+"""The steps in which weights are constants, with the fingerprints of these weights."""
 
 
 @lru_cache
-def compiled(device: str, tuned: bool) -> NextLogits:
-    """`next_logits` for a fixed cache, once `compile_and_run` has compiled it."""
-    if device == "cuda":  # both with CUDA graphs
-        mode = "max-autotune" if tuned else "reduce-overhead"
-    else:
-        mode = None
-    return torch.compile(tuned_next_logits if tuned else next_logits, fullgraph=True, dynamic=False, mode=mode)
+def _shared_step(device: str, tuned: bool) -> NextLogits:
+    cuda = "reduce-overhead" if device == "cuda" else None  # CUDA graphs, which "max-autotune" has, too
+    return torch.compile(next_logits, fullgraph=True, dynamic=False, mode="max-autotune" if tuned else cuda)
 
 
 def compile_and_run(
-    model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Cache, *, tuned: bool = False
+    step: NextLogits, model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Cache, *, tuned: bool
 ) -> Tensor:
-    """`next_logits` with a fixed cache, compiled if it is not yet.
-
-    tuned: with kernels that are tried out for this machine. On a CPU the weights then become constants, laid out as
-    the kernels want them; where they have changed since, all is compiled anew.
+    """A `compiled_step` that may have to be compiled first.
 
     Raises:
         InputError: there is nothing to compile with.
     """
-    device = tokens.device.type
+    constants = tuned and tokens.device.type == "cpu"
     try:
         # One process may compile for any number of models, batches and contexts.
-        with dynamo_config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
-            if not tuned or device != "cpu":
-                return compiled(device, tuned)(model, tokens, positions, cache)
-            with constant_weights():
-                forget_other_weights(model)
-                return compiled(device, tuned)(model, tokens, positions, cache)
+        with _lock, dynamo_config.patch(recompile_limit=1000, accumulated_recompile_limit=1000), ExitStack() as stack:
+            if tuned:
+                stack.enter_context(_quiet())
+            if constants:
+                stack.enter_context(_constant_weights())
+            return step(model, tokens, positions, cache)
     except BackendCompilerFailed as error:
         what = " ".join(" ".join(str(error).splitlines()[:2]).split())  # the cause may be on the second line
         raise InputError(f"the step does not compile ({what}): repair that, or leave out compile") from error
 
 
 @contextmanager
-def constant_weights() -> Iterator[None]:
-    """What torch compiles inside for a CPU takes weights for constants; its tables of tried kernels are not printed."""
+def _quiet() -> Iterator[None]:
+    """torch does not print which kernels it tries out, nor warn of itself."""
     from torch._inductor import config, select_algorithm  # seconds to import
 
     printing = select_algorithm.PRINT_AUTOTUNE
     select_algorithm.PRINT_AUTOTUNE = False
     try:
-        with (
-            config.patch(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN"),
-            warnings.catch_warnings(),
-        ):
-            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's warning of itself
+        with config.patch(max_autotune_report_choices_stats=False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
             yield
     finally:
         select_algorithm.PRINT_AUTOTUNE = printing
 
 
-_weights = WeakKeyDictionary[PerceiverAR, list[int]]()
-"""Fingerprints of the weights that are constants of compiled steps."""
+@contextmanager
+def _constant_weights() -> Iterator[None]:
+    """What torch compiles inside takes weights for constants, and they go when the step goes."""
+    from torch._inductor import config
+    from torch._inductor.codecache import PyCodeCache
 
-
-def forget_other_weights(model: PerceiverAR) -> None:
-    """Where a model's weights are not those of its tuned step, drops what was compiled (of other models, too)."""
-    now = [fingerprint(x) for x in chain(model.parameters(), model.buffers())]
-    if _weights.setdefault(model, now) != now:
-        _weights[model] = now
-        reset_code(tuned_next_logits.__code__)
+    before = len(PyCodeCache.modules)
+    try:
+        # Not from the cache on disk: it knows constants by their shapes.
+        with config.patch(
+            freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN", fx_graph_cache=False
+        ):
+            yield
+    finally:
+        for module in PyCodeCache.modules[before:]:  # with the constants of what was just compiled
+            sys.modules.pop(module.__name__, None)
+        del PyCodeCache.modules[before:]
 
 
 def fingerprint(x: Tensor) -> int:

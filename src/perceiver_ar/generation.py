@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_ar.cache import Cache
-from perceiver_ar.compiled import NextLogits, compile_and_run, compiled, next_logits
+from perceiver_ar.compiled import NextLogits, compile_and_run, compiled_step, next_logits
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.model import PerceiverAR
@@ -108,8 +108,8 @@ def stream(
             faster. On a CPU it needs a C++ compiler. (Every step reads the whole cache, so a long context that is
             still growing gains nothing.) "max-autotune", as torch calls it: kernels are tried out for this machine,
             which takes a minute and pays from some ten thousand tokens on. On a CPU it also holds another copy of the
-            weights, laid out for them, as they are when a stream begins; where they have changed since the last stream,
-            it is compiled anew.
+            weights, laid out for them, for each number of rows and size of the cache; the weights must not change
+            during a stream, and where they have since the last one, all is compiled anew.
 
     Raises:
         InputError: at once for arguments that cannot work; later if the model's weights give NaN, or a row may not go
@@ -337,8 +337,8 @@ class Decoder:
         """Of a compiled decoder: rows that end keep their slots, as all shapes stay."""
         if compile:
             self.cache.fix()
-        self._tuned = compile == "max-autotune"
-        self._step: NextLogits = partial(compile_and_run, tuned=self._tuned)
+            self._step = compiled_step(model, device.type, compile == "max-autotune")
+            self._first_step: NextLogits | None = partial(compile_and_run, self._step, tuned=compile == "max-autotune")
         self._refilled = True
 
     def next_logits(self) -> Tensor:
@@ -354,8 +354,9 @@ class Decoder:
             ended = self.slots - len(self.rows)
             at = self._tensor(positions + [0] * ended)[:, None]
             self.cache.aim()
-            logits = self._step(self.model, self._tensor(tokens + [[0]] * ended), at, self.cache)
-            self._step = compiled(logits.device.type, self._tuned)
+            step = self._first_step or self._step
+            logits = step(self.model, self._tensor(tokens + [[0]] * ended), at, self.cache)
+            self._first_step = None
             logits = logits[: len(self.rows)].clone()  # CUDA graphs write the next ones to the same place
         self.cache.advance(1)
         return logits
