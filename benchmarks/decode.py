@@ -2,7 +2,8 @@
 
     make benchmark BENCH=decode ARGS="--prompts 16,4096 --batches 1 --threads 2"
 
-Ours has the package's weights (through `compat.lucidrains`) and draws greedily. The prompt fills the context; with
+Ours has the package's weights (through `compat.lucidrains`) and draws greedily; with --own also our default network of
+the same size, which has no position tables, so that long prefixes are held as ids. The prompt fills the context; with
 --grow, it fills the prefix but for one token, so that the package computes one latent for the first token, two for the
 next. Prints seconds to the first token, tokens/s after it (of all rows together), and what reading memory allows:
 beside the median step, the time of reading the weights once, and the weights with the keys and values that a step
@@ -25,9 +26,10 @@ from perceiver_ar_pytorch.autoregressive_wrapper import (  # pyright: ignore[rep
     AutoregressiveWrapper,
 )
 
-from perceiver_ar import PerceiverAR, stream
+from perceiver_ar import PerceiverAR, PerceiverARConfig, stream
 from perceiver_ar.compat.lucidrains import PerceiverAR as Ours
 from perceiver_ar.quantization import int8_weights
+from perceiver_ar.runs import RUN, Runs
 
 
 def main() -> None:
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=512)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--depth", type=int, default=8, help="self-attention layers")
+    parser.add_argument("--own", action="store_true", help="our default network, too")
     parser.add_argument("--bf16", action="store_true", help="ours in bfloat16, too")
     parser.add_argument("--int8", action="store_true", help="ours with int8 weights and the rest in bfloat16, too")
     parser.add_argument("--compiled", action="store_true", help="ours with compiled steps, too")
@@ -70,6 +73,12 @@ def main() -> None:
         torch.manual_seed(0)
         theirs, ours = Theirs(**settings).to(device).eval(), Ours(**settings).to(device).eval()
         ours.load_state_dict(theirs.state_dict())
+        networks = {"ours": ours.model}
+        if args.own:
+            sizes = {"dim": args.dim, "num_layers": args.depth, "num_heads": args.dim // 64}
+            sizes |= {"context_length": prefix + args.latents, "num_latents": args.latents}
+            config = PerceiverARConfig(vocab_size=256, init="torch", **sizes)  # logits that are not all alike
+            networks["our own network"] = PerceiverAR(config).to(device).eval()
         for batch in map(int, args.batches.split(",")):
             tokens = torch.randint(256, (batch, prompt), device=device)
 
@@ -98,20 +107,21 @@ def main() -> None:
                     seconds.append(now(device) - start)
                 row("perceiver-ar-pytorch", theirs, [0.0, *accumulate(seconds)])
             kinds = {"float32": True, "bfloat16": args.bf16, "int8": args.int8}
-            for kind in [kind for kind, wanted in kinds.items() if wanted]:
-                model = deepcopy(ours.model).to(torch.float32 if kind == "float32" else torch.bfloat16)
-                if kind == "int8":
-                    int8_weights(model)
-                ways: list[tuple[str, bool | Literal["max-autotune"], bool]] = [
-                    ("", False, True),
-                    (", compiled", True, args.compiled),
-                    (", max-autotune", "max-autotune", args.max_autotune),
-                ]
-                for how, compile, wanted in ways:
-                    if wanted:
-                        timed(model, tokens, args.tokens if compile else 2, device, compile)
-                        clock = timed(model, tokens, args.tokens, device, compile)
-                        row(f"ours, {kind}{how}", model, clock)
+            for name, network in networks.items():
+                for kind in [kind for kind, wanted in kinds.items() if wanted]:
+                    model = deepcopy(network).to(torch.float32 if kind == "float32" else torch.bfloat16)
+                    if kind == "int8":
+                        int8_weights(model)
+                    ways: list[tuple[str, bool | Literal["max-autotune"], bool]] = [
+                        ("", False, True),
+                        (", compiled", True, args.compiled),
+                        (", max-autotune", "max-autotune", args.max_autotune),
+                    ]
+                    for how, compile, wanted in ways:
+                        if wanted:
+                            timed(model, tokens, args.tokens if compile else 2, device, compile)
+                            clock = timed(model, tokens, args.tokens, device, compile)
+                            row(f"{name}, {kind}{how}", model, clock)
             if 0 < prompt <= args.llama_up_to:
                 row("Llama, float32", theirs, llama(args, tokens, device))
 
@@ -143,13 +153,17 @@ def memory_speed(device: str) -> float:
 
 
 def cached_bytes(model: PerceiverAR, prompt: int) -> int:
-    """Of the keys and values that the middle step of a growing window attends to in each row."""
-    config = model.config
-    context = (
-        min(prompt, config.context_length) * len(config.cross_layers) * config.heads_cross * config.width_head_cross
-    )
-    latents = 3 * config.num_latents // 4 * config.num_layers * config.num_heads * config.width_head
-    return 2 * (context + latents) * model.embed.weight.element_size()
+    """What the middle step of a growing window reads of each row's cache."""
+    config, size = model.config, model.embed.weight.element_size()
+    latents, context = 3 * config.num_latents // 4, min(prompt, config.context_length)
+    held = 0
+    if Runs.pay(config, context):
+        turned = 2 * int(config.rotary_fraction * config.width_head_cross / 2) + 2
+        held = 4 * turned * (context + config.vocab_size * RUN)
+        context = latents
+    numbers = context * len(config.cross_layers) * config.heads_cross * config.width_head_cross
+    numbers += latents * config.num_layers * config.num_heads * config.width_head
+    return held + 2 * numbers * size
 
 
 def llama(args: argparse.Namespace, tokens: torch.Tensor, device: str) -> list[float]:

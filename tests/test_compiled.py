@@ -2,6 +2,7 @@
 
 from functools import partial
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from hypothesis import strategies as st
 from reference import assert_close, randomize
 from torch import Tensor
 
-from perceiver_ar import compiled
+from perceiver_ar import compiled, runs
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.generation import generate, stream
+from perceiver_ar.generation import Decoder, Row, generate, stream
 from perceiver_ar.model import PerceiverAR
 
 
@@ -33,6 +34,20 @@ def test_compiled_steps_have_the_same_logits(compile: bool | Literal["max-autotu
     for step, expected in zip(fast, plain, strict=True):
         assert torch.equal(step.tokens, expected.tokens)
         assert torch.equal(step.num_latents, expected.num_latents)
+        assert_close(step.logits, expected.logits, 1e-9)
+
+
+def test_compiled_steps_over_ids_have_the_same_logits() -> None:
+    model, generator = tiny(vocab_size=3), torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, (length,), generator=generator) for length in (15, 3, 6)]
+    with patch.object(runs, "RUN", 2):
+        decoder = Decoder(model, [Row(0, rows[0], model.config)], 1, 4)
+        assert decoder.cache.prefix is not None
+        plain, fast = (
+            list(stream(model, rows, max_new_tokens=30, temperature=0.0, compile=compile)) for compile in (False, True)
+        )
+    for step, expected in zip(fast, plain, strict=True):
+        assert torch.equal(step.tokens, expected.tokens)
         assert_close(step.logits, expected.logits, 1e-9)
 
 

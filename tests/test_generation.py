@@ -6,6 +6,7 @@ import statistics
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from reference import assert_close, configs, randomize
 from torch import Tensor
 
+from perceiver_ar import runs
 from perceiver_ar.config import PRESETS, PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation import generate, stream
@@ -78,8 +80,10 @@ def check_every_step(data: st.DataObject, seed: int) -> None:
     prompt = random_rows(lengths, config.vocab_size, seed)
     rows = [row.tolist() for row in prompt]
     starts, refills, latents = [0] * len(rows), [0] * len(rows), [0] * len(rows)
-    steps = 0
-    for step in stream(model, prompt, max_new_tokens=count, seed=seed, **options):
+    # With short runs the prefix is held as ids in contexts as short as these, where the network allows it.
+    with patch.object(runs, "RUN", data.draw(st.sampled_from([runs.RUN, 1, 2]))):
+        steps = list(stream(model, prompt, max_new_tokens=count, seed=seed, **options))
+    for step in steps:
         for r, row in enumerate(rows):
             start, num_latents = int(step.window_start[r]), int(step.num_latents[r])
             context = torch.tensor([row[start:]])
@@ -91,8 +95,7 @@ def check_every_step(data: st.DataObject, seed: int) -> None:
             starts[r], latents[r] = start, num_latents
             row.append(int(step.tokens[r]))
             assert_close(step.logprobs[r], step.logits[r].double().log_softmax(-1)[row[-1]], 1e-12)
-        steps += 1
-    assert steps == count
+    assert len(steps) == count
     assert min(refills) >= 3
     assert min(starts) > 0
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from perceiver_ar.attention import Piece
 from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.runs import Runs
 
 
 class _Plan(NamedTuple):
@@ -159,18 +160,30 @@ class KeysValues:
 class Cache:
     """Of each row: its context in every cross-attention layer, its latents in every self-attention layer."""
 
-    def __init__(self, cross: KeysValues, own: KeysValues) -> None:
-        self.cross, self.own = cross, own
+    def __init__(self, cross: KeysValues, own: KeysValues, prefix: Runs | None = None) -> None:
+        """prefix: with one, `cross` has room for latents only."""
+        self.cross, self.own, self.prefix = cross, own, prefix
 
     @classmethod
     def empty(
-        cls, config: PerceiverARConfig, rows: int, context: int, dtype: torch.dtype, device: torch.device
+        cls,
+        config: PerceiverARConfig,
+        rows: int,
+        context: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        vocabulary: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> "Cache":
-        """For contexts of at most `context` tokens and at most num_latents latents."""
+        """For contexts of at most `context` tokens and at most num_latents latents.
+
+        vocabulary: see `Runs.empty`; with it, the prefix is held as ids.
+        """
+        prefix = None if vocabulary is None else Runs.empty(config, rows, context, vocabulary)
+        room = context if prefix is None else min(context, config.num_latents)
         layers, heads, channels = len(config.cross_layers), config.heads_cross, config.width_head_cross
-        cross = KeysValues.empty(layers, rows, heads, context, channels, dtype, device)
+        cross = KeysValues.empty(layers, rows, heads, room, channels, dtype, device)
         layers, heads, channels = config.num_layers, config.num_heads, config.width_head
-        return cls(cross, KeysValues.empty(layers, rows, heads, config.num_latents, channels, dtype, device))
+        return cls(cross, KeysValues.empty(layers, rows, heads, config.num_latents, channels, dtype, device), prefix)
 
     def advance(self, n: int) -> None:
         """The last n latents that were computed are there to stay, as context and as latents."""
@@ -178,19 +191,24 @@ class Cache:
         self.own.advance(n)
 
     def rows(self, first: int, last: int) -> "Cache":
-        return Cache(self.cross.rows(first, last), self.own.rows(first, last))
+        prefix = None if self.prefix is None else self.prefix.rows(first, last)
+        return Cache(self.cross.rows(first, last), self.own.rows(first, last), prefix)
 
     def copy_row(self, source: int, target: int) -> None:
-        self.cross.copy_row(source, target)
-        self.own.copy_row(source, target)
+        for part in self._parts():
+            part.copy_row(source, target)
 
     def select(self, rows: Sequence[int]) -> "Cache":
-        return Cache(self.cross.select(rows), self.own.select(rows))
+        prefix = None if self.prefix is None else self.prefix.select(rows)
+        return Cache(self.cross.select(rows), self.own.select(rows), prefix)
 
     def fix(self) -> None:
-        self.cross.fix()
-        self.own.fix()
+        for part in self._parts():
+            part.fix()
 
     def aim(self) -> None:
         self.cross.aim()
         self.own.aim()
+
+    def _parts(self) -> "list[KeysValues | Runs]":
+        return [self.cross, self.own] if self.prefix is None else [self.cross, self.own, self.prefix]

@@ -26,6 +26,7 @@ from perceiver_ar.compiled import NextLogits, compile_and_run, compiled_step, ne
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.model import PerceiverAR
+from perceiver_ar.runs import Runs
 from perceiver_ar.sampling import LogitsProcessor, Sampling, is_whole, penalise_repetition
 from perceiver_ar.windows import Schedule, longest_context, next_window
 
@@ -328,7 +329,9 @@ class Decoder:
         device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(device.type)
-        self.cache = Cache.empty(model.config, len(self.rows), context, dtype, device)
+        by_id = Runs.pay(model.config, context) and not rows[0].schedule.slide and model.prefix_group is None
+        vocabulary = model.vocabulary() if by_id else None
+        self.cache = Cache.empty(model.config, len(self.rows), context, dtype, device, vocabulary)
         self._refill()
         if num_samples > 1:
             self.cache = self.cache.select([r // num_samples for r in range(len(rows))])
@@ -394,20 +397,28 @@ class Decoder:
                 continue
             slots = list(group)
             rows, cache = self.rows[slots[0] : slots[-1] + 1], self.cache.rows(slots[0], slots[-1] + 1)
+            if cache.prefix is not None:  # then keys and values are those of latents
+                kept, dropped = 0, 0
             cache.cross.keep(kept, dropped)
             cache.own.keep(0)
             tokens = self._tensor(
                 [list(islice(row.ids, len(row.ids) - N - P + kept, len(row.ids) - 1)) for row in rows]
             )
             at = [row.window.start + kept - row.origin for row in rows]
-            prefix, chunk = P - kept, max(1, READ // len(rows))
-            for start in range(0, prefix, chunk):
-                part = tokens[:, start : min(start + chunk, prefix)]
-                self.model.read(part, self._positions([first + start for first in at], part.shape[1]), cache)
-                cache.cross.advance(part.shape[1])
+            prefix, read = P - kept, 0
+            if cache.prefix is not None:
+                cache.prefix.write(tokens[:, :prefix], self._positions(at, prefix))
+            else:
+                chunk = max(1, READ // len(rows))
+                for read in range(0, prefix, chunk):
+                    part = tokens[:, read : min(read + chunk, prefix)]
+                    self.model.read(part, self._positions([first + read for first in at], part.shape[1]), cache)
+                    cache.cross.advance(part.shape[1])
+                read = prefix
             if N > 1:
-                positions = self._positions([first + prefix for first in at], N - 1)
-                self.model.latents(tokens[:, prefix:], positions=positions, cache=cache)
+                rest = tokens[:, read:]
+                positions = self._positions([first + read for first in at], rest.shape[1])
+                self.model.latents(rest, prefix - read, positions=positions, cache=cache)
                 cache.advance(N - 1)
 
     def _positions(self, first: Sequence[int], n: int) -> Tensor:

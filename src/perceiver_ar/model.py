@@ -47,6 +47,8 @@ from perceiver_ar.streaming import Prefix, automatic_chunk, coordinates, embed, 
 
 Past = Callable[[Tensor, Tensor], list[Piece]]
 """Takes the new positions' keys and values and gives the pieces to attend to: a layer of a cache."""
+Held = Callable[[Tensor, list[Piece]], Tensor]
+"""Attention of queries to a prefix that a cache holds as ids, and to pieces."""
 
 
 class Span(NamedTuple):
@@ -137,11 +139,12 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
     ) -> Tensor:
         """The final latents (B, N, D) that `forward` turns into logits; same arguments.
 
-        With a cache, all tokens are latents, at these positions, behind what the cache holds of their context. Their
-        keys and values are written to the cache; `cache.advance(N)` keeps them.
+        With a cache, tokens stand at these positions, behind what the cache holds of their context, and by default all
+        are latents. Keys and values of latents are written to the cache; `cache.advance(N)` keeps them. A prefix that
+        the cache holds as ids is read by one latent at a time; several are given it as tokens again.
         """
         if cache is not None:
-            prefix_len = 0
+            prefix_len = prefix_len or 0
         config, P = self.config, self.check(tokens, prefix_len, mask, prefix_keep)
         positions = self.positions(tokens, mask, positions)
         if config.latents_per_position > 1:  # several latents of a position are rows of the batch, side by side
@@ -158,16 +161,18 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         self_rotary = query_rotary if same else self.rotary(at, cross=False)
         self_mask = latent.mask if config.mask_self_attention else None
 
-        prefix: Span | Prefix | Past | None = None
+        prefix: Span | Prefix | Held | None = None
         keeps = self.prefix_keeps(tokens, P, prefix_keep)
         for i in range(config.num_layers + 1):
             for c, (before, layer) in enumerate(zip(config.cross_layers, self.cross_attention, strict=True)):
                 if before == i:
-                    if cache is not None:
-                        prefix = partial(cache.cross.update, layer_idx=c)
+                    past = None if cache is None else partial(cache.cross.update, layer_idx=c)
+                    if cache is not None and P == 0:
+                        held = cache.prefix if tokens.shape[1] == 1 else None
+                        prefix = None if held is None else partial(held.attend, layer_idx=c)
                     elif prefix is None or keeps[c] is not None:
                         prefix = self.prefix(context, P, keeps[c])
-                    u = self.apply_layer(layer, u, query_rotary, prefix, latent)
+                    u = self.apply_layer(layer, u, query_rotary, prefix, latent, past)
             if i < config.num_layers:
                 rotary = self_rotary if config.rotary_layers is None or i < config.rotary_layers else None
                 past = None if cache is None else partial(cache.own.update, layer_idx=i)
@@ -181,6 +186,13 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         span = self.prefix_span(prefix)
         for c, layer in enumerate(cast("list[CrossLayer]", self.cross_attention)):
             cache.cross.update(*layer.read(span), c)
+
+    def vocabulary(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each cross-attention layer the keys, not turned yet, and values of every id, each (V, H * C).
+
+        For a network without position tables.
+        """
+        return [layer.vocabulary(self.embed.weight) for layer in cast("list[CrossLayer]", self.cross_attention)]
 
     # The context: which tokens, where they stand, how they are embedded.
 
@@ -428,26 +440,35 @@ class CrossLayer(nn.Module):
         self.out_proj = nn.Linear(width, config.dim, bias=config.out_bias != "none")
         self.mlp = MLP(config, config.cross_mlp_ratio or config.mlp_ratio)
 
-    def forward(self, u: Tensor, rotary: Rotary | None, prefix: Span | Prefix | Past, latent: Span) -> Tensor:
+    def forward(
+        self,
+        u: Tensor,
+        rotary: Rotary | None,
+        prefix: Span | Prefix | Held | None,
+        latent: Span,
+        past: Past | None = None,
+    ) -> Tensor:
         """u (B, N, D) -> (B, N, D). `rotary` turns the queries; the spans bring the rotation of their keys.
 
-        A prefix that comes as ids is streamed; `Past` takes the place of one that was read before.
+        A prefix that comes as a `Prefix` is streamed; `past`: what was read before these latents.
         """
         x = self.query_norm(u)
         q = place(split_heads(self.q_proj(x), self.config.heads_cross), rotary, self.config)
         # lucidrains and krasserm take the keys at latent positions from the normalised query stream instead.
         own = x if self.config.latent_keys == "query" else self.context_norm(latent.h)
         k, v = split_keys_values(self.kv_proj(own), latent.rotary, self.config)
-        piece = Piece(k, v, causal=True, mask=latent.mask)
-        if isinstance(prefix, Prefix):
+        pieces = [Piece(k, v, causal=True, mask=latent.mask)] if past is None else past(k, v)
+        if prefix is None:
+            out = attend(q, pieces)
+        elif isinstance(prefix, Prefix):
             norm, projection = self.context_norm.parameters(), self.kv_proj.parameters()
-            out = stream_attention(self.settings, q, piece, prefix, list(norm), list(projection))
+            out = stream_attention(self.settings, q, pieces[-1], prefix, list(norm), list(projection))
         elif isinstance(prefix, Span):
             k, v = self.read(prefix)
             dropout = self.config.attention_dropout if self.training else 0.0
-            out = attend(q, [Piece(k, v, mask=prefix.mask), piece], dropout=dropout)
+            out = attend(q, [Piece(k, v, mask=prefix.mask), *pieces], dropout=dropout)
         else:
-            out = attend(q, prefix(piece.k, piece.v))
+            out = prefix(q, pieces)
         out = self.out_proj(merge_heads(out))
         u = u + out if self.config.query_residual else out.to(u.dtype)
         return u + self.mlp(u)
@@ -459,6 +480,10 @@ class CrossLayer(nn.Module):
             return split_keys_values(kv, prefix.rotary, self.config)
         k, v = (F.embedding(prefix.ids, table) for table in vocabulary_keys_values(kv, self.config))
         return place_rows(k, v, prefix.rotary, self.config, kv.dtype)
+
+    def vocabulary(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, not turned yet, and values (V, H * C) of the vocabulary's embeddings (V, E)."""
+        return vocabulary_keys_values(self.kv_proj(self.context_norm(h)), self.config)
 
 
 class SelfLayer(nn.Module):
