@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference import assert_close, randomize
 from torch import Tensor
 
-from perceiver_ar import compiled, runs
+from perceiver_ar import compiled, held
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.generation import Decoder, Row, generate, stream
 from perceiver_ar.model import PerceiverAR
@@ -40,7 +40,7 @@ def test_compiled_steps_have_the_same_logits(compile: bool | Literal["max-autotu
 def test_compiled_steps_over_ids_have_the_same_logits() -> None:
     model, generator = tiny(vocab_size=3), torch.Generator().manual_seed(0)
     rows = [torch.randint(3, (length,), generator=generator) for length in (15, 3, 6)]
-    with patch.object(runs, "RUN", 2):
+    with patch.object(held, "TILE", 2):
         decoder = Decoder(model, [Row(0, rows[0], model.config)], 1, 4)
         assert decoder.cache.prefix is not None
         plain, fast = (

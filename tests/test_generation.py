@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from reference import assert_close, configs, randomize
 from torch import Tensor
 
-from perceiver_ar import runs
+from perceiver_ar import held
 from perceiver_ar.config import PRESETS, PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation import generate, stream
@@ -81,7 +81,7 @@ def check_every_step(data: st.DataObject, seed: int) -> None:
     rows = [row.tolist() for row in prompt]
     starts, refills, latents = [0] * len(rows), [0] * len(rows), [0] * len(rows)
     # With short runs the prefix is held as ids in contexts as short as these, where the network allows it.
-    with patch.object(runs, "RUN", data.draw(st.sampled_from([runs.RUN, 1, 2]))):
+    with patch.object(held, "TILE", data.draw(st.sampled_from([held.TILE, 1, 2]))):
         steps = list(stream(model, prompt, max_new_tokens=count, seed=seed, **options))
     for step in steps:
         for r, row in enumerate(rows):

@@ -14,7 +14,7 @@ PACKAGE = "perceiver_ar"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 BOTTOM = {"errors", "files"}
-NETWORK = BOTTOM | {"config", "attention", "heads", "streaming", "runs", "cache", "model"}
+NETWORK = BOTTOM | {"config", "attention", "heads", "streaming", "held", "cache", "model"}
 BELOW_THE_TASKS = NETWORK | {
     "objective",
     "windows",
@@ -36,8 +36,8 @@ MAY_IMPORT = {
     "attention": BOTTOM | {"config"},
     "heads": BOTTOM | {"config"},
     "streaming": BOTTOM | {"config", "attention", "heads"},
-    "runs": BOTTOM | {"config", "attention", "heads"},
-    "cache": BOTTOM | {"config", "attention", "runs"},
+    "held": BOTTOM | {"config", "attention", "heads"},
+    "cache": BOTTOM | {"config", "attention", "held"},
     "model": NETWORK - {"model"},
     "objective": NETWORK,
     "windows": BOTTOM | {"config"},

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perceiver_ar.attention import Piece
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.runs import Runs
+from perceiver_ar.held import HeldPrefix
 
 
 class _Plan(NamedTuple):
@@ -160,7 +160,7 @@ class KeysValues:
 class Cache:
     """Of each row: its context in every cross-attention layer, its latents in every self-attention layer."""
 
-    def __init__(self, cross: KeysValues, own: KeysValues, prefix: Runs | None = None) -> None:
+    def __init__(self, cross: KeysValues, own: KeysValues, prefix: HeldPrefix | None = None) -> None:
         """prefix: with one, `cross` has room for latents only."""
         self.cross, self.own, self.prefix = cross, own, prefix
 
@@ -176,9 +176,9 @@ class Cache:
     ) -> "Cache":
         """For contexts of at most `context` tokens and at most num_latents latents.
 
-        vocabulary: see `Runs.empty`; with it, the prefix is held as ids.
+        vocabulary: see `HeldPrefix.empty`; with it, the prefix is held as ids.
         """
-        prefix = None if vocabulary is None else Runs.empty(config, rows, context, vocabulary)
+        prefix = None if vocabulary is None else HeldPrefix.empty(config, rows, context, vocabulary)
         room = context if prefix is None else min(context, config.num_latents)
         layers, heads, channels = len(config.cross_layers), config.heads_cross, config.width_head_cross
         cross = KeysValues.empty(layers, rows, heads, room, channels, dtype, device)
@@ -210,5 +210,5 @@ class Cache:
         self.cross.aim()
         self.own.aim()
 
-    def _parts(self) -> "list[KeysValues | Runs]":
+    def _parts(self) -> "list[KeysValues | HeldPrefix]":
         return [self.cross, self.own] if self.prefix is None else [self.cross, self.own, self.prefix]

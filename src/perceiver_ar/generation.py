@@ -1,9 +1,9 @@
 """Generation: every token is drawn from the logits of a forward over a stated window of its row (windows.py).
 
-Each step computes one latent per row, over cached keys and values (cache.py); where a row's window refills, its other
-latents are computed anew before, over the cached prefix. (Networks whose latents change when tokens follow are computed
-anew for every token: `config.cacheable`.) Rows know nothing of each other, so a row gives the same
-tokens alone and in any batch.
+Each step computes one latent per row, over cached keys and values (cache.py) and a prefix that may be held as ids
+(held.py); where a row's window refills, its other latents are computed anew before, over the same prefix. (Networks
+whose latents change when tokens follow are computed anew for every token: `config.cacheable`.) Rows know nothing of
+each other, so a row gives the same tokens alone and in any batch.
 
 Shapes: B batch, T tokens of a row so far, V vocabulary.
 """
@@ -25,8 +25,8 @@ from perceiver_ar.cache import Cache
 from perceiver_ar.compiled import NextLogits, compile_and_run, compiled_step, next_logits
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError, require
+from perceiver_ar.held import HeldPrefix
 from perceiver_ar.model import PerceiverAR
-from perceiver_ar.runs import Runs
 from perceiver_ar.sampling import LogitsProcessor, Sampling, is_whole, penalise_repetition
 from perceiver_ar.windows import Schedule, longest_context, next_window
 
@@ -329,7 +329,7 @@ class Decoder:
         device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(device.type)
-        by_id = Runs.pay(model.config, context) and not rows[0].schedule.slide and model.prefix_group is None
+        by_id = HeldPrefix.pay(model.config, context) and not rows[0].schedule.slide and model.prefix_group is None
         vocabulary = model.vocabulary() if by_id else None
         self.cache = Cache.empty(model.config, len(self.rows), context, dtype, device, vocabulary)
         self._refill()

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from reference import assert_close, naive_attention, randomize
 from torch import Tensor
 
-from perceiver_ar import runs
+from perceiver_ar import held
 from perceiver_ar.attention import Piece
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.generation import Decoder, Row, evaluation_mode, stream
 from perceiver_ar.heads import merge_heads, rotary_tables, rotate
+from perceiver_ar.held import TILE, HeldPrefix
 from perceiver_ar.model import PerceiverAR
-from perceiver_ar.runs import RUN, Runs
 from perceiver_ar.windows import Schedule
 
 H, C, V = 2, 6, 5
@@ -33,27 +33,27 @@ def test_attention_is_that_to_the_keys_and_values_of_the_tokens(
     config = PerceiverARConfig(num_latents=1, rotary=rotary, rotary_fraction=fraction, **settings)
     vocabulary = [(random(1, H, V, C, seed=2 * i), random(1, H, V, C, seed=2 * i + 1)) for i in range(2)]
     B = data.draw(st.integers(1, 3))
-    with patch.object(runs, "RUN", size), patch.object(runs, "WRITE", 7):
-        held = Runs.empty(config, B, 20, [(merge_heads(k)[0], merge_heads(v)[0]) for k, v in vocabulary])
-        prefixes: list[tuple[Tensor, Tensor]] = []
+    with patch.object(held, "TILE", size), patch.object(held, "WRITE", 7):
+        prefix = HeldPrefix.empty(config, B, 20, [(merge_heads(k)[0], merge_heads(v)[0]) for k, v in vocabulary])
+        contents: list[tuple[Tensor, Tensor]] = []
         for row in range(B):
             for _ in range(data.draw(st.integers(1, 2))):  # what was there before is gone
                 ids = data.draw(st.lists(st.integers(0, V - 1), min_size=0, max_size=20))
                 tokens, first = torch.tensor([ids], dtype=torch.int64), data.draw(st.integers(0, 10**7))
                 positions = torch.arange(first, first + len(ids))[None]
-                held.rows(row, row + 1).write(tokens, positions)
-            prefixes.append((tokens, positions))
+                prefix.rows(row, row + 1).write(tokens, positions)
+            contents.append((tokens, positions))
         order = data.draw(st.lists(st.integers(0, B - 1), min_size=1, max_size=4))
-        held, prefixes = held.select(order), [prefixes[r] for r in order]
-        held.copy_row(0, len(order) - 1)
-        prefixes[-1] = prefixes[0]
+        prefix, contents = prefix.select(order), [contents[r] for r in order]
+        prefix.copy_row(0, len(order) - 1)
+        contents[-1] = contents[0]
         if data.draw(st.booleans()):
-            held.fix()
+            prefix.fix()
         q, own_k, own_v = (random(len(order), H, n, C, seed=10 + n) for n in (1, 3, 4))
         own = Piece(own_k, own_v[:, :, :3], mask=torch.tensor([True, False, True]).expand(len(order), -1))
-        outs = [held.attend(q, [own], layer) for layer in range(2)]
+        outs = [prefix.attend(q, [own], layer) for layer in range(2)]
     for layer, out in enumerate(outs):
-        for r, (tokens, positions) in enumerate(prefixes):
+        for r, (tokens, positions) in enumerate(contents):
             k, v = (x[:, :, tokens[0]] for x in vocabulary[layer])
             table = rotary_tables(config, positions, cross=True, dtype=torch.float64)
             k = k if table is None else rotate(k, table)
@@ -64,22 +64,22 @@ def test_attention_is_that_to_the_keys_and_values_of_the_tokens(
 
 def network(**fields: Any) -> PerceiverAR:
     base: dict[str, Any] = {"vocab_size": 5, "num_latents": 8, "dim": 16, "num_layers": 1, "num_heads": 2}
-    return randomize(PerceiverAR(PerceiverARConfig(**{**base, "context_length": 5 * RUN, **fields})).eval(), seed=0)
+    return randomize(PerceiverAR(PerceiverARConfig(**{**base, "context_length": 5 * TILE, **fields})).eval(), seed=0)
 
 
 def test_long_contexts_of_few_ids_are_held_as_ids() -> None:
-    def held(model: PerceiverAR, prompt: int, **schedule: Any) -> bool:
+    def as_ids(model: PerceiverAR, prompt: int, **schedule: Any) -> bool:
         rows = [Row(0, torch.zeros(prompt, dtype=torch.int64), model.config, schedule=Schedule(**schedule))]
         with evaluation_mode(model), torch.inference_mode():
             cache = Decoder(model, rows, 1, 10).cache
-        assert cache.cross.room == (8 if cache.prefix else min(prompt + 10, 5 * RUN))
+        assert cache.cross.room == (8 if cache.prefix else min(prompt + 10, 5 * TILE))
         return cache.prefix is not None
 
-    assert held(network(), 1000)
-    assert not held(network(), 5 * RUN - 11)
-    assert not held(network(), 1000, slide=True)
-    assert not held(network(position_table="learned"), 1000)
-    assert not held(network(vocab_size=6), 1000)
+    assert as_ids(network(), 1000)
+    assert not as_ids(network(), 5 * TILE - 11)
+    assert not as_ids(network(), 1000, slide=True)
+    assert not as_ids(network(position_table="learned"), 1000)
+    assert not as_ids(network(vocab_size=6), 1000)
 
 
 def test_steps_over_ids_are_exact_in_low_precision_too() -> None:

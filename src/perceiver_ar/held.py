@@ -7,10 +7,10 @@ pairs (k1, k2) that turn by an angle a, and a query (q1, q2) that stands in its 
 
 and all but the angles depends on the id alone: a step computes it once for each id. What is held of a token is its
 cosines and sines, the same for all heads and layers, in place of 2 H C numbers in every layer. Tokens are sorted by id
-into runs, so that scores are products of small matrices; and the values of ids are weighed, not those of tokens, after
-the probabilities of an id's tokens have been added up.
+into tiles of one id, so that scores are products of small matrices; and the values of ids are weighed, not those of
+tokens, after the probabilities of an id's tokens have been added up.
 
-Shapes: B rows, P prefix, K latents, H heads, C channels per head, R turned channels, V vocabulary, G runs, S = RUN.
+Shapes: B rows, P prefix, K latents, H heads, C channels per head, R turned channels, V vocabulary, G tiles, S = TILE.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ from perceiver_ar.attention import Piece
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.heads import rotary_speeds, rotary_tables, split_heads
 
-RUN = 32
-"""Slots of a run. Of each id at most one run is not full."""
+TILE = 32
+"""Slots of a tile. Of each id at most one tile is not full."""
 EMPTY = -1e30
 """The score of an empty slot: finite, as infinity may meet a zero in a product of matrices."""
 SMALL = -80.0
@@ -35,7 +35,7 @@ WRITE = 1 << 16
 """Tokens of a row whose angles are computed at once."""
 
 
-class Runs:
+class HeldPrefix:
     """Of each row, the prefix."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Runs:
         """vocabulary: of each layer keys, not turned, and values, each (H, V, C).
 
         turns: (B, G, R + 2, S), in every slot cosines, sines, 1, and 0 or, if there is no token, EMPTY; ids: (B, G) of
-        the runs; counts: (B,) int64, the runs that have tokens. All are shared with the views that `rows` gives.
+        the tiles; counts: (B,) int64, the tiles that have tokens. All are shared with the views that `rows` gives.
         """
         self.config, self.vocabulary, self.turns, self.ids, self.counts = config, vocabulary, turns, ids, counts
         self._fixed = False
@@ -57,7 +57,7 @@ class Runs:
     @staticmethod
     def pay(config: PerceiverARConfig, context: int) -> bool:
         """Whether contexts of so many tokens are read faster as ids, by a network where that is possible."""
-        return not config.table_sizes and config.rotary_heads_fraction == 1 and RUN * config.vocab_size <= context
+        return not config.table_sizes and config.rotary_heads_fraction == 1 and TILE * config.vocab_size <= context
 
     @classmethod
     def empty(
@@ -71,8 +71,8 @@ class Runs:
         heads = [(by_heads(k), by_heads(v)) for k, v in vocabulary]
         first = vocabulary[0][0]
         turned = 2 * rotary_speeds(config, True, first.device).shape[-1] if config.rotary else 0
-        most = context // RUN + min(config.vocab_size, context)
-        turns = first.new_zeros(rows, most, turned + 2, RUN)
+        most = context // TILE + min(config.vocab_size, context)
+        turns = first.new_zeros(rows, most, turned + 2, TILE)
         turns[:, :, -1] = EMPTY
         ids = torch.zeros(rows, most, dtype=torch.int64, device=first.device)
         return cls(config, heads, turns, ids, np.zeros(rows, dtype=np.int64))
@@ -83,16 +83,16 @@ class Runs:
         for row, ids in enumerate(tokens):
             order = ids.argsort()
             times = ids.bincount(minlength=self.config.vocab_size)
-            runs = (times + RUN - 1) // RUN
-            # A token's slot: its place among those of its id, from the first slot of the id's first run.
-            starts = RUN * (runs.cumsum(0) - runs) - (times.cumsum(0) - times)
+            tiles = (times + TILE - 1) // TILE
+            # A token's slot: its place among those of its id, from the first slot of the id's first tile.
+            starts = TILE * (tiles.cumsum(0) - tiles) - (times.cumsum(0) - times)
             slots = torch.empty_like(order)
             slots[order] = torch.arange(len(ids), device=ids.device) + starts[ids[order]]
             self.turns[row, :, -1] = EMPTY
             for at, slot in zip(positions[row].split(WRITE), slots.split(WRITE), strict=True):
-                self.turns[row, slot // RUN, :, slot % RUN] = self._turns(at)
-            self.counts[row] = G = int(runs.sum())
-            self.ids[row, :G] = torch.repeat_interleave(runs)
+                self.turns[row, slot // TILE, :, slot % TILE] = self._turns(at)
+            self.counts[row] = G = int(tiles.sum())
+            self.ids[row, :G] = torch.repeat_interleave(tiles)
 
     def _turns(self, positions: Tensor) -> Tensor:
         """What is held of tokens at these positions (P,): (P, R + 2)."""
@@ -112,8 +112,8 @@ class Runs:
         with torch.autocast(q.device.type, enabled=False):
             x = q.to(keys.dtype) * q.shape[-1] ** -0.5
             of_ids = _coefficients(x, keys, turns.shape[2] - 2).transpose(1, 2)  # (B, V, H, R + 2)
-            of_runs = of_ids.gather(1, ids[:, :, None, None].expand(-1, -1, *of_ids.shape[2:]))
-            scores = of_runs @ turns  # (B, G, H, S)
+            of_tiles = of_ids.gather(1, ids[:, :, None, None].expand(-1, -1, *of_ids.shape[2:]))
+            scores = of_tiles @ turns  # (B, G, H, S)
             own_scores = x @ own.k.to(x.dtype).mT  # (B, H, 1, K)
             if own.mask is not None:
                 own_scores = own_scores.masked_fill(~own.mask[:, None, None], float("-inf"))
@@ -126,22 +126,24 @@ class Runs:
             out = out / (weights.sum(1)[..., None] + own_weights.sum(-1))[..., None]
         return out.to(q.dtype)
 
-    def rows(self, first: int, last: int) -> "Runs":
+    def rows(self, first: int, last: int) -> "HeldPrefix":
         """Rows first ... last - 1, in the same memory."""
-        return Runs(self.config, self.vocabulary, self.turns[first:last], self.ids[first:last], self.counts[first:last])
+        return HeldPrefix(
+            self.config, self.vocabulary, self.turns[first:last], self.ids[first:last], self.counts[first:last]
+        )
 
     def copy_row(self, source: int, target: int) -> None:
         for x in (self.turns, self.ids):
             x[target] = x[source]
         self.counts[target] = self.counts[source]
 
-    def select(self, rows: Sequence[int]) -> "Runs":
+    def select(self, rows: Sequence[int]) -> "HeldPrefix":
         """Copies of rows, in this order; a row may come several times, or not at all."""
         index = torch.tensor(rows, device=self.ids.device)
-        return Runs(self.config, self.vocabulary, self.turns[index], self.ids[index], self.counts[list(rows)])
+        return HeldPrefix(self.config, self.vocabulary, self.turns[index], self.ids[index], self.counts[list(rows)])
 
     def fix(self) -> None:
-        """From here on, steps look at all runs, used or not, so that shapes stay: for torch.compile and CUDA graphs."""
+        """From here on, steps look at all tiles, used or not: shapes stay, for torch.compile and CUDA graphs."""
         self._fixed = True
         if self.turns.device.type == "cuda":
             for x in (self.turns, self.ids, *(x for layer in self.vocabulary for x in layer)):
@@ -149,7 +151,7 @@ class Runs:
 
 
 def _coefficients(q: Tensor, keys: Tensor, R: int) -> Tensor:
-    """(B, H, V, R + 2): what `Runs.turns` are multiplied by, of scaled queries (B, H, 1, C) and keys (H, V, C)."""
+    """What `HeldPrefix.turns` are multiplied by: (B, H, V, R + 2), of scaled queries (B, H, 1, C) and keys (H, V, C)."""
     C = q.shape[-1]
     q1, q2, q_rest = q.split([R // 2, R // 2, C - R], dim=-1)
     k1, k2, k_rest = keys.split([R // 2, R // 2, C - R], dim=-1)
