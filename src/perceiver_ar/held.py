@@ -151,7 +151,7 @@ class HeldPrefix:
 
 
 def _coefficients(q: Tensor, keys: Tensor, R: int) -> Tensor:
-    """What `HeldPrefix.turns` are multiplied by: (B, H, V, R + 2), of scaled queries (B, H, 1, C) and keys (H, V, C)."""
+    """Factors (B, H, V, R + 2) of `HeldPrefix.turns`, from scaled queries (B, H, 1, C) and keys (H, V, C)."""
     C = q.shape[-1]
     q1, q2, q_rest = q.split([R // 2, R // 2, C - R], dim=-1)
     k1, k2, k_rest = keys.split([R // 2, R // 2, C - R], dim=-1)
