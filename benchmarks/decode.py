@@ -28,7 +28,7 @@ from perceiver_ar_pytorch.autoregressive_wrapper import (  # pyright: ignore[rep
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, stream
 from perceiver_ar.compat.lucidrains import PerceiverAR as Ours
-from perceiver_ar.held import TILE, HeldPrefix
+from perceiver_ar.held import HeldPrefix
 from perceiver_ar.quantization import int8_weights
 
 
@@ -158,8 +158,7 @@ def cached_bytes(model: PerceiverAR, prompt: int) -> int:
     latents, context = 3 * config.num_latents // 4, min(prompt, config.context_length)
     held = 0
     if HeldPrefix.pay(config, context):
-        turned = 2 * int(config.rotary_fraction * config.width_head_cross / 2) + 2
-        held = 4 * turned * (context + config.vocab_size * TILE)
+        held = HeldPrefix.empty(config, 1, context, model.vocabulary()).turns.nbytes
         context = latents
     numbers = context * len(config.cross_layers) * config.heads_cross * config.width_head_cross
     numbers += latents * config.num_layers * config.num_heads * config.width_head

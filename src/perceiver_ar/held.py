@@ -10,7 +10,7 @@ cosines and sines, the same for all heads and layers, in place of 2 H C numbers 
 into tiles of one id, so that scores are products of small matrices; and the values of ids are weighed, not those of
 tokens, after the probabilities of an id's tokens have been added up.
 
-Shapes: B rows, P prefix, K latents, H heads, C channels per head, R turned channels, V vocabulary, G tiles, S = TILE.
+Shapes: B rows, P prefix, K latents, H heads, C channels per head, R turned channels, V vocabulary, G tiles, S slots of a tile.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ from perceiver_ar.attention import Piece
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.heads import rotary_speeds, rotary_tables, split_heads
 
-TILE = 32
-"""Slots of a tile. Of each id at most one tile is not full."""
+TILE, LARGEST = 32, 256
+"""Slots of the smallest and of the largest tiles. Of each id at most one tile is not full."""
 EMPTY = -1e30
 """The score of an empty slot: finite, as infinity may meet a zero in a product of matrices."""
 SMALL = -80.0
@@ -70,27 +70,29 @@ class HeldPrefix:
 
         heads = [(by_heads(k), by_heads(v)) for k, v in vocabulary]
         first = vocabulary[0][0]
+        # Four tiles or more for the average id of a full context: then few slots stay empty.
+        size = min(LARGEST, max(TILE, 2 ** ((context // config.vocab_size // 4).bit_length() - 1)))
         turned = 2 * rotary_speeds(config, True, first.device).shape[-1] if config.rotary else 0
-        most = context // TILE + min(config.vocab_size, context)
-        turns = first.new_zeros(rows, most, turned + 2, TILE)
+        most = context // size + min(config.vocab_size, context)
+        turns = first.new_zeros(rows, most, turned + 2, size)
         turns[:, :, -1] = EMPTY
         ids = torch.zeros(rows, most, dtype=torch.int64, device=first.device)
         return cls(config, heads, turns, ids, np.zeros(rows, dtype=np.int64))
 
     def write(self, tokens: Tensor, positions: Tensor) -> None:
         """The prefix of every row is now these tokens (B, P), at positions (B or 1, P)."""
-        positions = positions.expand_as(tokens)
+        positions, size = positions.expand_as(tokens), self.turns.shape[-1]
         for row, ids in enumerate(tokens):
             order = ids.argsort()
             times = ids.bincount(minlength=self.config.vocab_size)
-            tiles = (times + TILE - 1) // TILE
+            tiles = (times + size - 1) // size
             # A token's slot: its place among those of its id, from the first slot of the id's first tile.
-            starts = TILE * (tiles.cumsum(0) - tiles) - (times.cumsum(0) - times)
+            starts = size * (tiles.cumsum(0) - tiles) - (times.cumsum(0) - times)
             slots = torch.empty_like(order)
             slots[order] = torch.arange(len(ids), device=ids.device) + starts[ids[order]]
             self.turns[row, :, -1] = EMPTY
             for at, slot in zip(positions[row].split(WRITE), slots.split(WRITE), strict=True):
-                self.turns[row, slot // TILE, :, slot % TILE] = self._turns(at)
+                self.turns[row, slot // size, :, slot % size] = self._turns(at)
             self.counts[row] = G = int(tiles.sum())
             self.ids[row, :G] = torch.repeat_interleave(tiles)
 
