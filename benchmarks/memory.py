@@ -6,6 +6,9 @@ Every measurement is a process of its own: batch 1, float32, forward and backwar
 on). "Above the model" is the peak less what the process held with the model, its gradients and the tokens before the
 first step. Tokens are uint8, one byte each. Ours is the lucidrains preset up to --learned_up_to (its position table
 grows with the context), and the same with rotary positions only beyond. Seconds are those of the last step.
+
+With --generate, of generation after prompts that fill the context but for 32 tokens, which are drawn: our default
+network, its prefix held as ids (held.py) and as keys and values. Neither is compiled.
 """
 
 import argparse
@@ -15,12 +18,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
+from statistics import median
 
 import torch
 from common import DEVICE, machine, make_dense, make_theirs, settings
 from torch import Tensor, nn
 
-from perceiver_ar import PerceiverAR, PerceiverARConfig, next_token_loss
+from perceiver_ar import PerceiverAR, PerceiverARConfig, held, next_token_loss, stream
 
 
 def main() -> None:
@@ -32,6 +37,8 @@ def main() -> None:
     parser.add_argument("--learned_up_to", type=int, default=131072, help="longest context with a position table")
     parser.add_argument("--theirs_up_to", type=int, default=131072)
     parser.add_argument("--dense_up_to", type=int, default=8192)
+    parser.add_argument("--generate", action="store_true", help="of generation instead of training")
+    parser.add_argument("--keys_values_up_to", type=int, default=1048576, help="with --generate")
     parser.add_argument("--prefix_chunk", type=int, help="of ours; automatic otherwise")
     parser.add_argument("--threads", type=int, help="of the CPU; torch's default otherwise")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -39,14 +46,18 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.worker:
-        print(json.dumps(measure(args.worker, int(args.contexts), args)))
+        measured = (measure_generation if args.generate else measure)(args.worker, int(args.contexts), args)
+        print(json.dumps(measured))
         return
     print(f"{machine()}\n")
-    print("| context | what | peak, GB | above the model, GB | seconds | microseconds per token of context |")
+    times = "to the first token, s | of a step, ms" if args.generate else "seconds | microseconds per token of context"
+    print(f"| context | what | peak, GB | above the model, GB | {times} |")
     print("|---|---|---|---|---|---|", flush=True)
     for context in map(int, args.contexts.split(",")):
         limits = {"perceiver-ar-pytorch": args.theirs_up_to, "dense Transformer": args.dense_up_to}
         limits["ours, learned positions"], limits["ours, rotary positions"] = args.learned_up_to, 1 << 62
+        if args.generate:
+            limits = {"held as ids": 1 << 62, "keys and values": args.keys_values_up_to}
         for what, limit in limits.items():
             if context > limit:
                 continue
@@ -57,15 +68,27 @@ def main() -> None:
                     f"| {context:,} | {what} | failed: {run.stderr.strip().splitlines()[-1][:100]} | | | |", flush=True
                 )
                 continue
-            peak, above, seconds = json.loads(run.stdout.splitlines()[-1])
-            print(
-                f"| {context:,} | {what} | {peak:.2f} | {above:.2f} | {seconds:.2f} | {1e6 * seconds / context:.1f} |",
-                flush=True,
-            )
+            peak, above, seconds, other = json.loads(run.stdout.splitlines()[-1])
+            print(f"| {context:,} | {what} | {peak:.2f} | {above:.2f} | {seconds:.2f} | {other:.1f} |", flush=True)
 
 
-def measure(what: str, context: int, args: argparse.Namespace) -> tuple[float, float, float]:
-    """Peak and what of it is above the model, in GB, and seconds of a step."""
+def measure_generation(what: str, context: int, args: argparse.Namespace) -> tuple[float, float, float, float]:
+    """Peak and what of it is above the model, in GB, seconds to the first token and milliseconds of a step."""
+    if what == "keys and values":
+        held.TILE = 1 << 62  # no context is so long
+    sizes = {"context_length": context, "num_latents": args.latents, "dim": args.dim, "num_layers": args.depth}
+    config = PerceiverARConfig(vocab_size=256, num_heads=args.dim // 64, prefix_chunk=args.prefix_chunk, **sizes)
+    model, tokens = PerceiverAR(config).to(DEVICE).eval(), torch.randint(256, (1, context - 32))
+    before, clock = peak_bytes(), [time.perf_counter()]
+    for step in stream(model, tokens, max_new_tokens=32, temperature=0.0):
+        step.tokens.tolist()
+        clock.append(time.perf_counter())
+    first, *others = (b - a for a, b in pairwise(clock))
+    return peak_bytes() / 1e9, (peak_bytes() - before) / 1e9, first, 1000 * median(others)
+
+
+def measure(what: str, context: int, args: argparse.Namespace) -> tuple[float, float, float, float]:
+    """Peak and what of it is above the model, in GB, seconds of a step and microseconds of it for each token."""
     sizes = settings(context, args.latents, args.dim, args.depth)
     tokens = torch.randint(1, 256, (1, context + 1), dtype=torch.uint8)
     N = args.latents
@@ -100,7 +123,8 @@ def measure(what: str, context: int, args: argparse.Namespace) -> tuple[float, f
         def loss() -> Tensor:
             return next_token_loss(model(tokens[:, :-1], context - N), labels)
 
-    return measure_steps(model, loss, 1 if context >= 1 << 20 else 2)
+    peak, above, seconds = measure_steps(model, loss, 1 if context >= 1 << 20 else 2)
+    return peak, above, seconds, 1e6 * seconds / context
 
 
 def measure_steps(model: nn.Module, loss: Callable[[], Tensor], steps: int) -> tuple[float, float, float]:

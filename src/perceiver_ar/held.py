@@ -10,7 +10,8 @@ cosines and sines, the same for all heads and layers, in place of 2 H C numbers 
 into tiles of one id, so that scores are products of small matrices; and the values of ids are weighed, not those of
 tokens, after the probabilities of an id's tokens have been added up.
 
-Shapes: B rows, P prefix, K latents, H heads, C channels per head, R turned channels, V vocabulary, G tiles, S slots of a tile.
+Shapes: B rows, P prefix, K latents, H heads, C channels per head, R turned channels, V vocabulary, G tiles, S slots of
+a tile.
 """
 
 from collections.abc import Sequence
