@@ -56,8 +56,8 @@ def test_attention_is_that_to_the_keys_and_values_of_the_tokens(
         for r, (tokens, positions) in enumerate(contents):
             k, v = (x[:, :, tokens[0]] for x in vocabulary[layer])
             table = rotary_tables(config, positions, cross=True, dtype=torch.float64)
-            k = k if table is None else rotate(k, table)
-            keys, values = (torch.cat([x, y[r : r + 1]], dim=2) for x, y in ((k, own.k), (v, own.v)))
+            both = (rotate(k, table), own.k), (v, own.v)
+            keys, values = (torch.cat([x, y[r : r + 1]], dim=2) for x, y in both)
             seen = torch.tensor([True] * (tokens.shape[1] + 1) + [False, True])
             assert_close(out[r : r + 1], naive_attention(q[r : r + 1], keys, values, seen), 1e-9)
 

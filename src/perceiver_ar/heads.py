@@ -45,14 +45,14 @@ def place_rows(
 ) -> tuple[Tensor, Tensor]:
     """Rows (B, K, H * C) of `vocabulary_keys_values` -> keys in their places and values, each (B, H, K, C)."""
     k, v = (split_heads(x, config.heads_cross) for x in (k, v))
-    return (k if rotary is None else rotate(k, rotary)).to(dtype), v.to(dtype)
+    return rotate(k, rotary).to(dtype), v.to(dtype)
 
 
 def place(x: Tensor, rotary: Rotary | None, config: PerceiverARConfig) -> Tensor:
     """Queries or keys (B, H, K, C), normalised per head if so set, then turned to their positions."""
     if config.qk_norm:  # autocast on CUDA gives float32
         x = (F.layer_norm if config.norm == "layernorm" else F.rms_norm)(x, x.shape[-1:]).to(x.dtype)
-    return x if rotary is None else rotate(x, rotary)
+    return rotate(x, rotary)
 
 
 def rotary_tables(config: PerceiverARConfig, positions: Tensor, *, cross: bool, dtype: torch.dtype) -> Rotary | None:
@@ -89,8 +89,10 @@ def rotary_speeds(config: PerceiverARConfig, cross: bool, device: torch.device) 
 _kept_rotary_speeds = lru_cache(rotary_speeds)
 
 
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
     """Turns the channel pairs (c, c + R/2), c < R/2, of x (B, H, K, C) by their angles; the rest passes."""
+    if rotary is None:
+        return x
     cos, sin = rotary
     R, C = cos.shape[-1], x.shape[-1]
     turned, rest = x.split([R, C - R], dim=-1)

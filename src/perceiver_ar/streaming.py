@@ -165,7 +165,7 @@ class _Reader:
         self.tables = list(weights[:num_tables])
         self.norm = list(weights[num_tables : num_tables + num_norm])
         self.projection = [weight.to(dtype) for weight in weights[num_tables + num_norm :]]
-        self.embedding, self.makers = self.tables[0], (*self.norm, *self.projection)
+        self.makers = (*self.norm, *self.projection)
         self.prefix, self.chunk = Prefix(self.tables, *prefix), chunk
         self.group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
         self.rank, self.ranks = (self.group.rank(), self.group.size()) if self.group else (0, 1)
@@ -207,7 +207,7 @@ class _Reader:
         return partial(place_rows, rotary=rotary, config=self.config, dtype=self.projection[0].dtype), rows
 
     def pieces(self) -> Iterator[Piece]:
-        vocabulary = self.vocabulary(self.embedding, *self.makers) if self.by_id else None
+        vocabulary = self.vocabulary(self.tables[0], *self.makers) if self.by_id else None
         for tokens, places, mask in self.parts():
             make, sources = self.recipe(tokens, places, vocabulary)
             yield Piece(*make(*sources), mask=mask)
@@ -291,7 +291,7 @@ def _stream_backward(
         d_q = torch.zeros_like(q, dtype=lse.dtype)  # of many pieces: half precision would lose them
         vocabulary, to_weights = None, None
         if reader.by_id:
-            vocabulary, to_weights = torch.func.vjp(reader.vocabulary, reader.embedding, *reader.makers)  # type: ignore[misc]
+            vocabulary, to_weights = torch.func.vjp(reader.vocabulary, reader.tables[0], *reader.makers)  # type: ignore[misc]
         d_vocabulary = [torch.zeros_like(table) for table in vocabulary or ()]
         for part_tokens, places, part_mask in reader.parts():
             # The gradient of any way to make keys and values: nothing of it is written down twice.
