@@ -157,8 +157,8 @@ def cached_bytes(model: PerceiverAR, prompt: int) -> int:
     config, size = model.config, model.embed.weight.element_size()
     latents, context = 3 * config.num_latents // 4, min(prompt, config.context_length)
     held = 0
-    if HeldPrefix.pay(config, context):
-        held = HeldPrefix.empty(config, 1, context, model.vocabulary()).turns.nbytes
+    if HeldPrefix.pays(config, context):
+        held = HeldPrefix.empty(config, 1, context, model.vocabulary()).held.turns.nbytes
         context = latents
     numbers = context * len(config.cross_layers) * config.heads_cross * config.width_head_cross
     numbers += latents * config.num_layers * config.num_heads * config.width_head

@@ -63,11 +63,8 @@ def small_presets(draw: st.DrawFn) -> PerceiverARConfig:
     )
 
 
-def check_every_step(data: st.DataObject, seed: int) -> None:
-    """Draws a model, a ragged prompt and settings; goes on until every row has refilled thrice and its start moved."""
-    config = data.draw(st.one_of(configs(), small_presets()))
-    if config.index_dims and data.draw(st.booleans()):
-        config = config.replace(index_dims=(2, 3))  # fewer positions than the context has tokens
+def check_every_step(data: st.DataObject, seed: int, config: PerceiverARConfig) -> None:
+    """Draws weights, a ragged prompt and options; goes on until every row has refilled thrice and its start moved."""
     dtype, tolerance = data.draw(st.sampled_from([(torch.float64, 1e-9), (torch.float32, 1e-4)]))
     model = randomize(PerceiverAR(config).to(dtype).eval(), seed)
     longest = longest_context(config)
@@ -80,9 +77,7 @@ def check_every_step(data: st.DataObject, seed: int) -> None:
     prompt = random_rows(lengths, config.vocab_size, seed)
     rows = [row.tolist() for row in prompt]
     starts, refills, latents = [0] * len(rows), [0] * len(rows), [0] * len(rows)
-    # With short runs the prefix is held as ids in contexts as short as these, where the network allows it.
-    with patch.object(held, "TILE", data.draw(st.sampled_from([held.TILE, 1, 2]))):
-        steps = list(stream(model, prompt, max_new_tokens=count, seed=seed, **options))
+    steps = list(stream(model, prompt, max_new_tokens=count, seed=seed, **options))
     for step in steps:
         for r, row in enumerate(rows):
             start, num_latents = int(step.window_start[r]), int(step.num_latents[r])
@@ -100,19 +95,48 @@ def check_every_step(data: st.DataObject, seed: int) -> None:
     assert min(starts) > 0
 
 
+@st.composite
+def every_network(draw: st.DrawFn) -> PerceiverARConfig:
+    config = draw(st.one_of(configs(), small_presets()))
+    if config.index_dims and draw(st.booleans()):
+        config = config.replace(index_dims=(2, 3))  # fewer positions than the context has tokens
+    return config
+
+
+@st.composite
+def networks_over_ids(draw: st.DrawFn) -> PerceiverARConfig:
+    """Such that a prefix is held as ids, with tiles of one slot."""
+    config = draw(configs(position_table="none"))
+    layers = config.cross_layers or (0,)
+    V = min(config.vocab_size, config.context_length)
+    return config.replace(cross_layers=layers, rotary_heads_fraction=1.0, vocab_size=V)
+
+
 @settings(max_examples=200)
-@given(st.data(), seeds)
+@given(st.data(), seeds, every_network())
 def test_every_step_has_the_logits_of_an_uncached_forward_over_the_window_it_reports(
-    data: st.DataObject, seed: int
+    data: st.DataObject, seed: int, config: PerceiverARConfig
 ) -> None:
-    check_every_step(data, seed)
+    check_every_step(data, seed, config)
+
+
+@given(st.data(), seeds, networks_over_ids())
+def test_over_ids_every_step_has_the_logits_of_an_uncached_forward_too(
+    data: st.DataObject, seed: int, config: PerceiverARConfig
+) -> None:
+    with patch.object(held, "TILE", 1):
+        assert held.HeldPrefix.pays(config, config.context_length)
+        check_every_step(data, seed, config)
 
 
 @pytest.mark.slow
 @settings(max_examples=3000)
-@given(st.data(), seeds)
-def test_thousands_of_models_give_the_logits_of_uncached_forwards(data: st.DataObject, seed: int) -> None:
-    check_every_step(data, seed)
+@given(st.data(), seeds, every_network() | networks_over_ids())
+def test_thousands_of_models_give_the_logits_of_uncached_forwards(
+    data: st.DataObject, seed: int, config: PerceiverARConfig
+) -> None:
+    with patch.object(held, "TILE", data.draw(st.sampled_from([held.TILE, 1, 2]))):
+        check_every_step(data, seed, config)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])

@@ -1,6 +1,6 @@
 """A prefix held as ids is attended to as its keys and values would be."""
 
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reference import assert_close, naive_attention, randomize
 from torch import Tensor
 
-from perceiver_ar import held
+from perceiver_ar import held, streaming
 from perceiver_ar.attention import Piece
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.generation import Decoder, Row, evaluation_mode, stream
@@ -25,41 +25,90 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@given(data=st.data(), size=st.integers(1, 4), rotary=st.booleans(), fraction=st.sampled_from([0.4, 0.7, 1.0]))
-def test_attention_is_that_to_the_keys_and_values_of_the_tokens(
-    data: st.DataObject, size: int, rotary: bool, fraction: float
+class Prefixes(NamedTuple):
+    prefix: HeldPrefix
+    tokens: list[list[int]]
+    """Of each row."""
+    first: list[int]
+
+
+def held_rows(data: st.DataObject, config: PerceiverARConfig, lengths: list[int], size: int) -> Prefixes:
+    """Rows of these lengths, appended in parts, after others that were cleared; in tiles of so many slots."""
+    vocabulary = [(merge_heads(k)[0], merge_heads(v)[0]) for k, v in VOCABULARY]
+    every = st.integers(0, V - 1)
+    with patch.object(held, "TILE", size), patch.object(held, "WRITE", 3):
+        prefix = HeldPrefix.empty(config, len(lengths), 20, vocabulary)
+        contents: list[list[int]] = []
+        firsts = data.draw(st.lists(st.integers(0, 10**7), min_size=len(lengths), max_size=len(lengths)))
+        for r, length in enumerate(lengths):
+            row = prefix.rows(r, r + 1)
+            if data.draw(st.booleans()):
+                row.append(torch.tensor([data.draw(st.lists(every, min_size=1, max_size=20))]), [7])
+                row.clear()
+            contents.append(data.draw(st.lists(every, min_size=length, max_size=length)))
+            start = 0
+            while start < length:
+                stop = data.draw(st.integers(start + 1, length))
+                row.append(torch.tensor([contents[r][start:stop]]), [firsts[r] + start])
+                start = stop
+    return Prefixes(prefix, contents, firsts)
+
+
+VOCABULARY = [(random(1, H, V, C, seed=2 * i), random(1, H, V, C, seed=2 * i + 1)) for i in range(2)]
+rotations = st.builds(
+    lambda **rotation: PerceiverARConfig(
+        vocab_size=V, context_length=64, num_latents=1, dim=H * C, num_heads=H, num_layers=0, **rotation
+    ),
+    rotary=st.booleans(),
+    rotary_fraction=st.sampled_from([0.4, 0.7, 1.0]),
+)
+
+
+def check_row(
+    out: Tensor, q: Tensor, own: Piece, seen: Tensor, held: Prefixes, row: int, config: PerceiverARConfig, layer: int
 ) -> None:
-    settings: dict[str, Any] = {"dim": H * C, "num_heads": H, "num_layers": 0, "vocab_size": V, "context_length": 64}
-    config = PerceiverARConfig(num_latents=1, rotary=rotary, rotary_fraction=fraction, **settings)
-    vocabulary = [(random(1, H, V, C, seed=2 * i), random(1, H, V, C, seed=2 * i + 1)) for i in range(2)]
-    B = data.draw(st.integers(1, 3))
-    with patch.object(held, "TILE", size), patch.object(held, "WRITE", 7):
-        prefix = HeldPrefix.empty(config, B, 20, [(merge_heads(k)[0], merge_heads(v)[0]) for k, v in vocabulary])
-        contents: list[tuple[Tensor, Tensor]] = []
-        for row in range(B):
-            for _ in range(data.draw(st.integers(1, 2))):  # what was there before is gone
-                ids = data.draw(st.lists(st.integers(0, V - 1), min_size=0, max_size=20))
-                tokens, first = torch.tensor([ids], dtype=torch.int64), data.draw(st.integers(0, 10**7))
-                positions = torch.arange(first, first + len(ids))[None]
-                prefix.rows(row, row + 1).write(tokens, positions)
-            contents.append((tokens, positions))
-        order = data.draw(st.lists(st.integers(0, B - 1), min_size=1, max_size=4))
-        prefix, contents = prefix.select(order), [contents[r] for r in order]
-        prefix.copy_row(0, len(order) - 1)
-        contents[-1] = contents[0]
-        if data.draw(st.booleans()):
-            prefix.fix()
-        q, own_k, own_v = (random(len(order), H, n, C, seed=10 + n) for n in (1, 3, 4))
-        own = Piece(own_k, own_v[:, :, :3], mask=torch.tensor([True, False, True]).expand(len(order), -1))
-        outs = [prefix.attend(q, [own], layer) for layer in range(2)]
-    for layer, out in enumerate(outs):
-        for r, (tokens, positions) in enumerate(contents):
-            k, v = (x[:, :, tokens[0]] for x in vocabulary[layer])
-            table = rotary_tables(config, positions, cross=True, dtype=torch.float64)
-            both = (rotate(k, table), own.k), (v, own.v)
-            keys, values = (torch.cat([x, y[r : r + 1]], dim=2) for x, y in both)
-            seen = torch.tensor([True] * (tokens.shape[1] + 1) + [False, True])
-            assert_close(out[r : r + 1], naive_attention(q[r : r + 1], keys, values, seen), 1e-9)
+    """Of a row, that `out` is attention to the keys and values of its tokens, all seen, and to `own`."""
+    tokens, first = held.tokens[row], held.first[row]
+    k, v = (x[:, :, tokens] for x in VOCABULARY[layer])
+    positions = torch.arange(first, first + len(tokens))[None]
+    table = rotary_tables(config, positions, cross=True, dtype=torch.float64)
+    keys, values = (torch.cat(x, dim=2) for x in ((rotate(k, table), own.k[[row]]), (v, own.v[[row]])))
+    seen = torch.cat([torch.ones(len(seen), len(tokens), dtype=torch.bool), seen], dim=1)
+    assert_close(out[[row]], naive_attention(q[[row]], keys, values, seen), 1e-9)
+
+
+@given(st.data(), rotations, st.lists(st.integers(0, 20), min_size=1, max_size=3), st.integers(1, 4))
+def test_one_query_attends_to_the_keys_and_values_of_the_tokens(
+    data: st.DataObject, config: PerceiverARConfig, lengths: list[int], size: int
+) -> None:
+    held = held_rows(data, config, lengths, size)
+    order = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=4))
+    held = Prefixes(held.prefix.select(order), *([rows[r] for r in order] for rows in held[1:]))  # type: ignore[arg-type]
+    held.prefix.copy_row(0, len(order) - 1)
+    for rows in held[1:]:
+        rows[-1] = rows[0]  # type: ignore[index]
+    if data.draw(st.booleans()):
+        held.prefix.fix()
+    q, own_k, own_v = (random(len(order), H, n, C, seed=10 + i) for i, n in enumerate((1, 3, 3)))
+    seen = torch.tensor([[True, False, True]])
+    own = Piece(own_k, own_v, mask=seen.expand(len(order), -1))
+    for layer in range(2):
+        out = held.prefix.attend(q, [own], layer)
+        for r in range(len(order)):
+            check_row(out, q, own, seen, held, r, config, layer)
+
+
+@given(st.data(), rotations, st.integers(0, 20), st.integers(1, 3), st.integers(1, 4))
+def test_several_queries_attend_to_the_keys_and_values_of_the_tokens(
+    data: st.DataObject, config: PerceiverARConfig, length: int, rows: int, chunk: int
+) -> None:
+    held = held_rows(data, config, [length] * rows, 2)
+    q, k, v = (random(rows, H, 5, C, seed=i) for i in range(3))
+    before, own = Piece(k[:, :, :0], v[:, :, :0]), Piece(k, v, causal=True)
+    with patch.dict(streaming.PIECE, {"cpu": chunk * rows}):
+        out = held.prefix.attend(q, [before, own], 1)
+    for r in range(rows):
+        check_row(out, q, own, torch.ones(5, 5, dtype=torch.bool).tril(), held, r, config, 1)
 
 
 def network(**fields: Any) -> PerceiverAR:
@@ -82,8 +131,9 @@ def test_long_contexts_of_few_ids_are_held_as_ids() -> None:
     assert not as_ids(network(vocab_size=6), 1000)
 
 
-def test_steps_over_ids_are_exact_in_low_precision_too() -> None:
+def test_autocast_generates_what_its_forward_predicts() -> None:
     model, row = network(), torch.randint(5, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert HeldPrefix.pays(model.config, len(row))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         for step in stream(model, [row], max_new_tokens=12, seed=0):
             context = torch.tensor([row[int(step.window_start) :]])

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "attention": BOTTOM | {"config"},
     "heads": BOTTOM | {"config"},
     "streaming": BOTTOM | {"config", "attention", "heads"},
-    "held": BOTTOM | {"config", "attention", "heads"},
+    "held": BOTTOM | {"config", "attention", "heads", "streaming"},
     "cache": BOTTOM | {"config", "attention", "held"},
     "model": NETWORK - {"model"},
     "objective": NETWORK,

@@ -158,10 +158,10 @@ class KeysValues:
 
 
 class Cache:
-    """Of each row: its context in every cross-attention layer, its latents in every self-attention layer."""
+    """Of each row: its context for every cross-attention layer, its latents in every self-attention layer."""
 
     def __init__(self, cross: KeysValues, own: KeysValues, prefix: HeldPrefix | None = None) -> None:
-        """prefix: with one, `cross` has room for latents only."""
+        """prefix: where it is held as ids; `cross` is then of latents only."""
         self.cross, self.own, self.prefix = cross, own, prefix
 
     @classmethod
@@ -176,7 +176,7 @@ class Cache:
     ) -> "Cache":
         """For contexts of at most `context` tokens and at most num_latents latents.
 
-        vocabulary: see `HeldPrefix.empty`; with it, the prefix is held as ids.
+        vocabulary: see `HeldPrefix`; with it, the prefix is held as ids.
         """
         prefix = None if vocabulary is None else HeldPrefix.empty(config, rows, context, vocabulary)
         room = context if prefix is None else min(context, config.num_latents)

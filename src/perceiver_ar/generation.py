@@ -34,7 +34,7 @@ Prompt = Tensor | np.ndarray | Sequence[Any]
 """(B, T) or (T,) integer ids, or rows of any lengths: a list of 1-D sequences, arrays or tensors of ids."""
 
 READ = 4096
-"""Prefix tokens to read into the cache at once, over all rows: their activations are all that is held beside it."""
+"""Prefix tokens whose keys and values are made at once, over all rows: their activations are all beside the cache."""
 
 
 class Step(NamedTuple):
@@ -78,7 +78,8 @@ def stream(
     """Continues every row of a prompt token by token.
 
     Whatever mode the model is in, it computes in evaluation mode and without gradients; between steps it is as it was.
-    The cache has the type of the model's weights, or of autocast, and room for the longest context that comes up.
+    The cache has the type of the model's weights, or of autocast, and room for the longest context that comes up; where
+    it may hold the prefix as ids (held.py), it does.
 
     Args:
         prompt: see `Prompt`; every row has at least one token. Of longer rows the model sees the last context_length.
@@ -329,7 +330,7 @@ class Decoder:
         device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(device.type)
-        by_id = HeldPrefix.pay(model.config, context) and not rows[0].schedule.slide and model.prefix_group is None
+        by_id = HeldPrefix.pays(model.config, context) and not rows[0].schedule.slide
         vocabulary = model.vocabulary() if by_id else None
         self.cache = Cache.empty(model.config, len(self.rows), context, dtype, device, vocabulary)
         self._refill()
@@ -388,37 +389,40 @@ class Decoder:
         Neighbours of equal lengths go through the network together.
         """
 
+        held = self.cache.prefix
+
         def shape(slot: int) -> tuple[int, ...]:
             row = self.rows[slot]
-            return row.window.refill, row.dropped, row.kept, row.prefix_len, row.window.num_latents
+            kept = row.kept
+            if held is not None:  # as long as it begins where it did
+                kept = 0 if row.dropped else int(held.held.length[slot])
+            return row.window.refill, row.dropped, kept, row.prefix_len, row.window.num_latents
 
         for (refill, dropped, kept, P, N), group in groupby(range(len(self.rows)), shape):
             if not refill:
                 continue
             slots = list(group)
             rows, cache = self.rows[slots[0] : slots[-1] + 1], self.cache.rows(slots[0], slots[-1] + 1)
-            if cache.prefix is not None:  # then keys and values are those of latents
-                kept, dropped = 0, 0
-            cache.cross.keep(kept, dropped)
-            cache.own.keep(0)
             tokens = self._tensor(
                 [list(islice(row.ids, len(row.ids) - N - P + kept, len(row.ids) - 1)) for row in rows]
             )
             at = [row.window.start + kept - row.origin for row in rows]
-            prefix, read = P - kept, 0
+            prefix, chunk = P - kept, max(1, READ // len(rows))
+            cache.own.keep(0)
             if cache.prefix is not None:
-                cache.prefix.write(tokens[:, :prefix], self._positions(at, prefix))
+                cache.cross.keep(0)
+                if kept == 0:
+                    cache.prefix.clear()
+                cache.prefix.append(tokens[:, :prefix], at)
             else:
-                chunk = max(1, READ // len(rows))
-                for read in range(0, prefix, chunk):
-                    part = tokens[:, read : min(read + chunk, prefix)]
-                    self.model.read(part, self._positions([first + read for first in at], part.shape[1]), cache)
+                cache.cross.keep(kept, dropped)
+                for start in range(0, prefix, chunk):
+                    part = tokens[:, start : min(start + chunk, prefix)]
+                    self.model.read(part, self._positions([first + start for first in at], part.shape[1]), cache)
                     cache.cross.advance(part.shape[1])
-                read = prefix
             if N > 1:
-                rest = tokens[:, read:]
-                positions = self._positions([first + read for first in at], rest.shape[1])
-                self.model.latents(rest, prefix - read, positions=positions, cache=cache)
+                positions = self._positions([first + prefix for first in at], N - 1)
+                self.model.latents(tokens[:, prefix:], positions=positions, cache=cache)
                 cache.advance(N - 1)
 
     def _positions(self, first: Sequence[int], n: int) -> Tensor:

@@ -139,12 +139,11 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
     ) -> Tensor:
         """The final latents (B, N, D) that `forward` turns into logits; same arguments.
 
-        With a cache, tokens stand at these positions, behind what the cache holds of their context, and by default all
-        are latents. Keys and values of latents are written to the cache; `cache.advance(N)` keeps them. A prefix that
-        the cache holds as ids is read by one latent at a time; several are given it as tokens again.
+        With a cache, all tokens are latents, at these positions, behind what the cache holds of their context. Their
+        keys and values are written to the cache; `cache.advance(N)` keeps them.
         """
         if cache is not None:
-            prefix_len = prefix_len or 0
+            prefix_len = 0
         config, P = self.config, self.check(tokens, prefix_len, mask, prefix_keep)
         positions = self.positions(tokens, mask, positions)
         if config.latents_per_position > 1:  # several latents of a position are rows of the batch, side by side
@@ -167,9 +166,8 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
             for c, (before, layer) in enumerate(zip(config.cross_layers, self.cross_attention, strict=True)):
                 if before == i:
                     past = None if cache is None else partial(cache.cross.update, layer_idx=c)
-                    if cache is not None and P == 0:
-                        held = cache.prefix if tokens.shape[1] == 1 else None
-                        prefix = None if held is None else partial(held.attend, layer_idx=c)
+                    if cache is not None:
+                        prefix = None if cache.prefix is None else partial(cache.prefix.attend, layer_idx=c)
                     elif prefix is None or keeps[c] is not None:
                         prefix = self.prefix(context, P, keeps[c])
                     u = self.apply_layer(layer, u, query_rotary, prefix, latent, past)
@@ -462,7 +460,7 @@ class CrossLayer(nn.Module):
             out = attend(q, pieces)
         elif isinstance(prefix, Prefix):
             norm, projection = self.context_norm.parameters(), self.kv_proj.parameters()
-            out = stream_attention(self.settings, q, pieces[-1], prefix, list(norm), list(projection))
+            out = stream_attention(self.settings, q, pieces[0], prefix, list(norm), list(projection))
         elif isinstance(prefix, Span):
             k, v = self.read(prefix)
             dropout = self.config.attention_dropout if self.training else 0.0

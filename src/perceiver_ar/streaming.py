@@ -118,6 +118,11 @@ def automatic_chunk(config: PerceiverARConfig, rows: int, length: int, dtype: to
     most = SHARE * device_memory(device.type, device.index or 0)
     if size <= (min(most, CPU_BYTES) if device.type == "cpu" else most):
         return 0
+    return piece_length(config, rows, device)
+
+
+def piece_length(config: PerceiverARConfig, rows: int, device: torch.device) -> int:
+    """Tokens of each row that are read at once."""
     return max(2 * config.num_latents, PIECE.get(device.type, PIECE["cpu"]) // rows)
 
 
