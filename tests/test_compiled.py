@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perceiver_ar import compiled, held
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.generation import Decoder, Row, generate, stream
+from perceiver_ar.generation import generate, stream
 from perceiver_ar.model import PerceiverAR
 
 
@@ -37,15 +37,15 @@ def test_compiled_steps_have_the_same_logits(compile: bool | Literal["max-autotu
         assert_close(step.logits, expected.logits, 1e-9)
 
 
-def test_compiled_steps_over_ids_have_the_same_logits() -> None:
-    model, generator = tiny(vocab_size=3), torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("compile", [True, pytest.param("max-autotune", marks=pytest.mark.slow)])
+def test_compiled_steps_over_ids_have_the_same_logits(compile: bool | Literal["max-autotune"]) -> None:
+    model, generator = tiny(vocab_size=3, cross_layers=(0, 1)), torch.Generator().manual_seed(0)
     rows = [torch.randint(3, (length,), generator=generator) for length in (15, 3, 6)]
+    stop = generate(model, rows, 4, temperature=0.0)[1].tolist()
+    options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 0.0, "stop_sequences": [stop], "num_samples": 2}
     with patch.object(held, "TILE", 2):
-        decoder = Decoder(model, [Row(0, rows[0], model.config)], 1, 4)
-        assert decoder.cache.prefix is not None
-        plain, fast = (
-            list(stream(model, rows, max_new_tokens=30, temperature=0.0, compile=compile)) for compile in (False, True)
-        )
+        assert held.HeldPrefix.pays(model.config, 12)
+        plain, fast = (list(stream(model, rows, **options, compile=compile)) for compile in (False, compile))
     for step, expected in zip(fast, plain, strict=True):
         assert torch.equal(step.tokens, expected.tokens)
         assert_close(step.logits, expected.logits, 1e-9)

@@ -1,8 +1,11 @@
 """A prefix held as ids is attended to as its keys and values would be."""
 
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +13,7 @@ from reference import assert_close, naive_attention, randomize
 from torch import Tensor
 
 from perceiver_ar import held, streaming
-from perceiver_ar.attention import Piece
+from perceiver_ar.attention import Piece, attend_pieces
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.generation import Decoder, Row, evaluation_mode, stream
 from perceiver_ar.heads import merge_heads, rotary_tables, rotate
@@ -140,3 +143,49 @@ def test_autocast_generates_what_its_forward_predicts() -> None:
             expected = model(context, prefix_len=context.shape[1] - int(step.num_latents))[:, -1]
             assert_close(step.logits, expected, 0.05)
             row.append(int(step.tokens))
+
+
+class Adapted(torch.nn.Linear):
+    """A projection that is more than its weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_any_projection_serves_in_any_mode() -> None:
+    settings: dict[str, Any] = {"prefix_chunk": 2, "prefix_dropout": 0.5, "num_latents": 2}
+    models = [network(**settings) for _ in range(2)]
+    adapted, twice = Adapted(16, 32, bias=False), models[1].cross_attention[0].kv_proj
+    adapted.load_state_dict(twice.state_dict())  # type: ignore[union-attr]
+    models[0].cross_attention[0].kv_proj = adapted  # type: ignore[union-attr]
+    twice.weight.data *= 2  # type: ignore[union-attr]
+    prompt = torch.randint(5, (3000,), generator=torch.Generator().manual_seed(0))
+    rows = [Row(0, prompt, model.config) for model in models]
+    with torch.inference_mode():
+        decoders = [Decoder(model.train(), [row], 1, 10) for model, row in zip(models, rows, strict=True)]
+        for _ in range(5):
+            assert decoders[0].cache.prefix is not None
+            logits, expected = (decoder.next_logits() for decoder in decoders)
+            assert_close(logits, expected, 1e-5)
+            for decoder in decoders:
+                decoder.add([1], ())
+
+
+def test_refills_hold_a_piece_of_the_prefix_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[int] = []
+
+    def watched(q: Tensor, pieces: Iterable[Piece]) -> Any:
+        def watch() -> Iterator[Piece]:
+            keys = []
+            for piece in pieces:
+                keys.append(weakref.ref(piece.k))
+                alive.append(sum(key() is not None for key in keys))
+                yield piece
+
+        return attend_pieces(q, watch())
+
+    monkeypatch.setattr(held, "attend_pieces", watched)
+    monkeypatch.setitem(streaming.PIECE, "cpu", 1)
+    list(stream(network(), torch.zeros(1000, dtype=torch.int64), max_new_tokens=10))
+    assert len(alive) > 10
+    assert max(alive) <= 3

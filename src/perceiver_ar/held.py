@@ -16,6 +16,7 @@ Shapes: B rows, P prefix, H heads, C channels per head, R turned channels, V voc
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -152,7 +153,7 @@ class HeldPrefix:
                 (piece,) = pieces
                 return self._attend_one(q, piece, *self.vocabulary[layer_idx])
             pieces = [piece for piece in pieces if piece.k.shape[2] > 0]
-            return attend_pieces(q, [*pieces, *self._pieces(layer_idx, q.dtype)])[0]
+            return attend_pieces(q, chain(pieces, self._pieces(layer_idx, q.dtype)))[0]
 
     def _attend_one(self, q: Tensor, own: Piece, keys: Tensor, values: Tensor) -> Tensor:
         B, H, _, C = q.shape
