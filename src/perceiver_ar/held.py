@@ -118,7 +118,8 @@ class HeldPrefix:
             start, used, n, before = int(held.length[row]), int(held.tiles[row]), len(ids), held.times[row]
             new = ids.bincount(minlength=len(before))
             had, has = ((times + size - 1) // size for times in (before, before + new))
-            last = used + (has - had).cumsum(0) - 1  # of an id's tiles, where it gets new ones
+            added = has - had
+            last = used + added.cumsum(0) - 1  # of an id's tiles, where it gets new ones
             # A token's place among those of its id; from there its tile, the id's last one so far or a new one.
             order, place = ids.argsort(), torch.empty_like(ids)
             place[order] = torch.arange(n, device=ids.device) - (new.cumsum(0) - new - before)[ids[order]]
@@ -128,11 +129,11 @@ class HeldPrefix:
             for at, part, slot in zip(*(x.split(WRITE) for x in (positions, tile, place % size)), strict=True):
                 held.turns[row, part, :, slot] = self._turns(at)
             held.tokens[row, start : start + n] = ids
-            held.ids[row, used : used + int((has - had).sum())] = torch.repeat_interleave(has - had)
-            held.last[row] = torch.where(has > had, last, held.last[row])
+            of_new = torch.repeat_interleave(added)
+            held.ids[row, used : used + len(of_new)] = of_new
+            held.last[row] = torch.where(added > 0, last, held.last[row])
             held.times[row] += new
-            held.first[row], held.length[row] = first[row] - start, start + n
-            held.tiles[row] += int((has - had).sum())
+            held.first[row], held.length[row], held.tiles[row] = first[row] - start, start + n, used + len(of_new)
 
     def _turns(self, positions: Tensor) -> Tensor:
         """What tokens at these positions (P,) have in `HeldRows.turns`: (P, R + 2)."""
