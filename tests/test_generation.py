@@ -289,7 +289,9 @@ def test_low_precision_models_generate() -> None:
     assert step.tokens.dtype == torch.int64
 
 
-def test_autocast_generates_what_its_forward_predicts() -> None:
+@pytest.mark.parametrize("tile", [held.TILE, 1])  # with tiles of one slot, the prefix is held as ids
+def test_autocast_generates_what_its_forward_predicts(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "TILE", tile)
     model, row = tiny().float(), [1, 2, 3]
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         for step in stream(model, [row], max_new_tokens=12, seed=0):

@@ -134,17 +134,6 @@ def test_long_contexts_of_few_ids_are_held_as_ids() -> None:
     assert not as_ids(network(vocab_size=6), 1000)
 
 
-def test_autocast_generates_what_its_forward_predicts() -> None:
-    model, row = network(), torch.randint(5, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
-    assert HeldPrefix.pays(model.config, len(row))
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        for step in stream(model, [row], max_new_tokens=12, seed=0):
-            context = torch.tensor([row[int(step.window_start) :]])
-            expected = model(context, prefix_len=context.shape[1] - int(step.num_latents))[:, -1]
-            assert_close(step.logits, expected, 0.05)
-            row.append(int(step.tokens))
-
-
 class Adapted(torch.nn.Linear):
     """A projection that is more than its weights."""
 
