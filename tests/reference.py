@@ -186,6 +186,13 @@ class Case(NamedTuple):
     prefix_len: int
 
 
+class Adapted(torch.nn.Linear):
+    """A projection that is more than its weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
 @st.composite
 def configs(draw: st.DrawFn, **fixed: Any) -> PerceiverARConfig:
     """Small networks over the whole range of the settings, dropouts apart; `fixed` settings are taken as they are."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import assert_close, naive_attention, randomize
+from reference import Adapted, assert_close, naive_attention, randomize
 from torch import Tensor
 
 from perceiver_ar import held, streaming
@@ -132,13 +132,6 @@ def test_long_contexts_of_few_ids_are_held_as_ids() -> None:
     assert not as_ids(network(), 1000, slide=True)
     assert not as_ids(network(position_table="learned"), 1000)
     assert not as_ids(network(vocab_size=6), 1000)
-
-
-class Adapted(torch.nn.Linear):
-    """A projection that is more than its weights."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
 
 
 def test_any_projection_serves_in_any_mode() -> None:

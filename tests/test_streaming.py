@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Case, assert_close, cases, randomize
+from reference import Adapted, Case, assert_close, cases, randomize
 from torch import Tensor
 from torch._dynamo import lookup_backend
 from torch.utils._pytree import tree_map_only
@@ -225,13 +225,6 @@ def test_the_prefix_is_streamed_where_it_would_take_a_large_share_of_the_memory(
     assert streaming.automatic_chunk(config, 1, limit + 1, torch.bfloat16, cpu) == 0
     twice = config.replace(cross_layers=(0, 1))
     assert streaming.automatic_chunk(twice, 1, limit, torch.float32, cpu) > 0
-
-
-class Adapted(torch.nn.Linear):
-    """A projection that is more than its weights."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
 
 
 def test_projections_that_are_more_than_their_weights_are_not_streamed(monkeypatch: pytest.MonkeyPatch) -> None:

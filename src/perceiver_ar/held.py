@@ -72,14 +72,11 @@ class HeldPrefix:
         config: PerceiverARConfig,
         vocabulary: Sequence[tuple[Tensor, Tensor]],
         held: HeldRows,
-        fixed: bool = False,
     ) -> None:
-        """vocabulary: of each layer keys, not turned, and values (V, H * C).
-
-        fixed: steps look at all tiles, used or not, so that shapes stay. Tensors are shared with the views that `rows`
-        gives.
-        """
-        self.config, self.vocabulary, self.held, self._fixed = config, vocabulary, held, fixed
+        """vocabulary: of each layer keys, not turned, and values (V, H * C)."""
+        self.config, self.vocabulary, self.held = config, vocabulary, held
+        self._fixed = False
+        """Whether steps look at all tiles, used or not, so that shapes stay."""
 
     @staticmethod
     def pays(config: PerceiverARConfig, context: int) -> bool:
@@ -171,8 +168,8 @@ class HeldPrefix:
         most = own_scores.amax(-1).maximum(scores.amax((1, 3))[..., None])  # (B, H, 1)
         own_weights = (own_scores - most[..., None]).exp()
         weights = (scores - most[:, None]).clamp_(min=SMALL).exp_().sum(-1)  # (B, G, H)
-        of_tiles = F.embedding(ids, values).unflatten(-1, (H, C)).transpose(1, 2)  # (B, H, G, C)
-        out = weights.transpose(1, 2)[:, :, None] @ of_tiles + own_weights @ own.v.to(x.dtype)
+        tile_values = F.embedding(ids, values).unflatten(-1, (H, C)).transpose(1, 2)  # (B, H, G, C)
+        out = weights.transpose(1, 2)[:, :, None] @ tile_values + own_weights @ own.v.to(x.dtype)
         return (out / (weights.sum(1)[..., None] + own_weights.sum(-1))[..., None]).to(q.dtype)
 
     def _pieces(self, layer_idx: int, dtype: torch.dtype) -> Iterator[Piece]:
