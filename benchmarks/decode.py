@@ -7,9 +7,9 @@ the same size, which has no position tables, so that long prefixes are held as i
 --grow, it fills the prefix but for one token, so that the package computes one latent for the first token, two for the
 next. Prints seconds to the first token, tokens/s after it (of all rows together), and what reading memory allows:
 beside the median step, the time of reading the weights once, and the weights with the keys and values that a step
-attends to, at the speed of memory: the best of ten sums of 512 MiB, more than caches hold. Tables, of which a step
-reads a row, do not count as weights. The package needs a forward over all for each token, so few of its tokens are
-timed, evenly spread over the others.
+attends to, at the speed that memory has right after the steps: the best of ten sums of 512 MiB, more than caches hold.
+Tables, of which a step reads a row, do not count as weights. The package needs a forward over all for each token, so
+few of its tokens are timed, evenly spread over the others.
 """
 
 import argparse
@@ -55,8 +55,7 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    speed = memory_speed(device)
-    where += f", memory {speed / 1e9:.1f} GB/s"
+    where += f", memory {memory_speed(device) / 1e9:.1f} GB/s"
     print(f"torch {torch.__version__}, {platform.machine()}, {where}, {args.tokens} tokens\n")
     print("| prompt | rows | what | first token, s | tokens/s | step, ms | weights once, ms | with the cache, ms |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
@@ -87,6 +86,7 @@ def main() -> None:
                 rate = len(tokens) * len(steps) / max(clock[-1] - clock[1], 1e-9)
                 memory = ""
                 if isinstance(model, PerceiverAR):
+                    speed = memory_speed(device)
                     tables = {table.weight for table in model.modules() if isinstance(table, torch.nn.Embedding)}
                     read = [getattr(x, "qdata", x) for x in set(model.parameters()) - tables]
                     weights = sum(x.numel() * x.element_size() for x in read)

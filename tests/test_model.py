@@ -395,6 +395,15 @@ def test_kept_indices_outside_the_prefix_are_refused_and_not_wrapped(index: int)
         model(random_tokens(model, 2, 12), 4, prefix_keep=torch.tensor([[0, 1], [2, index]]))
 
 
+@pytest.mark.parametrize("id", [-1, 7, 300])
+def test_ids_outside_the_vocabulary_are_refused_with_their_number(id: int) -> None:
+    model = small(vocab_size=7)
+    tokens = random_tokens(model, 2, 12)
+    tokens[1, 3] = id
+    with pytest.raises(InputError, match=rf"tokens have the id {id}: with vocab_size 7 they must be in 0 \.\.\. 6"):
+        model(tokens)
+
+
 @pytest.mark.parametrize("index_dims", [(), (3, 4), (2, 2, 3)])
 @pytest.mark.parametrize("beyond", [12, 13, 24, -1])
 def test_positions_beyond_the_tables_are_errors_and_not_other_positions(

@@ -227,8 +227,14 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         P = max(0, T - self.config.num_latents) if prefix_len is None else prefix_len
         if not 0 <= P < T:
             raise InputError(f"prefix_len is {P} with {T} tokens: it must be in 0 ... {T - 1}")
-        # Where looking costs no wait for a GPU. What lies behind the prefix would let latents see what comes.
-        if prefix_keep is not None and prefix_keep.device.type == "cpu" and not torch.compiler.is_compiling():
+        eager, V = not torch.compiler.is_compiling(), self.config.vocab_size
+        # Where looking costs no wait for a GPU.
+        if eager and tokens.device.type == "cpu" and tokens.dtype not in (torch.uint16, torch.uint32, torch.uint64):
+            wrong = [id for id in map(int, tokens.aminmax()) if not 0 <= id < V]
+            if wrong:
+                raise InputError(f"tokens have the id {wrong[0]}: with vocab_size {V} they must be in 0 ... {V - 1}")
+        # What lies behind the prefix would let latents see what comes.
+        if eager and prefix_keep is not None and prefix_keep.device.type == "cpu":
             wrong = prefix_keep[(prefix_keep < 0) | (prefix_keep >= P)].tolist()
             if wrong:
                 raise InputError(f"prefix_keep has index {wrong[0]}: with prefix_len {P} they must be in 0 ... {P - 1}")
