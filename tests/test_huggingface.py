@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import assert_close, configs, randomize
@@ -169,6 +170,7 @@ ELSEWHERE = """
 import json, sys
 sys.modules["perceiver_ar"] = None  # not installed
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 path, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
@@ -301,6 +303,17 @@ def test_accumulated_batches_weigh_as_their_targets(tmp_path: Path) -> None:
     ).state_dict()
     for name, tensor in found.items():
         assert_close(tensor, expected[name], 1e-5)
+
+
+def test_the_trainers_label_smoothing_is_that_of_the_next_token(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.2, report_to=[], use_cpu=True)
+    tokens = ids(2, 30)
+    labels = tokens.masked_fill(torch.arange(30) < 7, -100)
+    expected = F.cross_entropy(
+        MODEL(tokens).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, label_smoothing=0.2
+    )
+    loss: Any = Trainer(MODEL, arguments).compute_loss(MODEL, {"input_ids": tokens, "labels": labels})
+    assert_close(loss.double(), expected.double(), 1e-5)
 
 
 def test_the_loss_is_a_mean_also_where_a_trainer_counts_what_follows_padding() -> None:

@@ -20,6 +20,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import cache_utils as transformers_caches
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
 from perceiver_ar.config import MODEL_TYPE, PerceiverARConfig
@@ -396,6 +397,10 @@ def _only(cache: PerceiverARCache | None, past_key_values: PerceiverARCache | No
     """The cache under either name. Raises InputError where both are given."""
     require(cache is None or past_key_values is None, "cache and past_key_values are two names of one: leave one out")
     return past_key_values if cache is None else cache
+
+
+# By this name transformers' Trainer knows that its label smoothing is to move labels by one.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MODEL_TYPE, PerceiverARForCausalLM.__name__)
 
 
 def _names_of_a_run(model: PerceiverARForCausalLM, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
