@@ -30,7 +30,7 @@ from transformers import (
     pipeline,
 )
 
-from perceiver_ar import cli
+from perceiver_ar import cli, held
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.audio import MuLawCodec
 from perceiver_ar.data.codec import Codec, save_codec
@@ -365,8 +365,14 @@ def test_greedy_tokens_are_those_of_native_generation_for_each_row_alone(
         assert torch.equal(new[r : r + 1, longest:], expected)
 
 
-@pytest.mark.parametrize(("prompt_len", "from_end"), [(3, False), (13, False), (4, True)])
-def test_beam_search_is_that_of_a_model_without_cache(prompt_len: int, from_end: bool) -> None:
+@pytest.mark.parametrize(
+    ("prompt_len", "from_end", "tile"),
+    [(3, False, held.TILE), (13, False, held.TILE), (4, True, held.TILE), (3, False, 2), (13, False, 2)],
+)
+def test_beam_search_is_that_of_a_model_without_cache(
+    prompt_len: int, from_end: bool, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held, "TILE", tile)  # with small tiles, the prefix is held as ids
     beams, count = 4, 26  # refills, past the context
     config = SMALL.replace(vocab_size=5, positions_from_end=from_end)
     model = network(config, seed=5)
