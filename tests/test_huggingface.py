@@ -426,6 +426,22 @@ def test_a_cache_goes_on_where_it_was(name: str) -> None:
         output = MODEL(second[:, t : t + 1], **{name: output[CACHE]})
 
 
+@pytest.mark.parametrize("tile", [held.TILE, 2])
+def test_a_copy_of_a_cache_goes_on_by_itself_over_the_same_network(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "TILE", tile)  # with small tiles, the prefix is held as ids
+    model = network(SMALL.replace(vocab_size=5))
+    adapter, prompt = adapted(model), ids(2, 12, vocab_size=5)
+    first = adapter(prompt, use_cache=True)[CACHE]
+    second = copy.deepcopy(first)
+    assert second.decoder.model is model
+    for seed, cache in enumerate((first, second)):
+        rows = torch.cat([prompt, ids(2, 20, seed=seed, vocab_size=5)], dim=1)  # refills, past the context
+        for t in range(12, 32):
+            logits = adapter(rows[:, t : t + 1], **{CACHE: cache}).logits[:, 0]
+            expected = torch.stack([window_logits(model, row[: t + 1], prompt_len=12)[-1] for row in rows])
+            assert_close(logits, expected, 1e-9)
+
+
 def test_generation_ends_with_the_document(run: Path) -> None:
     config = SMALL.replace(logits_bias=True)
     model: Any = AutoModelForCausalLM.from_pretrained(run)

@@ -8,6 +8,7 @@ Weights keep their names and files (`model.safetensors` of a run); every logit i
 Shapes: B batch, T columns of input_ids, D dim, V vocabulary.
 """
 
+import copy
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -156,6 +157,14 @@ class PerceiverARCache(transformers_caches.Cache):
                 logits = self.decoder.next_logits()
         self.length = total
         return logits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PerceiverARCache":
+        """For prompts that share a beginning: what was read is copied, the network is not."""
+        new = copy.copy(self)
+        if self.decoder is not None:
+            new.decoder = copy.copy(self.decoder)
+            new.decoder.reorder(range(len(self.decoder.rows)))
+        return new
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns read, padding included, as transformers count."""
