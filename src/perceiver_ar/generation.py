@@ -389,13 +389,11 @@ class Decoder:
         Neighbours of equal lengths go through the network together.
         """
 
-        held = self.cache.prefix
-
         def shape(slot: int) -> tuple[int, ...]:
-            row = self.rows[slot]
+            row, prefix = self.rows[slot], self.cache.prefix
             kept = row.kept
-            if held is not None:  # as long as it begins where it did
-                kept = 0 if row.dropped else int(held.held.length[slot])
+            if prefix is not None:  # as long as it begins where it did
+                kept = 0 if row.dropped else int(prefix.held.length[slot])
             return row.window.refill, row.dropped, kept, row.prefix_len, row.window.num_latents
 
         for (refill, dropped, kept, P, N), group in groupby(range(len(self.rows)), shape):
