@@ -169,7 +169,8 @@ WRONG = {
     "two tokenizers": (["--data.tokenizer", "t.json", "--data.bpe_vocab_size", "300"], "choose one"),
     "a missing tokenizer": (["--data.tokenizer", "missing.json"], "missing.json"),
     "a missing config": (["--config", "missing.yaml"], "missing.yaml"),
-    "missing files to hold out": (["--data.validation", "[missing.txt]"], "missing.txt"),
+    "missing files to hold out": (["--data.validation", "[missing.txt]"], "missing.txt does not exist"),
+    "a missing file to hold out": (["--data.validation", "missing.txt"], "missing.txt does not exist"),
     "too long a context for the data": (["--model.context_length", "100000"], "context_length of at most"),
 }
 
