@@ -169,7 +169,8 @@ WRONG = {
     "two tokenizers": (["--data.tokenizer", "t.json", "--data.bpe_vocab_size", "300"], "choose one"),
     "a missing tokenizer": (["--data.tokenizer", "missing.json"], "missing.json"),
     "a missing config": (["--config", "missing.yaml"], "missing.yaml"),
-    "missing files to hold out": (["--data.validation", "[missing.txt]"], "missing.txt"),
+    "missing files to hold out": (["--data.validation", "[missing.txt]"], "missing.txt does not exist"),
+    "a missing file to hold out": (["--data.validation", "missing.txt"], "missing.txt does not exist"),
     "too long a context for the data": (["--model.context_length", "100000"], "context_length of at most"),
 }
 
@@ -694,6 +695,7 @@ def test_context_lengths_give_a_table_a_csv_and_a_picture(run: Path, capsys: pyt
         (["--context_lengths", "0"], "context_length is 0"),
         (["--context_lengths", ""], "--context_lengths is ''"),
         (["--temperature", "1"], "--temperature"),
+        ([sys.executable], "which a run trained with --modality bytes would read"),
         (["--context_lengths", "1000000"], "context_length is 1000000"),
         (["--stride", "half"], "stride"),
     ],
@@ -859,6 +861,7 @@ def test_weights_that_give_no_first_token_cost_no_text_of_before(
         (["--refill_latents", "9"], "refill_latents is 9: it must be a whole number in 1 ... 8"),
         (["--stop", ""], "--stop '' cannot be encoded"),
         (["--stop", "a\udcff"], "cannot be encoded"),
+        (["--samples", "2"], "with text 1, once for each --seed"),
         (["--precision", "int4"], "--precision"),
         (["--promt", "a"], "--promt"),
     ],

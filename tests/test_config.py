@@ -233,6 +233,10 @@ def test_a_recipe_survives_yaml() -> None:
     assert isinstance(again.data.validation, tuple)
 
 
+def test_one_path_to_hold_out_needs_no_list() -> None:
+    assert DataConfig(validation="held/out") == DataConfig(validation=("held/out",))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -277,6 +277,7 @@ def test_generation_starts_from_nothing_too(
     assert main(["generate", str(run), "--max_new_tokens=20", "--samples=2", "--out", str(tmp_path / "new")]) == 0
     assert len(list(tmp_path.iterdir())) >= 2
     assert_refused(capsys, "generate", run, "--prompt", "Once upon", says="Once upon")
+    assert_refused(capsys, "generate", run, "--stop", "The end", says="--stop is text, which this run does not write")
     assert any((run / "samples").iterdir())  # those of training
 
 

@@ -156,6 +156,14 @@ def test_out_of_memory_names_what_to_lower_and_by_how_much(tmp_path: Path) -> No
     assert "set trainer.micro_batch_size to 64 (about " in last
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to the limit")
+def test_a_network_that_does_not_fit_says_how_large_it_is(tmp_path: Path) -> None:
+    result = train_in_little_memory(tmp_path, 6, "--model.dim=32768")
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert "the weights alone take" in last and "lower model.dim" in last
+
+
 def test_without_windows_to_give_up_other_settings_are_named() -> None:
     recipe = Recipe(out="x", trainer=replace(TRAINER, micro_batch_size=1))
     assert "set trainer.activation_checkpointing" in out_of_memory(recipe, 10**6, "cpu")

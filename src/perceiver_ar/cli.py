@@ -324,7 +324,11 @@ def tokens_to_score(run: "Run", codec: "Codec", paths: tuple[str, ...], scratch:
         sources = find_files(paths)
         if codec.writes_text and recipe.modality != "bytes":
             sources = find_rows(sources, recipe.data.column)
-        return prepare(sources, codec, scratch, validation_fraction=0.0, split_on=split_on, progress=False)[0].tokens
+        try:
+            tokens, _ = prepare(sources, codec, scratch, validation_fraction=0.0, split_on=split_on, progress=False)
+        except InputError as error:
+            raise InputError(of_trained(str(error))) from None
+        return tokens.tokens
     if not (run.tokens / "validation.json").exists():
         raise InputError(f"{run.path} held nothing out: name the files to evaluate")
     return TokenFile.open(run.tokens / "validation").tokens
@@ -384,7 +388,8 @@ def generate_verb(argv: list[str]) -> None:
                         "from a share of them below 1 (default: all; of a picture half)")  # fmt: skip
     parser.add_argument("--max_new_tokens", type=int | None, help="how many tokens to draw (default: 256, or the rest "
                         "of a picture)")  # fmt: skip
-    parser.add_argument("--samples", type=int | None, help="how many continuations (default: 1; of a picture 4)")
+    parser.add_argument("--samples", type=int | None, help="how many continuations, of what is no text "
+                        "(default: 1; of a picture 4)")  # fmt: skip
     parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token")
     parser.add_argument("--top_k", type=int | None, help="draw from so many likeliest tokens only")
     parser.add_argument("--top_p", type=float | None, help="draw from the likeliest tokens that hold this share")
@@ -393,7 +398,7 @@ def generate_verb(argv: list[str]) -> None:
     parser.add_argument(
         "--frequency_penalty", type=float, default=0.0, help="taken from a token's logit per earlier use"
     )
-    parser.add_argument("--stop", type=str | None, help="end once this was written")
+    parser.add_argument("--stop", type=str | None, help="end a text once this was written")
     parser.add_argument("--ignore_end", action="store_true", help="go on where a document ends, with a new one")
     parser.add_argument(
         "--refill_latents", type=int | None, help="latents to go on with when all are used (default: half)"
@@ -502,15 +507,21 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
         pieces = [ids.tolist() for ids in codec.encode_stream([data], prompt_file)]
     except WrongModality as error:
         reason = str(error).replace("the input", "--prompt", 1) if prompt_file is None else f"--prompt_file {error}"
-        reason = reason.replace("; use --modality bytes", ", which a run trained with --modality bytes would read")
-        raise InputError(f"this run cannot read the prompt: {reason}") from None
+        raise InputError(f"this run cannot read the prompt: {of_trained(reason)}") from None
     return [*codec.separator, *chain.from_iterable(pieces)] or [0]
+
+
+def of_trained(reason: str) -> str:
+    """Why files cannot be read, where --modality is no option any more."""
+    return reason.replace("; use --modality bytes", ", which a run trained with --modality bytes would read")
 
 
 def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
     """The bytes that end a text, empty without any. Looked for in bytes, as a tokenizer may write them in many ways."""
     if stop is None:
         return b""
+    if not codec.writes_text:
+        raise InputError("--stop is text, which this run does not write: leave it out")
     stop = stop.replace("\\n", "\n").replace("\\t", "\t")  # shells pass backslashes on
     data = stop.encode("utf-8", errors="surrogateescape")
     try:
@@ -539,7 +550,7 @@ def what_to_draw(codec: "Codec", document: list[int], args: argparse.Namespace) 
     if samples is None:
         samples = 1 if codec.document_length is None else 4
     if samples < 1 or (samples > 1 and codec.writes_text):
-        raise InputError(f"--samples is {samples}: it must be at least 1, and with text 1")
+        raise InputError(f"--samples is {samples}: it must be at least 1, and with text 1, once for each --seed")
     return document or [0], 256 if count is None else count, samples
 
 

@@ -369,8 +369,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class DataConfig:
     """Which part of the files is what, and how they become tokens."""
 
-    validation: tuple[str, ...] = ()
-    """Files or folders to hold out for measuring, instead of a share of the documents."""
+    validation: tuple[str, ...] | str = ()
+    """A file or folder to hold out for measuring, or a list of them, instead of a share of the documents."""
     validation_fraction: float = 0.05
     """Share of the bytes held out, as whole documents."""
     split_on: str | None = None
@@ -408,6 +408,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "data.")
+        if isinstance(self.validation, str):
+            object.__setattr__(self, "validation", (self.validation,))
         for name in ("palette_size", "codebooks", "sample_rate"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"data.{name} is {value}: it must be at least 1")
@@ -674,7 +676,7 @@ def _check_types(settings: Any, group: str = "") -> None:
     """Refuses values that are not of their field's type; lists, which YAML and JSON have, become tuples."""
     for name, kind in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
-        if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)):
             value = tuple(value)
             object.__setattr__(settings, name, value)
         choices = " or ".join(repr(choice) for choice in get_args(kind)) if get_origin(kind) is Literal else ""

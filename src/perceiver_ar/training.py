@@ -826,7 +826,17 @@ def fit(
     """Trains to the end of the recipe, then measures, draws and writes the summary."""
     quiet_lightning()
     torch.manual_seed(recipe.seed % 2**63)
-    model = PerceiverAR(recipe.model)
+    try:
+        model = PerceiverAR(recipe.model)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        with torch.device("meta"):
+            size = gigabytes(4 * PerceiverAR(recipe.model).num_parameters())
+        raise InputError(
+            f"out of memory: the weights alone take {size}; lower model.dim or model.num_layers, and start again in "
+            "another --out"
+        ) from error
     module = PerceiverARModule(model, recipe, RANK)
     checkpoints = Checkpoints(run.checkpoints, recipe.trainer.keep_best)
     checkpoint = newest(checkpoints)

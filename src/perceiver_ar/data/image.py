@@ -40,7 +40,8 @@ def read_image(data: bytes, rows: int, columns: int, colours: Colours) -> np.nda
             if image.size != (columns, rows):
                 image = ImageOps.fit(image, (columns, rows), Image.Resampling.BOX)
     except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
-        raise WrongModality(f"no picture, or a damaged one ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).partition(" <")[0].split())  # Pillow names the object that it read from
+        raise WrongModality(f"no picture, or a damaged one ({reason})") from None
     return np.asarray(image).reshape(rows, columns, -1)
 
 

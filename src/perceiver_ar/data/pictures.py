@@ -59,9 +59,9 @@ def grid(pictures: Sequence[np.ndarray], scale: int, columns: int = 8) -> Image.
 
 def spectrogram(samples: np.ndarray, rate: int, boundary: int = 0) -> Image.Image:
     """Samples (n,): time to the right, frequency upwards, 80 dB from black to yellow; a line where `boundary` is."""
-    size, hop = 1024, 256
+    size = 1024
     padded = np.pad(samples, (size // 2, size // 2 + size))
-    hop = max(hop, len(samples) // 3000)  # at most some 3,000 columns
+    hop = int(np.clip(256, len(samples) // 3000, max(1, len(samples) // 600)))  # 600 to some 3,000 columns
     frames = np.lib.stride_tricks.sliding_window_view(padded, size)[: max(1, len(samples)) : hop]
     power = np.abs(np.fft.rfft(frames * np.hanning(size), axis=1)).T[::-1]
     decibels = 20 * np.log10(np.maximum(power, 1e-10))
@@ -80,7 +80,8 @@ def spectrogram(samples: np.ndarray, rate: int, boundary: int = 0) -> Image.Imag
         draw.text((left - 6, 12 + (1 - share) * colours.shape[0]), text, fill=INK, font=font, anchor="rm")
     seconds = len(samples) / rate
     per_second = rate / hop
-    step = next(step for step in (0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 10**9) if step * per_second >= 60)
+    steps = (0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 10**9)
+    step = next(step for step in steps if step * per_second >= 60)
     for i in range(int(seconds / step) + 1):
         x = left + i * step * per_second
         draw.text((x, 18 + colours.shape[0]), f"{i * step:g} s", fill=INK, font=font, anchor="ma")
