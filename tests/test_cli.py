@@ -429,7 +429,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_goes_on(
     (run / "summary.json").unlink()
     capsys.readouterr()
     assert main(["train", "--out", str(run), "--resume"]) == 0
-    [line] = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "is damaged" in line]
     assert f"{run / 'checkpoints' / 'step-000062.ckpt'} is damaged" in line and "of step 60" in line
     assert parameters(run) == expected
     damage(run / CHECKPOINT)
@@ -695,7 +695,7 @@ def test_context_lengths_give_a_table_a_csv_and_a_picture(run: Path, capsys: pyt
         (["--context_lengths", "0"], "context_length is 0"),
         (["--context_lengths", ""], "--context_lengths is ''"),
         (["--temperature", "1"], "--temperature"),
-        ([sys.executable], "which a run trained with --modality bytes would read"),
+        ([sys.executable], "use a run that was trained with --modality bytes"),
         (["--context_lengths", "1000000"], "context_length is 1000000"),
         (["--stride", "half"], "stride"),
     ],
@@ -745,6 +745,16 @@ def test_the_file_holds_what_stdout_shows_and_statistics_go_to_stderr(
     assert re.fullmatch(r"\d+ tokens in [\d.]+ s, [\d.]+ tokens/s\n", captured.err)
 
 
+def test_samples_of_text_come_one_after_the_other_each_that_of_the_next_seed(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, out = ["--max_new_tokens=30", "--ignore_end"], tmp_path / "text.txt"
+    alone = [generated(capsys, finished, *options, f"--seed={seed}") for seed in (5, 6, 7)]
+    assert generated(capsys, finished, *options, "--seed=5", "--samples=3", f"--out={out}") == "\n".join(alone)
+    written = [(tmp_path / f"text-{number}.txt").read_text(errors="replace") for number in (1, 2, 3)]
+    assert written == [text.removesuffix("\n") for text in alone] and not out.exists()
+
+
 def test_options_may_stand_in_a_file_and_those_after_it_win(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -771,6 +781,9 @@ def test_a_prompt_file_is_the_prompt(finished: Path, tmp_path: Path, capsys: pyt
     from_file = generated(capsys, finished, "--prompt_file", str(tmp_path / "prompt.txt"), *options)
     assert from_file == generated(capsys, finished, "--prompt=the cät s", *options)
     assert from_file != generated(capsys, finished, "--prompt=the c", *options)
+    command = [sys.executable, "-m", "perceiver_ar", "generate", str(finished), "--prompt_file=-", *options]
+    piped = subprocess.run(command, input="the cät s", capture_output=True, text=True, encoding="utf-8", check=True)
+    assert piped.stdout == from_file
 
 
 @pytest.fixture
@@ -861,7 +874,7 @@ def test_weights_that_give_no_first_token_cost_no_text_of_before(
         (["--refill_latents", "9"], "refill_latents is 9: it must be a whole number in 1 ... 8"),
         (["--stop", ""], "--stop '' cannot be encoded"),
         (["--stop", "a\udcff"], "cannot be encoded"),
-        (["--samples", "2"], "with text 1, once for each --seed"),
+        (["--samples", "0"], "--samples is 0: it must be at least 1"),
         (["--precision", "int4"], "--precision"),
         (["--promt", "a"], "--promt"),
     ],
@@ -881,6 +894,7 @@ def test_info_shows_what_the_run_is(finished: Path, capsys: pytest.CaptureFixtur
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"] == sum(tensor.numel() for tensor in load_file(finished / "model.safetensors").values())
     assert (facts["context_length"], facts["num_latents"], facts["dim"], facts["steps"]) == (32, 8, 16, 60)
+    assert (facts["finished"], facts["codec"]) == ("yes", "bytes") and Path(facts["trained_on"]).is_dir()
     assert main(["info", str(finished)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in shown] == [name.replace("_", " ") for name in facts]

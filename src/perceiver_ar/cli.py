@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -383,13 +384,12 @@ def generate_verb(argv: list[str]) -> None:
     )
     parser.add_argument("run", type=str, help="a run directory")
     parser.add_argument("--prompt", type=str | None, help="text to go on from; for pictures the name of a class")
-    parser.add_argument("--prompt_file", type=str | None, help="a file to go on from")
+    parser.add_argument("--prompt_file", type=str | None, help="a file to go on from, - for standard input")
     parser.add_argument("--keep", type=float | None, help="go on from the first so many tokens of the prompt file, or "
                         "from a share of them below 1 (default: all; of a picture half)")  # fmt: skip
     parser.add_argument("--max_new_tokens", type=int | None, help="how many tokens to draw (default: 256, or the rest "
                         "of a picture)")  # fmt: skip
-    parser.add_argument("--samples", type=int | None, help="how many continuations, of what is no text "
-                        "(default: 1; of a picture 4)")  # fmt: skip
+    parser.add_argument("--samples", type=int | None, help="how many continuations (default: 1; of a picture 4)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token")
     parser.add_argument("--top_k", type=int | None, help="draw from so many likeliest tokens only")
     parser.add_argument("--top_p", type=float | None, help="draw from the likeliest tokens that hold this share")
@@ -410,9 +410,11 @@ def generate_verb(argv: list[str]) -> None:
                         "but what it knew lives on in the others: logits of no single forward")  # fmt: skip
     parser.add_argument("--precision", choices=["32", "bf16", "int8"], default="32", help="of weights and computation; "
                         "int8 (extra [int8]): such weights, computation in bf16; fast with these two only")  # fmt: skip
-    parser.add_argument("--seed", type=int | None, help="the same seed draws the same text")
-    parser.add_argument("--out", type=str | None, help="also write what was generated into this file; for what is no "
-                        "text, how the files are named (default: RUN/samples/generated)")  # fmt: skip
+    parser.add_argument("--seed", type=int | None, help="the same seed draws the same text; the next sample takes the "
+                        "next seed")  # fmt: skip
+    parser.add_argument("--out", type=str | None, help="also write what was generated into this file, several samples "
+                        "with their numbers; for what is no text, how the files are named "
+                        "(default: RUN/samples/generated)")  # fmt: skip
     parser.add_argument("--soundfont", type=str | None, help="an .sf2 or .sf3 file to play music with")
     args = parse(parser, argv)
     if args.prompt is not None and args.prompt_file is not None:
@@ -422,9 +424,8 @@ def generate_verb(argv: list[str]) -> None:
 
     import torch
 
+    from perceiver_ar.data.codec import numbered
     from perceiver_ar.data.sound import check_soundfont
-    from perceiver_ar.data.text import Utf8Stream
-    from perceiver_ar.files import atomic_path
     from perceiver_ar.generation import stream
     from perceiver_ar.quantization import int8_weights
     from perceiver_ar.run import Run
@@ -440,10 +441,10 @@ def generate_verb(argv: list[str]) -> None:
     document = prompt_ids(codec, args.prompt, args.prompt_file)
     prompt, count, samples = what_to_draw(codec, document, args)
     stop = stop_bytes(codec, args.stop)
-    steps = stream(
+    steps = partial(
+        stream,
         model,
         torch.tensor([prompt]),
-        num_samples=samples,
         max_new_tokens=count,
         temperature=args.temperature,
         top_k=args.top_k,
@@ -452,15 +453,30 @@ def generate_verb(argv: list[str]) -> None:
         repetition_penalty=args.repetition_penalty,
         frequency_penalty=args.frequency_penalty,
         stop_tokens=() if args.ignore_end else codec.separator[-1:],
-        seed=args.seed,
         refill_latents=args.refill_latents,
         slide=args.slide,
         compile="max-autotune" if args.max_autotune else args.compile,
         allowed_next=codec.constraint(),
     )
     if not codec.writes_text:
-        show_files(run, codec, steps, document, len(prompt), args)
+        show_files(run, codec, steps(num_samples=samples, seed=args.seed), document, len(prompt), args)
         return
+    for number in range(1, samples + 1):  # one after the other, to be read as they are drawn
+        if number > 1:
+            print(flush=True)
+        if samples > 1:
+            print(f"sample {number} of {samples}:", file=sys.stderr)
+        seed = None if args.seed is None else args.seed + number - 1
+        out = None if args.out is None else Path(args.out)
+        out = out and out.with_name(f"{numbered(out.stem, number, samples)}{out.suffix}")
+        show_text(codec, steps(seed=seed), count, stop, out)
+
+
+def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, out: Path | None) -> None:
+    """Shows a text of `count` tokens as it is drawn, or up to `stop`, and writes it into `out`."""
+    from perceiver_ar.data.text import Utf8Stream
+    from perceiver_ar.files import atomic_path
+
     ids: list[int] = []
     ending = b""
     text, started = Utf8Stream(), time.perf_counter()
@@ -480,8 +496,8 @@ def generate_verb(argv: list[str]) -> None:
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        if args.out is not None and (ids or count == 0):  # a file of before is not given up for nothing
-            with atomic_path(args.out) as temporary:
+        if out is not None and (ids or count == 0):  # a file of before is not given up for nothing
+            with atomic_path(out) as temporary:
                 temporary.write_bytes(codec.decode(ids))
     seconds = time.perf_counter() - started
     print(text.close())
@@ -499,7 +515,7 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
             return codec.start(prompt or "").tolist() or [0]
         where = f"--prompt_file {prompt_file}"
         try:
-            data = Path(prompt_file).read_bytes()
+            data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
         except FileNotFoundError:
             raise InputError(f"{where}: no such file; check the path") from None
         except IsADirectoryError:
@@ -513,7 +529,7 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
 
 def of_trained(reason: str) -> str:
     """Why files cannot be read, where --modality is no option any more."""
-    return reason.replace("; use --modality bytes", ", which a run trained with --modality bytes would read")
+    return reason.replace("use --modality bytes", "use a run that was trained with --modality bytes")
 
 
 def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
@@ -549,8 +565,8 @@ def what_to_draw(codec: "Codec", document: list[int], args: argparse.Namespace) 
         count = rest if count is None else min(count, rest)
     if samples is None:
         samples = 1 if codec.document_length is None else 4
-    if samples < 1 or (samples > 1 and codec.writes_text):
-        raise InputError(f"--samples is {samples}: it must be at least 1, and with text 1, once for each --seed")
+    if samples < 1:
+        raise InputError(f"--samples is {samples}: it must be at least 1")
     return document or [0], 256 if count is None else count, samples
 
 
@@ -768,7 +784,12 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
     from perceiver_ar.trouble import expected_bytes
 
     model = run.model()
-    config, parameters = model.config, model.num_parameters()
+    config, parameters, codec = model.config, model.num_parameters(), run.codec_if_any()
+    if run.recipe_file.exists():
+        yield "trained_on", ", ".join(run.recipe().paths) or "Python's own source"
+        yield "finished", "no" if run.summary() is None else "yes"
+    if codec is not None:
+        yield "codec", codec.name
     yield "parameters", parameters
     yield "vocab_size", config.vocab_size
     yield "context_length", config.context_length

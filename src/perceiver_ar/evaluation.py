@@ -213,7 +213,10 @@ def evaluate(
                     progress(done, total)
 
     nats = math.fsum(sums) / total
-    require(math.isfinite(nats), "the model's weights give NaN: use weights from before training diverged")
+    require(
+        math.isfinite(nats),
+        "the model's weights give NaN: use weights from before training diverged, or train at a lower rate",
+    )
     bits = nats / math.log(2)
     return Evaluation(
         tokens=total,

@@ -202,7 +202,8 @@ def stream(
                 exact = fresh.cpu().double()
                 require(
                     bool(exact.amax(-1).isfinite().all()),
-                    "the model's weights give NaN or infinite logits: use weights from before training diverged",
+                    "the model's weights give NaN or infinite logits: use weights from before training diverged, or "
+                    "train at a lower rate",
                 )
                 adjusted = exact if plain else torch.stack(list(map(adjust, decoder.rows, exact)))
                 drawn = sampling.draw(adjusted, [row.generator for row in decoder.rows])

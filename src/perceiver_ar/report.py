@@ -54,7 +54,7 @@ LARGEST = 20_000_000
 """Bytes of a sample that is shown; larger ones are named only."""
 
 
-def write_report(run: Run, summary: Mapping[str, Any]) -> None:
+def write_report(run: Run, summary: Mapping[str, Any]) -> Path:
     """Writes `report.html` of a run with this summary: settings, curves, bits against context length, last samples."""
     recipe = run.recipe_dict()
     groups = {name: value for name, value in recipe.items() if isinstance(value, dict)}
@@ -80,7 +80,9 @@ def write_report(run: Run, summary: Mapping[str, Any]) -> None:
         summary=rows(summary),
         versions=escape(versions()),
     )
-    write_text(run.path / "report.html", text)
+    path = run.path / "report.html"
+    write_text(path, text)
+    return path
 
 
 def facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

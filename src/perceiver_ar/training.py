@@ -180,7 +180,7 @@ def prepare_run(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> Rec
     """Makes the run directory with tokens and codec, or checks the one to go on with; returns the complete recipe."""
     check_tracker(recipe.trainer.tracker)
     if not resume and run.is_taken():
-        raise InputError(f"{run.path} already exists: give another --out, or go on with --resume")
+        raise InputError(f"{run.path} already exists: give another --out, go on with --resume, or remove it")
     run.remove_unfinished_files()
     existed = run.path.exists()
     try:
@@ -958,8 +958,9 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
     sample(model, codec, run, recipe, module.steps, whole=True)
     draw_loss(run, last, references, tokens_per_byte)
     watch.track({name: value for name, value in summary.items() if isinstance(value, (int, float))}, module.steps)
-    write_report(run, summary)
+    report = write_report(run, summary)
     run.write_summary(summary)
+    say(f"report: {report}")
     return summary
 
 

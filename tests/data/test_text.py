@@ -78,7 +78,9 @@ def test_offset_bytes_leave_room_for_special_ids():
     ],
 )
 def test_what_is_no_text_is_refused_by_byte_and_offset(chunks, where):
-    remedy = "use --modality bytes or a tokenizer" if b"\0" in chunks[-1] else "use --modality bytes"
+    remedy = (
+        "use --modality bytes or a tokenizer" if b"\0" in chunks[-1] else "save it as UTF-8, or use --modality bytes"
+    )
     with pytest.raises(WrongModality, match=rf"^some file is not UTF-8 text \({where}\); {remedy}$"):
         list(BytesCodec().encode_stream(chunks, "some file"))
     if b"\0" not in chunks[-1]:

@@ -337,7 +337,8 @@ def test_files_found_that_are_no_text_are_skipped_and_counted(tmp_path, capsys):
     prepare(find_files(folder / "[ah]*"), TEXT, tmp_path / "out", validation_fraction=0)
     assert re.match(r"skipped 1 of 2 files:\n  .*h\.gz has nothing in it\n", capsys.readouterr().err)
     with pytest.raises(
-        InputError, match=r"b\.bin is not UTF-8 text \(byte 0xff at offset 2200000\); use --modality bytes"
+        InputError,
+        match=r"b\.bin is not UTF-8 text \(byte 0xff at offset 2200000\); save it as UTF-8, or use --modality bytes",
     ):
         prepare(find_files([folder / "a.txt", folder / "b.bin"]), TEXT, tmp_path / "out")
     with pytest.raises(InputError, match=r"none of 3 files can be read: .*use --modality bytes"):

@@ -217,7 +217,7 @@ def decode_utf8(chunks: Iterable[bytes], where: str, allow_nul: bool = True) -> 
     offset = 0  # of the chunk in the document
 
     def wrong(byte: int, at: int) -> WrongModality:
-        remedy = "use --modality bytes" if byte else "use --modality bytes or a tokenizer"
+        remedy = "save it as UTF-8, or use --modality bytes" if byte else "use --modality bytes or a tokenizer"
         return WrongModality(f"{where} is not UTF-8 text (byte 0x{byte:02x} at offset {at}); {remedy}")
 
     def decode(chunk: bytes, final: bool) -> str:
