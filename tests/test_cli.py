@@ -549,6 +549,7 @@ def test_a_preset_sets_the_model_and_options_win(corpus: Path, tmp_path: Path) -
         ("paths: 3", "paths is 3: it must be names of files or folders"),
         ("paths: [1]", "paths is [1]: it must be names of files or folders"),
         ("max_steps: [1]", "--max_steps is [1]: it must be a whole number or left out"),
+        ("data: {validation: 5}", "--data.validation is 5: it must be a list as [1,2] or text"),
     ],
 )
 def test_settings_of_another_kind_in_a_config_are_refused(
@@ -894,7 +895,7 @@ def test_info_shows_what_the_run_is(finished: Path, capsys: pytest.CaptureFixtur
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"] == sum(tensor.numel() for tensor in load_file(finished / "model.safetensors").values())
     assert (facts["context_length"], facts["num_latents"], facts["dim"], facts["steps"]) == (32, 8, 16, 60)
-    assert (facts["finished"], facts["codec"]) == ("yes", "bytes") and Path(facts["trained_on"]).is_dir()
+    assert (facts["finished"], facts["codec"]) == (True, "bytes") and Path(facts["trained_on"][0]).is_dir()
     assert main(["info", str(finished)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in shown] == [name.replace("_", " ") for name in facts]

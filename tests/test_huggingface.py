@@ -170,7 +170,6 @@ ELSEWHERE = """
 import json, sys
 sys.modules["perceiver_ar"] = None  # not installed
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 path, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)

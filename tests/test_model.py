@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from reference import Case, assert_close, cases, configs, naive_logits, randomize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perceiver_ar import model as network
 from perceiver_ar.config import PRESETS, PerceiverARConfig
@@ -402,6 +403,12 @@ def test_ids_outside_the_vocabulary_are_refused_with_their_number(id: int) -> No
     tokens[1, 3] = id
     with pytest.raises(InputError, match=rf"tokens have the id {id}: with vocab_size 7 they must be in 0 \.\.\. 6"):
         model(tokens)
+
+
+def test_shapes_can_be_had_without_numbers() -> None:
+    with FakeTensorMode():
+        model = small()
+        assert model(random_tokens(model, 2, 12)).shape == (2, model.config.num_latents, model.config.vocab_size)
 
 
 @pytest.mark.parametrize("index_dims", [(), (3, 4), (2, 2, 3)])

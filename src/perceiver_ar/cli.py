@@ -133,7 +133,7 @@ def plain(message: str, known: list[str]) -> str:
         return f"there is no option {unknown_words([name], known)}"
     message = message.replace('Parser key "config": ', "--config: ")
     match = WRONG_TYPE.fullmatch(message)
-    kinds: list[str] = [] if match is None else re.findall(r"'(\w+)'", match["kinds"])
+    kinds = [] if match is None else ["".join(found) for found in re.findall(r"'(\w+)'|(tuple)\[", match["kinds"])]
     if match is None or not kinds:
         return message
     return f"--{match['option']} is {match['value']}: it must be {' or '.join(TYPES.get(k, k) for k in kinds)}"
@@ -620,7 +620,12 @@ def info_verb(argv: list[str]) -> None:
         print(json.dumps(facts))
         return
     for name, value in facts.items():
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
+        if isinstance(value, bool):
+            shown = "yes" if value else "no"
+        elif isinstance(value, list):
+            shown = ", ".join(value[:3]) + (f" and {len(value) - 3:,} more" if len(value) > 3 else "")
+        else:
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' '):<34}{shown}")
 
 
@@ -784,12 +789,12 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
     from perceiver_ar.trouble import expected_bytes
 
     model = run.model()
-    config, parameters, codec = model.config, model.num_parameters(), run.codec_if_any()
+    config, parameters, codec = model.config, model.num_parameters(), run.codec_name()
     if run.recipe_file.exists():
-        yield "trained_on", ", ".join(run.recipe().paths) or "Python's own source"
-        yield "finished", "no" if run.summary() is None else "yes"
+        yield "trained_on", list(run.recipe().paths) or ["Python's standard library"]
+        yield "finished", run.summary() is not None
     if codec is not None:
-        yield "codec", codec.name
+        yield "codec", codec
     yield "parameters", parameters
     yield "vocab_size", config.vocab_size
     yield "context_length", config.context_length

@@ -228,8 +228,9 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         if not 0 <= P < T:
             raise InputError(f"prefix_len is {P} with {T} tokens: it must be in 0 ... {T - 1}")
         eager, V = not torch.compiler.is_compiling(), self.config.vocab_size
-        # Where looking costs no wait for a GPU.
-        if eager and tokens.device.type == "cpu" and tokens.dtype not in (torch.uint16, torch.uint32, torch.uint64):
+        comparable = tokens.dtype not in (torch.uint16, torch.uint32, torch.uint64)
+        # Where looking costs no wait for a GPU, and there are numbers (fake tensors have none).
+        if eager and type(tokens) is Tensor and tokens.device.type == "cpu" and comparable:
             wrong = [id for id in map(int, tokens.aminmax()) if not 0 <= id < V]
             if wrong:
                 raise InputError(f"tokens have the id {wrong[0]}: with vocab_size {V} they must be in 0 ... {V - 1}")

@@ -91,6 +91,13 @@ class Run:
         """None for converted checkpoints that do not say what their ids stand for. Raises as `codec` else."""
         return self.codec() if (self.path / "codec.json").exists() else None
 
+    def codec_name(self) -> str | None:
+        """For what only names it, and needs nothing of what it takes to use it."""
+        try:
+            return str(json.loads((self.path / "codec.json").read_text(encoding="utf-8"))["codec"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def summary(self) -> dict[str, Any] | None:
         """What `summary.json` says; None before the run is finished."""
         try:

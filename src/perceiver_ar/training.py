@@ -835,7 +835,7 @@ def fit(
             size = gigabytes(4 * PerceiverAR(recipe.model).num_parameters())
         raise InputError(
             f"out of memory: the weights alone take {size}; lower model.dim or model.num_layers, and start again in "
-            "another --out"
+            "another --out, or remove this one"
         ) from error
     module = PerceiverARModule(model, recipe, RANK)
     checkpoints = Checkpoints(run.checkpoints, recipe.trainer.keep_best)
