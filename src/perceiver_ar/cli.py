@@ -790,9 +790,10 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
 
     model = run.model()
     config, parameters, codec = model.config, model.num_parameters(), run.codec_name()
-    if run.recipe_file.exists():
-        yield "trained_on", list(run.recipe().paths) or ["Python's standard library"]
-        yield "finished", run.summary() is not None
+    recipe, summary = run.recipe() if run.recipe_file.exists() else None, run.summary()
+    if recipe is not None:
+        yield "trained_on", list(recipe.paths) or ["Python's standard library"]
+        yield "finished", summary is not None
     if codec is not None:
         yield "codec", codec
     yield "parameters", parameters
@@ -804,15 +805,14 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
     yield "dim", config.dim
     window = costs(config)
     yield "forward_gigaflops_per_window", window.forward_flops / 1e9
-    if run.recipe_file.exists():
-        recipe = run.recipe()
+    if recipe is not None:
         yield "windows_per_step", recipe.trainer.batch_size
         yield "training_gigaflops_per_step", recipe.trainer.batch_size * window.training_flops / 1e9
         device = "cuda" if torch.cuda.is_available() else "cpu"
         yield "training_megabytes", expected_bytes(recipe, parameters, device) / 1e6
     yield "weights_megabytes", 4 * parameters / 1e6
     yield "context_keys_values_megabytes", window.context_bytes / 1e6
-    for name, value in (run.summary() or {}).items():
+    for name, value in (summary or {}).items():
         if name in SHOWN and value is not None:
             yield name, value
 
