@@ -3,7 +3,7 @@
     make benchmark BENCH=decode ARGS="--prompts 16,4096 --batches 1 --threads 2"
 
 Ours has the package's weights (through `compat.lucidrains`) and draws greedily; with --own also our default network of
-the same size, which has no position tables, so that long prefixes are held as ids. The prompt fills the context; with
+the same size. The prompt fills the context; with
 --grow, it fills the prefix but for one token, so that the package computes one latent for the first token, two for the
 next. Prints seconds to the first token, tokens/s after it (of all rows together), and what reading memory allows:
 beside the median step, the time of reading the weights once, and the weights with the keys and values that a step
@@ -28,7 +28,6 @@ from perceiver_ar_pytorch.autoregressive_wrapper import (  # pyright: ignore[rep
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, stream
 from perceiver_ar.compat.lucidrains import PerceiverAR as Ours
-from perceiver_ar.held import HeldPrefix
 from perceiver_ar.quantization import int8_weights
 
 
@@ -156,13 +155,9 @@ def cached_bytes(model: PerceiverAR, prompt: int) -> int:
     """What the middle step of a growing window reads of each row's cache."""
     config, size = model.config, model.embed.weight.element_size()
     latents, context = 3 * config.num_latents // 4, min(prompt, config.context_length)
-    held = 0
-    if HeldPrefix.pays(config, context):
-        held = HeldPrefix.empty(config, 1, context, model.vocabulary()).held.turns.nbytes
-        context = latents
     numbers = context * len(config.cross_layers) * config.heads_cross * config.width_head_cross
     numbers += latents * config.num_layers * config.num_heads * config.width_head
-    return held + 2 * numbers * size
+    return 2 * numbers * size
 
 
 def llama(args: argparse.Namespace, tokens: torch.Tensor, device: str) -> list[float]:

@@ -8,7 +8,7 @@ first step. Tokens are uint8, one byte each. Ours is the lucidrains preset up to
 grows with the context), and the same with rotary positions only beyond. Seconds are those of the last step.
 
 With --generate, of generation after prompts that fill the context but for 32 tokens, which are drawn: our default
-network, its prefix held as ids (held.py) and as keys and values. Neither is compiled.
+network, not compiled.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from common import DEVICE, machine, make_dense, make_theirs, settings
 from torch import Tensor, nn
 
-from perceiver_ar import PerceiverAR, PerceiverARConfig, held, next_token_loss, stream
+from perceiver_ar import PerceiverAR, PerceiverARConfig, next_token_loss, stream
 
 
 def main() -> None:
@@ -38,7 +38,6 @@ def main() -> None:
     parser.add_argument("--theirs_up_to", type=int, default=131072)
     parser.add_argument("--dense_up_to", type=int, default=8192)
     parser.add_argument("--generate", action="store_true", help="of generation instead of training")
-    parser.add_argument("--keys_values_up_to", type=int, default=1048576, help="with --generate")
     parser.add_argument("--prefix_chunk", type=int, help="of ours; automatic otherwise")
     parser.add_argument("--threads", type=int, help="of the CPU; torch's default otherwise")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -57,7 +56,7 @@ def main() -> None:
         limits = {"perceiver-ar-pytorch": args.theirs_up_to, "dense Transformer": args.dense_up_to}
         limits["ours, learned positions"], limits["ours, rotary positions"] = args.learned_up_to, 1 << 62
         if args.generate:
-            limits = {"held as ids": 1 << 62, "keys and values": args.keys_values_up_to}
+            limits = {"ours": 1 << 62}
         for what, limit in limits.items():
             if context > limit:
                 continue
@@ -74,8 +73,6 @@ def main() -> None:
 
 def measure_generation(what: str, context: int, args: argparse.Namespace) -> tuple[float, float, float, float]:
     """Peak and what of it is above the model, in GB, seconds to the first token and milliseconds of a step."""
-    if what == "keys and values":
-        held.TILE = 1 << 62  # no context is so long
     sizes = {"context_length": context, "num_latents": args.latents, "dim": args.dim, "num_layers": args.depth}
     config = PerceiverARConfig(vocab_size=256, num_heads=args.dim // 64, prefix_chunk=args.prefix_chunk, **sizes)
     model, tokens = PerceiverAR(config).to(DEVICE).eval(), torch.randint(256, (1, context - 32))

@@ -4,6 +4,7 @@ Everything here is written from the mathematics (docstrings of `perceiver_ar.mod
 explicit rectangular masks, einsum, complex numbers for rotations, and no call into the library's own computations.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -108,7 +109,14 @@ def naive_logits(
             turned.append(y)
         return torch.stack(turned, dim=1)
 
-    h = weights["embed.weight"][tokens]
+    e, W = weights["embed.weight"][tokens], config.local_context
+    h, preceding = e.clone(), torch.zeros_like(e)  # of each token, and of the real token before it without its position
+    for b, t in itertools.product(range(B), range(T)):
+        real_before = [i for i in reversed(range(t)) if real[b, i]]
+        for i in range(1, min(W, len(real_before) + 1)):
+            h[b, t] += weights["local_conv"][i - 1] * e[b, real_before[i - 1]]
+        if real_before:
+            preceding[b, t] = h[b, real_before[0]]
     rest = positions
     for axis in reversed(range(len(config.table_sizes))):
         h = h + weights[f"position_embed.{axis}.weight"][rest % config.table_sizes[axis]]
@@ -130,11 +138,20 @@ def naive_logits(
         if config.latent_keys == "query":
             context = torch.cat([context[:, :P], x], dim=1)
         k, v = linear(context, f"{name}.kv_proj").chunk(2, dim=-1)
+        k = heads(k, count)
+        if W > 1:
+            offset = heads(
+                linear(norm(preceding, f"{name}.context_norm"), f"{name}.kv_proj").chunk(2, dim=-1)[0], count
+            )
+            half = math.ceil(k.shape[-1] / 2)
+            k = torch.cat([k[..., :half], offset[..., half:]], dim=-1)
         seen = causal & real[:, None, None, :]
         if kept is not None:
             seen = seen & torch.cat([kept[i], torch.ones(B, T - P, dtype=torch.bool)], dim=1)[:, None, None, :]
         q = turn(heads(linear(x, f"{name}.q_proj"), count), latents_at)
-        out = naive_attention(q, turn(heads(k, count), positions), heads(v, count), seen)
+        if W > 1 and config.qk_norm:
+            q = q * weights[f"{name}.query_gain"][:, None, None]
+        out = naive_attention(q, turn(k, positions), heads(v, count), seen)
         out = linear(out.transpose(1, 2).flatten(2), f"{name}.out_proj")
         u = u + out if config.query_residual else out
         return u + mlp(u, f"{name}.mlp")
@@ -168,7 +185,7 @@ def randomize(model: PerceiverAR, seed: int) -> PerceiverAR:
             if not parameter.requires_grad:  # the sinusoidal tables
                 continue
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if "embed" in name:
+            if "embed" in name or name == "local_conv":
                 parameter.copy_(noise)
             elif parameter.ndim == 2:
                 parameter.copy_(noise / math.sqrt(parameter.shape[1]))
@@ -205,6 +222,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> PerceiverARConfig:
     )
     same_width = embed_dim in (None, dim)
     position_table = fixed.get("position_table") or draw(st.sampled_from(["none", "learned", "sinusoidal"]))
+    local_context = fixed.get("local_context") or draw(st.integers(1, 8))
     tables = st.sampled_from([(), (12,), (3, 4), (2, 2, 3)])
     fraction = st.one_of(st.sampled_from([1.0, 0.5, 0.0]), st.floats(0, 1))
     settings = {
@@ -214,6 +232,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> PerceiverARConfig:
         "dim": dim,
         "num_layers": num_layers,
         "num_heads": draw(st.sampled_from([1, 2])),
+        "local_context": local_context,
         "head_dim": draw(st.sampled_from([None, 8, 5, 4, 3, 2, 1])),
         "mlp_ratio": draw(st.sampled_from([0.5, 1.0, 2.5])),
         "cross_layers": tuple(sorted(draw(st.lists(st.integers(0, num_layers), min_size=0, max_size=3)))),
@@ -235,7 +254,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> PerceiverARConfig:
         "position_table": position_table,
         "index_dims": draw(tables) if position_table != "none" and context_length <= 12 else (),
         "query_position_offset": draw(st.sampled_from([0, 0, 1, 3])),
-        "latent_keys": draw(st.sampled_from(["context", "query"])) if same_width else "context",
+        "latent_keys": draw(st.sampled_from(["context", "query"])) if same_width and local_context == 1 else "context",
         "query_proj": query_proj,
         "query_residual": draw(st.booleans()),
         "mask_self_attention": draw(st.booleans()),

@@ -125,12 +125,17 @@ def test_another_kind_of_model_is_refused_by_name() -> None:
         ({"cross_layers": (-1,)}, ["cross_layers has -1", "0 ... 8"]),
         ({"cross_layers": (3, 0)}, ["cross_layers is (3, 0)", "rising order"]),
         ({"embed_dim": 64}, ["embed_dim 64", "dim 512", "query_proj"]),
-        ({"embed_dim": 64, "query_proj": True, "latent_keys": "query"}, ["embed_dim 64", "latent_keys 'context'"]),
+        (
+            {"embed_dim": 64, "query_proj": True, "latent_keys": "query", "local_context": 1},
+            ["embed_dim 64", "latent_keys 'context'"],
+        ),
         ({"embed_dim": 64, "query_proj": True, "tie_embeddings": True}, ["embed_dim 64", "tie_embeddings"]),
         ({"query_mlp_layers": -1}, ["query_mlp_layers is -1", "not be negative"]),
         ({"learned_queries": "shared", "query_proj": True}, ["learned_queries is 'shared'", "query_proj"]),
         ({"latents_per_position": 0}, ["latents_per_position is 0", "at least 1"]),
         ({"latents_per_position": 2, "latent_keys": "query"}, ["latents_per_position is 2", "latent_keys 'context'"]),
+        ({"local_context": 0}, ["local_context is 0", "at least 1"]),
+        ({"latent_keys": "query"}, ["local_context is 4", "latent_keys 'context'", "set it to 1"]),
         ({"index_dims": (64, 64)}, ["index_dims is (64, 64)", "set position_table"]),
         # Settings that would fail later, or silently compute something else:
         ({"rotary_base": 0.0}, ["rotary_base is 0.0", "positive"]),

@@ -7,7 +7,6 @@ import statistics
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from reference import assert_close, configs, randomize
 from torch import Tensor
 
-from perceiver_ar import held
 from perceiver_ar.config import PRESETS, PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation import generate, stream
@@ -113,15 +111,6 @@ def every_network(draw: st.DrawFn) -> PerceiverARConfig:
     return config
 
 
-@st.composite
-def networks_over_ids(draw: st.DrawFn) -> PerceiverARConfig:
-    """Such that a prefix is held as ids, with tiles of one slot."""
-    config = draw(configs(position_table="none"))
-    layers = config.cross_layers or (0,)
-    V = min(config.vocab_size, config.context_length)
-    return config.replace(cross_layers=layers, rotary_heads_fraction=1.0, vocab_size=V)
-
-
 @settings(max_examples=200)
 @given(st.data(), seeds, every_network())
 def test_every_step_has_the_logits_of_an_uncached_forward_over_the_window_it_reports(
@@ -130,23 +119,13 @@ def test_every_step_has_the_logits_of_an_uncached_forward_over_the_window_it_rep
     check_every_step(data, seed, config)
 
 
-@given(st.data(), seeds, networks_over_ids())
-def test_over_ids_every_step_has_the_logits_of_an_uncached_forward_too(
-    data: st.DataObject, seed: int, config: PerceiverARConfig
-) -> None:
-    with patch.object(held, "TILE", 1):
-        assert held.HeldPrefix.pays(config, config.context_length)
-        check_every_step(data, seed, config)
-
-
 @pytest.mark.slow
 @settings(max_examples=3000)
-@given(st.data(), seeds, every_network() | networks_over_ids())
+@given(st.data(), seeds, every_network())
 def test_thousands_of_models_give_the_logits_of_uncached_forwards(
     data: st.DataObject, seed: int, config: PerceiverARConfig
 ) -> None:
-    with patch.object(held, "TILE", data.draw(st.sampled_from([held.TILE, 1, 2]))):
-        check_every_step(data, seed, config)
+    check_every_step(data, seed, config)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
@@ -299,9 +278,7 @@ def test_low_precision_models_generate() -> None:
     assert step.tokens.dtype == torch.int64
 
 
-@pytest.mark.parametrize("tile", [held.TILE, 1])  # with tiles of one slot, the prefix is held as ids
-def test_autocast_generates_what_its_forward_predicts(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held, "TILE", tile)
+def test_autocast_generates_what_its_forward_predicts() -> None:
     model, row = tiny().float(), [1, 2, 3]
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         for step in stream(model, [row], max_new_tokens=12, seed=0):
@@ -346,7 +323,7 @@ def test_samples_are_rows_of_their_own_and_the_prompt_is_read_once() -> None:
     prompt, read = random_rows([9, 5], 11, seed=0), []
     expected = generate(MODEL, [row for row in prompt for _ in range(3)], 20, seed=2)
     hook = MODEL.cross_attention[0].kv_proj.register_forward_hook(  # type: ignore[union-attr]
-        lambda module, inputs, output: read.append(output.shape[0] * output.shape[1])
+        lambda module, inputs, output: read.append(output.shape[0] * (output.shape[1] - 1))  # and the token before
     )
     steps = stream(MODEL, prompt, max_new_tokens=20, seed=2, num_samples=3)
     step = next(steps)
@@ -422,7 +399,7 @@ def test_sliding_windows_are_exact_where_latents_know_nothing_of_each_other(num_
         row.append(int(step.tokens))
 
 
-@pytest.mark.parametrize("fields", [{}, {"latent_keys": "query"}, {"position_table": "learned"}])
+@pytest.mark.parametrize("fields", [{}, {"latent_keys": "query", "local_context": 1}, {"position_table": "learned"}])
 def test_sliding_rows_give_the_same_alone_and_in_a_batch(fields: dict[str, Any]) -> None:
     model, prompt = tiny(**fields), random_rows([1, 5, 14], 11, seed=0)
     together = list(stream(model, prompt, max_new_tokens=40, seed=0, slide=True))

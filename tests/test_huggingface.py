@@ -30,7 +30,7 @@ from transformers import (
     pipeline,
 )
 
-from perceiver_ar import cli, held
+from perceiver_ar import cli
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.audio import MuLawCodec
 from perceiver_ar.data.codec import Codec, save_codec
@@ -365,15 +365,12 @@ def test_greedy_tokens_are_those_of_native_generation_for_each_row_alone(
 
 
 @pytest.mark.parametrize(
-    ("prompt_len", "from_end", "tile"),
-    [(3, False, held.TILE), (13, False, held.TILE), (4, True, held.TILE), (3, False, 2), (13, False, 2)],
+    ("prompt_len", "from_end", "local_context"),
+    [(3, False, 4), (13, False, 1), (13, False, 4), (4, True, 4)],
 )
-def test_beam_search_is_that_of_a_model_without_cache(
-    prompt_len: int, from_end: bool, tile: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(held, "TILE", tile)  # with small tiles, the prefix is held as ids
+def test_beam_search_is_that_of_a_model_without_cache(prompt_len: int, from_end: bool, local_context: int) -> None:
     beams, count = 4, 26  # refills, past the context
-    config = SMALL.replace(vocab_size=5, positions_from_end=from_end)
+    config = SMALL.replace(vocab_size=5, positions_from_end=from_end, local_context=local_context)
     model = network(config, seed=5)
     prompts = ids(2, prompt_len, vocab_size=5)
     adapter: Any = adapted(model)
@@ -425,9 +422,7 @@ def test_a_cache_goes_on_where_it_was(name: str) -> None:
         output = MODEL(second[:, t : t + 1], **{name: output[CACHE]})
 
 
-@pytest.mark.parametrize("tile", [held.TILE, 2])
-def test_a_copy_of_a_cache_goes_on_by_itself_over_the_same_network(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held, "TILE", tile)  # with small tiles, the prefix is held as ids
+def test_a_copy_of_a_cache_goes_on_by_itself_over_the_same_network() -> None:
     model = network(SMALL.replace(vocab_size=5))
     adapter, prompt = adapted(model), ids(2, 12, vocab_size=5)
     first = adapter(prompt, use_cache=True)[CACHE]

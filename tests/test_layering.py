@@ -14,7 +14,7 @@ PACKAGE = "perceiver_ar"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 BOTTOM = {"errors", "files"}
-NETWORK = BOTTOM | {"config", "attention", "heads", "streaming", "held", "cache", "model"}
+NETWORK = BOTTOM | {"config", "attention", "heads", "inputs", "streaming", "cache", "model"}
 BELOW_THE_TASKS = NETWORK | {
     "objective",
     "windows",
@@ -35,9 +35,9 @@ MAY_IMPORT = {
     "config": BOTTOM,
     "attention": BOTTOM | {"config"},
     "heads": BOTTOM | {"config"},
-    "streaming": BOTTOM | {"config", "attention", "heads"},
-    "held": BOTTOM | {"config", "attention", "heads", "streaming"},
-    "cache": BOTTOM | {"config", "attention", "held"},
+    "inputs": {"config"},
+    "streaming": BOTTOM | {"config", "attention", "heads", "inputs"},
+    "cache": BOTTOM | {"config", "attention"},
     "model": NETWORK - {"model"},
     "objective": NETWORK,
     "windows": BOTTOM | {"config"},

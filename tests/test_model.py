@@ -99,7 +99,7 @@ ONE_SETTING = [
     {"mlp_bias": True},
     {"logits_bias": True},
     {"rotary": False},
-    {"rotary_fraction": 0.5},
+    {"rotary_fraction": 1.0},
     {"rotary_heads_fraction": 0.5},
     {"rotary_base": None},
     {"rotary_base": 50.0},
@@ -110,7 +110,8 @@ ONE_SETTING = [
     {"position_table": "sinusoidal"},
     {"position_table": "learned", "index_dims": (3, 4)},
     {"query_position_offset": 1},
-    {"latent_keys": "query"},
+    {"latent_keys": "query", "local_context": 1},
+    {"local_context": 1},
     {"query_proj": True},
     {"query_proj": True, "embed_dim": 10},
     {"query_proj": True, "query_mlp_layers": 2},
@@ -506,7 +507,7 @@ def test_prefix_dropout_keeps_exactly_its_share_of_the_prefix_in_each_row_and_la
 ) -> None:
     # Every token of the context is another id, so the embedding's gradient shows which ones were read.
     sizes = {"vocab_size": 52 * rows, "context_length": 52, "num_layers": 0, "cross_layers": [0] * layers}
-    model = small(**sizes, rotary=False, prefix_dropout=rate).train()
+    model = small(**sizes, local_context=1, rotary=False, prefix_dropout=rate).train()
     tokens = torch.arange((P + 2) * rows).reshape(rows, P + 2)
     torch.manual_seed(seed)
     keeps = model.prefix_keeps(tokens, P, None)
@@ -539,7 +540,7 @@ def test_every_prefix_token_is_dropped_equally_often() -> None:
 
 
 @settings(max_examples=60)
-@given(case=cases(min_length=2), data=st.data())
+@given(case=cases(min_length=2, local_context=1), data=st.data())  # a dropped token is still its successor's neighbour
 def test_dropping_prefix_tokens_equals_masking_them(case: Case, data: st.DataObject) -> None:
     model, tokens, P = case
     B, T = tokens.shape
@@ -623,7 +624,7 @@ def test_rotary_and_tables_tell_positions_apart() -> None:
         tokens = random_tokens(model, 2, 12)
         swapped = tokens[:, [1, 0, *range(2, 12)]]
         assert (model(swapped) - model(tokens)).abs().max() > 1e-3
-    blind = small(rotary=False).double()  # nothing else does
+    blind = small(rotary=False, local_context=1).double()  # nothing else does
     assert_close(blind(swapped), blind(tokens), 1e-10)
 
 
@@ -631,7 +632,7 @@ def test_rotary_and_tables_tell_positions_apart() -> None:
 def test_bfloat16_models_tell_far_positions_apart(offset: int) -> None:
     # bfloat16 has no odd integers beyond 256, and at 10^6 one number for 4096 neighbours: positions kept in it would
     # make the logits another function. Only the rounding of the activations may show, 1 % of the scale or so.
-    model = small(context_length=600, num_latents=40, head_dim=16)
+    model = small(context_length=600, num_latents=40, head_dim=16, local_context=1, rotary_fraction=1.0)
     tokens = random_tokens(model, 1, 600)
     rounded = model.bfloat16()
     logits = rounded(tokens, positions=torch.arange(600) + offset).float()
@@ -642,7 +643,7 @@ def test_bfloat16_models_tell_far_positions_apart(offset: int) -> None:
 
 
 def test_angles_are_exact_far_out() -> None:
-    config = PerceiverARConfig(head_dim=8)
+    config = PerceiverARConfig(head_dim=8, rotary_fraction=1.0)
     far = 10**7 + torch.arange(5)[None]
     tables = rotary_tables(config, far, cross=False, dtype=torch.float32)
     assert tables is not None

@@ -18,6 +18,7 @@ from perceiver_ar import PerceiverAR, PerceiverARConfig, Run, generate, stream
 from perceiver_ar.cli import main
 from perceiver_ar.config import PRESETS
 from perceiver_ar.errors import InputError
+from perceiver_ar.inputs import NOTHING, reach
 from perceiver_ar.onnx import CACHES, empty_caches, export_onnx
 from perceiver_ar.windows import Window, next_window
 
@@ -26,7 +27,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "rows and columns": {"num_heads": 2, "position_table": "learned", "index_dims": (6, 4), "norm": "layernorm"},
 }
 FROM_END: dict[str, Any] = {"num_heads": 2, "positions_from_end": True, "latents_per_position": 2}
-QUERY_KEYS: dict[str, Any] = {"num_heads": 2, "cross_layers": (0, 1), "latent_keys": "query"}
+QUERY_KEYS: dict[str, Any] = {"num_heads": 2, "cross_layers": (0, 1), "latent_keys": "query", "local_context": 1}
 OTHERS = {"keys of the query": QUERY_KEYS, "positions from the end": FROM_END} | {
     name: {**settings, "head_dim": None, "num_heads": 2} for name, settings in PRESETS.items()
 }
@@ -74,6 +75,13 @@ def test_only_networks_that_can_be_cached_have_steps(exported: Exported) -> None
     assert set(found) == ({"model", "read", "step"} if model.config.cacheable else {"model"})
 
 
+def read_ids(config: PerceiverARConfig, ids: list[int], first: int, last: int, start: int = 0) -> list[int]:
+    """Ids first ... last - 1 as the graphs take them: behind those before them in a window from `start` on."""
+    n = reach(config)
+    before = ids[max(start, first - n) : first]
+    return [NOTHING] * (n - len(before)) + before + ids[first:last]
+
+
 def step(found: Sessions, tokens: Tensor, positions: Tensor, held: tuple[Tensor, Tensor], caches: dict[str, Tensor]):
     """Logits (B, V) of one step, and the caches after it."""
     counts = {"context_held": held[0], "latents_held": held[1]}
@@ -93,7 +101,13 @@ def test_a_growing_window_decodes_what_generate_does_until_the_first_refill(expo
             if i == len(row):
                 row.append(int(logits[r].argmax()))
         held = torch.full((3,), i)
-        logits, caches = step(found, torch.tensor([[row[i]] for row in rows]), held[:, None], (held, held), caches)
+        logits, caches = step(
+            found,
+            torch.tensor([read_ids(model.config, row, i, i + 1) for row in rows]),
+            held[:, None],
+            (held, held),
+            caches,
+        )
     new = generate(model, prompts, N, temperature=0.0)
     for prompt, row, expected in zip(prompts, rows, new.tolist(), strict=True):
         assert row[len(prompt) :] == expected[: N - len(prompt)]
@@ -112,7 +126,7 @@ def decoded(model: PerceiverAR, found: Sessions, prompt: list[int], count: int) 
             if not kept:
                 caches = empty_caches(model, 1, config.context_length)
                 if P > 0:
-                    tokens = torch.tensor([ids[window.start : window.start + P]])
+                    tokens = torch.tensor([read_ids(config, ids, window.start, window.start + P, window.start)])
                     positions = torch.arange(P)[None] + window.start - origin
                     new = run(found["read"], {"tokens": tokens, "positions": positions})
                     for name, x in zip(CACHES, new, strict=False):
@@ -120,7 +134,13 @@ def decoded(model: PerceiverAR, found: Sessions, prompt: list[int], count: int) 
             context, latents, first = P, 0, window.start + P
         for i in range(first, len(ids)):
             held = torch.tensor([context]), torch.tensor([latents])
-            logits, caches = step(found, torch.tensor([[ids[i]]]), torch.tensor([[i - origin]]), held, caches)
+            logits, caches = step(
+                found,
+                torch.tensor([read_ids(config, ids, i, i + 1, window.start)]),
+                torch.tensor([[i - origin]]),
+                held,
+                caches,
+            )
             context, latents = context + 1, latents + 1
         yield logits, window
         ids.append(int(logits.argmax()))
@@ -148,11 +168,13 @@ def test_rows_hold_different_amounts(exported: Exported) -> None:
         for i in range(count + 1):
             single.append(caches)
             at = torch.tensor([i])
-            logits, caches = step(found, torch.tensor([[i + 5]]), at[:, None], (at, at), caches)
+            ids = torch.tensor([read_ids(model.config, list(range(5, 12)), i, i + 1)])
+            logits, caches = step(found, ids, at[:, None], (at, at), caches)
         alone.append(logits)
     both = {name: torch.cat([single[2][name], single[-1][name]], dim=1) for name in CACHES}
     held = torch.tensor([2, 6])
-    logits, _ = step(found, held[:, None] + 5, held[:, None], (held, held), both)
+    ids = torch.tensor([read_ids(model.config, list(range(5, 12)), i, i + 1) for i in held.tolist()])
+    logits, _ = step(found, ids, held[:, None], (held, held), both)
     torch.testing.assert_close(logits, torch.cat(alone), atol=1e-5, rtol=0)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from perceiver_ar.attention import Piece
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.held import HeldPrefix
 
 
 class _Plan(NamedTuple):
@@ -160,30 +159,18 @@ class KeysValues:
 class Cache:
     """Of each row: its context for every cross-attention layer, its latents in every self-attention layer."""
 
-    def __init__(self, cross: KeysValues, own: KeysValues, prefix: HeldPrefix | None = None) -> None:
-        """prefix: where it is held as ids; `cross` is then of latents only."""
-        self.cross, self.own, self.prefix = cross, own, prefix
+    def __init__(self, cross: KeysValues, own: KeysValues) -> None:
+        self.cross, self.own = cross, own
 
     @classmethod
     def empty(
-        cls,
-        config: PerceiverARConfig,
-        rows: int,
-        context: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        vocabulary: Sequence[tuple[Tensor, Tensor]] | None = None,
+        cls, config: PerceiverARConfig, rows: int, context: int, dtype: torch.dtype, device: torch.device
     ) -> "Cache":
-        """For contexts of at most `context` tokens and at most num_latents latents.
-
-        vocabulary: see `HeldPrefix`; with it, the prefix is held as ids.
-        """
-        prefix = None if vocabulary is None else HeldPrefix.empty(config, rows, context, vocabulary)
-        room = context if prefix is None else min(context, config.num_latents)
+        """For contexts of at most `context` tokens and at most num_latents latents."""
         layers, heads, channels = len(config.cross_layers), config.heads_cross, config.width_head_cross
-        cross = KeysValues.empty(layers, rows, heads, room, channels, dtype, device)
+        cross = KeysValues.empty(layers, rows, heads, context, channels, dtype, device)
         layers, heads, channels = config.num_layers, config.num_heads, config.width_head
-        return cls(cross, KeysValues.empty(layers, rows, heads, config.num_latents, channels, dtype, device), prefix)
+        return cls(cross, KeysValues.empty(layers, rows, heads, config.num_latents, channels, dtype, device))
 
     def advance(self, n: int) -> None:
         """The last n latents that were computed are there to stay, as context and as latents."""
@@ -191,24 +178,19 @@ class Cache:
         self.own.advance(n)
 
     def rows(self, first: int, last: int) -> "Cache":
-        prefix = None if self.prefix is None else self.prefix.rows(first, last)
-        return Cache(self.cross.rows(first, last), self.own.rows(first, last), prefix)
+        return Cache(self.cross.rows(first, last), self.own.rows(first, last))
 
     def copy_row(self, source: int, target: int) -> None:
-        for part in self._parts():
-            part.copy_row(source, target)
+        self.cross.copy_row(source, target)
+        self.own.copy_row(source, target)
 
     def select(self, rows: Sequence[int]) -> "Cache":
-        prefix = None if self.prefix is None else self.prefix.select(rows)
-        return Cache(self.cross.select(rows), self.own.select(rows), prefix)
+        return Cache(self.cross.select(rows), self.own.select(rows))
 
     def fix(self) -> None:
-        for part in self._parts():
-            part.fix()
+        self.cross.fix()
+        self.own.fix()
 
     def aim(self) -> None:
         self.cross.aim()
         self.own.aim()
-
-    def _parts(self) -> "list[KeysValues | HeldPrefix]":
-        return [self.cross, self.own] if self.prefix is None else [self.cross, self.own, self.prefix]

@@ -19,6 +19,8 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 from perceiver_ar.errors import InputError, require
 
 MODEL_TYPE = "perceiver_ar"
+BEFORE: dict[str, Any] = {"local_context": 1}
+"""What settings were, in effect, that files written before these settings existed do not name."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class PerceiverARConfig:
     cross_layers: tuple[int, ...] = (0,)
     """Where cross-attention layers stand: each number is the self-attention layer it comes before (num_layers: after
     the last). (0,) is the paper; (0, 0) is two in a row; (0, 3) reads the context again before the fourth layer."""
+    local_context: int = 4
+    """Number of tokens that an embedding knows: its own and those before it, by a causal depthwise convolution. More
+    than 1: half of each key's channels come from the embedding of the token before, so that latents can look up what
+    followed where the same tokens stood before. 1: embeddings of single tokens, as the references have them."""
     prefix_dropout: float = 0.0
     """Share of the prefix tokens dropped from each cross-attention in training (paper, section 3.2 and appendix)."""
     attention_dropout: float = 0.0
@@ -82,7 +88,7 @@ class PerceiverARConfig:
     # Positions.
     rotary: bool = True
     """Rotate queries and keys by their positions (RoPE, arXiv 2104.09864)."""
-    rotary_fraction: float = 1.0
+    rotary_fraction: float = 0.5
     """Share of each head's channels that is rotated: the first 2 * floor(fraction * head_dim / 2)."""
     rotary_heads_fraction: float = 1.0
     """Share of the heads that is rotated: the first floor(fraction * heads) (google)."""
@@ -128,7 +134,15 @@ class PerceiverARConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("vocab_size", "context_length", "num_latents", "dim", "num_heads", "latents_per_position"):
+        for name in (
+            "vocab_size",
+            "context_length",
+            "num_latents",
+            "dim",
+            "num_heads",
+            "latents_per_position",
+            "local_context",
+        ):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("num_layers", "query_mlp_layers"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it must not be negative")
@@ -186,6 +200,10 @@ class PerceiverARConfig:
             f"latents_per_position is {self.latents_per_position}: that needs latent_keys 'context'",
         )
         require(
+            self.local_context == 1 or self.latent_keys == "context",
+            f"local_context is {self.local_context}: that needs latent_keys 'context'; or set it to 1",
+        )
+        require(
             self.width_embed == self.dim or self.query_proj or self.learned_queries != "none",
             f"embed_dim {self.width_embed} differs from dim {self.dim}: that needs query_proj or learned_queries",
         )
@@ -233,15 +251,6 @@ class PerceiverARConfig:
     def max_positions(self) -> int | None:
         """Positions the model can tell apart; None: any number (rotary only)."""
         return math.prod(self.table_sizes) if self.table_sizes else None
-
-    def by_id(self, tokens: int) -> bool:
-        """Whether keys and values of so many prefix tokens are made once for each id of the vocabulary and looked up.
-
-        Without position tables they depend, before they are turned to their positions, on the id alone. Looking up
-        costs little, so it pays where there are fewer ids than tokens (on a CPU from half as many on; on GPUs not
-        measured yet).
-        """
-        return not self.table_sizes and 2 * self.vocab_size <= tokens
 
     @property
     def cacheable(self) -> bool:
@@ -313,7 +322,7 @@ class PerceiverARConfig:
             raise InputError(f"{file} is damaged ({error}): restore it, or train again") from None
         if not isinstance(settings, dict):
             raise InputError(f"{file} is damaged (not a JSON object): restore it, or train again")
-        return cls.from_dict(settings, where=str(file))
+        return cls.from_dict(BEFORE | settings, where=str(file))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -321,6 +330,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # Hawthorne et al. 2022 as released in google-research/perceiver-ar, rotary form (arXiv 2202.07765, appendix).
     "paper": {
+        "local_context": 1,
         "qk_norm": False,
         "activation": "relu2",
         "attention_bias": True,
@@ -336,6 +346,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # perceiver-ar-pytorch 0.0.10 with its default head size 64; `compat.lucidrains` fills in the rest.
     "lucidrains": {
+        "local_context": 1,
         "head_dim": 64,
         "qk_norm": False,
         "activation": "gelu",
@@ -349,6 +360,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # perceiver-io's causal language model (krasserm) with its defaults.
     "krasserm": {
+        "local_context": 1,
         "qk_norm": False,
         "activation": "gelu",
         "out_bias": "cross",

@@ -25,12 +25,13 @@ def costs(config: PerceiverARConfig, context: int | None = None, latents: int | 
     """Costs of one window alone; by default of the whole context with all latents.
 
     forward = 2 N V D                                                     logits
-            + per cross layer  2 (N D W + 2 N E W + N W D + 2 N D F) + 4 W (N P + N^2 / 2) + 4 R E W
-            + per self layer   2 (3 N D W + N W D + 2 N D F)         + 4 W (N^2 / 2)
+            + per cross layer  2 (2 N D W + 2 N D F) + 4 R E W + 4 W (N P + N^2 / 2)
+            + per self layer   2 (3 N D W + N W D + 2 N D F)   + 4 W (N^2 / 2)
 
     with T context, N latents, P = T - N, D dim, E embedding width, W heads times channels, F hidden, V vocabulary, and
-    R = P, or V where the prefix's keys and values are made once for each id (`config.by_id`). Several latents per
-    position are as many rows of the batch; only the logits, and what is made for each id, are computed once.
+    R = T embeddings that are projected; with local context T + 2, because the one before the prefix and the one before
+    the latents are, too, or with position tables 2 T (see `inputs.embed`). Several latents per position are as many
+    rows of the batch; only the logits are computed once.
     """
     T = context or config.context_length
     N = min(latents or config.num_latents, T)
@@ -38,16 +39,15 @@ def costs(config: PerceiverARConfig, context: int | None = None, latents: int | 
     W = config.heads_cross * config.width_head_cross
     F = int((config.cross_mlp_ratio or config.mlp_ratio) * D)
     K = config.latents_per_position
-    R = config.vocab_size if config.by_id(K * P) else K * P
-    prefix = 4 * R * E * W
-    cross = 2 * (N * D * W + 2 * N * E * W + N * W * D + 2 * N * D * F) + 4 * W * (N * P + N * N / 2)
+    R = T if config.local_context == 1 else 2 * T if config.table_sizes else T + 2
+    cross = 2 * (2 * N * D * W + 2 * N * D * F) + 4 * R * E * W + 4 * W * (N * P + N * N / 2)
     layers = len(config.cross_layers)
     context_bytes = layers * 4 * 2 * T * W
     W, F = config.num_heads * config.width_head, int(config.mlp_ratio * D)
     own = 2 * (3 * N * D * W + N * W * D + 2 * N * D * F) + 4 * W * N * N / 2
     own += 4 * W * N * N / 2 * (K - 1)  # each latent sees all of its position
     query = (2 * N * E * D if config.query_proj else 0) + config.query_mlp_layers * 2 * N * D * D
-    forward = 2 * N * config.vocab_size * D + K * (query + layers * cross + config.num_layers * own) + layers * prefix
+    forward = 2 * N * config.vocab_size * D + K * (query + layers * cross + config.num_layers * own)
     return Costs(forward_flops=forward, training_flops=3 * forward, context_bytes=K * context_bytes)
 
 
@@ -61,9 +61,8 @@ def training_bytes(
         weights, their gradients, Muon's one moment or Adam's two, the mean of the weights, DDP's buckets;
         under FSDP a share of each
       + per window  3 N V                                                        logits and their gradients
-                  + per cross layer  N (4 D + 7 W + 2 E + 2 F) + P (2 E + 5 W)   kept for the backward pass,
-                                     where keys and values are looked up (`config.by_id`), V (E + 2 W) in all
-                                     and no 2 E for tokens
+                  + per cross layer  N (4 D + 7 W + 2 E + 2 F) + P (2 E + 5 W)   kept for the backward pass
+                  + with local context  P (E + W) more of these
                   + per self layer   N (4 D + 7 W + 2 F)
 
     floats; for the letters see `costs`, but P is what prefix dropout leaves of it, a device's share of that, or one
@@ -78,11 +77,10 @@ def training_bytes(
     B, K = recipe.trainer.micro_batch if windows is None else windows, config.latents_per_position
     N, D, E = config.num_latents, config.dim, config.width_embed
     P = (config.context_length - N) * (1 - config.prefix_dropout) / recipe.trainer.prefix_ranks
-    by_id = config.by_id(int(B * K * P))
     P = min(P, (config.prefix_chunk if prefix_chunk is None else prefix_chunk) or P)
     W, F = config.heads_cross * config.width_head_cross, int((config.cross_mlp_ratio or config.mlp_ratio) * D)
-    cross = N * (4 * D + 7 * W + 2 * E + 2 * F) + P * ((0 if by_id else 2 * E) + 5 * W)
-    ids = len(config.cross_layers) * config.vocab_size * (E + 2 * W) if by_id else 0
+    cross = N * (4 * D + 7 * W + 2 * E + 2 * F) + P * (2 * E + 5 * W)
+    cross += P * (E + W) if config.local_context > 1 else 0
     W, F = config.num_heads * config.width_head, int(config.mlp_ratio * D)
     own = N * (4 * D + 7 * W + 2 * F)
     layers = [cross] * len(config.cross_layers) + [own] * config.num_layers
@@ -94,4 +92,4 @@ def training_bytes(
     states = 2 + moments + (recipe.optim.ema > 0) + half / 2
     if recipe.trainer.devices > 1:
         states = states / recipe.trainer.devices if recipe.trainer.sharded else states + 1
-    return 4 * (states * parameters + ids) + B * (K * (2.3 if half else 4) * kept + 4 * 3 * N * config.vocab_size)
+    return 4 * states * parameters + B * (K * (2.3 if half else 4) * kept + 4 * 3 * N * config.vocab_size)

@@ -1,9 +1,9 @@
 """Generation: every token is drawn from the logits of a forward over a stated window of its row (windows.py).
 
-Each step computes one latent per row, over cached keys and values (cache.py) and a prefix that may be held as ids
-(held.py); where a row's window refills, its other latents are computed anew before, over the same prefix. (Networks
-whose latents change when tokens follow are computed anew for every token: `config.cacheable`.) Rows know nothing of
-each other, so a row gives the same tokens alone and in any batch.
+Each step computes one latent per row, over cached keys and values (cache.py); where a row's window refills, its other
+latents are computed anew before, over the same prefix. (Networks whose latents change when tokens follow are computed
+anew for every token: `config.cacheable`.) Rows know nothing of each other, so a row gives the same tokens alone and in
+any batch.
 
 Shapes: B batch, T tokens of a row so far, V vocabulary.
 """
@@ -25,7 +25,7 @@ from perceiver_ar.cache import Cache
 from perceiver_ar.compiled import NextLogits, compile_and_run, compiled_step, next_logits
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.held import HeldPrefix
+from perceiver_ar.inputs import NOTHING, reach
 from perceiver_ar.model import PerceiverAR
 from perceiver_ar.sampling import LogitsProcessor, Sampling, is_whole, penalise_repetition
 from perceiver_ar.windows import Schedule, longest_context, next_window
@@ -78,8 +78,7 @@ def stream(
     """Continues every row of a prompt token by token.
 
     Whatever mode the model is in, it computes in evaluation mode and without gradients; between steps it is as it was.
-    The cache has the type of the model's weights, or of autocast, and room for the longest context that comes up; where
-    it may hold the prefix as ids (held.py), it does.
+    The cache has the type of the model's weights, or of autocast, and room for the longest context that comes up.
 
     Args:
         prompt: see `Prompt`; every row has at least one token. Of longer rows the model sees the last context_length.
@@ -276,6 +275,16 @@ class Row:
     def prefix_len(self) -> int:
         return self.num_tokens - self.window.start - self.window.num_latents
 
+    def last_ids(self, n: int) -> list[int]:
+        """The last n ids, oldest first; NOTHING in front of the window."""
+        inside = min(n, self.num_tokens - self.window.start)
+        return [NOTHING] * (n - inside) + list(islice(reversed(self.ids), inside))[::-1]
+
+    def window_ids(self, first: int, last: int) -> list[int]:
+        """Ids first ... last - 1 of the window; NOTHING in front of it."""
+        start = len(self.ids) - (self.num_tokens - self.window.start)
+        return [NOTHING] * -min(first, 0) + list(islice(self.ids, start + max(first, 0), start + last))
+
     def add(self, token: int, stops: Sequence[tuple[int, ...]]) -> bool:
         """One more token, and the window for the next; False where the row ends."""
         if self.history is not None:
@@ -326,14 +335,12 @@ class Decoder:
         if compile:  # one size for many lengths
             longest = 2 ** (longest - 1).bit_length()
         context = min(longest_context(model.config), longest)
-        self.model = model
+        self.model, self.reach = model, reach(model.config)
         self.rows = list(rows[::num_samples])
         device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(device.type)
-        by_id = HeldPrefix.pays(model.config, context) and not rows[0].schedule.slide
-        vocabulary = model.vocabulary() if by_id else None
-        self.cache = Cache.empty(model.config, len(self.rows), context, dtype, device, vocabulary)
+        self.cache = Cache.empty(model.config, len(self.rows), context, dtype, device)
         self._refill()
         if num_samples > 1:
             self.cache = self.cache.select([r // num_samples for r in range(len(rows))])
@@ -351,7 +358,7 @@ class Decoder:
         if not self._refilled:
             self._refill()
         self._refilled = False
-        tokens = [[row.ids[-1]] for row in self.rows]
+        tokens = [row.last_ids(self.reach + 1) for row in self.rows]
         positions = [row.num_tokens - 1 - row.origin for row in self.rows]
         if self.slots is None:
             logits = next_logits(self.model, self._tensor(tokens), self._positions(positions, 1), self.cache)
@@ -360,7 +367,7 @@ class Decoder:
             at = self._tensor(positions + [0] * ended)[:, None]
             self.cache.aim()
             step = self._first_step or self._step
-            logits = step(self.model, self._tensor(tokens + [[0]] * ended), at, self.cache)
+            logits = step(self.model, self._tensor(tokens + [[0] * (self.reach + 1)] * ended), at, self.cache)
             self._first_step = None
             logits = logits[: len(self.rows)].clone()  # CUDA graphs write the next ones to the same place
         self.cache.advance(1)
@@ -391,38 +398,41 @@ class Decoder:
         """
 
         def shape(slot: int) -> tuple[int, ...]:
-            row, prefix = self.rows[slot], self.cache.prefix
-            kept = row.kept
-            if prefix is not None:  # as long as it begins where it did
-                kept = 0 if row.dropped else int(prefix.held.length[slot])
-            return row.window.refill, row.dropped, kept, row.prefix_len, row.window.num_latents
+            row = self.rows[slot]
+            return row.window.refill, row.dropped, row.kept, row.prefix_len, row.window.num_latents
 
         for (refill, dropped, kept, P, N), group in groupby(range(len(self.rows)), shape):
             if not refill:
                 continue
             slots = list(group)
             rows, cache = self.rows[slots[0] : slots[-1] + 1], self.cache.rows(slots[0], slots[-1] + 1)
-            tokens = self._tensor(
-                [list(islice(row.ids, len(row.ids) - N - P + kept, len(row.ids) - 1)) for row in rows]
-            )
-            at = [row.window.start + kept - row.origin for row in rows]
-            prefix, chunk = P - kept, max(1, READ // len(rows))
             cache.own.keep(0)
-            if cache.prefix is not None:
+            cache.cross.keep(kept, dropped)
+            if dropped and self.reach:  # the first tokens knew some that have left the window
                 cache.cross.keep(0)
-                if kept == 0:
-                    cache.prefix.clear()
-                cache.prefix.append(tokens[:, :prefix], at)
-            else:
-                cache.cross.keep(kept, dropped)
-                for start in range(0, prefix, chunk):
-                    part = tokens[:, start : min(start + chunk, prefix)]
-                    self.model.read(part, self._positions([first + start for first in at], part.shape[1]), cache)
-                    cache.cross.advance(part.shape[1])
+                self._read(rows, cache, 0, min(self.reach, kept))
+                cache.cross.advance(max(0, kept - self.reach))
+            self._read(rows, cache, kept, P)
             if N > 1:
-                positions = self._positions([first + prefix for first in at], N - 1)
-                self.model.latents(tokens[:, prefix:], positions=positions, cache=cache)
+                tokens, positions = self._window(rows, P, P + N - 1)
+                self.model.latents(tokens, positions=positions, cache=cache)
                 cache.advance(N - 1)
+
+    def _read(self, rows: Sequence[Row], cache: Cache, first: int, last: int) -> None:
+        """Caches the keys and values of tokens first ... last - 1 of each row's window, behind what the cache holds."""
+        tokens, positions = self._window(rows, first, last)
+        chunk = max(1, READ // len(rows))
+        for start in range(0, last - first, chunk):
+            part = positions[:, start : start + chunk]
+            self.model.read(tokens[:, start : start + part.shape[1] + self.reach], part, cache)
+            cache.cross.advance(part.shape[1])
+
+    def _window(self, rows: Sequence[Row], first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Tokens first ... last - 1 of each row's window behind those before them, and their positions."""
+        tokens = [row.window_ids(first - self.reach, last) for row in rows]
+        return self._tensor(tokens), self._positions(
+            [row.window.start + first - row.origin for row in rows], last - first
+        )
 
     def _positions(self, first: Sequence[int], n: int) -> Tensor:
         """n positions from each of `first` on: (rows, n), or (1, n) where all are the same."""

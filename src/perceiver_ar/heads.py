@@ -25,27 +25,18 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def split_keys_values(kv: Tensor, rotary: Rotary | None, config: PerceiverARConfig) -> tuple[Tensor, Tensor]:
-    """A fused projection (B, K, 2 * H * C) of context tokens -> keys in their places and values, each (B, H, K, C)."""
-    k, v = (split_heads(x, config.heads_cross) for x in kv.chunk(2, dim=-1))
-    return place(k, rotary, config), v
+def split_keys_values(kv: Tensor, K: int, rotary: Rotary | None, config: PerceiverARConfig) -> tuple[Tensor, Tensor]:
+    """The fused projection of K context tokens -> keys in their places and values, each (B, H, K, C).
 
-
-def vocabulary_keys_values(kv: Tensor, config: PerceiverARConfig) -> tuple[Tensor, Tensor]:
-    """A fused projection (V, 2 * H * C) of the vocabulary -> keys, not turned yet, and values, each (V, H * C).
-
-    In float32 at least: many tokens look up one row, and half precision would lose the sum of their gradients.
+    kv: (B, K, 2 * H * C); with local context (B, K + 1 or 2 K, 2 * H * C) as `inputs.embed` orders it, and the second
+    half of a key's channels is that of the token before.
     """
-    k, v = (merge_heads(x)[0] for x in split_keys_values(kv[None], None, config))
-    return (k, v) if kv.dtype == torch.float64 else (k.float(), v.float())
-
-
-def place_rows(
-    k: Tensor, v: Tensor, rotary: Rotary | None, config: PerceiverARConfig, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Rows (B, K, H * C) of `vocabulary_keys_values` -> keys in their places and values, each (B, H, K, C)."""
-    k, v = (split_heads(x, config.heads_cross) for x in (k, v))
-    return rotate(k, rotary).to(dtype), v.to(dtype)
+    k, v = (split_heads(x, config.heads_cross) for x in kv.chunk(2, dim=-1))
+    if config.local_context > 1:
+        first, half = k.shape[2] - K, k.shape[3] - k.shape[3] // 2
+        k = torch.cat([k[:, :, first:, :half], k[:, :, :K, half:]], dim=-1)
+        v = v[:, :, first:]
+    return place(k, rotary, config), v
 
 
 def place(x: Tensor, rotary: Rotary | None, config: PerceiverARConfig) -> Tensor:

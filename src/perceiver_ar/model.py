@@ -37,33 +37,32 @@ from perceiver_ar.heads import (
     Rotary,
     merge_heads,
     place,
-    place_rows,
     rotary_tables,
     split_heads,
     split_keys_values,
-    vocabulary_keys_values,
 )
-from perceiver_ar.streaming import Prefix, automatic_chunk, coordinates, embed, running, stream_attention
+from perceiver_ar.inputs import Prefix, Tables, coordinates, embed, reach, running, with_predecessors
+from perceiver_ar.streaming import automatic_chunk, stream_attention
 
 Past = Callable[[Tensor, Tensor], list[Piece]]
 """Takes the new positions' keys and values and gives the pieces to attend to: a layer of a cache."""
-Held = Callable[[Tensor, list[Piece]], Tensor]
-"""Attention of queries to a prefix that a cache holds as ids, and to pieces."""
+
+
+QUERY_GAIN = 1.5
+"""Factor of the cross-attention's scores before training."""
 
 
 class Span(NamedTuple):
     """Tokens of the context as cross-attention layers read them."""
 
     h: Tensor
-    """(B, K, E) embeddings, before any normalisation; with `ids`, those of the whole vocabulary (V, E)."""
+    """(B, K, E) embeddings, before any normalisation; with local context (B, K + 1 or 2 K, E), see `inputs.embed`."""
     positions: Tensor
     """(B or 1, K)"""
     rotary: Rotary | None
     """Their rotation as keys."""
     mask: Tensor | None
     """(B, K) bool, True where the token is real; None: all are."""
-    ids: Tensor | None = None
-    """(B, K) rows of `h`."""
 
 
 class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", tags=["perceiver-ar", "long-context"]):
@@ -83,6 +82,8 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         self.activation_checkpointing = False
         self.prefix_group: ProcessGroup | None = None
         self.embed = nn.Embedding(config.vocab_size, config.width_embed)
+        W = config.local_context
+        self.local_conv = nn.Parameter(torch.empty(W - 1, config.width_embed)) if W > 1 else None
         self.position_embed = nn.ModuleList(nn.Embedding(rows, config.width_embed) for rows in config.table_sizes)
         self.query_proj = nn.Linear(config.width_embed, config.dim) if config.query_proj else nn.Identity()
         self.query_mlp = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(config.query_mlp_layers))
@@ -139,20 +140,26 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
     ) -> Tensor:
         """The final latents (B, N, D) that `forward` turns into logits; same arguments.
 
-        With a cache, all tokens are latents, at these positions, behind what the cache holds of their context. Their
-        keys and values are written to the cache; `cache.advance(N)` keeps them.
+        With a cache, all N tokens are latents, at these positions, behind what the cache holds of their context; with
+        local context `tokens` are (B, n + N), and the first n = `inputs.reach(config)` are the tokens before them, -1
+        where there is none. Their keys and values are written to the cache; `cache.advance(N)` keeps them.
         """
-        if cache is not None:
-            prefix_len = 0
-        config, P = self.config, self.check(tokens, prefix_len, mask, prefix_keep)
-        positions = self.positions(tokens, mask, positions)
-        if config.latents_per_position > 1:  # several latents of a position are rows of the batch, side by side
-            tokens, positions, mask, prefix_keep = self.repeat_rows(tokens, positions, mask, prefix_keep)
-        context = Prefix(self.tables(), tokens, positions, mask, None)
+        config = self.config
+        if cache is None:
+            P = self.check(tokens, prefix_len, mask, prefix_keep)
+            positions = self.positions(tokens, mask, positions)
+            if config.latents_per_position > 1:  # several latents of a position are rows of the batch, side by side
+                tokens, positions, mask, prefix_keep = self.repeat_rows(tokens, positions, mask, prefix_keep)
+            keeps = self.prefix_keeps(tokens, P, prefix_keep)
+            context = self.context(tokens, positions, mask)
+            latent = self.span(*context.part(P, context.length))
+        else:
+            assert positions is not None
+            P, context, keeps = 0, None, []
+            latent = self.span(tokens, positions, None)
 
-        latent = self.span(context, P, context.length)
         # Autocast would start the residual stream in half precision.
-        u = self.first_latents(latent.h).to(latent.h.dtype)
+        u = self.first_latents(latent.h[:, -latent.positions.shape[1] :]).to(latent.h.dtype)
         at = latent.positions + config.query_position_offset
         same = config.query_position_offset == 0
         query_rotary = latent.rotary if same else self.rotary(at, cross=True)
@@ -160,15 +167,12 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         self_rotary = query_rotary if same else self.rotary(at, cross=False)
         self_mask = latent.mask if config.mask_self_attention else None
 
-        prefix: Span | Prefix | Held | None = None
-        keeps = self.prefix_keeps(tokens, P, prefix_keep)
+        prefix: Span | Prefix | None = None
         for i in range(config.num_layers + 1):
             for c, (before, layer) in enumerate(zip(config.cross_layers, self.cross_attention, strict=True)):
                 if before == i:
                     past = None if cache is None else partial(cache.cross.update, layer_idx=c)
-                    if cache is not None:
-                        prefix = None if cache.prefix is None else partial(cache.prefix.attend, layer_idx=c)
-                    elif prefix is None or keeps[c] is not None:
+                    if context is not None and (prefix is None or keeps[c] is not None):
                         prefix = self.prefix(context, P, keeps[c])
                     u = self.apply_layer(layer, u, query_rotary, prefix, latent, past)
             if i < config.num_layers:
@@ -179,24 +183,26 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         return u if config.latents_per_position == 1 else u.unflatten(0, (-1, config.latents_per_position)).mean(1)
 
     def read(self, tokens: Tensor, positions: Tensor, cache: Cache) -> None:
-        """Writes prefix tokens (B, K) at positions (B or 1, K) to a cache; `cache.cross.advance(K)` keeps them."""
-        prefix = Prefix(self.tables(), tokens, self.positions(tokens, None, positions), None, None)
-        span = self.prefix_span(prefix)
+        """Writes K prefix tokens at positions (B or 1, K) to a cache; `cache.cross.advance(K)` keeps them.
+
+        tokens: (B, n + K), as `latents` takes them with a cache.
+        """
+        span = self.span(tokens, positions, None)
         for c, layer in enumerate(cast("list[CrossLayer]", self.cross_attention)):
             cache.cross.update(*layer.read(span), c)
 
-    def vocabulary(self) -> list[tuple[Tensor, Tensor]]:
-        """Of each cross-attention layer the keys, not turned yet, and values of every id, each (V, H * C).
-
-        For a network without position tables.
-        """
-        return [layer.vocabulary(self.embed.weight) for layer in cast("list[CrossLayer]", self.cross_attention)]
-
     # The context: which tokens, where they stand, how they are embedded.
 
-    def tables(self) -> list[Tensor]:
-        """As `Prefix` takes them: the token embedding, then the position tables."""
-        return [self.embed.weight, *(cast(nn.Embedding, table).weight for table in self.position_embed)]
+    def context(self, tokens: Tensor, positions: Tensor | None, mask: Tensor | None) -> Prefix:
+        """All tokens of a context, from which prefix and latents are taken."""
+        n = reach(self.config)
+        if n > 0 and mask is not None:
+            tokens = with_predecessors(tokens, mask, n)
+        return Prefix(self.tables(), tokens, positions, mask, None, n)
+
+    def tables(self) -> Tables:
+        positions = [cast(nn.Embedding, table).weight for table in self.position_embed]
+        return Tables(self.embed.weight, self.local_conv, positions)
 
     def check(self, tokens: Tensor, prefix_len: int | None, mask: Tensor | None, prefix_keep: Tensor | None) -> int:
         """The prefix length to use. Raises InputError where tokens, prefix length and masks do not fit together."""
@@ -279,7 +285,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
 
         A `Prefix` where it is to be streamed.
         """
-        prefix = Prefix(context.tables, *(None if x is None else x[:, :P] for x in context[1:4]), keep)  # type: ignore[arg-type]
+        prefix = context.rows(P, keep)
         chunk = self.config.prefix_chunk
         group, dropout = self.prefix_group, self.training and self.config.attention_dropout > 0
         if group is not None and dropout:
@@ -296,26 +302,18 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
             chunk = 0
         elif chunk is None:
             weight = self.embed.weight
-            chunk = automatic_chunk(self.config, len(context.tokens), length, weight.dtype, weight.device)
+            chunk = automatic_chunk(self.config, len(prefix.tokens), length, weight.dtype, weight.device)
         if group is not None:
             return prefix._replace(chunk=chunk or max(length, 1), group=group.group_name)
         if 0 < chunk < length:
             return prefix._replace(chunk=chunk)
-        return self.prefix_span(prefix)
+        return self.span(*prefix.part(0, prefix.length))
 
-    def prefix_span(self, prefix: Prefix) -> Span:
-        """All of a prefix, as cross-attention layers make keys and values of it."""
-        # An exported graph is to serve all lengths, so nothing is asked of them.
-        if torch.compiler.is_exporting() or not self.config.by_id(prefix.tokens.shape[0] * prefix.length):
-            return self.span(prefix, 0, prefix.length)
-        ids, positions, mask = prefix.part(0, prefix.length)
-        return Span(prefix.tables[0], positions, self.rotary(positions, cross=True), mask, ids)
-
-    def span(self, tokens: Prefix, start: int, stop: int) -> Span:
-        ids, positions, mask = tokens.part(start, stop)
+    def span(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Span:
+        """Embeds tokens, given as `Prefix.part` gives them."""
         places = coordinates(self.config, positions)
         positions = running(self.config, places)
-        return Span(embed(tokens.tables, ids, places), positions, self.rotary(positions, cross=True), mask)
+        return Span(embed(self.tables(), ids, places), positions, self.rotary(positions, cross=True), mask)
 
     def rotary(self, positions: Tensor, *, cross: bool) -> Rotary | None:
         """The rotation of heads at integer positions (B or 1, K)."""
@@ -443,13 +441,16 @@ class CrossLayer(nn.Module):
         self.q_proj = nn.Linear(config.dim, width, bias=config.attention_bias)
         self.kv_proj = nn.Linear(config.width_embed, 2 * width, bias=config.attention_bias)
         self.out_proj = nn.Linear(width, config.dim, bias=config.out_bias != "none")
+        # Normalised queries and keys bound the scores; to find one token among thousands, attention has to be sharper.
+        gain = config.local_context > 1 and config.qk_norm
+        self.query_gain = nn.Parameter(torch.full((config.heads_cross,), QUERY_GAIN)) if gain else None
         self.mlp = MLP(config, config.cross_mlp_ratio or config.mlp_ratio)
 
     def forward(
         self,
         u: Tensor,
         rotary: Rotary | None,
-        prefix: Span | Prefix | Held | None,
+        prefix: Span | Prefix | None,
         latent: Span,
         past: Past | None = None,
     ) -> Tensor:
@@ -459,21 +460,21 @@ class CrossLayer(nn.Module):
         """
         x = self.query_norm(u)
         q = place(split_heads(self.q_proj(x), self.config.heads_cross), rotary, self.config)
+        if self.query_gain is not None:
+            q = q * self.query_gain[:, None, None].to(q.dtype)
         # lucidrains and krasserm take the keys at latent positions from the normalised query stream instead.
         own = x if self.config.latent_keys == "query" else self.context_norm(latent.h)
-        k, v = split_keys_values(self.kv_proj(own), latent.rotary, self.config)
+        k, v = split_keys_values(self.kv_proj(own), u.shape[1], latent.rotary, self.config)
         pieces = [Piece(k, v, causal=True, mask=latent.mask)] if past is None else past(k, v)
         if prefix is None:
             out = attend(q, pieces)
         elif isinstance(prefix, Prefix):
             norm, projection = self.context_norm.parameters(), self.kv_proj.parameters()
             out = stream_attention(self.settings, q, pieces[0], prefix, list(norm), list(projection))
-        elif isinstance(prefix, Span):
+        else:
             k, v = self.read(prefix)
             dropout = self.config.attention_dropout if self.training else 0.0
             out = attend(q, [Piece(k, v, mask=prefix.mask), *pieces], dropout=dropout)
-        else:
-            out = prefix(q, pieces)
         out = self.out_proj(merge_heads(out))
         u = u + out if self.config.query_residual else out.to(u.dtype)
         return u + self.mlp(u)
@@ -481,14 +482,7 @@ class CrossLayer(nn.Module):
     def read(self, prefix: Span) -> tuple[Tensor, Tensor]:
         """Keys and values of a prefix, each (B, H, K, C)."""
         kv = self.kv_proj(self.context_norm(prefix.h))
-        if prefix.ids is None:
-            return split_keys_values(kv, prefix.rotary, self.config)
-        k, v = (F.embedding(prefix.ids, table) for table in vocabulary_keys_values(kv, self.config))
-        return place_rows(k, v, prefix.rotary, self.config, kv.dtype)
-
-    def vocabulary(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys, not turned yet, and values (V, H * C) of the vocabulary's embeddings (V, E)."""
-        return vocabulary_keys_values(self.kv_proj(self.context_norm(h)), self.config)
+        return split_keys_values(kv, prefix.positions.shape[1], prefix.rotary, self.config)
 
 
 class SelfLayer(nn.Module):
@@ -581,6 +575,13 @@ def init_weights(model: PerceiverAR) -> None:
                     nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+    if model.local_conv is not None:
+        nn.init.normal_(model.local_conv, std=0.5)
+        # Queries and keys begin as the same map, so a latent looks from the first step on for what resembles it; and
+        # as half of a key is the token before, it finds where its own local context stood, with what came next.
+        for layer in cast("list[CrossLayer]", model.cross_attention):
+            if layer.q_proj.in_features == layer.kv_proj.in_features:
+                layer.kv_proj.weight.data[: layer.q_proj.out_features] = layer.q_proj.weight
     if config.init in ("fan_in", "zero_out"):
         if config.tie_embeddings:  # the embedding is the head, and normalised latents have length sqrt(dim)
             nn.init.normal_(model.embed.weight, std=1 / math.sqrt(config.dim))

@@ -12,6 +12,9 @@
 
     tokens, positions (B, K)   ->   context_k, context_v, of these tokens alone
 
+With local context, `tokens` of `step` and `read` are (B, n + 1) and (B, n + K): first come the n tokens before them, -1
+where there is none (n is the setting `local_context`, or 0 where that is 1).
+
 Ids, positions and counts are int64, the rest is float32. CACHES are context_k, context_v (cross-attention layers, B, H,
 room, C) and latent_k, latent_v (layers, B, H, room, C), finite everywhere. Of a row the first `context_held` places of
 the first two count, and the first `latents_held` of the others. How much room there is is the caller's choice.
@@ -19,7 +22,8 @@ the first two count, and the first `latents_held` of the others. How much room t
 A window of P prefix tokens and N latents: `read` the prefix, put it at the first places, then a `step` for each latent.
 Every further step is a window that has grown by one. To refill, go on with latents_held = 0 and, as context_held, the
 longer prefix of the new window: what is held of tokens that stay prefix is right as it is, and what is held of former
-latents, too, unless the setting `latent_keys` is "query" (then `read` them). These are all windows of `generate`.
+latents, too, unless the setting `latent_keys` is "query" (then `read` them). Where the window's start has moved, `read`
+its first n tokens again: what was before them has left. These are all windows of `generate`.
 Positions count from a row's start or, with position tables, from the window's.
 """
 
@@ -37,6 +41,7 @@ from perceiver_ar.attention import Piece, ordinary_attention
 from perceiver_ar.cache import Cache
 from perceiver_ar.data.codec import missing_extra
 from perceiver_ar.errors import require
+from perceiver_ar.inputs import reach
 from perceiver_ar.model import PerceiverAR
 
 CACHES: tuple[str, ...] = ("context_k", "context_v", "latent_k", "latent_v")
@@ -166,15 +171,14 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
         shapes: dict[str, Any] = {"tokens": {0: rows}, "positions": {0: rows}}
         shapes |= {"context_held": {0: rows}, "latents_held": {0: rows}}
         shapes |= dict(zip(CACHES, (room[0], room[0], room[1], room[1]), strict=True))
-        one, held = ids[:, :1], ids[:, 0]
+        n = reach(model.config)
+        one, held, before = ids[:, :1], ids[:, 0], torch.zeros(2, n, dtype=torch.int64)
         outputs = ["logits", *(f"new_{name}" for name in CACHES)]
-        graphs["step"] = Step(model), (one, one, held, held, *caches.values()), shapes, outputs
-        graphs["read"] = (
-            Read(model),
-            (ids, ids),
-            dict.fromkeys(("tokens", "positions"), lengths["length"]),
-            list(CACHES[:2]),
-        )
+        step = torch.cat([before, one], 1), one, held, held, *caches.values()
+        graphs["step"] = Step(model), step, shapes, outputs
+        length = lengths["length"][1]
+        shapes = {"tokens": {0: rows, 1: length + n if n else length}, "positions": {0: rows, 1: length}}
+        graphs["read"] = Read(model), (torch.cat([before, ids], 1), ids), shapes, list(CACHES[:2])
     log = logging.getLogger("torch.onnx")
     level, names = log.level, []
     folder = Path(directory)

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from perceiver_ar.config import Recipe
+from perceiver_ar.config import BEFORE, Recipe
 from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import TEMPORARY, write_text
@@ -67,6 +67,8 @@ class Run:
             raise InputError(f"{self.recipe_file} is damaged (not YAML): restore it, or train again") from None
         if not isinstance(settings, dict):
             raise InputError(f"{self.recipe_file} is damaged (not a mapping): restore it, or train again")
+        if isinstance(settings.get("model"), dict):
+            settings["model"] = BEFORE | settings["model"]
         return settings
 
     def write_recipe(self, recipe: Recipe) -> None:

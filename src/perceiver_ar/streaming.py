@@ -10,9 +10,9 @@ Shapes: B batch, P prefix, K some of its tokens, N latents, E embedding width, H
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,8 @@ from perceiver_ar.attention import (
     piece_weight,
 )
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.heads import Rotary, place_rows, rotary_tables, split_keys_values, vocabulary_keys_values
+from perceiver_ar.heads import Rotary, rotary_tables, split_keys_values
+from perceiver_ar.inputs import Prefix, Tables, coordinates, mix, place_vectors, reach, running
 
 SHARE = 1 / 128
 """The prefix is streamed where its keys and values would take more than this share of the device's memory."""
@@ -39,76 +40,6 @@ CPU_BYTES = 32 << 20
 PIECE = {"cpu": 2048, "cuda": 32768}
 """Tokens of a piece, over all rows of a batch: enough to keep the device busy, few enough to stay in its caches. (Of
 each row at least twice num_latents: every piece costs a pass over the latents' output so far.)"""
-
-
-class Prefix(NamedTuple):
-    """The prefix as ids, from which any part can be embedded."""
-
-    tables: list[Tensor]
-    """The token embedding (V, E), then the position tables (rows, E)."""
-    tokens: Tensor
-    """(B, P), of any integer type, on any device."""
-    positions: Tensor | None
-    """(B or 1, P) or (B or 1, P, axes), as `coordinates` takes them; None: 0 ... P - 1."""
-    mask: Tensor | None
-    """(B, P) bool, True for real tokens; None: all are."""
-    keep: Tensor | None
-    """(B, kept) indices of the tokens that survive prefix dropout; None: all do."""
-    chunk: int = 0
-    """Tokens of a row to read at once; 0: all."""
-    group: str = ""
-    """Name of the process group whose ranks share the prefix; none: this process reads it all."""
-
-    @property
-    def length(self) -> int:
-        return self.tokens.shape[1] if self.keep is None else self.keep.shape[1]
-
-    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens (B, K), positions and mask of those from `start` to `stop`: what is dropped is never looked at."""
-        device = self.tables[0].device
-
-        def take(x: Tensor) -> Tensor:
-            if self.keep is None:
-                return x[:, start:stop].to(device)
-            keep = self.keep[:, start:stop]
-            row = torch.arange(len(keep), device=keep.device)[:, None]
-            return x.expand(len(keep), *x.shape[1:])[row.to(x.device), keep.to(x.device)].to(device)
-
-        if self.positions is not None:
-            positions = take(self.positions)
-        elif self.keep is not None:
-            positions = self.keep[:, start:stop].to(device)
-        else:
-            positions = torch.arange(start, stop, device=device)[None]
-        return take(self.tokens).long(), positions, None if self.mask is None else take(self.mask)
-
-
-def coordinates(config: PerceiverARConfig, positions: Tensor) -> Tensor:
-    """Positions (B or 1, K) -> (B or 1, K, axes): their rows in the position tables; without tables as they are."""
-    sizes = config.table_sizes
-    if positions.ndim == 3:
-        return positions
-    axes = []  # the first axis takes what is left, so that too large a position is an error
-    for size in reversed(sizes[1:]):
-        axes.insert(0, positions % size)
-        positions = positions // size
-    return torch.stack([positions, *axes], dim=-1)
-
-
-def running(config: PerceiverARConfig, places: Tensor) -> Tensor:
-    """The inverse of `coordinates`: the positions (B or 1, K) that rotations go by."""
-    flat = places[..., 0]
-    for axis, size in enumerate(config.table_sizes[1:], start=1):
-        flat = flat * size + places[..., axis]
-    return flat
-
-
-def embed(tables: Sequence[Tensor], tokens: Tensor, places: Tensor) -> Tensor:
-    """(B, K, E): the vector of each token plus, where there are position tables, those of its coordinates."""
-    h = F.embedding(tokens, tables[0])
-    for axis, table in enumerate(tables[1:]):
-        h = h + F.embedding(places[..., axis], table)
-    return h
 
 
 def automatic_chunk(config: PerceiverARConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -154,7 +85,7 @@ def stream_attention(
         norm: weights of the context norm, with its bias if it has one.
         projection: weight of the fused key and value projection, with its bias if it has one.
     """
-    weights = [*prefix.tables, *norm, *projection]
+    weights = [*prefix.tables.flat(), *norm, *projection]
     ids = prefix.tokens, prefix.positions, prefix.mask, prefix.keep
     return _stream(q, own.k, own.v, own.mask, *ids, weights, settings, prefix.chunk, prefix.group)[0]
 
@@ -166,56 +97,44 @@ class _Reader:
         self, prefix: list[Any], weights: Sequence[Tensor], settings: str, chunk: int, group: str, dtype: torch.dtype
     ):
         self.config = _read_config(settings)
-        num_tables, num_norm = 1 + len(self.config.table_sizes), 2 if self.config.norm == "layernorm" else 1
-        self.tables = list(weights[:num_tables])
-        self.norm = list(weights[num_tables : num_tables + num_norm])
-        self.projection = [weight.to(dtype) for weight in weights[num_tables + num_norm :]]
-        self.makers = (*self.norm, *self.projection)
-        self.prefix, self.chunk = Prefix(self.tables, *prefix), chunk
+        self.tables, rest = Tables.of(self.config, weights)
+        norms = 2 if self.config.norm == "layernorm" else 1
+        self.norm, self.projection = rest[:norms], [weight.to(dtype) for weight in rest[norms:]]
+        self.prefix, self.chunk = Prefix(self.tables, *prefix, reach(self.config)), chunk
         self.group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
         self.rank, self.ranks = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.first, self.end = (self.prefix.length * rank // self.ranks for rank in (self.rank, self.rank + 1))
-        tokens, piece = (len(self.prefix.tokens) * length for length in (self.end - self.first, chunk))
-        # Of the vocabulary there is never much more at once than of a piece.
-        self.by_id = self.config.by_id(tokens) and self.config.vocab_size <= 2 * piece
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Tokens, coordinates and mask, part after part of what this rank reads."""
+        """Ids, coordinates and mask, part after part of what this rank reads."""
         for start in range(self.first, self.end, self.chunk):
-            tokens, positions, mask = self.prefix.part(start, min(start + self.chunk, self.end))
-            yield tokens, coordinates(self.config, positions), mask
+            ids, positions, mask = self.prefix.part(start, min(start + self.chunk, self.end))
+            yield ids, coordinates(self.config, positions), mask
+
+    def sources(self, ids: Tensor, places: Tensor) -> list[Tensor]:
+        """The tensors that `keys_values` makes a part's keys and values of."""
+        at, taps = place_vectors(self.tables, places), self.tables.taps
+        rows = F.embedding(ids.clamp(min=0), self.tables.tokens)
+        return [x for x in (rows, taps, at, *self.norm, *self.projection) if x is not None]
+
+    def keys_values(self, ids: Tensor, rotary: Rotary | None, *sources: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys in their places and values, each (B, H, K, C)."""
+        rest = list(sources[1:])
+        taps = rest.pop(0) if self.tables.taps is not None else None
+        at = rest.pop(0) if self.tables.positions else None
+        norm, projection = rest[: len(self.norm)], rest[len(self.norm) :]
+        h = mix(ids, sources[0], taps, at)
+        x = F.layer_norm(h, h.shape[-1:], *norm) if len(norm) == 2 else F.rms_norm(h, h.shape[-1:], *norm, eps=1e-5)
+        K = ids.shape[1] - (self.prefix.reach if ids.ndim == 2 else 0)
+        return split_keys_values(F.linear(x.to(projection[0].dtype), *projection), K, rotary, self.config)
 
     def rotary(self, places: Tensor) -> Rotary | None:
-        dtype = torch.float64 if self.tables[0].dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if self.tables.tokens.dtype == torch.float64 else torch.float32
         return rotary_tables(self.config, running(self.config, places), cross=True, dtype=dtype)
 
-    def project(self, h: Tensor, *weights: Tensor) -> Tensor:
-        """Embeddings (..., E) to fused keys and values (..., 2 H C), with these weights of the norm and projection."""
-        norm, projection = weights[: len(self.norm)], weights[len(self.norm) :]
-        x = F.layer_norm(h, h.shape[-1:], *norm) if len(norm) == 2 else F.rms_norm(h, h.shape[-1:], *norm, eps=1e-5)
-        return F.linear(x.to(projection[0].dtype), *projection)
-
-    def keys_values(self, rotary: Rotary | None, h: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        return split_keys_values(self.project(h, *weights), rotary, self.config)
-
-    def vocabulary(self, h: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        return vocabulary_keys_values(self.project(h, *weights), self.config)
-
-    def recipe(
-        self, tokens: Tensor, places: Tensor, vocabulary: tuple[Tensor, Tensor] | None
-    ) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
-        """What makes the keys and values of a part, and of which tensors: rows of the vocabulary's where there are."""
-        rotary = self.rotary(places)
-        if vocabulary is None:
-            return partial(self.keys_values, rotary), (embed(self.tables, tokens, places), *self.makers)
-        rows = tuple(F.embedding(tokens, table) for table in vocabulary)
-        return partial(place_rows, rotary=rotary, config=self.config, dtype=self.projection[0].dtype), rows
-
     def pieces(self) -> Iterator[Piece]:
-        vocabulary = self.vocabulary(self.tables[0], *self.makers) if self.by_id else None
-        for tokens, places, mask in self.parts():
-            make, sources = self.recipe(tokens, places, vocabulary)
-            yield Piece(*make(*sources), mask=mask)
+        for ids, places, mask in self.parts():
+            yield Piece(*self.keys_values(ids, self.rotary(places), *self.sources(ids, places)), mask=mask)
 
     def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Attention to what all ranks have read, from what this one has."""
@@ -292,44 +211,31 @@ def _stream_backward(
     with torch.autocast(q.device.type, enabled=False):
         reader = _Reader([tokens, positions, mask, keep], weights, settings, chunk, group, q.dtype)
         d_weights = [torch.zeros_like(weight, memory_format=torch.contiguous_format) for weight in weights]
-        d_tables, d_rest = d_weights[: len(reader.tables)], d_weights[len(reader.tables) :]
+        d_tables, d_rest = Tables.of(reader.config, d_weights)
+        d_taps = [] if d_tables.taps is None else [d_tables.taps]
         d_q = torch.zeros_like(q, dtype=lse.dtype)  # of many pieces: half precision would lose them
-        vocabulary, to_weights = None, None
-        if reader.by_id:
-            vocabulary, to_weights = torch.func.vjp(reader.vocabulary, reader.tables[0], *reader.makers)  # type: ignore[misc]
-        d_vocabulary = [torch.zeros_like(table) for table in vocabulary or ()]
-        for part_tokens, places, part_mask in reader.parts():
+        for ids, places, part_mask in reader.parts():
             # The gradient of any way to make keys and values: nothing of it is written down twice.
-            make, sources = reader.recipe(part_tokens, places, vocabulary)
-            (part_k, part_v), gradients = torch.func.vjp(make, *sources)  # type: ignore[misc]
-            piece = Piece(part_k, part_v, mask=part_mask)
-            part_d_q, *d_piece = piece_gradients(d_out, q, piece, out, lse)
+            make = partial(reader.keys_values, ids, reader.rotary(places))
+            (part_k, part_v), gradients = torch.func.vjp(make, *reader.sources(ids, places))  # type: ignore[misc]
+            part_d_q, *d_piece = piece_gradients(d_out, q, Piece(part_k, part_v, mask=part_mask), out, lse)
             d_q.add_(part_d_q)
-            d_sources = gradients(tuple(d_piece))
-            if vocabulary is not None:
-                for total, d_rows in zip(d_vocabulary, d_sources, strict=True):
-                    _add_rows(total, part_tokens, d_rows)
-            else:
-                d_h, *part_d_rest = d_sources
-                _add(d_rest, part_d_rest)
-                _add_rows(d_tables[0], part_tokens, d_h)
-                for axis, total in enumerate(d_tables[1:]):
-                    _add_rows(total, places[..., axis], d_h)
-        if to_weights is not None:
-            _add([d_tables[0], *d_rest], to_weights(tuple(d_vocabulary)))
+            d_rows, *d_sources = gradients(tuple(d_piece))
+            _add_rows(d_tables.tokens, ids.clamp(min=0), d_rows)
+            if d_tables.positions:
+                d_at = d_sources.pop(len(d_taps))
+                for axis, total in enumerate(d_tables.positions):
+                    _add_rows(total, places[..., axis], d_at)
+            for total, part in zip([*d_taps, *d_rest], d_sources, strict=True):
+                total.add_(part)
         reader.add_up(d_q, *d_weights)
         own_d_q, d_k, d_v = piece_gradients(d_out, q, Piece(k, v, causal=True, mask=own_mask), out, lse)
         d_q = (d_q + own_d_q).to(q.dtype)
         return heads_inside(d_q), heads_inside(d_k), heads_inside(d_v), d_weights
 
 
-def _add(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-    for total, part in zip(totals, parts, strict=True):
-        total.add_(part)
-
-
 def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
-    """total[rows[b, i]] += values[b, i], for rows (B or 1, K) and values (B, K, E)."""
+    """total[rows[b, i]] += values[b, i], for rows (B or 1, ...) and values (B, ..., E)."""
     if len(rows) < len(values):
         values = values.sum(0, keepdim=True)
     total.index_add_(0, rows.reshape(-1), values.reshape(-1, values.shape[-1]))

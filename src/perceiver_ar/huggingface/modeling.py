@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
-from perceiver_ar.config import MODEL_TYPE, PerceiverARConfig
+from perceiver_ar.config import BEFORE, MODEL_TYPE, PerceiverARConfig
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.generation import Decoder, Recomputing, Row, prompt_rows
 from perceiver_ar.model import PerceiverAR
@@ -59,7 +59,7 @@ class PerceiverARModelConfig(PreTrainedConfig):
             require(theirs not in kwargs, f"{theirs} is {kwargs.get(theirs)!r}: the network's setting is {ours}")
         changed = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         where = str(kwargs.get("name_or_path", "config.json"))
-        network = PerceiverARConfig.from_dict(config_dict, where=where).replace(**changed)
+        network = PerceiverARConfig.from_dict(BEFORE | config_dict, where=where).replace(**changed)
         others = {name: value for name, value in config_dict.items() if name not in {"model_type", *names}}
         return super().from_dict({"network": network, **others}, **kwargs)
 
