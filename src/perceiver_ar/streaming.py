@@ -100,7 +100,7 @@ class _Reader:
         self.tables, rest = Tables.of(self.config, weights)
         norms = 2 if self.config.norm == "layernorm" else 1
         self.norm, self.projection = rest[:norms], [weight.to(dtype) for weight in rest[norms:]]
-        self.prefix, self.chunk = Prefix(self.tables, *prefix, reach(self.config)), chunk
+        self.prefix, self.chunk = Prefix(self.tables, *prefix)._replace(reach=reach(self.config)), chunk
         self.group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
         self.rank, self.ranks = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.first, self.end = (self.prefix.length * rank // self.ranks for rank in (self.rank, self.rank + 1))
@@ -124,7 +124,8 @@ class _Reader:
         at = rest.pop(0) if self.tables.positions else None
         norm, projection = rest[: len(self.norm)], rest[len(self.norm) :]
         h = mix(ids, sources[0], taps, at)
-        x = F.layer_norm(h, h.shape[-1:], *norm) if len(norm) == 2 else F.rms_norm(h, h.shape[-1:], *norm, eps=1e-5)
+        width = h.shape[-1:]
+        x = F.layer_norm(h, width, norm[0], norm[1]) if len(norm) == 2 else F.rms_norm(h, width, norm[0], eps=1e-5)
         K = ids.shape[1] - (self.prefix.reach if ids.ndim == 2 else 0)
         return split_keys_values(F.linear(x.to(projection[0].dtype), *projection), K, rotary, self.config)
 
