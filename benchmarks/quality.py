@@ -1,19 +1,17 @@
-"""Who predicts held-out tokens best after equal wall-clock time? Ours, the seed package and dense Transformers.
+"""Who predicts held-out tokens best after equal wall-clock time? Ours, perceiver-ar-pytorch ("seed") and dense Llamas.
 
     make benchmark BENCH=quality ARGS="--books DIR --piano DIR"
 
-Every contender trains for `--minutes` on `--threads` threads, with the same token files, sampler and precision.
-`--jobs` runs go side by side, so they slow each other down alike. The clock counts training only. Every contender
-predicts the same held-out targets: segments spread evenly over the held-out text, in windows of `--stride` targets,
-each with the contender's full context.
+All train for `--minutes` on `--threads` threads, with the same token files, sampler and precision; nothing is compiled.
+`--jobs` runs go side by side and slow each other down alike. The clock counts training only. All predict the same
+held-out targets: segments spread evenly over the text, in windows of `--stride` targets with the full context.
 
-A contender first tries its grid (`CONTENDERS`) with the lowest seed. The best grid point then runs with the other
-seeds. The best is chosen on the text that is reported, for all contenders alike. No contender is compiled. The seed
-package ignores targets of id 0; here every id is a target.
+A contender tries its grid (`CONTENDERS`) with the lowest seed; the best grid point then runs with the other seeds. The
+best is chosen on the text that is reported, for all alike. Every id is a target (the package's own loss ignores id 0).
 
-`--out` keeps results.jsonl (a line per finished run), table.md, quality.png and the tokens. The same command goes on
-after an interruption and skips finished runs. A folder holds one setting: to see how long ours needs for the seed
-package's score, run ours with fewer minutes and another folder.
+`--out` keeps results.jsonl (a line per finished run), table.md, quality.png and the tokens. After an interruption the
+same command continues. A folder holds one setting; for the time that ours needs to reach the package's score, run ours
+with fewer minutes and another folder.
 """
 
 import argparse
@@ -21,7 +19,6 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -250,30 +247,18 @@ def unfinished(records: list[Record], corpora: list[str], names: list[str], args
 
 def best_runs(records: list[Record]) -> dict[tuple[str, str], list[Record]]:
     """(corpus, contender) -> the runs of its best grid point, one a seed. The lowest seed decides which is best."""
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in sorted(records, key=lambda record: list(CONTENDERS).index(record["name"])):
-        groups.setdefault((record["corpus"], record["name"]), []).append(record)
+    pairs = {(record["corpus"], record["name"]) for record in records}
     best = {}
-    for pair, runs in sorted(groups.items(), key=lambda group: group[0][0]):
-        firsts = [run for run in runs if run["seed"] == min(run["seed"] for run in runs)]
-        winner = min(firsts, key=lambda run: run["nats_per_token"] if run["finite"] else math.inf)
+    for pair in sorted(pairs, key=lambda pair: (pair[0], list(CONTENDERS).index(pair[1]))):
+        runs = [record for record in records if (record["corpus"], record["name"]) == pair]
+        lowest = [run for run in runs if run["seed"] == min(run["seed"] for run in runs)]
+        winner = min(lowest, key=lambda run: run["nats_per_token"] if run["finite"] else math.inf)
         best[pair] = [run for run in runs if run["point"] == winner["point"]]
     return best
 
 
 def read_results(file: Path) -> list[Record]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def run_jobs(jobs: list[Job], setting: Setting, tokens: Path, pool: ProcessPoolExecutor) -> Iterator[Record]:
-    """The records of `jobs` as they finish."""
-    futures = [pool.submit(run_job, job, setting, tokens / job.corpus) for job in jobs]
-    try:
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        for future in futures:
-            future.cancel()
 
 
 def make_table(records: list[Record]) -> str:
@@ -373,16 +358,18 @@ def measure(args: argparse.Namespace, out: Path) -> list[Record]:
     for prefix, package in {"dense": "transformers", "seed": "perceiver_ar_pytorch"}.items():
         if any(name.startswith(prefix) for name in names) and find_spec(package) is None:
             raise missing_extra("bench", ImportError(name=package))
-    corpora = []
-    for name in chosen:
-        corpora.append(f"{name}-bpe{args.bpe}" if args.bpe and name != "piano" else name)
-        prepare_corpus(name, args, tokens / corpora[-1])
+    corpora = [f"{name}-bpe{args.bpe}" if args.bpe and name != "piano" else name for name in chosen]
+    for name, corpus in zip(chosen, corpora, strict=True):
+        prepare_corpus(name, args, tokens / corpus)
     with ProcessPoolExecutor(setting.jobs, get_context("spawn")) as pool:
-        while jobs := unfinished(records, corpora, names, args):
-            for record in run_jobs(jobs, setting, tokens, pool):
-                records = [*read_results(file), record]
-                write_text(file, "".join(json.dumps(line) + "\n" for line in records))
-                print(f"{Job.of(record)}: {record['nats_per_token']:.4f} nats per token", flush=True)
+        try:
+            while jobs := unfinished(records, corpora, names, args):
+                for future in as_completed(pool.submit(run_job, job, setting, tokens / job.corpus) for job in jobs):
+                    records = [*read_results(file), record := future.result()]
+                    write_text(file, "".join(json.dumps(line) + "\n" for line in records))
+                    print(f"{Job.of(record)}: {record['nats_per_token']:.4f} nats per token", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return records
 
 
