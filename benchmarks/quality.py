@@ -17,7 +17,9 @@ with fewer minutes and another folder.
 import argparse
 import json
 import math
+import os
 import statistics
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -74,7 +76,6 @@ MUON = OptimConfig()
 ADAMW = OptimConfig(name="adamw", lr=1e-3, weight_decay=0.1, schedule="cosine")
 SCRIPT = OptimConfig(name="adamw", lr=2e-4, betas=(0.9, 0.999), schedule="constant", warmup=0.0, grad_clip=0.5)
 COSINE = replace(SCRIPT, schedule="cosine", warmup=0.02)
-
 OURS_GRID = (GridPoint(1024, 8), GridPoint(1024, 16), GridPoint(2048, 8), GridPoint(1024, 8, lr=0.5))
 DENSE_GRID = (GridPoint(256, 8), GridPoint(512, 4), GridPoint(1024, 2), GridPoint(2048, 1), GridPoint(512, 2))
 SLIDING_GRID = (GridPoint(1024, 2), GridPoint(2048, 1))
@@ -153,8 +154,8 @@ def run_job(job: Job, setting: Setting, folder: Path) -> Record:
     scores = {"nats_per_token": float(nats.mean()), "bits_per_byte": float(nats.mean()) * per_byte}
     scores |= {"standard_error": float(nats.std(ddof=1)) / math.sqrt(SEGMENTS), "segments": nats.tolist()}
     weights = sum(parameter.numel() for parameter in model.parameters())
-    about = {"parameters": weights, "machine": machine(), "finite": bool(np.isfinite(nats).all())}
-    return asdict(setting) | asdict(job) | trained | scores | {"curve": curve} | about
+    scores |= {"curve": curve, "finite": bool(np.isfinite(nats).all()), "parameters": weights, "machine": machine()}
+    return asdict(setting) | asdict(job) | trained | scores
 
 
 def train(contender: Contender, model: nn.Module, windows: Windows, job: Job, setting: Setting) -> Record:
@@ -182,13 +183,11 @@ def train(contender: Contender, model: nn.Module, windows: Windows, job: Job, se
             optimizer.step()
         optimizer.zero_grad()
         steps, elapsed = steps + 1, time.perf_counter() - began
-        if (parent := parent_process()) is not None and not parent.is_alive():
-            raise SystemExit  # nobody takes the result
     return {"steps": steps, "seconds": elapsed, "targets_per_second": targets / elapsed}
 
 
 def cut_segments(held_out: TokenFile, setting: Setting) -> np.ndarray:
-    """(SEGMENTS, context + targets) ids, spread evenly over the held-out text."""
+    """(SEGMENTS, first_target + targets) ids, spread evenly over the held-out text."""
     length = setting.first_target + setting.score_tokens // SEGMENTS
     room = len(held_out) - setting.score_tokens - setting.first_target
     require(room >= 0, f"{held_out.stem}.bin holds {len(held_out):,} tokens, {-room:,} too few: lower --score_tokens")
@@ -237,11 +236,12 @@ def unfinished(records: list[Record], corpora: list[str], names: list[str], args
     """The jobs of the grids with the lowest seed; once they are finished, the best points with the other seeds."""
     done = {Job.of(record) for record in records}
     pairs = [(corpus, name) for corpus in corpora for name in names]
+    first, *others = sorted(args.seeds)
     grids = {name: contender.grid[:1] if args.rehearse else contender.grid for name, contender in CONTENDERS.items()}
-    jobs = [Job(*pair, point, args.seeds[0]) for pair in pairs for point in grids[pair[1]]]
+    jobs = [Job(*pair, point, first) for pair in pairs for point in grids[pair[1]]]
     if done.issuperset(jobs):
         best = best_runs(records)
-        jobs = [Job(*pair, Job.of(best[pair][0]).point, seed) for pair in pairs for seed in args.seeds[1:]]
+        jobs = [Job(*pair, Job.of(best[pair][0]).point, seed) for pair in pairs for seed in others]
     return [job for job in jobs if job not in done]
 
 
@@ -294,7 +294,6 @@ def difference(runs: list[Record], ours: list[Record]) -> str:
 def draw(path: Path, records: list[Record]) -> None:
     """Bits against context on the same targets, a picture per corpus."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from perceiver_ar.plots import STYLE, binary_count
@@ -303,7 +302,6 @@ def draw(path: Path, records: list[Record]) -> None:
     corpora = sorted({corpus for corpus, _ in best})
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2 * len(corpora), 4.2), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
         pictures = dict(zip(corpora, figure.subplots(1, len(corpora), squeeze=False)[0], strict=True))
         for (corpus, name), runs in best.items():
             lengths = sorted(runs[0]["curve"], key=int)
@@ -336,24 +334,31 @@ def choose_setting(records: list[Record], args: argparse.Namespace) -> Setting:
     return setting
 
 
-def choose(option: str, given: str | None, known: list[str]) -> list[str]:
+def choose(option: str, given: str | None, known: list[str], remedy: str = "") -> list[str]:
     """The names in `given`, with commas between; None: all."""
     names = known if given is None else given.split(",")
     unknown = ", ".join(name for name in names if name not in known)
-    require(not unknown, f"--{option} has {unknown}: choose among {', '.join(known)}")
+    require(not unknown, f"--{option} has {unknown}: choose among {', '.join(known)}{remedy}")
     return names
 
 
-def seeds(text: str) -> list[int]:
-    return sorted({int(seed) for seed in text.split(",")})
+def end_with_parent() -> None:
+    """Ends this process as soon as the one that collects the results is gone."""
+
+    def wait() -> None:
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
-def measure(args: argparse.Namespace, out: Path) -> list[Record]:
+def measure(args: argparse.Namespace) -> list[Record]:
     """Runs what is not finished yet; all records of the folder."""
-    file, tokens = out / "results.jsonl", out / "tokens"
+    file, tokens = args.out / "results.jsonl", args.out / "tokens"
     names = choose("contenders", args.contenders, list(CONTENDERS))
-    given = [name for name in ("books", "piano") if getattr(args, name)]
-    chosen = choose("corpora", args.corpora, ["code", *given])
+    known = ["code", *(name for name in ("books", "piano") if getattr(args, name))]
+    chosen = choose("corpora", args.corpora, known, ", or give --books or --piano")
     setting = choose_setting(records := read_results(file), args)
     for prefix, package in {"dense": "transformers", "seed": "perceiver_ar_pytorch"}.items():
         if any(name.startswith(prefix) for name in names) and find_spec(package) is None:
@@ -361,7 +366,7 @@ def measure(args: argparse.Namespace, out: Path) -> list[Record]:
     corpora = [f"{name}-bpe{args.bpe}" if args.bpe and name != "piano" else name for name in chosen]
     for name, corpus in zip(chosen, corpora, strict=True):
         prepare_corpus(name, args, tokens / corpus)
-    with ProcessPoolExecutor(setting.jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(setting.jobs, get_context("spawn"), initializer=end_with_parent) as pool:
         try:
             while jobs := unfinished(records, corpora, names, args):
                 for future in as_completed(pool.submit(run_job, job, setting, tokens / job.corpus) for job in jobs):
@@ -375,14 +380,14 @@ def measure(args: argparse.Namespace, out: Path) -> list[Record]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/quality", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of the results")
     parser.add_argument("--books", help="folder with train.txt and validation.txt, or compressed ones")
     parser.add_argument("--piano", help="folder with train/ and validation/, both of MIDI files")
     parser.add_argument("--corpora", help="with commas between; default: code (Python's own source) and those given")
     parser.add_argument("--contenders", help=f"with commas between; default: {','.join(CONTENDERS)}")
     parser.add_argument("--bpe", type=int, help="size of a tokenizer for text; default: bytes")
     parser.add_argument("--minutes", type=float, default=20.0, help="training time of each run")
-    parser.add_argument("--seeds", type=seeds, default=[0, 1], help="with commas between; the grid takes the lowest")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="the grid takes the lowest")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--precision", choices=("auto", "32", "bf16"), default="auto", help="auto: the faster one")
@@ -391,15 +396,14 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write table.md and quality.png")
     parser.add_argument("--rehearse", action="store_true", help="everything at toy sizes, in seconds")
     args = parser.parse_args()
-    out = Path(args.out)
     try:
-        records = read_results(out / "results.jsonl") if args.table else measure(args, out)
-        require(len(records) > 0, f"{out} holds no results: run without --table first")
+        records = read_results(args.out / "results.jsonl") if args.table else measure(args)
+        require(len(records) > 0, f"{args.out} holds no results: run without --table first")
     except InputError as error:
         parser.error(str(error))
-    write_text(out / "table.md", make_table(records))
-    draw(out / "quality.png", records)
-    print((out / "table.md").read_text())
+    write_text(args.out / "table.md", table := make_table(records))
+    draw(args.out / "quality.png", records)
+    print(table)
 
 
 if __name__ == "__main__":

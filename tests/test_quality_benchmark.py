@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,9 +18,20 @@ FROM = {"transformers": "dense_muon,dense_adamw,dense_sliding", "perceiver_ar_py
 """The contenders of each package; either may be missing."""
 
 
+def command(*arguments: str | Path) -> list[str | Path]:
+    return [sys.executable, BENCHMARKS / "quality.py", *arguments]
+
+
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, BENCHMARKS / "quality.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+
+
+def kill_at(file: Path, *arguments: str | Path) -> None:
+    """Starts a run and kills it when `file` is there."""
+    with subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not file.exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
 
 
 @pytest.fixture
@@ -32,27 +44,39 @@ def books(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_contender_has_a_finite_score_and_a_second_call_runs_nothing(tmp_path: Path, books: Path) -> None:
+def test_a_killed_series_goes_on_until_every_contender_has_a_finite_score(tmp_path: Path, books: Path) -> None:
     contenders = ["ours", "ours_plain"]
     for package, names in FROM.items():
         contenders += names.split(",") if find_spec(package) else []
-    out = tmp_path / "out"
-    command = ["--rehearse", "--out", out, "--books", books, "--corpora", "books", "--contenders", ",".join(contenders)]
-    first = run(*command)
-    assert first.returncode == 0, first.stderr
-    lines = (out / "results.jsonl").read_text()
+    out, results = tmp_path / "out", tmp_path / "out" / "results.jsonl"
+    settings = [
+        "--rehearse",
+        "--out",
+        out,
+        "--books",
+        books,
+        "--corpora",
+        "books",
+        "--contenders",
+        ",".join(contenders),
+    ]
+    kill_at(results, *settings)
+    before = results.read_text()
+    finished = run(*settings)
+    assert finished.returncode == 0, finished.stderr
+    lines = results.read_text()
+    assert lines.startswith(before)
     records = [json.loads(line) for line in lines.splitlines()]
-    assert sorted((record["name"], record["seed"]) for record in records) == sorted(
-        (name, seed) for name in contenders for seed in (0, 1)
-    )
+    runs = sorted((record["name"], record["seed"]) for record in records)
+    assert runs == sorted((name, seed) for name in contenders for seed in (0, 1))
     for record in records:
         assert math.isfinite(record["bits_per_byte"]) and record["finite"] and record["steps"] >= 1
     table = (out / "table.md").read_text()
     assert all(f"|{name}|" in table for name in contenders)
     assert (out / "quality.png").stat().st_size > 0
-    second = run(*command)
-    assert second.returncode == 0, second.stderr
-    assert (out / "results.jsonl").read_text() == lines
+    again = run(*settings)
+    assert again.returncode == 0, again.stderr
+    assert results.read_text() == lines
 
 
 def test_wrong_input_ends_with_status_2_and_a_line(tmp_path: Path) -> None:
