@@ -41,8 +41,7 @@ def build_ours(vocab_size: int, size: Size, context: int, latents: int, **settin
 
 def build_ours_plain(vocab_size: int, size: Size, context: int, latents: int) -> nn.Module:
     """Ours without local context."""
-    plain = {"local_context": 1} if "local_context" in PerceiverARConfig.__dataclass_fields__ else {}
-    return build_ours(vocab_size, size, context, latents, **plain)
+    return build_ours(vocab_size, size, context, latents, local_context=1)
 
 
 def predict_ours(model: Any, tokens: Tensor, latents: int, mask: Tensor | None) -> Tensor:
