@@ -87,8 +87,11 @@ def naive_logits(
     def heads(x: Tensor, count: int) -> Tensor:
         return torch.stack(x.split(x.shape[-1] // count, dim=-1), dim=1)
 
-    def turn(x: Tensor, at: Tensor | None) -> Tensor:
-        """Queries or keys (B, H, K, C) as they are scored; `at` (B, K) where they are rotated."""
+    def turn(x: Tensor, at: Tensor | None, most: float = 1.0) -> Tensor:
+        """Queries or keys (B, H, K, C) as they are scored; `at` (B, K) where they are rotated.
+
+        most: of the channels are rotated.
+        """
         if config.qk_norm:
             centred = x - x.mean(-1, keepdim=True) if config.norm == "layernorm" else x
             eps = 1e-5 if config.norm == "layernorm" else torch.finfo(x.dtype).eps
@@ -96,6 +99,7 @@ def naive_logits(
         if not config.rotary or at is None:
             return x
         pairs = math.floor(round(config.rotary_fraction * x.shape[-1] / 2, 6))
+        pairs = min(pairs, math.floor(math.ceil(most * x.shape[-1]) / 2))
         base = config.context_length if config.rotary_base is None else config.rotary_base
         bands = pairs - 1 if config.rotary_endpoint else pairs
         turned = []
@@ -148,10 +152,11 @@ def naive_logits(
         seen = causal & real[:, None, None, :]
         if kept is not None:
             seen = seen & torch.cat([kept[i], torch.ones(B, T - P, dtype=torch.bool)], dim=1)[:, None, None, :]
-        q = turn(heads(linear(x, f"{name}.q_proj"), count), latents_at)
+        rotated = 1.0 if W == 1 else 0.5
+        q = turn(heads(linear(x, f"{name}.q_proj"), count), latents_at, rotated)
         if W > 1 and config.qk_norm:
             q = q * weights[f"{name}.query_gain"][:, None, None]
-        out = naive_attention(q, turn(k, positions), heads(v, count), seen)
+        out = naive_attention(q, turn(k, positions, rotated), heads(v, count), seen)
         out = linear(out.transpose(1, 2).flatten(2), f"{name}.out_proj")
         u = u + out if config.query_residual else out
         return u + mlp(u, f"{name}.mlp")

@@ -99,7 +99,7 @@ ONE_SETTING = [
     {"mlp_bias": True},
     {"logits_bias": True},
     {"rotary": False},
-    {"rotary_fraction": 1.0},
+    {"rotary_fraction": 0.5},
     {"rotary_heads_fraction": 0.5},
     {"rotary_base": None},
     {"rotary_base": 50.0},

@@ -49,8 +49,9 @@ class PerceiverARConfig:
     the last). (0,) is the paper; (0, 0) is two in a row; (0, 3) reads the context again before the fourth layer."""
     local_context: int = 4
     """Number of tokens that an embedding knows: its own and those before it, by a causal depthwise convolution. More
-    than 1: half of each key's channels come from the embedding of the token before, so that latents can look up what
-    followed where the same tokens stood before. 1: embeddings of single tokens, as the references have them."""
+    than 1: in cross-attention, the second half of each head's channels searches by content: it is not rotated, and its
+    keys are those of the token before, so that latents find what followed where the same tokens stood before.
+    1: embeddings of single tokens, as the references have them."""
     prefix_dropout: float = 0.0
     """Share of the prefix tokens dropped from each cross-attention in training (paper, section 3.2 and appendix)."""
     attention_dropout: float = 0.0
@@ -88,8 +89,9 @@ class PerceiverARConfig:
     # Positions.
     rotary: bool = True
     """Rotate queries and keys by their positions (RoPE, arXiv 2104.09864)."""
-    rotary_fraction: float = 0.5
-    """Share of each head's channels that is rotated: the first 2 * floor(fraction * head_dim / 2)."""
+    rotary_fraction: float = 1.0
+    """Share of each head's channels that is rotated: the first 2 * floor(fraction * head_dim / 2); in cross-attention
+    with local_context at most the first half."""
     rotary_heads_fraction: float = 1.0
     """Share of the heads that is rotated: the first floor(fraction * heads) (google)."""
     rotary_base: float | None = 10000.0

@@ -67,6 +67,8 @@ def rotary_speeds(config: PerceiverARConfig, cross: bool, device: torch.device) 
     """Angles from one position to the next: (H or 1, 1, R / 2) in float64, or float32 on devices without it."""
     heads, channels = (config.heads_cross, config.width_head_cross) if cross else (config.num_heads, config.width_head)
     pairs = int(config.rotary_fraction * channels / 2 + 1e-6)
+    if cross and config.local_context > 1:  # the other half searches by content
+        pairs = min(pairs, (channels - channels // 2) // 2)
     base = config.context_length if config.rotary_base is None else config.rotary_base
     j = torch.arange(pairs, dtype=torch.float64)
     exponent = j / max(pairs - 1, 1) if config.rotary_endpoint else j / max(pairs, 1)

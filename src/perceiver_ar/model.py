@@ -161,10 +161,8 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         # Autocast would start the residual stream in half precision.
         u = self.first_latents(latent.h[:, -latent.positions.shape[1] :]).to(latent.h.dtype)
         at = latent.positions + config.query_position_offset
-        same = config.query_position_offset == 0
-        query_rotary = latent.rotary if same else self.rotary(at, cross=True)
-        same = (config.heads_cross, config.width_head_cross) == (config.num_heads, config.width_head)
-        self_rotary = query_rotary if same else self.rotary(at, cross=False)
+        query_rotary = latent.rotary if config.query_position_offset == 0 else self.rotary(at, cross=True)
+        self_rotary = self.rotary(at, cross=False)
         self_mask = latent.mask if config.mask_self_attention else None
 
         prefix: Span | Prefix | None = None
