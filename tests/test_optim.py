@@ -95,8 +95,8 @@ def test_a_step_is_torchs_muon_on_each_hidden_matrix_and_torchs_adamw_on_the_res
             torch.testing.assert_close(
                 parameter.data, torch.cat([*matrices[name]]).data, rtol=0, atol=0.01 * moved.item()
             )
-        else:
-            assert torch.equal(parameter, named[name])
+        else:  # theirs is a loop of single operations, ours one: they round differently
+            torch.testing.assert_close(parameter.data, named[name].data, rtol=1e-5, atol=1e-5 * moved.item())
 
 
 def test_adamw_alone_is_torchs_and_decays_matrices_only() -> None:
