@@ -63,6 +63,7 @@ from perceiver_ar.evaluation import (
 )
 from perceiver_ar.files import atomic_path, write_text
 from perceiver_ar.generation import generate
+from perceiver_ar.memory import keep_freed_memory
 from perceiver_ar.model import PerceiverAR
 from perceiver_ar.objective import head_loss, next_token_loss
 from perceiver_ar.optim import lr_factor, make_optimizer, whole
@@ -146,7 +147,7 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
     recipe = replace(recipe, model=codec.fit(recipe.model))
     windows = make_windows(tokens, recipe, codec)
     tracked = recipe if RANK == 0 else replace(recipe, trainer=replace(recipe.trainer, tracker="none"))
-    with tracking(run.path, tracked) as track:
+    with tracking(run.path, tracked) as track, keep_freed_memory():
         return fit(run, recipe, windows, held_out, codec, precision, track)
 
 
