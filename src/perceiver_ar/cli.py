@@ -282,7 +282,7 @@ def evaluate_verb(argv: list[str]) -> None:
 
     import tempfile
 
-    from perceiver_ar.evaluation import evaluate, evaluate_context_lengths
+    from perceiver_ar.evaluation import compressors, evaluate, evaluate_context_lengths
     from perceiver_ar.run import Run
 
     run = Run.open(args.run)
@@ -298,7 +298,8 @@ def evaluate_verb(argv: list[str]) -> None:
             print(json.dumps(results[0].to_dict()) if args.json else describe(results[0]))
             return
         results = evaluate_context_lengths(model, tokens, lengths, **options)
-    show_context_table(run, results, args.json)
+        references = compressors(codec, tokens[max(lengths) :][: results[0].tokens])
+    show_context_table(run, results, references, args.json)
 
 
 def show_scored(done: int, total: int) -> None:
@@ -356,7 +357,7 @@ def amount_words(amount: float) -> str:
     return f"{amount:,.0f}" if amount >= 100 or amount == round(amount) else f"{amount:.3g}"
 
 
-def show_context_table(run: "Run", results: "list[Evaluation]", as_json: bool) -> None:
+def show_context_table(run: "Run", results: "list[Evaluation]", references: dict[str, float], as_json: bool) -> None:
     from perceiver_ar.evaluation import write_table
     from perceiver_ar.plots import plot_context
 
@@ -367,8 +368,10 @@ def show_context_table(run: "Run", results: "list[Evaluation]", as_json: bool) -
         for result in results:
             per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
             print(f"{result.context_length:>9,}  {per_byte:>13}  {result.bits_per_token:>14.4f}")
+        for name, bits in references.items():
+            print(f"{name:>9}  {bits:>13.4f}")
     write_table(run.plots / "context.csv", results)
-    plot_context(run.plots / "context.png", results, {})
+    plot_context(run.plots / "context.png", results, references)
     print(f"table and plot: {run.plots / 'context.csv'}, {run.plots / 'context.png'}", file=sys.stderr)
 
 

@@ -56,7 +56,7 @@ from perceiver_ar.data.tokens import TokenFile, Windows, prepare
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.evaluation import (
     Evaluation,
-    compressed_bits_per_byte,
+    compressors,
     evaluate,
     evaluate_context_lengths,
     write_table,
@@ -942,10 +942,8 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
 
         result = score(limit)
         shorter = score(some) if result.tokens > some else result  # what was scored on the way
-        compressed = {}
-        if codec.writes_text:
-            compressed = compressed_bits_per_byte(codec.decode(held_out.tokens[: limit + 1]))
-            references = {"gzip": compressed["gzip_bits_per_byte"], "xz": compressed["xz_bits_per_byte"]}
+        references = compressors(codec, held_out.tokens[: limit + 1])
+        compressed = {f"{name}_bits_per_byte": bits for name, bits in references.items()}
         last = [(module.tokens_seen, shorter.bits_per_token)]
         tokens_per_byte = shorter.tokens / shorter.bytes if codec.writes_text and shorter.bytes else None
         if shorter is not result:
@@ -1089,7 +1087,8 @@ def draw_context(run: Run, recipe: Recipe, watch: Watch, model: PerceiverAR) -> 
         precision=watch.precision,
     )
     write_table(run.plots / "context.csv", results)
-    plot_context(run.plots / "context.png", results, {})
+    references = compressors(watch.codec, watch.held_out.tokens[longest:][: results[0].tokens])
+    plot_context(run.plots / "context.png", results, references)
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
