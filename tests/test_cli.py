@@ -791,7 +791,8 @@ def test_a_prompt_file_is_the_prompt(finished: Path, tmp_path: Path, capsys: pyt
 def cycle(run: Path) -> Path:
     """A run whose model knows one text by heart and writes it again and again: "aé€😀"."""
     text = "aé€😀".encode()
-    model = PerceiverAR(PerceiverARConfig(dim=256, context_length=32, num_latents=8, num_layers=0, cross_layers=()))
+    settings: dict[str, Any] = {"num_layers": 0, "cross_layers": (), "local_context": 1}
+    model = PerceiverAR(PerceiverARConfig(dim=256, context_length=32, num_latents=8, **settings))
     with torch.no_grad():
         model.embed.weight.copy_(torch.eye(256))
         for byte, following in zip(text, text[1:] + text[:1], strict=True):
