@@ -954,3 +954,13 @@ def test_weights_of_another_network_are_refused(run: Path, capsys: pytest.Captur
     assert_refused(capsys, "info", run, says="embed.weight has shape (256, 16), not (256, 32)")
     (run / "config.json").write_text(json.dumps(settings | {"model_type": "gpt2"}))
     assert_refused(capsys, "info", run, says="'gpt2'")
+
+
+def test_a_run_from_before_local_context_is_resumed_without_it(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", str(corpus), "--out", str(run), *SMALL, "--max_steps=2", "--model.local_context=1"]) == 0
+    for file in (run / "recipe.yaml", run / "config.json"):
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if "local_context" not in line))
+    assert main(["train", "--out", str(run), "--resume", "--max_steps=4"]) == 0
+    assert Run(run).recipe().model.local_context == Run(run).model().config.local_context == 1

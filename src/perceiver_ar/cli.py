@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
-from perceiver_ar.config import PRESETS, Recipe, unknown_words
+from perceiver_ar.config import BEFORE, PRESETS, Recipe, unknown_words
 from perceiver_ar.costs import costs
 from perceiver_ar.errors import InputError
 
@@ -214,6 +214,7 @@ def train_verb(argv: list[str]) -> None:
             raise InputError("--resume goes on with the same model, so --preset changes nothing: leave it out")
         run = Run.open(out)
         run.recipe()  # says clearly what is wrong with it, if anything is
+        parser.set_defaults({f"model.{name}": value for name, value in BEFORE.items()})
         argv = ["--config", str(run.recipe_file), *argv]
         from_files |= run.recipe_dict()
     elif (config_file := option_value(argv, "--config")) and Path(config_file).is_file():
