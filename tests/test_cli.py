@@ -800,6 +800,50 @@ def cycle(run: Path) -> Path:
     return run
 
 
+YAML_HAS_NONE = ["# The quick sort", "#include", "null", "NULL", "~", " # ", "a: b", "[a]", "'a'"]
+"""Texts that are something else, many of them nothing, when YAML reads them."""
+
+
+@pytest.fixture
+def successor(run: Path) -> Path:
+    """A run whose model writes the byte after the last one: c after b."""
+    model = PerceiverAR(PerceiverARConfig(dim=256, context_length=32, num_latents=8, num_layers=0, cross_layers=()))
+    with torch.no_grad():
+        model.embed.weight.copy_(torch.eye(256))
+        model.head.weight.copy_(torch.eye(256).roll(1, 0))
+    model.save_pretrained(run)
+    return run
+
+
+@pytest.mark.parametrize("text", YAML_HAS_NONE)
+def test_text_given_as_an_option_is_that_text(
+    text: str, successor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, following = ["--temperature=0", "--max_new_tokens=1"], chr(ord(text[-1]) + 1) + "\n"
+    monkeypatch.chdir(tmp_path)
+    assert generated(capsys, successor, "--prompt", text, *options) == following
+    assert generated(capsys, successor, f"--prompt={text}", f"--out={text}", *options) == following
+    assert (tmp_path / text).read_text() == following[0]
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump({"prompt": text}))
+    assert generated(capsys, successor, "--config=options.yaml", *options) == following
+    assert generated(capsys, successor, "--prompt=!", "--temperature=0", "--stop=#") == '"#\n'
+    (tmp_path / "options.yaml").write_text("prompt: null\nstop:\n")
+    assert generated(capsys, successor, "--config=options.yaml", *options) == "\x01\n"
+
+
+@pytest.mark.parametrize("mark", ["# ", "~", "null"])
+def test_text_in_a_recipe_is_that_text(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text(mark.join(f"note {number}, and more\n" for number in range(20)))
+    argv = ["train", str(tmp_path / "notes.txt"), *SMALL, "--max_steps=1"]
+    assert main([*argv, "--data.split_on", mark, "--out", str(tmp_path / "one")]) == 0
+    assert main(["train", "--config", str(tmp_path / "one" / "recipe.yaml"), "--out", str(tmp_path / "two")]) == 0
+    assert main(["train", "--resume", "--out", str(tmp_path / "two"), "--max_steps=2"]) == 0
+    for run in Run(tmp_path / "one"), Run(tmp_path / "two"):
+        assert run.recipe().data.split_on == mark
+        parts = [json.loads((run.tokens / f"{name}.json").read_text()) for name in ("train", "validation")]
+        assert sum(part["num_documents"] for part in parts) == 20
+
+
 def test_characters_of_several_bytes_come_whole(cycle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--prompt=a", "--temperature=0"
     assert generated(capsys, cycle, *options, "--max_new_tokens=20") == "é€😀aé€😀a\n"

@@ -99,11 +99,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """The options. Raises InputError for what they cannot be."""
+    take_text_as_it_is(parser)
     try:
         return parser.parse_args(argv)
     except argparse.ArgumentError as error:
         message = plain(" ".join(str(error).split()), list(parser.get_defaults().keys(branches=True)))
         raise InputError(f"{message}; {parser.prog} --help has all options") from None
+
+
+def take_text_as_it_is(parser: ArgumentParser) -> None:
+    """Makes `str | None` options plain text; one that is not given, or null in a file, is None all the same.
+
+    The parser reads the values of a union as YAML first, also those that a file quotes. In YAML `# text`, `~` and
+    `null` are nothing, so the text would be lost.
+    """
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) == (str | None):
+            action._typehint = str  # pyright: ignore[reportAttributeAccessIssue]
 
 
 UNKNOWN = re.compile(
