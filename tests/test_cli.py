@@ -339,6 +339,27 @@ def test_resuming_with_other_settings_is_refused(
     assert content(run) == before
 
 
+def test_a_trained_model_without_checkpoints_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run / "checkpoints")
+    resume = "train", "--out", run, "--resume", "--max_steps=62"
+    for change in (lambda: None, (run / "summary.json").unlink, (run / "checkpoints").mkdir):
+        change()
+        before = content(run)
+        assert_refused(capsys, *resume, says=f"put {run / 'checkpoints'} back, or start a new run in another --out")
+        assert content(run) == before
+    (run / "model.safetensors").unlink()  # now there is nothing to lose
+    assert main([str(word) for word in resume]) == 0
+
+
+def test_a_run_killed_within_its_first_save_begins_again(run: Path, finished: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / ".unfinished-step-000060.ckpt").write_bytes(b"PK")
+    (run / "summary.json").unlink()
+    assert main(["train", "--out", str(run), "--resume"]) == 0
+    assert parameters(run) == parameters(finished)
+
+
 def test_there_must_be_a_run_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_refused(capsys, "train", "--out", tmp_path / "none", "--resume", says=tmp_path / "none")
     assert_refused(capsys, "train", "--resume", says="--out")

@@ -733,12 +733,12 @@ def export_verb(argv: list[str]) -> None:
     from perceiver_ar.run import Run
 
     run = Run.open(args.run)
+    if Run(args.out).is_taken():
+        raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
     model = run.model()
     if args.format == "lucidrains":
         about: Any = compat.save_lucidrains(model, args.out)
     else:
-        if Run(args.out).is_taken():
-            raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
         with atomic_directory(args.out) as directory:
             if args.format == "krasserm":
                 about = compat.save_krasserm(model, directory)

@@ -31,6 +31,7 @@ class Run:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.yaml"
         self.summary_file = self.path / "summary.json"
+        self.weights_file = self.path / "model.safetensors"
         self.metrics_file = self.path / "metrics.csv"
         self.tokens = self.path / "tokens"
         self.samples = self.path / "samples"

@@ -61,7 +61,7 @@ from perceiver_ar.evaluation import (
     evaluate_context_lengths,
     write_table,
 )
-from perceiver_ar.files import atomic_path, write_text
+from perceiver_ar.files import TEMPORARY, atomic_path, write_text
 from perceiver_ar.generation import generate
 from perceiver_ar.model import PerceiverAR
 from perceiver_ar.objective import head_loss, next_token_loss
@@ -181,6 +181,8 @@ def prepare_run(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> Rec
     check_tracker(recipe.trainer.tracker)
     if not resume and run.is_taken():
         raise InputError(f"{run.path} already exists: give another --out, go on with --resume, or remove it")
+    if resume:
+        check_weights_have_a_checkpoint(run)
     run.remove_unfinished_files()
     existed = run.path.exists()
     try:
@@ -245,6 +247,23 @@ def check_resumable(run: Run, recipe: Recipe) -> Recipe:
             "leave that out, or start a new run in another --out"
         )
     return before
+
+
+def check_weights_have_a_checkpoint(run: Run) -> None:
+    """Raises InputError for a trained model without checkpoints: training would start anew and overwrite it.
+
+    A kill within the first save leaves weights without a checkpoint, too, but also a part of that: such weights are
+    removed, to be made again.
+    """
+    if Checkpoints(run.checkpoints).all() or not (run.weights_file.exists() or run.summary_file.exists()):
+        return
+    begun = [*run.checkpoints.glob(f"{TEMPORARY}*"), *run.checkpoints.glob("step-*.ckpt")]
+    if run.summary_file.exists() or not begun:
+        raise InputError(
+            f"{run.path} holds a trained model but no checkpoint to go on from, and training from the start would "
+            f"overwrite it: put {run.checkpoints} back, or start a new run in another --out"
+        )
+    run.weights_file.unlink()
 
 
 def flat(settings: dict[str, Any], group: str = "") -> dict[str, Any]:
@@ -987,8 +1006,8 @@ class CheckpointFiles(TorchCheckpointIO):
         if not self.recipe.trainer.sharded:
             checkpoint = checkpoint | {"optimizer_states": renumber(checkpoint["optimizer_states"], self.order)}
         try:
-            self.model.save_pretrained(self.run.path)
             with self.checkpoints.writing(checkpoint["global_step"], self.validation_bits) as temporary:
+                self.model.save_pretrained(self.run.path)  # within: so that a kill leaves a sign beside the weights
                 torch.save(checkpoint, temporary)
         except (OSError, SafetensorError, RuntimeError) as error:  # the latter are what writers make of the first
             message = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
