@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import random
+import re
 import select
 import shlex
 import signal
@@ -32,9 +33,11 @@ from torch import Tensor
 
 from perceiver_ar import InputError, PerceiverAR, Recipe, Run, train
 from perceiver_ar.checkpoints import Checkpoints
+from perceiver_ar.cli import main
 from perceiver_ar.config import DataConfig, OptimConfig, PerceiverARConfig, TrainerConfig
 from perceiver_ar.data.tokens import TokenFile, Windows
 from perceiver_ar.evaluation import evaluate
+from perceiver_ar.lock import LOCK
 from perceiver_ar.objective import IGNORE, next_token_loss
 from perceiver_ar.optim import lr_factor, make_optimizer
 from perceiver_ar.training import Batches, PerceiverARModule
@@ -267,6 +270,42 @@ def test_a_run_killed_at_telling_moments_and_resumed_equals_an_undisturbed_one(
     assert kills >= 5  # a moment may be missed on a busy machine
     assert list(server.temporary.iterdir()) == []
     assert_same_runs(run, undisturbed)
+
+
+@pytest.mark.parametrize("pattern", ["tokens/.unfinished-*", "codec.json", "checkpoints/step-*.json"])
+def test_a_second_process_is_refused_and_the_first_goes_on_undisturbed(
+    server: Server,
+    command: list[str],
+    undisturbed: Path,
+    tmp_path: Path,
+    pattern: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, statuses = tmp_path / "run", list[int]()
+
+    def seconds_came() -> bool:
+        if not appears(run, pattern)():
+            return False
+        statuses.extend([main([*command, "--out", str(run)]), main(["train", "--out", str(run), "--resume"])])
+        return True
+
+    assert server.run(*command, "--out", run, signals=[(seconds_came, signal.SIGCONT)]) == 0, server.messages()
+    assert statuses == [2, 2]
+    assert len(re.findall(rf"process \d+ on \S+ is training in {run}: wait until", capsys.readouterr().err)) == 2
+    assert_same_runs(run, undisturbed)
+    assert not (run / LOCK).exists()
+
+
+def test_a_run_that_is_not_prepared_leaves_what_others_put_there(recipe: Recipe, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        failing = pool.submit(train, replace(recipe, paths=(str(tmp_path / "pipe"),)))
+        with open(tmp_path / "pipe", "w") as pipe:  # opens when it is read, so the run has been begun
+            (Path(recipe.out) / "mine.txt").write_text("mine")
+            pipe.write("too short")
+        with pytest.raises(InputError, match="give more data"):
+            failing.result()
+    assert content(Path(recipe.out)) == {"mine.txt": b"mine"}
 
 
 @pytest.mark.slow

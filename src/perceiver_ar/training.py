@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import shlex
-import shutil
 import signal
 import statistics
 import threading
@@ -23,7 +22,7 @@ import time
 import timeit
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +62,7 @@ from perceiver_ar.evaluation import (
 )
 from perceiver_ar.files import TEMPORARY, atomic_path, write_text
 from perceiver_ar.generation import generate
+from perceiver_ar.lock import locked
 from perceiver_ar.model import PerceiverAR
 from perceiver_ar.objective import head_loss, next_token_loss
 from perceiver_ar.optim import lr_factor, make_optimizer, whole
@@ -111,13 +111,16 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
     `steps`, `skipped_steps`, `parameters`. It is empty in all processes but the first.
 
     Raises:
-        InputError: the files, the settings or the run directory do not allow it. Nothing half-made is left.
+        InputError: the files, the settings or the run directory do not allow it, or another process is training there.
+            Nothing half-made is left.
         Interrupted: stopped by SIGINT or SIGTERM, and saved.
     """
     recipe = replace(recipe, trainer=replace(recipe.trainer, devices=world(recipe.trainer)[0]))
     devices, ranks = recipe.trainer.devices, recipe.trainer.prefix_ranks
     require(devices % ranks == 0, f"trainer.prefix_ranks is {ranks}: devices must be a multiple of it, not {devices}")
     run = Run(recipe.out)
+    if run.path.exists() and not run.path.is_dir():
+        raise InputError(f"{run.path} already exists and is a file: give another --out")
     if any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
         resume = resume or run.recipe_file.exists()
     if resume:
@@ -130,6 +133,12 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
                 "To train it further, resume with a larger --max_steps or --max_time."
             )
             return summary if RANK == 0 else {}
+    with locked(run.path) if RANK == 0 else nullcontext():
+        return prepare_and_fit(run, recipe, resume, find_batch)
+
+
+def prepare_and_fit(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> dict[str, Any]:
+    """`train`, once it is clear that there is something to do and that no other process does it."""
     if RANK == 0:
         precision = choose_precision(recipe.trainer)
         recipe = replace(recipe, trainer=replace(recipe.trainer, precision=PRECISIONS[precision]))  # not measured again
@@ -184,7 +193,7 @@ def prepare_run(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> Rec
     if resume:
         check_weights_have_a_checkpoint(run)
     run.remove_unfinished_files()
-    existed = run.path.exists()
+    codec = None
     try:
         if not resume:  # first, so that a run killed at any later moment can be resumed
             run.write_recipe(recipe)
@@ -198,9 +207,7 @@ def prepare_run(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> Rec
         run.write_recipe(recipe)
     except BaseException:
         if not resume:  # nothing was learned yet: leave no trace
-            shutil.rmtree(run.path, ignore_errors=True)
-            if existed:
-                run.path.mkdir(exist_ok=True)
+            run.remove_prepared(codec)
         raise
     return recipe
 
