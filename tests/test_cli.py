@@ -808,6 +808,14 @@ def test_a_prompt_file_is_the_prompt(finished: Path, tmp_path: Path, capsys: pyt
     assert piped.stdout == from_file
 
 
+def test_a_prompt_file_that_is_no_text_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompt.txt").write_text("the cat sat", encoding="utf-16-le")
+    says = f"--prompt_file {tmp_path / 'prompt.txt'} is UTF-16 or UTF-32, not UTF-8 text; save it as UTF-8"
+    assert_refused(capsys, "generate", finished, "--prompt_file", tmp_path / "prompt.txt", says=says)
+
+
 @pytest.fixture
 def cycle(run: Path) -> Path:
     """A run whose model knows one text by heart and writes it again and again: "aé€😀"."""

@@ -521,6 +521,7 @@ def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, 
 def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> list[int]:
     """The ids to go on from: the prompt as the start of a document."""
     from perceiver_ar.data.codec import WrongModality
+    from perceiver_ar.data.text import text_only
 
     try:
         if prompt_file is None:
@@ -532,7 +533,8 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
             raise InputError(f"{where}: no such file; check the path") from None
         except IsADirectoryError:
             raise InputError(f"{where} is a folder: name a file") from None
-        pieces = [ids.tolist() for ids in codec.encode_stream([data], prompt_file)]
+        chunks = text_only([data], prompt_file) if codec.reads_text else [data]
+        pieces = [ids.tolist() for ids in codec.encode_stream(chunks, prompt_file)]
     except WrongModality as error:
         reason = str(error).replace("the input", "--prompt", 1) if prompt_file is None else f"--prompt_file {error}"
         raise InputError(f"this run cannot read the prompt: {of_trained(reason)}") from None

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -11,7 +12,9 @@ import re
 import resource
 import subprocess
 import sys
+import tarfile
 import textwrap
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -345,6 +348,75 @@ def test_files_found_that_are_no_text_are_skipped_and_counted(tmp_path, capsys):
         prepare(find_files([folder / "[c]*", folder / "[ef]"]), TEXT, tmp_path / "out")
     train, _ = prepare(find_files(folder), BYTES, tmp_path / "out", validation_fraction=0)
     assert train.num_documents == 7
+
+
+def archive(form: Any, name: str = "story.txt", content: bytes = b"Once upon a time. " * 50) -> bytes:
+    """The content of a tar ("", "gz", ...) or zip file that holds one text."""
+    buffer = io.BytesIO()
+    if form == "zip":
+        with zipfile.ZipFile(buffer, "w") as file:
+            file.writestr(name, content)
+    else:
+        with tarfile.open(fileobj=buffer, mode=f"w:{form}") as file:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+STORY = "Once upon a time, in a cité. " * 50
+NO_TEXT = {
+    "a.tar": (archive(""), "a tar archive, not UTF-8 text; unpack it, or use --modality bytes"),
+    "a.tar.gz": (archive("gz"), "a tar archive"),
+    "a.tar.xz": (archive("xz"), "a tar archive"),
+    "a.tgz": (archive("gz"), "compressed (gzip), not UTF-8 text; decompress it, or let its name end in .gz"),
+    "a.zip": (archive("zip"), "a zip archive"),
+    "a.docx": (archive("zip"), "save it as text"),
+    "a.zip.gz": (gzip.compress(archive("zip")), "a zip archive"),
+    "xz.txt": (lzma.compress(STORY.encode()), "let its name end in .xz"),
+    "bz2.txt": (bz2.compress(STORY.encode()), "let its name end in .bz2"),
+    "zst.txt": (zstandard.compress(STORY.encode()), "let its name end in .zst"),
+    "a.pdf": (b"%PDF-1.4\n1 0 obj <</Type /Catalog>> endobj\n", "a PDF, not UTF-8 text; save it as text"),
+    "16.txt": (STORY.encode("utf-16"), "UTF-16 or UTF-32, not UTF-8 text; save it as UTF-8"),
+    "le.txt": (STORY.encode("utf-16-le"), "UTF-16 or UTF-32"),
+    "be.txt.gz": (gzip.compress(STORY.encode("utf-16-be")), "UTF-16 or UTF-32"),
+    "32.txt": (STORY.encode("utf-32-be"), "UTF-16 or UTF-32"),
+    "early.txt": (b"\0" + STORY.encode(), "not UTF-8 text (byte 0x00 at offset 0); use --modality bytes"),
+    "late.txt": (b"good start " * 200_000 + b"\0", "not UTF-8 text (byte 0x00 at offset 2200000)"),
+}
+BPE = train_bpe([STORY], 300)
+
+
+@pytest.mark.parametrize("codec", [TEXT, BPE], ids=["bytes", "tokenizer"])
+@pytest.mark.parametrize("name", NO_TEXT)
+def test_archives_and_other_encodings_are_no_text_and_the_message_says_what_they_are(tmp_path, name, codec):
+    content, says = NO_TEXT[name]
+    path = write_files(tmp_path / "data", {name: content}) / name
+    for split_on in None, "\n":
+        with pytest.raises(InputError, match=rf"{name} is .*{re.escape(says)}") as error:
+            prepare(find_files(path), codec, tmp_path / "out", split_on=split_on)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=re.escape(says)):
+        list(read_text(find_files(path)))
+    file, _ = prepare(find_files(path), BYTES, tmp_path / "out", validation_fraction=0)
+    assert file.num_bytes == len(b"".join(find_files(path)[0].chunks()))
+
+
+@pytest.mark.parametrize("codec", [TEXT, BPE], ids=["bytes", "tokenizer"])
+def test_text_that_speaks_of_archives_is_text(tmp_path, codec):
+    contents = [
+        b"PK is a name",
+        b"Rar!",
+        b"PAR1 is a gene",
+        b"x" * 256 + b"star",
+        b"BZh",
+        "ÿþ é".encode(),
+        b"a",
+        b"%PDF",
+    ]
+    folder = write_files(tmp_path / "data", {f"{number}.txt": content for number, content in enumerate(contents)})
+    file, _ = prepare(find_files(folder), codec, tmp_path / "out", validation_fraction=0)
+    assert codec.decode(file.tokens) == b"".join(contents)
 
 
 @pytest.mark.parametrize(

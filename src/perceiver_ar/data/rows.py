@@ -28,7 +28,7 @@ class Rows(Source):
     column: str = "text"
 
     def documents(
-        self, separator: bytes | None, advance: Callable[[int], Any] = lambda num_bytes: None
+        self, separator: bytes | None, advance: Callable[[int], Any] = lambda num_bytes: None, text: bool = True
     ) -> Iterator[tuple[str, Iterator[bytes]]]:
         """As `Source.documents`; `separator` separates several documents in one row.
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from perceiver_ar.data.codec import WrongModality
-from perceiver_ar.data.text import text_pieces
+from perceiver_ar.data.text import text_only, text_pieces
 from perceiver_ar.errors import InputError
 
 CHUNK = 1 << 20  # bytes read at once
@@ -71,10 +71,15 @@ class Source:
             raise InputError(f"{reason}; fetch or compress it again") from None
 
     def documents(
-        self, separator: bytes | None, advance: Callable[[int], Any] = lambda num_bytes: None
+        self, separator: bytes | None, advance: Callable[[int], Any] = lambda num_bytes: None, text: bool = False
     ) -> Iterator[tuple[str, Iterator[bytes]]]:
-        """The documents in it, as `split_documents` has them, each after what messages call it."""
-        for number, document in enumerate(split_documents(self.chunks(advance), separator), 1):
+        """The documents in it, as `split_documents` has them, each after what messages call it.
+
+        text: raises `WrongModality` if the file cannot be text, such as an archive.
+        """
+        chunks = self.chunks(advance)
+        chunks = text_only(chunks, self.name) if text else chunks
+        for number, document in enumerate(split_documents(chunks, separator), 1):
             yield f"{self.name}, document {number}," if separator else self.name, document
 
 
@@ -160,7 +165,7 @@ def read_text(sources: Iterable[Source], max_bytes: int | None = None) -> Iterat
     total = 0
     for source in sources:
         try:
-            for where, document in source.documents(None):
+            for where, document in source.documents(None, text=True):
                 for piece in text_pieces(document, where):
                     yield piece
                     total += len(piece.encode())

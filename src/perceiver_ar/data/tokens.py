@@ -136,7 +136,7 @@ class _Writer:
         """Adds the documents of one file: all, or none if it raises."""
         before = len(self.lengths)
         try:
-            for where, document in source.documents(split_on, advance):
+            for where, document in source.documents(split_on, advance, self.codec.reads_text):
                 self.add(document, where)
         except InputError:
             self.take_back(before)
