@@ -307,6 +307,53 @@ def test_the_validation_split_is_about_as_large_as_asked_and_follows_the_seed(tm
     assert len(starts) == 5
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from(["a", "b", "cc", "dd", "eee", "ffff"]), min_size=1, max_size=30),
+    st.floats(0.05, 0.9),
+    st.integers(0, 5),
+    st.booleans(),
+)
+def test_copies_are_on_one_side_of_the_split(tmp_path_factory, texts, fraction, seed, grouped):
+    tmp_path = tmp_path_factory.mktemp("split")
+    contents = {f"{i % 7}/{i:03}": text.encode() for i, text in enumerate(texts)}
+    sources = find_files(write_files(tmp_path / "data", contents))
+    options: dict[str, Any] = {"validation_fraction": fraction, "seed": seed, "group_by": "(./)" if grouped else None}
+    train, validation = prepare(sources, TEXT, tmp_path / "out", **options)
+    kept, held_out = documents(train), documents(validation) if validation else []
+    assert not set(kept) & set(held_out)
+    assert sorted(kept + held_out) == sorted(contents.values())
+    if not grouped:
+        assert (validation is None) == (len(set(texts)) == 1)
+        sizes = [texts.count(text) * len(text) for text in set(texts)]
+        assert sum(map(len, held_out)) <= max(1.5 * fraction * sum(sizes), min(sizes))
+
+
+def test_copies_are_counted(tmp_path, capsys):
+    contents = {"a.txt": b"same", "b.txt": b"other", "c.txt": b"same", "d.txt": b"third"}
+    folder = write_files(tmp_path / "data", contents)
+    os.link(folder / "b.txt", folder / "e.txt")
+    prepare(find_files(folder), TEXT, tmp_path / "out")
+    says = "2 of 5 documents are copies of others; all copies are on one side of the split"
+    assert capsys.readouterr().err.splitlines()[0] == says
+    prepare(find_files(folder), TEXT, tmp_path / "out", validation_fraction=0)
+    assert "copies" not in capsys.readouterr().err
+
+
+def test_copies_of_what_is_held_out_are_not_trained_on(tmp_path, capsys):
+    folder = write_files(tmp_path / "data", {"a": b"aaa", "b": b"bbb", "c": b"ccc", "d": b"bbb", "val/e": b"bbb"})
+    train, validation = prepare(
+        find_files(folder), TEXT, tmp_path / "out", validation_sources=find_files(folder / "val")
+    )
+    assert validation is not None
+    assert (documents(train), documents(validation)) == ([b"aaa", b"ccc"], [b"bbb"])
+    assert train.num_bytes == 6
+    assert capsys.readouterr().err.startswith("2 documents are held out as well, so they are not trained on\n")
+    with pytest.raises(InputError, match="all training documents are validation documents as well"):
+        prepare(find_files(folder / "d"), TEXT, tmp_path / "new", validation_sources=find_files(folder / "val"))
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_files_given_for_validation_are_not_trained_on(tmp_path):
     folder = write_files(tmp_path / "data", {"a": b"aaa", "b": b"bbb", "val/c": b"ccc"})
     held_out = find_files(folder / "val")
@@ -350,14 +397,15 @@ def test_files_found_that_are_no_text_are_skipped_and_counted(tmp_path, capsys):
     assert train.num_documents == 7
 
 
-def archive(form: Any, name: str = "story.txt", content: bytes = b"Once upon a time. " * 50) -> bytes:
+def archive(form: str, name: str = "story.txt", content: bytes = b"Once upon a time. " * 50) -> bytes:
     """The content of a tar ("", "gz", ...) or zip file that holds one text."""
     buffer = io.BytesIO()
     if form == "zip":
         with zipfile.ZipFile(buffer, "w") as file:
             file.writestr(name, content)
     else:
-        with tarfile.open(fileobj=buffer, mode=f"w:{form}") as file:
+        mode: Any = f"w:{form}"
+        with tarfile.open(fileobj=buffer, mode=mode) as file:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             file.addfile(info, io.BytesIO(content))
@@ -652,8 +700,8 @@ def test_a_file_of_gigabytes_needs_no_memory(tmp_path):
 def test_preparing_needs_memory_for_a_chunk_not_for_the_file(tmp_path):
     """100 MB in one file, with many documents and some held out."""
     with gzip.GzipFile(tmp_path / "big.gz", "wb", compresslevel=1) as file:
-        for _ in range(100):
-            file.write(b"word " * 199_999 + b"END\n\n")
+        for number in range(100):
+            file.write(b"%04d " % number + b"word " * 199_998 + b"END\n\n")
     script = """
         import sys, tracemalloc
         from perceiver_ar.data.text import BytesCodec
