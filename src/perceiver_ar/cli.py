@@ -200,8 +200,8 @@ def train_verb(argv: list[str]) -> None:
     )
     add_paths(
         parser,
-        "files, folders, patterns, - for standard input; also .gz .xz .bz2 .zst, and .parquet .arrow .jsonl, of which "
-        "each row is a document; none: Python's source",
+        "files, folders, patterns, - for standard input; also .gz .xz .bz2 .zst, and .jsonl .csv .parquet .arrow, of "
+        "which each row is a document; none: Python's source",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
     parser.add_argument(

@@ -376,7 +376,8 @@ class DataConfig:
     split_on: str | None = None
     """Text between documents in one file, not kept itself, such as '\\n\\n\\n\\n'; None: a file is a document."""
     column: str = "text"
-    """Which column of .parquet, .arrow and .jsonl files holds the text; each of their rows is a document."""
+    """Which column of .jsonl, .ndjson, .csv, .tsv, .parquet and .arrow files holds the text, or which field of a field
+    (doc.text); each of their rows is a document."""
     group_by: str | None = None
     """Regular expression: files in whose names it finds the same are held out together, or not at all. '(.*)__' keeps
     the performances of Piece__Performer.mid on one side, '(.*)/' the files of a folder. None: each file for itself."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 from perceiver_ar.data.codec import WrongModality
 from perceiver_ar.data.text import text_only, text_pieces
@@ -40,6 +40,7 @@ class Source:
     folder or by a pattern and is skipped.
     """
 
+    of_rows: ClassVar[bool] = False
     path: Path
     name: str
     size: int
@@ -166,11 +167,15 @@ def read_text(sources: Iterable[Source], max_bytes: int | None = None) -> Iterat
     for source in sources:
         try:
             for where, document in source.documents(None, text=True):
-                for piece in text_pieces(document, where):
-                    yield piece
-                    total += len(piece.encode())
-                    if max_bytes is not None and total >= max_bytes:
-                        return
+                try:
+                    for piece in text_pieces(document, where):
+                        yield piece
+                        total += len(piece.encode())
+                        if max_bytes is not None and total >= max_bytes:
+                            return
+                except WrongModality:
+                    if not source.of_rows:
+                        raise
         except WrongModality:
             if source.named:
                 raise

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec import Codec, WrongModality
 from perceiver_ar.data.sources import Source, find_files, read_text, standard_library
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path, write_text
@@ -134,15 +134,26 @@ class _Writer:
         self.file.write(np.asarray(ids, dtype=self.dtype).tobytes())
         self.num_tokens += len(ids)
 
-    def add_source(self, source: Source, split_on: bytes | None, advance: Callable[[int], Any]) -> None:
-        """Adds the documents of one file: all, or none if it raises."""
-        before = len(self.lengths)
+    def add_source(self, source: Source, split_on: bytes | None, advance: Callable[[int], Any]) -> list[str]:
+        """Adds the documents of one file: all, or none if it raises. Of rows, those that the codec cannot read are left
+        out; returns why,
+        of the first ones."""
+        before, refused = len(self.lengths), list[str]()
         try:
             for where, document in source.documents(split_on, advance, self.codec.reads_text):
-                self.add(document, where)
+                try:
+                    self.add(document, where)
+                except WrongModality as error:
+                    if not source.of_rows:
+                        raise
+                    self.take_back(len(self.lengths) - 1)
+                    refused.append(str(error) if len(refused) < NAMED else "")
+            if refused and len(self.lengths) == before:
+                raise InputError(f"none of its rows can be read: {refused[0]}")
         except InputError:
             self.take_back(before)
             raise
+        return refused
 
     def add(self, chunks: Iterable[bytes], where: str) -> None:
         """Adds one document; nothing if it is empty."""
@@ -309,13 +320,12 @@ def _add_all(
     advance: Callable[[int], Any],
     groups: Sequence[int] | None = None,
 ) -> None:
-    wrong: list[str] = []
-    empty: list[str] = []
+    wrong, empty, rows = list[str](), list[str](), list[str]()
     for number, source in enumerate(sources):
         writer.group = None if groups is None else groups[number]
         before = len(writer.lengths)
         try:
-            writer.add_source(source, split_on, advance)
+            rows += writer.add_source(source, split_on, advance)
             if len(writer.lengths) == before and (source.size > 0 or source.named):
                 empty.append(f"{source.name} has nothing in it")
         except InputError as error:
@@ -329,9 +339,13 @@ def _add_all(
     if not writer.lengths:
         names = f"{sources[0].name} is" if len(sources) == 1 else f"{sources[0].name} and all other files are"
         raise InputError(f"{names} empty; give files with something in them")
-    if reasons := [*wrong, *empty]:
-        more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
-        print(f"skipped {len(reasons)} of {len(sources)} files:", *reasons[:NAMED], *more, sep="\n  ", file=sys.stderr)
+    for reasons, amount in (
+        ([*wrong, *empty], f"{len(wrong) + len(empty)} of {len(sources)} files"),
+        (rows, f"{len(rows):,} rows"),
+    ):
+        if reasons:
+            more = [f"and {len(reasons) - NAMED:,} more"] if len(reasons) > NAMED else []
+            print(f"skipped {amount}:", *reasons[:NAMED], *more, sep="\n  ", file=sys.stderr)
 
 
 def _drop_held_out(train: _Writer, validation: _Writer) -> None:
