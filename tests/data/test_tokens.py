@@ -207,6 +207,24 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path):
         path.parent.chmod(0o755)
 
 
+@pytest.mark.usefixtures("bound_by_modes")
+def test_what_cannot_be_read_in_a_folder_does_not_end_a_run_with_a_tokenizer(tmp_path, capsys):
+    contents = {"a.txt": b"good text", "b.txt.gz": gzip.compress(b"cut " * 99)[:-9], "c.txt": b"x", "d/e.txt": b"x"}
+    folder = write_files(tmp_path / "data", contents)
+    (folder / "nowhere").symlink_to(folder / "missing")
+    (folder / "c.txt").chmod(0)
+    (folder / "d").chmod(0)
+    sources = find_files(folder)
+    assert capsys.readouterr().err == f"skipped the folder {folder / 'd'}: no permission to read it\n"
+    assert b"good text" in "".join(read_text(sources)).encode()
+    train, _ = prepare(sources, train_bpe(read_text(sources), 260), tmp_path / "out", validation_fraction=0)
+    assert train.num_documents == 1
+    assert capsys.readouterr().err.startswith("skipped 3 of 4 files:\n")
+    (folder / "d").chmod(0o755)
+    with pytest.raises(InputError, match=r"b\.txt\.gz is damaged"):
+        list(read_text(find_files(folder / "b.txt.gz")))
+
+
 def test_the_standard_library_is_a_corpus():
     sources = standard_library()
     parts = {part for source in sources for part in source.path.parts[-4:]}

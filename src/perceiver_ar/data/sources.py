@@ -151,7 +151,7 @@ def find_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
 def standard_library() -> list[Source]:
     """The embedded default corpus: the sources of the running Python's standard library, without its tests."""
     folder = sysconfig.get_path("stdlib")
-    found = _walk(folder, skip=NOT_LIBRARY, on_error=None) if folder and os.path.isdir(folder) else []
+    found = _walk(folder, skip=NOT_LIBRARY) if folder and os.path.isdir(folder) else []
     sources = [source for source in found if source.name.endswith(".py") and os.access(source.path, os.R_OK)]
     if not sources:
         raise InputError(f"this Python has no standard library sources in {folder}; name files of your own")
@@ -161,7 +161,7 @@ def standard_library() -> list[Source]:
 def read_text(sources: Iterable[Source], max_bytes: int | None = None) -> Iterator[str]:
     """The text of `sources` in pieces, about `max_bytes` of it at most, for `train_bpe`.
 
-    Skips what was found but is no text; raises `WrongModality` for what the user named and is none.
+    Skips what was found but cannot be read as text; raises `InputError` for what the user named.
     """
     total = 0
     for source in sources:
@@ -176,7 +176,7 @@ def read_text(sources: Iterable[Source], max_bytes: int | None = None) -> Iterat
                 except WrongModality:
                     if not source.of_rows:
                         raise
-        except WrongModality:
+        except InputError:  # damaged, gone or not to be read: whoever makes tokens of it says so
             if source.named:
                 raise
 
@@ -274,17 +274,19 @@ def _is_file(path: str) -> bool:
     return os.path.isfile(path) or _leads_nowhere(path)
 
 
-def _refuse(error: OSError) -> None:
-    if isinstance(error, PermissionError):
-        raise _permission_denied(error.filename)
-
-
-def _walk(
-    folder: str, skip: frozenset[str] = NOT_DOCUMENTS, on_error: Callable[[OSError], None] | None = _refuse
-) -> list[Source]:
-    """All files below `folder`, sorted; links are followed, but no folder is entered twice."""
+def _walk(folder: str, skip: frozenset[str] = NOT_DOCUMENTS) -> list[Source]:
+    """All files below `folder`, sorted; links are followed, but no folder is entered twice. Folders in it that may not
+    be read are skipped and named on stderr."""
     found, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=on_error):
+
+    def denied(error: OSError) -> None:
+        if not isinstance(error, PermissionError):
+            return
+        if error.filename == folder:
+            raise _permission_denied(folder)
+        print(f"skipped the folder {error.filename}: no permission to read it", file=sys.stderr)
+
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=denied):
         if (real := os.path.realpath(parent)) in seen:
             folders.clear()
             continue
