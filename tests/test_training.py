@@ -40,7 +40,7 @@ from perceiver_ar.evaluation import evaluate
 from perceiver_ar.lock import LOCK
 from perceiver_ar.objective import IGNORE, next_token_loss
 from perceiver_ar.optim import lr_factor, make_optimizer
-from perceiver_ar.training import Batches, PerceiverARModule
+from perceiver_ar.training import SIGNALS, Batches, PerceiverARModule
 
 MODEL = PerceiverARConfig(context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2)
 DROPPING = MODEL.replace(prefix_dropout=0.5, mlp_dropout=0.1)
@@ -97,6 +97,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
         for descriptor, name in enumerate((os.devnull, job["stdout"], job["stderr"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.exit(main(job["argv"]))
@@ -334,7 +335,7 @@ def test_a_run_killed_a_hundred_times_at_random_moments_equals_an_undisturbed_on
     assert inside >= 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_saves_says_how_to_go_on_and_then_equals_an_undisturbed_one(
     server: Server, command: list[str], undisturbed: Path, tmp_path: Path, number: int
 ) -> None:
@@ -362,9 +363,12 @@ def test_a_run_stopped_before_its_first_step_can_be_resumed(
     assert_same_runs(run, undisturbed)
 
 
-def test_an_interrupt_while_files_are_read_leaves_nothing(server: Server, command: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_while_files_are_read_leaves_nothing(
+    server: Server, command: list[str], tmp_path: Path, number: int
+) -> None:
     run = tmp_path / "run"
-    assert server.run(*command, "--out", run, signals=[(appears(run, "tokens/.unfinished-*"), signal.SIGINT)]) == 130
+    assert server.run(*command, "--out", run, signals=[(appears(run, "tokens/.unfinished-*"), number)]) == 130
     assert server.messages()[-1:] == ["perceiver-ar: interrupted"]
     assert not run.exists()
 
@@ -386,9 +390,9 @@ def test_a_second_interrupt_stops_at_once_and_the_last_checkpoint_goes_on(
 
 
 def test_signals_are_as_before_when_training_is_over(recipe: Recipe) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     train(replace(recipe, max_steps=1))
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_training_works_in_a_thread_that_gets_no_signals(recipe: Recipe) -> None:

@@ -21,7 +21,7 @@ import threading
 import time
 import timeit
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +96,43 @@ class Interrupted(KeyboardInterrupt):
     """Training ended early because the user asked for it; the message says how to go on."""
 
 
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def signals_taken(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Gives SIGINT, SIGTERM and SIGHUP to `handler`; returns their handlers so far. A signal that is ignored stays so,
+    as nohup wants it. Only the main thread can take signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in wanted}
+
+
+def without_terminal() -> None:
+    """After a SIGHUP what is said goes nowhere: writing to a terminal that is gone is an error."""
+    if console.is_terminal:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Meanwhile a signal raises Interrupted, so that what is half made is removed."""
+
+    def stop(number: int, frame: Any) -> None:
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            without_terminal()
+        raise Interrupted("interrupted")
+
+    handlers = signals_taken(stop)
+    try:
+        yield
+    finally:
+        while handlers:
+            signal.signal(*handlers.popitem())
+
+
 class StopAtOnce(BaseException):
     """A signal that does not wait for the running step. (At a KeyboardInterrupt Lightning would exit.)"""
 
@@ -113,7 +150,7 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
     Raises:
         InputError: the files, the settings or the run directory do not allow it, or another process is training there.
             Nothing half-made is left.
-        Interrupted: stopped by SIGINT or SIGTERM, and saved.
+        Interrupted: stopped by SIGINT, SIGTERM or SIGHUP, and saved.
     """
     recipe = replace(recipe, trainer=replace(recipe.trainer, devices=world(recipe.trainer)[0]))
     devices, ranks = recipe.trainer.devices, recipe.trainer.prefix_ranks
@@ -142,7 +179,8 @@ def prepare_and_fit(run: Run, recipe: Recipe, resume: bool, find_batch: bool) ->
     if RANK == 0:
         precision = choose_precision(recipe.trainer)
         recipe = replace(recipe, trainer=replace(recipe.trainer, precision=PRECISIONS[precision]))  # not measured again
-        recipe = prepare_run(run, recipe, resume, find_batch)
+        with ending_on_signals():
+            recipe = prepare_run(run, recipe, resume, find_batch)
     else:
         wait_for_first(run)
         first = run.recipe().trainer  # what was measured there
@@ -706,10 +744,8 @@ class Watch(Callback):
 
     @contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
-        """Meanwhile SIGINT or SIGTERM ends the training after the running step, a second one at once."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.on_signal)
+        """Meanwhile SIGINT, SIGTERM or SIGHUP ends the training after the running step, a second one at once."""
+        self.handlers = signals_taken(self.on_signal)
         try:
             yield
         finally:
@@ -718,6 +754,8 @@ class Watch(Callback):
                 signal.signal(*self.handlers.popitem())
 
     def on_signal(self, number: int, frame: Any) -> None:
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            without_terminal()
         if self.signalled:
             raise StopAtOnce
         self.signalled = True
