@@ -143,11 +143,15 @@ def plain(message: str, known: list[str]) -> str:
         name = match["option"] or match["setting"] or f"{match['group']}.{match['name']}"
         known = [f"--{other}" for other in known] if match["option"] else known
         return f"there is no option {unknown_words([name], known)}"
+    if match := re.fullmatch(r"argument (--[\w.-]+): expected one argument", message):
+        return f"{match[1]} has no value; one that begins with a dash needs an equals sign, as in {match[1]}=-x"
     message = message.replace('Parser key "config": ', "--config: ")
     match = WRONG_TYPE.fullmatch(message)
     kinds = [] if match is None else ["".join(found) for found in re.findall(r"'(\w+)'|(tuple)\[", match["kinds"])]
     if match is None or not kinds:
         return message
+    if match["option"] in ("max_time", "trainer.checkpoint_every") and match["value"].isdecimal():
+        return f"--{match['option']} is {match['value']}: give a unit, as in {match['value']}s"
     return f"--{match['option']} is {match['value']}: it must be {' or '.join(TYPES.get(k, k) for k in kinds)}"
 
 
