@@ -390,7 +390,8 @@ class DataConfig:
     split_on: str | None = None
     """Text between documents in one file, not kept itself, such as '\\n\\n\\n\\n'; None: a file is a document."""
     column: str = "text"
-    """Which column of .parquet, .arrow and .jsonl files holds the text; each of their rows is a document."""
+    """Which column of .jsonl, .ndjson, .csv, .tsv, .parquet and .arrow files holds the text, or which field of a field
+    (doc.text); each of their rows is a document."""
     group_by: str | None = None
     """Regular expression: files in whose names it finds the same are held out together, or not at all. '(.*)__' keeps
     the performances of Piece__Performer.mid on one side, '(.*)/' the files of a folder. None: each file for itself."""
@@ -679,7 +680,8 @@ def parse_duration(text: str, name: str) -> float:
     """Seconds in a text such as "90s", "5m", "1h30m" or "2d". Raises InputError naming the setting `name`."""
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?", str(text).strip())
     if not match or not any(match.groups()):
-        raise InputError(f"{name} is {text!r}: write a duration such as 90s, 5m or 1h30m")
+        example = f"{text}s".replace(" ", "") if re.fullmatch(r"\s*[1-9]\d*\s*", str(text)) else "90s"
+        raise InputError(f"{name} is {text!r}: write a duration such as {example}, 5m or 1h30m")
     seconds = sum(float(n or 0) * unit for n, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
     if seconds <= 0:
         raise InputError(f"{name} is {text!r}: it must be more than nothing")
