@@ -26,7 +26,7 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, BENCHMARKS / "probes.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
 def test_each_probe_prints_its_rows_and_leaves_table_records_and_picture(tmp_path: Path) -> None:
@@ -93,9 +93,9 @@ def test_mirror_is_the_text_again(probes: Any, mirrored: bool) -> None:
 
 def test_copying_is_learned_with_local_context_and_not_without(probes: Any) -> None:
     draw = partial(probes.draw_copy, segment=16)
-    probe = probes.Probe("copy", draw, ids=16, marks=0, context=79, latents=32, batch=16, steps=150)
+    probe = probes.Probe("copy", draw, ids=16, marks=0, context=79, latents=32, batch=16, steps=100)
     setting = probes.Setting(local_context=4, seed=0, minutes=1, dim=64, layers=1, read_tokens=2**13)
     (able,) = probes.measure(probe, setting)
-    (control,) = probes.measure(replace(probe, steps=able["steps"]), replace(setting, local_context=1))
-    assert able["all"] > 0.6
+    (control,) = probes.measure(probe, replace(setting, local_context=1))
+    assert able["all"] > 0.8 and able["steps"] <= control["steps"]
     assert control["all"] < 0.2
