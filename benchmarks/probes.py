@@ -86,7 +86,7 @@ class Setting:
     full: bool = False
     dim: int = 128
     layers: int = 2
-    read_tokens: int = 2**23
+    read_tokens: int = 2**22
     """Maximum to read at each length; 256 sequences are enough."""
 
 
