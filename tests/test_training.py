@@ -352,6 +352,29 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_then_equals_an_undisturb
     assert_same_runs(run, undisturbed)
 
 
+TERMINAL = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from perceiver_ar.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_whose_terminal_hangs_up_saves(command: list[str], tmp_path: Path) -> None:
+    run, (ours, theirs) = tmp_path / "run", os.openpty()
+    arguments = [*map(str, command), "--trainer.checkpoint_every=1h", "--max_steps=100000", f"--out={run}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", TERMINAL, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    while last_step(run) == 0 and process.poll() is None:
+        if select.select([ours], [], [], 0.05)[0]:
+            os.read(ours, 1 << 16)
+    os.close(ours)
+    assert process.wait() == 130
+    assert 0 < checkpoint(run)["global_step"] < 100000
+
+
 def test_a_run_stopped_before_its_first_step_can_be_resumed(
     server: Server, command: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:

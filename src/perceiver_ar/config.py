@@ -20,7 +20,7 @@ from perceiver_ar.errors import InputError, require
 
 MODEL_TYPE = "perceiver_ar"
 BEFORE: dict[str, Any] = {"local_context": 1}
-"""What settings were, in effect, that files written before these settings existed do not name."""
+"""Values of settings that a config.json or recipe.yaml of older runs does not name."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PerceiverARConfig:
     """Number of tokens that an embedding knows: its own and those before it, by a causal depthwise convolution. More
     than 1: in cross-attention, the second half of each head's channels searches by content: it is not rotated, and its
     keys are those of the token before, so that latents find what followed where the same tokens stood before.
-    1: embeddings of single tokens, as the references have them."""
+    1: embeddings of single tokens, as the references have them, and as in a config.json without this setting."""
     prefix_dropout: float = 0.0
     """Share of the prefix tokens dropped from each cross-attention in training (paper, section 3.2 and appendix)."""
     attention_dropout: float = 0.0

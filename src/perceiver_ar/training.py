@@ -97,6 +97,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+TERMINALS = [stream for stream in (1, 2) if os.isatty(stream)]  # once a terminal has hung up, nobody can tell
 
 
 def signals_taken(handler: Callable[[int, Any], None]) -> dict[int, Any]:
@@ -109,11 +110,9 @@ def signals_taken(handler: Callable[[int, Any], None]) -> dict[int, Any]:
 
 
 def without_terminal() -> None:
-    """After a SIGHUP what is said goes nowhere: writing to a terminal that is gone is an error."""
-    if console.is_terminal:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            os.dup2(nowhere, stream)
+    """After a SIGHUP, output to the terminal is dropped: writing to one that is gone raises OSError."""
+    for stream in TERMINALS:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 @contextmanager
