@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2# processes that share the tests
-BENCH ?= train# or memory, decode, widths, compute, quality
+BENCH ?= train# or memory, decode, widths, compute, quality, probes
 TORCH := 2.13.0# what `make constraints` pins; pyproject.toml says what works
 
 BIN := .venv/bin
@@ -35,7 +35,7 @@ check: .venv/.ready  ## lint, format and types
 	$(BIN)/ruff format --check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
-benchmark: .venv/.bench  ## speed and quality beside others; BENCH=train, memory, decode, widths, compute or quality, ARGS go to the benchmark
+benchmark: .venv/.bench  ## speed and quality beside others; BENCH=train, memory, decode, widths, compute, quality or probes, ARGS go to the benchmark
 	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 constraints:  ## resolve the newest versions that pyproject.toml allows and pin them in constraints.txt

@@ -156,7 +156,11 @@ WRONG = {
     "a context shorter than the latents": (["--model.context_length", "4"], "context_length 4"),
     "a width that heads do not divide": (["--model.dim", "17"], "dim 17 is not a multiple of num_heads 2"),
     "a duration that is none": (["--max_time", "soon"], "max_time is 'soon'"),
-    "a duration without a unit": (["--max_time", "90"], "max_time is '90'"),
+    "a duration without a unit": (["--max_time", "45"], "max_time is '45': write a duration such as 45s, 5m"),
+    "a text that looks like an option": (
+        ["--data.split_on", "--"],
+        "--data.split_on has no value; one that begins with a dash needs an equals sign, as in --data.split_on=-x",
+    ),
     "no time at all": (["--max_time", "0s"], "max_time is '0s'"),
     "no steps at all": (["--max_steps", "0"], "max_steps is 0"),
     "an unknown preset": (["--preset", "gpt5"], "gpt5"),
@@ -337,6 +341,27 @@ def test_resuming_with_other_settings_is_refused(
     assert_refused(capsys, "train", *options, "--out", run, "--resume", "--max_steps=62", says=says)
     assert_refused(capsys, "train", "--preset=lucidrains", "--out", run, "--resume", "--max_steps=62", says="--preset")
     assert content(run) == before
+
+
+def test_a_trained_model_without_checkpoints_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run / "checkpoints")
+    resume = "train", "--out", run, "--resume", "--max_steps=62"
+    for change in (lambda: None, (run / "summary.json").unlink, (run / "checkpoints").mkdir):
+        change()
+        before = content(run)
+        assert_refused(capsys, *resume, says=f"put {run / 'checkpoints'} back, or start a new run in another --out")
+        assert content(run) == before
+    (run / "model.safetensors").unlink()  # now there is nothing to lose
+    assert main([str(word) for word in resume]) == 0
+
+
+def test_a_run_killed_within_its_first_save_begins_again(run: Path, finished: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / ".unfinished-step-000060.ckpt").write_bytes(b"PK")
+    (run / "summary.json").unlink()
+    assert main(["train", "--out", str(run), "--resume"]) == 0
+    assert parameters(run) == parameters(finished)
 
 
 def test_there_must_be_a_run_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -548,6 +573,8 @@ def test_a_preset_sets_the_model_and_options_win(corpus: Path, tmp_path: Path) -
         ("trainer: 3", "trainer is 3: it must be a group of settings"),
         ("paths: 3", "paths is 3: it must be names of files or folders"),
         ("paths: [1]", "paths is [1]: it must be names of files or folders"),
+        ("max_time: 45", "--max_time is 45: give a unit, as in 45s"),
+        ("trainer: {checkpoint_every: 45}", "--trainer.checkpoint_every is 45: give a unit, as in 45s"),
         ("max_steps: [1]", "--max_steps is [1]: it must be a whole number or left out"),
         ("data: {validation: 5}", "--data.validation is 5: it must be a list as [1,2] or text"),
     ],
@@ -787,17 +814,70 @@ def test_a_prompt_file_is_the_prompt(finished: Path, tmp_path: Path, capsys: pyt
     assert piped.stdout == from_file
 
 
+def test_a_prompt_file_that_is_no_text_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompt.txt").write_text("the cat sat", encoding="utf-16-le")
+    says = f"--prompt_file {tmp_path / 'prompt.txt'} is UTF-16 or UTF-32, not UTF-8 text; save it as UTF-8"
+    assert_refused(capsys, "generate", finished, "--prompt_file", tmp_path / "prompt.txt", says=says)
+
+
 @pytest.fixture
 def cycle(run: Path) -> Path:
     """A run whose model knows one text by heart and writes it again and again: "aé€😀"."""
     text = "aé€😀".encode()
-    model = PerceiverAR(PerceiverARConfig(dim=256, context_length=32, num_latents=8, num_layers=0, cross_layers=()))
+    settings: dict[str, Any] = {"num_layers": 0, "cross_layers": (), "local_context": 1}
+    model = PerceiverAR(PerceiverARConfig(dim=256, context_length=32, num_latents=8, **settings))
     with torch.no_grad():
         model.embed.weight.copy_(torch.eye(256))
         for byte, following in zip(text, text[1:] + text[:1], strict=True):
             model.head.weight[following, byte] = 1.0
     model.save_pretrained(run)
     return run
+
+
+YAML_HAS_NONE = ["# The quick sort", "#include", "null", "NULL", "~", " # ", "a: b", "[a]", "'a'"]
+"""Texts that are something else, many of them nothing, when YAML reads them."""
+
+
+@pytest.fixture
+def successor(run: Path) -> Path:
+    """A run whose model writes the byte after the last one: c after b."""
+    model = PerceiverAR(PerceiverARConfig(dim=256, context_length=32, num_latents=8, num_layers=0, cross_layers=()))
+    with torch.no_grad():
+        model.embed.weight.copy_(torch.eye(256))
+        model.head.weight.copy_(torch.eye(256).roll(1, 0))
+    model.save_pretrained(run)
+    return run
+
+
+@pytest.mark.parametrize("text", YAML_HAS_NONE)
+def test_text_given_as_an_option_is_that_text(
+    text: str, successor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, following = ["--temperature=0", "--max_new_tokens=1"], chr(ord(text[-1]) + 1) + "\n"
+    monkeypatch.chdir(tmp_path)
+    assert generated(capsys, successor, "--prompt", text, *options) == following
+    assert generated(capsys, successor, f"--prompt={text}", f"--out={text}", *options) == following
+    assert (tmp_path / text).read_text() == following[0]
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump({"prompt": text}))
+    assert generated(capsys, successor, "--config=options.yaml", *options) == following
+    assert generated(capsys, successor, "--prompt=!", "--temperature=0", "--stop=#") == '"#\n'
+    (tmp_path / "options.yaml").write_text("prompt: null\nstop:\n")
+    assert generated(capsys, successor, "--config=options.yaml", *options) == "\x01\n"
+
+
+@pytest.mark.parametrize("mark", ["# ", "~", "null"])
+def test_text_in_a_recipe_is_that_text(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text(mark.join(f"note {number}, and more\n" for number in range(20)))
+    argv = ["train", str(tmp_path / "notes.txt"), *SMALL, "--max_steps=1"]
+    assert main([*argv, "--data.split_on", mark, "--out", str(tmp_path / "one")]) == 0
+    assert main(["train", "--config", str(tmp_path / "one" / "recipe.yaml"), "--out", str(tmp_path / "two")]) == 0
+    assert main(["train", "--resume", "--out", str(tmp_path / "two"), "--max_steps=2"]) == 0
+    for run in Run(tmp_path / "one"), Run(tmp_path / "two"):
+        assert run.recipe().data.split_on == mark
+        parts = [json.loads((run.tokens / f"{name}.json").read_text()) for name in ("train", "validation")]
+        assert sum(part["num_documents"] for part in parts) == 20
 
 
 def test_characters_of_several_bytes_come_whole(cycle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -953,3 +1033,13 @@ def test_weights_of_another_network_are_refused(run: Path, capsys: pytest.Captur
     assert_refused(capsys, "info", run, says="embed.weight has shape (256, 16), not (256, 32)")
     (run / "config.json").write_text(json.dumps(settings | {"model_type": "gpt2"}))
     assert_refused(capsys, "info", run, says="'gpt2'")
+
+
+def test_a_run_from_before_local_context_is_resumed_without_it(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", str(corpus), "--out", str(run), *SMALL, "--max_steps=2", "--model.local_context=1"]) == 0
+    for file in (run / "recipe.yaml", run / "config.json"):
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if "local_context" not in line))
+    assert main(["train", "--out", str(run), "--resume", "--max_steps=4"]) == 0
+    assert Run(run).recipe().model.local_context == Run(run).model().config.local_context == 1

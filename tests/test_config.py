@@ -23,6 +23,7 @@ from perceiver_ar.config import (
     parse_duration,
 )
 from perceiver_ar.errors import InputError
+from perceiver_ar.run import Run
 
 GROUPS = {"model": PerceiverARConfig, "data": DataConfig, "optim": OptimConfig, "trainer": TrainerConfig}
 
@@ -347,3 +348,17 @@ def test_durations_add_up(days: int, hours: int, minutes: int, seconds: int) -> 
 @pytest.mark.parametrize("text", ["", "5", "m", "-5m", "5m3", "3s5m", "0s", "1.5m", "five minutes", "5mm"])
 def test_what_is_no_duration_is_refused_with_an_example(text: str) -> None:
     assert repr(text) in refusal(parse_duration, text, "max_time")
+
+
+def test_a_file_that_does_not_name_the_local_context_is_of_a_network_without(tmp_path: Path) -> None:
+    config = PerceiverARConfig(dim=64, local_context=1)
+    settings = json.loads(config.to_json())
+    del settings["local_context"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert PerceiverARConfig.load(tmp_path) == config
+    run, recipe = Run(tmp_path), Recipe(out="x", model=config)
+    run.write_recipe(recipe)
+    written = yaml.safe_load(run.recipe_file.read_text())
+    del written["model"]["local_context"]
+    run.recipe_file.write_text(yaml.safe_dump(written))
+    assert run.recipe() == recipe

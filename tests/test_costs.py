@@ -167,6 +167,13 @@ SIZED = {
     ),
     "bfloat16": ({"context_length": 2048, "num_latents": 256, "dim": 256, "num_layers": 4}, 6, "bf16", False),
     "recomputed": ({"context_length": 2048, "num_latents": 512, "dim": 256, "num_layers": 4}, 6, "32", True),
+    "position tables": (
+        {"context_length": 4096, "num_latents": 128, "dim": 128, "num_layers": 2, "position_table": "learned"}, 6, "32",
+        False,
+    ),
+    "prefix dropout": (
+        {"context_length": 8192, "num_latents": 128, "dim": 128, "num_layers": 2, "prefix_dropout": 0.5}, 6, "32", False
+    ),
     "no local context": (
         {"context_length": 8192, "num_latents": 128, "dim": 128, "num_layers": 2, "local_context": 1}, 6, "32", False
     ),

@@ -17,10 +17,12 @@ from reference import configs, randomize
 from torch import Tensor
 
 from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.data.integers import IntegerCodec
+from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.errors import InputError
 from perceiver_ar.evaluation import (
     Evaluation,
-    compressed_bits_per_byte,
+    compressors,
     evaluate,
     evaluate_context_lengths,
     windows,
@@ -259,15 +261,15 @@ def test_weights_of_nan_are_named() -> None:
 
 
 def test_compressors_are_those_of_the_standard_library() -> None:
-    data = Path(__file__).read_bytes()
-    bits = compressed_bits_per_byte(data)
+    data, codec = Path(__file__).read_bytes(), BytesCodec()
+    bits = compressors(codec, codec.encode(data))
     assert bits == {
-        "gzip_bits_per_byte": pytest.approx(8 * len(gzip.compress(data, 9)) / len(data)),
-        "xz_bits_per_byte": pytest.approx(8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)),
+        "gzip": pytest.approx(8 * len(gzip.compress(data, 9)) / len(data)),
+        "xz": pytest.approx(8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)),
     }
-    assert 1 < bits["gzip_bits_per_byte"] < 4
-    with pytest.raises(InputError, match="no bytes"):
-        compressed_bits_per_byte(b"")
+    assert 1 < bits["gzip"] < 4
+    assert compressors(codec, np.array([], dtype=np.int64)) == {}
+    assert compressors(IntegerCodec(9), np.arange(9)) == {}
 
 
 def test_tables_can_be_read_again(tmp_path: Path) -> None:

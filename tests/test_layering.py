@@ -24,6 +24,7 @@ BELOW_THE_TASKS = NETWORK | {
     "quantization",
     "optim",
     "data",
+    "lock",
     "run",
     "costs",
 }
@@ -32,6 +33,7 @@ BELOW_THE_TASKS = NETWORK | {
 MAY_IMPORT = {
     "errors": set[str](),
     "files": set[str](),
+    "lock": {"errors"},
     "config": BOTTOM,
     "attention": BOTTOM | {"config"},
     "heads": BOTTOM | {"config"},
@@ -48,7 +50,7 @@ MAY_IMPORT = {
     "optim": {"errors", "config"},
     "costs": BOTTOM | {"config"},
     "data": BOTTOM | {"config"},
-    "run": NETWORK | {"data"},
+    "run": NETWORK | {"data", "lock"},
     "compat": BOTTOM | {"config", "model", "objective", "sampling", "windows", "generation", "data"},
     "evaluation": BELOW_THE_TASKS,
     "plots": BOTTOM | {"config", "evaluation"},
@@ -78,7 +80,7 @@ ONLY_IN = {
     "datasets": "data",
     "torchao": "quantization",
 }
-WITHOUT_TORCH = {"errors", "files", "config", "costs", "windows", "tracking"}
+WITHOUT_TORCH = {"errors", "files", "lock", "config", "costs", "windows", "tracking"}
 
 
 class Import(NamedTuple):

@@ -262,3 +262,11 @@ def test_adamw_is_given_more_to_do_more_slowly() -> None:
     beside, alone = (make_optimizer(model, OptimConfig(name=name)).param_groups[-1]["lr"] for name in ("muon", "adamw"))
     assert (beside, alone) == (0.03, 0.003)
     assert make_optimizer(model, OptimConfig(lr=0.5)).param_groups[-1]["lr"] == 0.5
+
+
+def test_weight_decay_leaves_the_local_convolution_alone() -> None:
+    model = PerceiverAR(PerceiverARConfig(dim=32, num_heads=2, num_layers=1))
+    optimizer = make_optimizer(model, OptimConfig(name="adamw", weight_decay=0.1))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
+    assert id(model.local_conv) not in decayed
+    assert id(model.head.weight) in decayed

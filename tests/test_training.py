@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import random
+import re
 import select
 import shlex
 import signal
@@ -32,12 +33,14 @@ from torch import Tensor
 
 from perceiver_ar import InputError, PerceiverAR, Recipe, Run, train
 from perceiver_ar.checkpoints import Checkpoints
+from perceiver_ar.cli import main
 from perceiver_ar.config import DataConfig, OptimConfig, PerceiverARConfig, TrainerConfig
 from perceiver_ar.data.tokens import TokenFile, Windows
 from perceiver_ar.evaluation import evaluate
+from perceiver_ar.lock import LOCK
 from perceiver_ar.objective import IGNORE, next_token_loss
 from perceiver_ar.optim import lr_factor, make_optimizer
-from perceiver_ar.training import Batches, PerceiverARModule
+from perceiver_ar.training import SIGNALS, Batches, PerceiverARModule
 
 MODEL = PerceiverARConfig(context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2)
 DROPPING = MODEL.replace(prefix_dropout=0.5, mlp_dropout=0.1)
@@ -94,6 +97,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
         for descriptor, name in enumerate((os.devnull, job["stdout"], job["stderr"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.exit(main(job["argv"]))
@@ -269,6 +273,42 @@ def test_a_run_killed_at_telling_moments_and_resumed_equals_an_undisturbed_one(
     assert_same_runs(run, undisturbed)
 
 
+@pytest.mark.parametrize("pattern", ["tokens/.unfinished-*", "codec.json", "checkpoints/step-*.json"])
+def test_a_second_process_is_refused_and_the_first_goes_on_undisturbed(
+    server: Server,
+    command: list[str],
+    undisturbed: Path,
+    tmp_path: Path,
+    pattern: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, statuses = tmp_path / "run", list[int]()
+
+    def seconds_came() -> bool:
+        if not appears(run, pattern)():
+            return False
+        statuses.extend([main([*command, "--out", str(run)]), main(["train", "--out", str(run), "--resume"])])
+        return True
+
+    assert server.run(*command, "--out", run, signals=[(seconds_came, signal.SIGCONT)]) == 0, server.messages()
+    assert statuses == [2, 2]
+    assert len(re.findall(rf"process \d+ on \S+ is training in {run}: wait until", capsys.readouterr().err)) == 2
+    assert_same_runs(run, undisturbed)
+    assert not (run / LOCK).exists()
+
+
+def test_a_run_that_is_not_prepared_leaves_what_others_put_there(recipe: Recipe, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        failing = pool.submit(train, replace(recipe, paths=(str(tmp_path / "pipe"),)))
+        with open(tmp_path / "pipe", "w") as pipe:  # opens when it is read, so the run has been begun
+            (Path(recipe.out) / "mine.txt").write_text("mine")
+            pipe.write("too short")
+        with pytest.raises(InputError, match="give more data"):
+            failing.result()
+    assert content(Path(recipe.out)) == {"mine.txt": b"mine"}
+
+
 @pytest.mark.slow
 def test_a_run_killed_a_hundred_times_at_random_moments_equals_an_undisturbed_one(
     server: Server, command: list[str], tmp_path: Path
@@ -295,7 +335,7 @@ def test_a_run_killed_a_hundred_times_at_random_moments_equals_an_undisturbed_on
     assert inside >= 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_saves_says_how_to_go_on_and_then_equals_an_undisturbed_one(
     server: Server, command: list[str], undisturbed: Path, tmp_path: Path, number: int
 ) -> None:
@@ -312,6 +352,29 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_then_equals_an_undisturb
     assert_same_runs(run, undisturbed)
 
 
+TERMINAL = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from perceiver_ar.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_whose_terminal_hangs_up_saves(command: list[str], tmp_path: Path) -> None:
+    run, (ours, theirs) = tmp_path / "run", os.openpty()
+    arguments = [*map(str, command), "--trainer.checkpoint_every=1h", "--max_steps=100000", f"--out={run}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", TERMINAL, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    while last_step(run) == 0 and process.poll() is None:
+        if select.select([ours], [], [], 0.05)[0]:
+            os.read(ours, 1 << 16)
+    os.close(ours)
+    assert process.wait() == 130
+    assert 0 < checkpoint(run)["global_step"] < 100000
+
+
 def test_a_run_stopped_before_its_first_step_can_be_resumed(
     server: Server, command: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -323,9 +386,12 @@ def test_a_run_stopped_before_its_first_step_can_be_resumed(
     assert_same_runs(run, undisturbed)
 
 
-def test_an_interrupt_while_files_are_read_leaves_nothing(server: Server, command: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_while_files_are_read_leaves_nothing(
+    server: Server, command: list[str], tmp_path: Path, number: int
+) -> None:
     run = tmp_path / "run"
-    assert server.run(*command, "--out", run, signals=[(appears(run, "tokens/.unfinished-*"), signal.SIGINT)]) == 130
+    assert server.run(*command, "--out", run, signals=[(appears(run, "tokens/.unfinished-*"), number)]) == 130
     assert server.messages()[-1:] == ["perceiver-ar: interrupted"]
     assert not run.exists()
 
@@ -347,9 +413,9 @@ def test_a_second_interrupt_stops_at_once_and_the_last_checkpoint_goes_on(
 
 
 def test_signals_are_as_before_when_training_is_over(recipe: Recipe) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     train(replace(recipe, max_steps=1))
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_training_works_in_a_thread_that_gets_no_signals(recipe: Recipe) -> None:

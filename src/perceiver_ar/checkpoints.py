@@ -92,8 +92,7 @@ class Checkpoints:
         if first is None:
             return None
         raise InputError(
-            f"{first}, and there is no whole one before it: restore it, or delete {self.folder} to train again from "
-            "the start"
+            f"{first}, and there is no whole one before it: restore it, or start a new run in another --out"
         )
 
     @contextmanager

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
-from perceiver_ar.config import PRESETS, Recipe, unknown_words
+from perceiver_ar.config import BEFORE, PRESETS, Recipe, unknown_words
 from perceiver_ar.costs import costs
 from perceiver_ar.errors import InputError
 
@@ -99,11 +99,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """The options. Raises InputError for what they cannot be."""
+    take_text_as_it_is(parser)
     try:
         return parser.parse_args(argv)
     except argparse.ArgumentError as error:
         message = plain(" ".join(str(error).split()), list(parser.get_defaults().keys(branches=True)))
         raise InputError(f"{message}; {parser.prog} --help has all options") from None
+
+
+def take_text_as_it_is(parser: ArgumentParser) -> None:
+    """Makes `str | None` options plain text; one that is not given, or null in a file, is None all the same.
+
+    The parser reads the values of a union as YAML first, also those that a file quotes. In YAML `# text`, `~` and
+    `null` are nothing, so the text would be lost.
+    """
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) == (str | None):
+            action._typehint = str  # pyright: ignore[reportAttributeAccessIssue]
 
 
 UNKNOWN = re.compile(
@@ -131,11 +143,15 @@ def plain(message: str, known: list[str]) -> str:
         name = match["option"] or match["setting"] or f"{match['group']}.{match['name']}"
         known = [f"--{other}" for other in known] if match["option"] else known
         return f"there is no option {unknown_words([name], known)}"
+    if match := re.fullmatch(r"argument (--[\w.-]+): expected one argument", message):
+        return f"{match[1]} has no value; one that begins with a dash needs an equals sign, as in {match[1]}=-x"
     message = message.replace('Parser key "config": ', "--config: ")
     match = WRONG_TYPE.fullmatch(message)
     kinds = [] if match is None else ["".join(found) for found in re.findall(r"'(\w+)'|(tuple)\[", match["kinds"])]
     if match is None or not kinds:
         return message
+    if match["option"] in ("max_time", "trainer.checkpoint_every") and match["value"].isdecimal():
+        return f"--{match['option']} is {match['value']}: give a unit, as in {match['value']}s"
     return f"--{match['option']} is {match['value']}: it must be {' or '.join(TYPES.get(k, k) for k in kinds)}"
 
 
@@ -188,8 +204,8 @@ def train_verb(argv: list[str]) -> None:
     )
     add_paths(
         parser,
-        "files, folders, patterns, - for standard input; also .gz .xz .bz2 .zst, and .parquet .arrow .jsonl, of which "
-        "each row is a document; none: Python's source",
+        "files, folders, patterns, - for standard input; also .gz .xz .bz2 .zst, and .jsonl .csv .parquet .arrow, of "
+        "which each row is a document; none: Python's source",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
     parser.add_argument(
@@ -214,6 +230,7 @@ def train_verb(argv: list[str]) -> None:
             raise InputError("--resume goes on with the same model, so --preset changes nothing: leave it out")
         run = Run.open(out)
         run.recipe()  # says clearly what is wrong with it, if anything is
+        parser.set_defaults({f"model.{name}": value for name, value in BEFORE.items()})
         argv = ["--config", str(run.recipe_file), *argv]
         from_files |= run.recipe_dict()
     elif (config_file := option_value(argv, "--config")) and Path(config_file).is_file():
@@ -282,7 +299,7 @@ def evaluate_verb(argv: list[str]) -> None:
 
     import tempfile
 
-    from perceiver_ar.evaluation import evaluate, evaluate_context_lengths
+    from perceiver_ar.evaluation import compressors, evaluate, evaluate_context_lengths
     from perceiver_ar.run import Run
 
     run = Run.open(args.run)
@@ -298,7 +315,8 @@ def evaluate_verb(argv: list[str]) -> None:
             print(json.dumps(results[0].to_dict()) if args.json else describe(results[0]))
             return
         results = evaluate_context_lengths(model, tokens, lengths, **options)
-    show_context_table(run, results, args.json)
+        references = compressors(codec, tokens[max(lengths) :][: results[0].tokens])
+    show_context_table(run, results, references, args.json)
 
 
 def show_scored(done: int, total: int) -> None:
@@ -356,7 +374,7 @@ def amount_words(amount: float) -> str:
     return f"{amount:,.0f}" if amount >= 100 or amount == round(amount) else f"{amount:.3g}"
 
 
-def show_context_table(run: "Run", results: "list[Evaluation]", as_json: bool) -> None:
+def show_context_table(run: "Run", results: "list[Evaluation]", references: dict[str, float], as_json: bool) -> None:
     from perceiver_ar.evaluation import write_table
     from perceiver_ar.plots import plot_context
 
@@ -367,8 +385,10 @@ def show_context_table(run: "Run", results: "list[Evaluation]", as_json: bool) -
         for result in results:
             per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
             print(f"{result.context_length:>9,}  {per_byte:>13}  {result.bits_per_token:>14.4f}")
+        for name, bits in references.items():
+            print(f"{name:>9}  {bits:>13.4f}")
     write_table(run.plots / "context.csv", results)
-    plot_context(run.plots / "context.png", results, {})
+    plot_context(run.plots / "context.png", results, references)
     print(f"table and plot: {run.plots / 'context.csv'}, {run.plots / 'context.png'}", file=sys.stderr)
 
 
@@ -509,6 +529,7 @@ def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, 
 def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> list[int]:
     """The ids to go on from: the prompt as the start of a document."""
     from perceiver_ar.data.codec import WrongModality
+    from perceiver_ar.data.text import text_only
 
     try:
         if prompt_file is None:
@@ -520,7 +541,8 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
             raise InputError(f"{where}: no such file; check the path") from None
         except IsADirectoryError:
             raise InputError(f"{where} is a folder: name a file") from None
-        pieces = [ids.tolist() for ids in codec.encode_stream([data], prompt_file)]
+        chunks = text_only([data], prompt_file) if codec.reads_text else [data]
+        pieces = [ids.tolist() for ids in codec.encode_stream(chunks, prompt_file)]
     except WrongModality as error:
         reason = str(error).replace("the input", "--prompt", 1) if prompt_file is None else f"--prompt_file {error}"
         raise InputError(f"this run cannot read the prompt: {of_trained(reason)}") from None
@@ -721,12 +743,12 @@ def export_verb(argv: list[str]) -> None:
     from perceiver_ar.run import Run
 
     run = Run.open(args.run)
+    if Run(args.out).is_taken():
+        raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
     model = run.model()
     if args.format == "lucidrains":
         about: Any = compat.save_lucidrains(model, args.out)
     else:
-        if Run(args.out).is_taken():
-            raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
         with atomic_directory(args.out) as directory:
             if args.format == "krasserm":
                 about = compat.save_krasserm(model, directory)

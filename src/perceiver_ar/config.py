@@ -20,7 +20,7 @@ from perceiver_ar.errors import InputError, require
 
 MODEL_TYPE = "perceiver_ar"
 BEFORE: dict[str, Any] = {"local_context": 1}
-"""What settings were, in effect, that files written before these settings existed do not name."""
+"""Values of settings that a config.json or recipe.yaml of older runs does not name."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PerceiverARConfig:
     """Number of tokens that an embedding knows: its own and those before it, by a causal depthwise convolution. More
     than 1: in cross-attention, the second half of each head's channels searches by content: it is not rotated, and its
     keys are those of the token before, so that latents find what followed where the same tokens stood before.
-    1: embeddings of single tokens, as the references have them."""
+    1: embeddings of single tokens, as the references have them, and as in a config.json without this setting."""
     prefix_dropout: float = 0.0
     """Share of the prefix tokens dropped from each cross-attention in training (paper, section 3.2 and appendix)."""
     attention_dropout: float = 0.0
@@ -390,7 +390,8 @@ class DataConfig:
     split_on: str | None = None
     """Text between documents in one file, not kept itself, such as '\\n\\n\\n\\n'; None: a file is a document."""
     column: str = "text"
-    """Which column of .parquet, .arrow and .jsonl files holds the text; each of their rows is a document."""
+    """Which column of .jsonl, .ndjson, .csv, .tsv, .parquet and .arrow files holds the text, or which field of a field
+    (doc.text); each of their rows is a document."""
     group_by: str | None = None
     """Regular expression: files in whose names it finds the same are held out together, or not at all. '(.*)__' keeps
     the performances of Piece__Performer.mid on one side, '(.*)/' the files of a folder. None: each file for itself."""
@@ -679,7 +680,8 @@ def parse_duration(text: str, name: str) -> float:
     """Seconds in a text such as "90s", "5m", "1h30m" or "2d". Raises InputError naming the setting `name`."""
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?", str(text).strip())
     if not match or not any(match.groups()):
-        raise InputError(f"{name} is {text!r}: write a duration such as 90s, 5m or 1h30m")
+        example = f"{text}s".replace(" ", "") if re.fullmatch(r"\s*[1-9]\d*\s*", str(text)) else "90s"
+        raise InputError(f"{name} is {text!r}: write a duration such as {example}, 5m or 1h30m")
     seconds = sum(float(n or 0) * unit for n, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
     if seconds <= 0:
         raise InputError(f"{name} is {text!r}: it must be more than nothing")

@@ -62,7 +62,8 @@ def training_bytes(
         under FSDP a share of each
       + per window  3 N V                                                        logits and their gradients
                   + per cross layer  N (4 D + 7 W + 2 E + 2 F) + P (2 E + 5 W)   kept for the backward pass
-                  + with local context  P (E + W) more of these
+                  + with local context  P (E + W) more of these, 3 times as much with position tables and 5 times
+                                     with prefix dropout, whose embeddings share no rows (`inputs.mix`)
                   + per self layer   N (4 D + 7 W + 2 F)
 
     floats; for the letters see `costs`, but P is what prefix dropout leaves of it, a device's share of that, or one
@@ -80,7 +81,8 @@ def training_bytes(
     P = min(P, (config.prefix_chunk if prefix_chunk is None else prefix_chunk) or P)
     W, F = config.heads_cross * config.width_head_cross, int((config.cross_mlp_ratio or config.mlp_ratio) * D)
     cross = N * (4 * D + 7 * W + 2 * E + 2 * F) + P * (2 * E + 5 * W)
-    cross += P * (E + W) if config.local_context > 1 else 0
+    if config.local_context > 1:
+        cross += P * (E + W) * (5 if config.prefix_dropout else 3 if config.table_sizes else 1)
     W, F = config.num_heads * config.width_head, int(config.mlp_ratio * D)
     own = N * (4 * D + 7 * W + 2 * F)
     layers = [cross] * len(config.cross_layers) + [own] * config.num_layers

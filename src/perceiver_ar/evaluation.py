@@ -20,6 +20,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from perceiver_ar.data.codec import Codec
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
 from perceiver_ar.generation import evaluation_mode
@@ -341,16 +342,16 @@ def evaluate_context_lengths(
     return evaluations
 
 
-def compressed_bits_per_byte(data: bytes) -> dict[str, float]:
-    """What general compressors need for the same bytes, in bits per byte: gzip at level 9, xz at preset 9 extreme.
+def compressors(codec: Codec, tokens: np.ndarray) -> dict[str, float]:
+    """Bits per byte that general compressors need for the text of these tokens: gzip at level 9, xz at 9 extreme.
 
-    Sizes of whole files, headers included. Raises InputError where there are no bytes.
+    Sizes of whole files, headers included. Empty if the codec does not write text.
     """
-    require(len(data) > 0, "there are no bytes to compress: give a file that is not empty")
-    sizes = {
-        "gzip_bits_per_byte": len(gzip.compress(data, compresslevel=9, mtime=0)),
-        "xz_bits_per_byte": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
-    }
+    data = codec.decode(tokens) if codec.writes_text else b""
+    if not data:
+        return {}
+    gzipped = gzip.compress(data, compresslevel=9, mtime=0)
+    sizes = {"gzip": len(gzipped), "xz": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))}
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 

@@ -408,7 +408,7 @@ class Decoder:
             rows, cache = self.rows[slots[0] : slots[-1] + 1], self.cache.rows(slots[0], slots[-1] + 1)
             cache.own.keep(0)
             cache.cross.keep(kept, dropped)
-            if dropped and self.reach:  # the first tokens knew some that have left the window
+            if dropped and self.reach:  # keys of the first tokens depend on tokens that have left the window
                 cache.cross.keep(0)
                 self._read(rows, cache, 0, min(self.reach, kept))
                 cache.cross.advance(max(0, kept - self.reach))
@@ -420,6 +420,8 @@ class Decoder:
 
     def _read(self, rows: Sequence[Row], cache: Cache, first: int, last: int) -> None:
         """Caches the keys and values of tokens first ... last - 1 of each row's window, behind what the cache holds."""
+        if first == last:
+            return
         tokens, positions = self._window(rows, first, last)
         chunk = max(1, READ // len(rows))
         for start in range(0, last - first, chunk):

@@ -8,14 +8,14 @@ from the embedding of the token before:
     h_j = e_j + sum_{0 < i < W} a_i * e_{j-i}        the latents' first values; values; the first half of key channels
     h_{j-1}                                          the second half of key channels (key offset)
 
-with a_i (E,) learned and e_j the vector of token j's id. In front of the first token and in place of padding stands
-nothing: zeros. A key thus depends on its token and `reach` tokens before it.
+with a_i (E,) learned and e_j the vector of token j's id. Before the first token, and instead of padding, the vector is
+zero. A key thus depends on its token and `reach` tokens before it.
 
-Shapes: B batch, T context, P prefix, K some tokens, E embedding width, W local context, n = `reach(W)`.
+Shapes: B batch, T context, P prefix, K some tokens, E embedding width, W local context, n = `reach(config)`.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -125,9 +125,9 @@ def with_predecessors(tokens: Tensor, mask: Tensor, n: int) -> Tensor:
 
 
 def embed(tables: Tables, ids: Tensor, places: Tensor) -> Tensor:
-    """(B, K + 1 or 2 K, E): the first K rows belong to the tokens before these K tokens, the last K to themselves.
+    """(B, K + 1 or 2 K, E): row i < K is that of the token before token i; the last K rows are those of the tokens.
 
-    Without local context both are one: (B, K, E).
+    Without local context there are only the tokens: (B, K, E).
 
     Args:
         ids: as `Prefix.part` gives them.
@@ -146,17 +146,21 @@ def place_vectors(tables: Tables, places: Tensor) -> Tensor | None:
 def mix(ids: Tensor, rows: Tensor, taps: Tensor | None, at: Tensor | None) -> Tensor:
     """`embed`, from the rows of the token embedding that belong to `ids`, and the vectors of the positions.
 
-    What is looked for is content: a token's position is not in the embedding that is offset.
+    The offset embeddings are for search by content, so positions are not in them.
     """
     if taps is None:
         return rows if at is None else rows + at
-    rows = rows.masked_fill((ids < 0)[..., None], 0.0)
-    K, W = ids.shape[1] - (0 if ids.ndim == 3 else len(taps) + 1), len(taps) + 1
+    n = len(taps) + 1
     if ids.ndim == 3:  # (B, K, 1 + n, E): every token brings those before it
-        by_distance = rows.unbind(2)
-        h = torch.cat([_weigh(by_distance[1:], taps), _weigh(by_distance[:W], taps)], dim=1)
-    else:  # (B, n + K, E): neighbours share them
-        h = _weigh([rows[:, W - 1 - i : W + K - i] for i in range(W)], taps)
+        K, by_distance = ids.shape[1], rows.masked_fill((ids < 0)[..., None], 0.0).unbind(2)
+        h = torch.cat([_weigh(by_distance[1:], taps), _weigh(by_distance[:n], taps)], dim=1)
+    else:  # (B, n + K, E): neighbours share them, and NOTHING is among the first n only
+        K, first = ids.shape[1] - n, rows[:, :n].masked_fill((ids[:, :n] < 0)[..., None], 0.0)
+        rows = torch.cat([first, rows[:, n:]], dim=1)
+        if torch.compiler.is_compiling():  # compilers fuse the plain formula
+            h = _weigh([rows[:, n - 1 - i : n + K - i] for i in range(n)], taps)
+        else:
+            h = _Convolution.apply(rows, taps)
     return h if at is None else torch.cat([h[:, :K], h[:, h.shape[1] - K :] + at], dim=1)
 
 
@@ -165,6 +169,36 @@ def _weigh(by_distance: Sequence[Tensor], taps: Tensor) -> Tensor:
     for tap, rows in zip(taps, by_distance[1:], strict=True):
         h = torch.addcmul(h, tap.to(h.dtype), rows)
     return h
+
+
+class _Convolution(torch.autograd.Function):
+    """`_weigh` over neighbours, (B, n + K, E) -> (B, K + 1, E), in less time.
+
+    Autograd would write the gradient of each shifted slice to a tensor of its own.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor, taps: Tensor) -> Tensor:
+        W = len(taps) + 1
+        h = rows[:, W - 1 :].clone()
+        for i, tap in enumerate(taps.to(h.dtype), start=1):
+            h.addcmul_(rows[:, W - 1 - i : -i], tap)
+        return h
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, d_h: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        rows, taps = ctx.saved_tensors
+        W = len(taps) + 1
+        d_rows = F.pad(d_h, (0, 0, W - 1, 0))
+        d_taps = torch.empty_like(taps)
+        for i, tap in enumerate(taps.to(d_h.dtype), start=1):
+            d_rows[:, W - 1 - i : -i].addcmul_(d_h, tap)
+            d_taps[i - 1] = (d_h * rows[:, W - 1 - i : -i]).sum((0, 1))
+        return d_rows, d_taps
 
 
 def coordinates(config: PerceiverARConfig, positions: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         """All tokens of a context, from which prefix and latents are taken."""
         n = reach(self.config)
         if n > 0 and mask is not None:
-            tokens = with_predecessors(tokens, mask, n)
+            tokens = with_predecessors(tokens, mask.to(tokens.device), n)
         return Prefix(self.tables(), tokens, positions, mask, None, n)
 
     def tables(self) -> Tables:
@@ -279,7 +279,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         return list(noise.topk(P - dropped, dim=-1, sorted=False).indices)
 
     def prefix(self, context: Prefix, P: int, keep: Tensor | None) -> Span | Prefix:
-        """The first P tokens, or those at the indices `keep` (B, K): what is dropped is never embedded.
+        """The first P tokens, or those at the indices `keep` (B, K) with the tokens before them.
 
         A `Prefix` where it is to be streamed.
         """

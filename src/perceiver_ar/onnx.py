@@ -12,8 +12,8 @@
 
     tokens, positions (B, K)   ->   context_k, context_v, of these tokens alone
 
-With local context, `tokens` of `step` and `read` are (B, n + 1) and (B, n + K): first come the n tokens before them, -1
-where there is none (n is the setting `local_context`, or 0 where that is 1).
+With local context, `tokens` of `step` and `read` are (B, n + 1) and (B, n + K): first come the n tokens before them;
+-1 stands for what is in front of the window (n is the setting `local_context`, or 0 where that is 1).
 
 Ids, positions and counts are int64, the rest is float32. CACHES are context_k, context_v (cross-attention layers, B, H,
 room, C) and latent_k, latent_v (layers, B, H, room, C), finite everywhere. Of a row the first `context_held` places of
@@ -22,8 +22,9 @@ the first two count, and the first `latents_held` of the others. How much room t
 A window of P prefix tokens and N latents: `read` the prefix, put it at the first places, then a `step` for each latent.
 Every further step is a window that has grown by one. To refill, go on with latents_held = 0 and, as context_held, the
 longer prefix of the new window: what is held of tokens that stay prefix is right as it is, and what is held of former
-latents, too, unless the setting `latent_keys` is "query" (then `read` them). Where the window's start has moved, `read`
-its first n tokens again: what was before them has left. These are all windows of `generate`.
+latents, too, unless the setting `latent_keys` is "query" (then `read` them). If the window's
+start has moved: with position tables, `read` the whole prefix again; otherwise move what stays to the first places, and
+`read` the first n tokens of the window again, as what was before them has left. These are all windows of `generate`.
 Positions count from a row's start or, with position tables, from the window's.
 """
 

@@ -114,8 +114,10 @@ def make_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype = t
         rest = [p for name, p in parameters.items() if name not in hidden]
         optimizer: Optimizer = MuonAdamW(list(hidden.values()), pieces, rest, config, dtype)
     else:
-        matrices = [p for p in parameters.values() if p.ndim >= 2]
-        vectors = [p for p in parameters.values() if p.ndim < 2]
+        matrices = [p for name, p in parameters.items() if p.ndim >= 2 and not name.endswith("local_conv")]
+        vectors = [
+            p for name, p in parameters.items() if p.ndim < 2 or name.endswith("local_conv")
+        ]  # a row for each distance
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         optimizer = AdamW(groups, lr=config.adamw_lr, betas=config.betas)
     for group in optimizer.param_groups:

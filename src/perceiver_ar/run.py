@@ -12,6 +12,7 @@ tokens/, checkpoints/               only for resuming
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from perceiver_ar.config import BEFORE, Recipe
 from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import TEMPORARY, write_text
+from perceiver_ar.lock import LOCK
 from perceiver_ar.model import PerceiverAR
 
 
@@ -31,6 +33,7 @@ class Run:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.yaml"
         self.summary_file = self.path / "summary.json"
+        self.weights_file = self.path / "model.safetensors"
         self.metrics_file = self.path / "metrics.csv"
         self.tokens = self.path / "tokens"
         self.samples = self.path / "samples"
@@ -52,7 +55,7 @@ class Run:
         """Whether something is there that a new run would overwrite."""
         if not self.path.is_dir():
             return self.path.exists()
-        return any(not file.name.startswith(TEMPORARY) for file in self.path.iterdir())
+        return any(not file.name.startswith(TEMPORARY) and file.name != LOCK for file in self.path.iterdir())
 
     def recipe(self) -> Recipe:
         """Raises InputError where the recipe is missing, damaged or not ours."""
@@ -81,6 +84,15 @@ class Run:
                 shutil.rmtree(file, ignore_errors=True)
             else:
                 file.unlink(missing_ok=True)
+
+    def remove_prepared(self, codec: Codec | None) -> None:
+        """Removes what preparing a new run has made, and nothing that somebody else has put there."""
+        shutil.rmtree(self.tokens, ignore_errors=True)
+        for pattern in ("recipe.yaml", "codec.json", *(codec.files if codec else ())):
+            for file in list(self.path.glob(pattern)):
+                file.unlink(missing_ok=True)
+                with suppress(OSError):  # others are in it
+                    file.parent.rmdir()
 
     def model(self) -> PerceiverAR:
         """The trained network on the CPU, in evaluation mode."""

@@ -15,15 +15,14 @@ import logging
 import math
 import os
 import shlex
-import shutil
 import signal
 import statistics
 import threading
 import time
 import timeit
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -56,13 +55,14 @@ from perceiver_ar.data.tokens import TokenFile, Windows, prepare
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.evaluation import (
     Evaluation,
-    compressed_bits_per_byte,
+    compressors,
     evaluate,
     evaluate_context_lengths,
     write_table,
 )
-from perceiver_ar.files import atomic_path, write_text
+from perceiver_ar.files import TEMPORARY, atomic_path, write_text
 from perceiver_ar.generation import generate
+from perceiver_ar.lock import locked
 from perceiver_ar.memory import keep_freed_memory
 from perceiver_ar.model import PerceiverAR
 from perceiver_ar.objective import head_loss, next_token_loss
@@ -97,6 +97,42 @@ class Interrupted(KeyboardInterrupt):
     """Training ended early because the user asked for it; the message says how to go on."""
 
 
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+TERMINALS = [stream for stream in (1, 2) if os.isatty(stream)]  # once a terminal has hung up, nobody can tell
+
+
+def signals_taken(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Gives SIGINT, SIGTERM and SIGHUP to `handler`; returns their handlers so far. A signal that is ignored stays so,
+    as nohup wants it. Only the main thread can take signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in wanted}
+
+
+def without_terminal() -> None:
+    """After a SIGHUP, output to the terminal is dropped: writing to one that is gone raises OSError."""
+    for stream in TERMINALS:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Meanwhile a signal raises Interrupted, so that what is half made is removed."""
+
+    def stop(number: int, frame: Any) -> None:
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            without_terminal()
+        raise Interrupted("interrupted")
+
+    handlers = signals_taken(stop)
+    try:
+        yield
+    finally:
+        while handlers:
+            signal.signal(*handlers.popitem())
+
+
 class StopAtOnce(BaseException):
     """A signal that does not wait for the running step. (At a KeyboardInterrupt Lightning would exit.)"""
 
@@ -112,13 +148,16 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
     `steps`, `skipped_steps`, `parameters`. It is empty in all processes but the first.
 
     Raises:
-        InputError: the files, the settings or the run directory do not allow it. Nothing half-made is left.
-        Interrupted: stopped by SIGINT or SIGTERM, and saved.
+        InputError: the files, the settings or the run directory do not allow it, or another process is training there.
+            Nothing half-made is left.
+        Interrupted: stopped by SIGINT, SIGTERM or SIGHUP, and saved.
     """
     recipe = replace(recipe, trainer=replace(recipe.trainer, devices=world(recipe.trainer)[0]))
     devices, ranks = recipe.trainer.devices, recipe.trainer.prefix_ranks
     require(devices % ranks == 0, f"trainer.prefix_ranks is {ranks}: devices must be a multiple of it, not {devices}")
     run = Run(recipe.out)
+    if run.path.exists() and not run.path.is_dir():
+        raise InputError(f"{run.path} already exists and is a file: give another --out")
     if any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
         resume = resume or run.recipe_file.exists()
     if resume:
@@ -131,10 +170,17 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
                 "To train it further, resume with a larger --max_steps or --max_time."
             )
             return summary if RANK == 0 else {}
+    with locked(run.path) if RANK == 0 else nullcontext():
+        return prepare_and_fit(run, recipe, resume, find_batch)
+
+
+def prepare_and_fit(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> dict[str, Any]:
+    """`train`, once it is clear that there is something to do and that no other process does it."""
     if RANK == 0:
         precision = choose_precision(recipe.trainer)
         recipe = replace(recipe, trainer=replace(recipe.trainer, precision=PRECISIONS[precision]))  # not measured again
-        recipe = prepare_run(run, recipe, resume, find_batch)
+        with ending_on_signals():
+            recipe = prepare_run(run, recipe, resume, find_batch)
     else:
         wait_for_first(run)
         first = run.recipe().trainer  # what was measured there
@@ -182,8 +228,10 @@ def prepare_run(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> Rec
     check_tracker(recipe.trainer.tracker)
     if not resume and run.is_taken():
         raise InputError(f"{run.path} already exists: give another --out, go on with --resume, or remove it")
+    if resume:
+        check_weights_have_a_checkpoint(run)
     run.remove_unfinished_files()
-    existed = run.path.exists()
+    codec = None
     try:
         if not resume:  # first, so that a run killed at any later moment can be resumed
             run.write_recipe(recipe)
@@ -197,9 +245,7 @@ def prepare_run(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> Rec
         run.write_recipe(recipe)
     except BaseException:
         if not resume:  # nothing was learned yet: leave no trace
-            shutil.rmtree(run.path, ignore_errors=True)
-            if existed:
-                run.path.mkdir(exist_ok=True)
+            run.remove_prepared(codec)
         raise
     return recipe
 
@@ -246,6 +292,23 @@ def check_resumable(run: Run, recipe: Recipe) -> Recipe:
             "leave that out, or start a new run in another --out"
         )
     return before
+
+
+def check_weights_have_a_checkpoint(run: Run) -> None:
+    """Raises InputError for a trained model without checkpoints: training would start anew and overwrite it.
+
+    A kill within the first save leaves weights without a checkpoint, too, but also a part of that: such weights are
+    removed, to be made again.
+    """
+    if Checkpoints(run.checkpoints).all() or not (run.weights_file.exists() or run.summary_file.exists()):
+        return
+    begun = [*run.checkpoints.glob(f"{TEMPORARY}*"), *run.checkpoints.glob("step-*.ckpt")]
+    if run.summary_file.exists() or not begun:
+        raise InputError(
+            f"{run.path} holds a trained model but no checkpoint to go on from, and training from the start would "
+            f"overwrite it: put {run.checkpoints} back, or start a new run in another --out"
+        )
+    run.weights_file.unlink()
 
 
 def flat(settings: dict[str, Any], group: str = "") -> dict[str, Any]:
@@ -681,10 +744,8 @@ class Watch(Callback):
 
     @contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
-        """Meanwhile SIGINT or SIGTERM ends the training after the running step, a second one at once."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.on_signal)
+        """Meanwhile SIGINT, SIGTERM or SIGHUP ends the training after the running step, a second one at once."""
+        self.handlers = signals_taken(self.on_signal)
         try:
             yield
         finally:
@@ -693,6 +754,8 @@ class Watch(Callback):
                 signal.signal(*self.handlers.popitem())
 
     def on_signal(self, number: int, frame: Any) -> None:
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            without_terminal()
         if self.signalled:
             raise StopAtOnce
         self.signalled = True
@@ -943,10 +1006,8 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
 
         result = score(limit)
         shorter = score(some) if result.tokens > some else result  # what was scored on the way
-        compressed = {}
-        if codec.writes_text:
-            compressed = compressed_bits_per_byte(codec.decode(held_out.tokens[: limit + 1]))
-            references = {"gzip": compressed["gzip_bits_per_byte"], "xz": compressed["xz_bits_per_byte"]}
+        references = compressors(codec, held_out.tokens[: limit + 1])
+        compressed = {f"{name}_bits_per_byte": bits for name, bits in references.items()}
         last = [(module.tokens_seen, shorter.bits_per_token)]
         tokens_per_byte = shorter.tokens / shorter.bytes if codec.writes_text and shorter.bytes else None
         if shorter is not result:
@@ -988,8 +1049,8 @@ class CheckpointFiles(TorchCheckpointIO):
         if not self.recipe.trainer.sharded:
             checkpoint = checkpoint | {"optimizer_states": renumber(checkpoint["optimizer_states"], self.order)}
         try:
-            self.model.save_pretrained(self.run.path)
             with self.checkpoints.writing(checkpoint["global_step"], self.validation_bits) as temporary:
+                self.model.save_pretrained(self.run.path)  # within: so that a kill leaves a sign beside the weights
                 torch.save(checkpoint, temporary)
         except (OSError, SafetensorError, RuntimeError) as error:  # the latter are what writers make of the first
             message = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
@@ -1090,7 +1151,8 @@ def draw_context(run: Run, recipe: Recipe, watch: Watch, model: PerceiverAR) -> 
         precision=watch.precision,
     )
     write_table(run.plots / "context.csv", results)
-    plot_context(run.plots / "context.png", results, {})
+    references = compressors(watch.codec, watch.held_out.tokens[longest:][: results[0].tokens])
+    plot_context(run.plots / "context.png", results, references)
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

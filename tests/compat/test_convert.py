@@ -378,6 +378,9 @@ def test_a_place_that_is_taken_is_refused(
     argv = ["krasserm", runs("krasserm/clm_safetensors"), "--out", tmp_path / "run"]
     assert_refused(capsys, ["export", *argv], "is there already")
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine"]
+    argv = ["lucidrains", runs("lucidrains/model.pt"), "--out", tmp_path / "run/mine"]
+    assert_refused(capsys, ["export", *argv], "is there already")
+    assert (tmp_path / "run/mine").read_bytes() == b""
 
 
 # Pickles that would do something.

@@ -96,7 +96,7 @@ for file, package, option in [
     ("a.mid", "miditok", "--data.midi_tokens=remi"),
     ("a.wav", "soundfile", "--data.sample_rate=8000"),
     ("a.wav", "transformers", "--data.audio_codec=mimi"),
-    ("a.jsonl", "datasets", "--data.column=text"),
+    ("a.parquet", "datasets", "--data.column=text"),
 ]:
     sys.modules[package] = None  # as if it were not installed
     print(main(["train", f"{folder}/{file}", "--out", out, option]))
@@ -104,7 +104,7 @@ for file, package, option in [
 
 
 def test_a_missing_extra_says_how_to_install_it(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "data", "a.mid", "a.wav", "a.jsonl")
+    folder = folder_of(tmp_path / "data", "a.mid", "a.wav", "a.parquet")
     command = [sys.executable, "-c", MISSING, str(folder), str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True)
     lines = result.stderr.splitlines()

@@ -1,10 +1,12 @@
 """Rows of real files, written by the datasets library, are documents like any others."""
 
 import bz2
+import csv
 import gzip
 import json
 import logging
 import lzma
+import re
 import subprocess
 import sys
 import textwrap
@@ -102,6 +104,75 @@ def test_rows_without_text_are_left_out_and_a_row_may_hold_several_documents(tmp
     assert train and train.num_documents == 3 and train.tokens.tolist() == [0, 97, 0, 98, 0, 99]
 
 
+def write_csv(path: Path, delimiter: str = ",") -> Path:
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:  # as spreadsheets do, with a mark at the start
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(["number", "text"])
+        writer.writerows(enumerate(TEXTS))
+    return path
+
+
+@pytest.mark.parametrize("form", ["ndjson", "csv", "semicolons.CSV", "tsv", "csv.gz"])
+def test_other_tables_have_a_document_in_each_row_too(tmp_path: Path, form: str) -> None:
+    path = tmp_path / f"rows.{form}"
+    if form == "ndjson":
+        write(tmp_path, "jsonl").rename(path)
+    else:
+        write_csv(path, {"tsv": "\t", "semicolons.CSV": ";"}.get(form, ","))
+        path.write_bytes(gzip.compress(path.read_bytes()) if form == "csv.gz" else path.read_bytes())
+    expected = tokens(texts_as_files(tmp_path / "files"), tmp_path / "one", validation_fraction=0.3)
+    assert contents(tokens(path, tmp_path / "two", validation_fraction=0.3)) == contents(expected)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_column_may_be_a_field_of_a_field(tmp_path: Path, form: str) -> None:
+    rows = [{"a": {"b": "one"}, "a.b": "by its name"}, {"a": {"b": None}, "a.b": None}, {"a": {"b": "two"}, "a.b": ""}]
+    path = write(tmp_path, form, {"doc": rows, "id": [1, 2, 3]})
+    for column, expected in {"doc.a.b": b"onetwo", "doc.a.b.c": None, "doc.x": None, "ID.x": None}.items():
+        if expected is None:
+            with pytest.raises(InputError, match=f"has no column '{column}'; set data.column to one of doc"):
+                tokens(path, tmp_path / "out", column=column)
+        else:
+            [train, _] = tokens(path, tmp_path / "out", column=column, validation_fraction=0)
+            assert train and TEXT.decode(train.tokens) == expected
+
+
+@pytest.mark.parametrize("others", [
+    [{}, {"more": 1}], [{"more": None}, {"more": "x"}], [{"more": 1}, {"more": "x"}],
+    [{"more": 1}, {"more": {"x": []}}],
+    [{"text": None}, {"text": "2026-01-31"}], [{"text": "2026-01-31T12:00:00"}, {"text": "2026-02-01"}],
+])  # fmt: skip
+def test_of_json_lines_only_the_column_matters(tmp_path: Path, others: list[dict[str, Any]]) -> None:
+    rows = [{"text": f"text {number}"} | other for number, other in enumerate(200 * others[:1] + others[1:])]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [train, _] = tokens(path, tmp_path / "out", validation_fraction=0)
+    assert train and TEXT.decode(train.tokens).decode() == "".join(row["text"] or "" for row in rows)
+
+
+def test_rows_that_are_no_text_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.jsonl").write_text(rows_of("a", "b\0c", "d", "\ud800"))
+    [train, _] = tokens(tmp_path / "x.jsonl", tmp_path / "out", validation_fraction=0)
+    assert train and TEXT.decode(train.tokens) == b"ad" and train.num_documents == 2
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "skipped 2 rows:"
+    assert [re.search(r"row \d, is not UTF-8 text \(byte 0x..", line) is not None for line in lines] == [True, True]
+    assert "".join(read_text(find_rows(find_files(tmp_path / "x.jsonl"), "text"))) == "ab\0cd"
+
+
+def test_csv_files_may_be_documents_or_about_others(tmp_path: Path) -> None:
+    def found(*names: str) -> list[str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("text\na\n")
+        return [type(source).__name__[0] + source.path.name for source in find_rows(find_files(folder), "text")]
+
+    assert found("a.csv", "README.md", "notes.json") == ["Ra.csv"]
+    assert found("a.csv", "README.md", "b.txt") == ["SREADME.md", "Ra.csv", "Sb.txt"]
+    assert found("a.csv", "README.md", "b.jsonl") == ["Rb.jsonl"]
+
+
 def test_names_that_look_like_patterns_and_hidden_folders_are_read(tmp_path: Path) -> None:
     (tmp_path / ".hidden").mkdir()
     path = write(tmp_path, "parquet").rename(tmp_path / ".hidden" / "a[1] *?.PARQUET")
@@ -146,10 +217,28 @@ def rows_of(*values: Any) -> str:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", '{"a": 1, "b": 2}\n', r"x\.jsonl has no column 'text'; set data\.column to one of a, b$"),
+        (
+            "x.jsonl",
+            '{"a": 1, "b": 2}\n',
+            r"x\.jsonl has no column 'text'; set data\.column to one of a, b, or use --mod",
+        ),
+        (
+            "x.csv",
+            "a;b\n1;2\n",
+            r"x\.csv has no column 'text'; set data\.column to one of a, b, or use --modality bytes",
+        ),
+        ("x.jsonl", rows_of({"a": "x", "b": "y"}), r"row 1, has fields in .* 'text'; set .* one of text\.a, text\.b$"),
+        ("x.jsonl", "[1]\n", r"x\.jsonl is damaged, or not what its ending says \(row 1 is no JSON object\)"),
+        ("x.ndjson", rows_of("a") + "a\n", r"x\.ndjson is damaged, or .* \(row 2: Expecting value"),
+        ("x.csv", "", r"x\.csv is empty"),
+        ("x.tsv", "text\n", r"x\.tsv is empty"),
         ("x.jsonl", rows_of(1), r"x\.jsonl, row 1, has a int in column 'text', not text; set data\.column$"),
         ("x.jsonl", rows_of("a", ["b"]), r"x\.jsonl.*(list|damaged)"),
-        ("x.jsonl", rows_of("a", "b\0c"), r"x\.jsonl, row 2, is not UTF-8 text .*or a tokenizer$"),
+        (
+            "x.jsonl",
+            rows_of("b\0c"),
+            r"none of its rows can be read: \S*x\.jsonl, row 1, is not UTF-8 text .*or a tokenizer$",
+        ),
         ("x.jsonl", "", r"x\.jsonl is empty"),
         ("x.jsonl", "\n\n", r"x\.jsonl is empty"),
         ("x.jsonl", rows_of("", None), r"x\.jsonl is empty"),
@@ -225,7 +314,11 @@ def test_the_command_trains_on_rows_and_evaluates_them(tmp_path: Path, capsys: p
     assert main(argv) == 0
     assert TokenFile.open(tmp_path / "raw" / "tokens" / "train").tokens.tobytes() == path.read_bytes()
     assert main(["train", str(path), "--out", str(tmp_path / "none"), *SMALL]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("set data.column to one of story")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("set data.column to one of story, or use --modality bytes for the file as it is")
+    )
     assert not (tmp_path / "none").exists()
 
 

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -11,7 +12,9 @@ import re
 import resource
 import subprocess
 import sys
+import tarfile
 import textwrap
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -204,6 +207,24 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path):
         path.parent.chmod(0o755)
 
 
+@pytest.mark.usefixtures("bound_by_modes")
+def test_what_cannot_be_read_in_a_folder_does_not_end_a_run_with_a_tokenizer(tmp_path, capsys):
+    contents = {"a.txt": b"good text", "b.txt.gz": gzip.compress(b"cut " * 99)[:-9], "c.txt": b"x", "d/e.txt": b"x"}
+    folder = write_files(tmp_path / "data", contents)
+    (folder / "nowhere").symlink_to(folder / "missing")
+    (folder / "c.txt").chmod(0)
+    (folder / "d").chmod(0)
+    sources = find_files(folder)
+    assert capsys.readouterr().err == f"skipped the folder {folder / 'd'}: no permission to read it\n"
+    assert b"good text" in "".join(read_text(sources)).encode()
+    train, _ = prepare(sources, train_bpe(read_text(sources), 260), tmp_path / "out", validation_fraction=0)
+    assert train.num_documents == 1
+    assert capsys.readouterr().err.startswith("skipped 3 of 4 files:\n")
+    (folder / "d").chmod(0o755)
+    with pytest.raises(InputError, match=r"b\.txt\.gz is damaged"):
+        list(read_text(find_files(folder / "b.txt.gz")))
+
+
 def test_the_standard_library_is_a_corpus():
     sources = standard_library()
     parts = {part for source in sources for part in source.path.parts[-4:]}
@@ -304,6 +325,53 @@ def test_the_validation_split_is_about_as_large_as_asked_and_follows_the_seed(tm
     assert len(starts) == 5
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from(["a", "b", "cc", "dd", "eee", "ffff"]), min_size=1, max_size=30),
+    st.floats(0.05, 0.9),
+    st.integers(0, 5),
+    st.booleans(),
+)
+def test_copies_are_on_one_side_of_the_split(tmp_path_factory, texts, fraction, seed, grouped):
+    tmp_path = tmp_path_factory.mktemp("split")
+    contents = {f"{i % 7}/{i:03}": text.encode() for i, text in enumerate(texts)}
+    sources = find_files(write_files(tmp_path / "data", contents))
+    options: dict[str, Any] = {"validation_fraction": fraction, "seed": seed, "group_by": "(./)" if grouped else None}
+    train, validation = prepare(sources, TEXT, tmp_path / "out", **options)
+    kept, held_out = documents(train), documents(validation) if validation else []
+    assert not set(kept) & set(held_out)
+    assert sorted(kept + held_out) == sorted(contents.values())
+    if not grouped:
+        assert (validation is None) == (len(set(texts)) == 1)
+        sizes = [texts.count(text) * len(text) for text in set(texts)]
+        assert sum(map(len, held_out)) <= max(1.5 * fraction * sum(sizes), min(sizes))
+
+
+def test_copies_are_counted(tmp_path, capsys):
+    contents = {"a.txt": b"same", "b.txt": b"other", "c.txt": b"same", "d.txt": b"third"}
+    folder = write_files(tmp_path / "data", contents)
+    os.link(folder / "b.txt", folder / "e.txt")
+    prepare(find_files(folder), TEXT, tmp_path / "out")
+    says = "2 of 5 documents are copies of others; all copies are on one side of the split"
+    assert capsys.readouterr().err.splitlines()[0] == says
+    prepare(find_files(folder), TEXT, tmp_path / "out", validation_fraction=0)
+    assert "copies" not in capsys.readouterr().err
+
+
+def test_copies_of_what_is_held_out_are_not_trained_on(tmp_path, capsys):
+    folder = write_files(tmp_path / "data", {"a": b"aaa", "b": b"bbb", "c": b"ccc", "d": b"bbb", "val/e": b"bbb"})
+    train, validation = prepare(
+        find_files(folder), TEXT, tmp_path / "out", validation_sources=find_files(folder / "val")
+    )
+    assert validation is not None
+    assert (documents(train), documents(validation)) == ([b"aaa", b"ccc"], [b"bbb"])
+    assert train.num_bytes == 6
+    assert capsys.readouterr().err.startswith("2 documents are held out as well, so they are not trained on\n")
+    with pytest.raises(InputError, match="all training documents are validation documents as well"):
+        prepare(find_files(folder / "d"), TEXT, tmp_path / "new", validation_sources=find_files(folder / "val"))
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_files_given_for_validation_are_not_trained_on(tmp_path):
     folder = write_files(tmp_path / "data", {"a": b"aaa", "b": b"bbb", "val/c": b"ccc"})
     held_out = find_files(folder / "val")
@@ -345,6 +413,76 @@ def test_files_found_that_are_no_text_are_skipped_and_counted(tmp_path, capsys):
         prepare(find_files([folder / "[c]*", folder / "[ef]"]), TEXT, tmp_path / "out")
     train, _ = prepare(find_files(folder), BYTES, tmp_path / "out", validation_fraction=0)
     assert train.num_documents == 7
+
+
+def archive(form: str, name: str = "story.txt", content: bytes = b"Once upon a time. " * 50) -> bytes:
+    """The content of a tar ("", "gz", ...) or zip file that holds one text."""
+    buffer = io.BytesIO()
+    if form == "zip":
+        with zipfile.ZipFile(buffer, "w") as file:
+            file.writestr(name, content)
+    else:
+        mode: Any = f"w:{form}"
+        with tarfile.open(fileobj=buffer, mode=mode) as file:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+STORY = "Once upon a time, in a cité. " * 50
+NO_TEXT = {
+    "a.tar": (archive(""), "a tar archive, not UTF-8 text; unpack it, or use --modality bytes"),
+    "a.tar.gz": (archive("gz"), "a tar archive"),
+    "a.tar.xz": (archive("xz"), "a tar archive"),
+    "a.tgz": (archive("gz"), "compressed (gzip), not UTF-8 text; decompress it, or let its name end in .gz"),
+    "a.zip": (archive("zip"), "a zip archive"),
+    "a.docx": (archive("zip"), "save it as text"),
+    "a.zip.gz": (gzip.compress(archive("zip")), "a zip archive"),
+    "xz.txt": (lzma.compress(STORY.encode()), "let its name end in .xz"),
+    "bz2.txt": (bz2.compress(STORY.encode()), "let its name end in .bz2"),
+    "zst.txt": (zstandard.compress(STORY.encode()), "let its name end in .zst"),
+    "a.pdf": (b"%PDF-1.4\n1 0 obj <</Type /Catalog>> endobj\n", "a PDF, not UTF-8 text; save it as text"),
+    "16.txt": (STORY.encode("utf-16"), "UTF-16 or UTF-32, not UTF-8 text; save it as UTF-8"),
+    "le.txt": (STORY.encode("utf-16-le"), "UTF-16 or UTF-32"),
+    "be.txt.gz": (gzip.compress(STORY.encode("utf-16-be")), "UTF-16 or UTF-32"),
+    "32.txt": (STORY.encode("utf-32-be"), "UTF-16 or UTF-32"),
+    "early.txt": (b"\0" + STORY.encode(), "not UTF-8 text (byte 0x00 at offset 0); use --modality bytes"),
+    "late.txt": (b"good start " * 200_000 + b"\0", "not UTF-8 text (byte 0x00 at offset 2200000)"),
+}
+BPE = train_bpe([STORY], 300)
+
+
+@pytest.mark.parametrize("codec", [TEXT, BPE], ids=["bytes", "tokenizer"])
+@pytest.mark.parametrize("name", NO_TEXT)
+def test_archives_and_other_encodings_are_no_text_and_the_message_says_what_they_are(tmp_path, name, codec):
+    content, says = NO_TEXT[name]
+    path = write_files(tmp_path / "data", {name: content}) / name
+    for split_on in None, "\n":
+        with pytest.raises(InputError, match=rf"{name} is .*{re.escape(says)}") as error:
+            prepare(find_files(path), codec, tmp_path / "out", split_on=split_on)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=re.escape(says)):
+        list(read_text(find_files(path)))
+    file, _ = prepare(find_files(path), BYTES, tmp_path / "out", validation_fraction=0)
+    assert file.num_bytes == len(b"".join(find_files(path)[0].chunks()))
+
+
+@pytest.mark.parametrize("codec", [TEXT, BPE], ids=["bytes", "tokenizer"])
+def test_text_that_speaks_of_archives_is_text(tmp_path, codec):
+    contents = [
+        b"PK is a name",
+        b"Rar!",
+        b"PAR1 is a gene",
+        b"x" * 256 + b"star",
+        b"BZh",
+        "ÿþ é".encode(),
+        b"a",
+        b"%PDF",
+    ]
+    folder = write_files(tmp_path / "data", {f"{number}.txt": content for number, content in enumerate(contents)})
+    file, _ = prepare(find_files(folder), codec, tmp_path / "out", validation_fraction=0)
+    assert codec.decode(file.tokens) == b"".join(contents)
 
 
 @pytest.mark.parametrize(
@@ -580,8 +718,8 @@ def test_a_file_of_gigabytes_needs_no_memory(tmp_path):
 def test_preparing_needs_memory_for_a_chunk_not_for_the_file(tmp_path):
     """100 MB in one file, with many documents and some held out."""
     with gzip.GzipFile(tmp_path / "big.gz", "wb", compresslevel=1) as file:
-        for _ in range(100):
-            file.write(b"word " * 199_999 + b"END\n\n")
+        for number in range(100):
+            file.write(b"%04d " % number + b"word " * 199_998 + b"END\n\n")
     script = """
         import sys, tracemalloc
         from perceiver_ar.data.text import BytesCodec

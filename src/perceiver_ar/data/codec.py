@@ -49,6 +49,7 @@ class Codec(ABC):
     document_length  tokens of every document, where all have as many (pictures): then each window stays within one
     files            patterns of the files that `save` writes into a run directory
     ending           of the files that `decode` gives the content of, such as ".mid"
+    reads_text       documents are UTF-8 text: files that cannot be text are refused
     writes_text      `decode` gives text that can be read piece by piece
     """
 
@@ -56,6 +57,7 @@ class Codec(ABC):
     files: ClassVar[tuple[str, ...]] = ()
     ending: ClassVar[str] = ".bin"
     writes_text: ClassVar[bool] = False
+    reads_text: bool = False
     vocab_size: int
     separator: tuple[int, ...] = ()
     index_dims: tuple[int, ...] = ()

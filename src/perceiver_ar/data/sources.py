@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 from perceiver_ar.data.codec import WrongModality
-from perceiver_ar.data.text import text_pieces
+from perceiver_ar.data.text import text_only, text_pieces
 from perceiver_ar.errors import InputError
 
 CHUNK = 1 << 20  # bytes read at once
@@ -40,6 +40,7 @@ class Source:
     folder or by a pattern and is skipped.
     """
 
+    of_rows: ClassVar[bool] = False
     path: Path
     name: str
     size: int
@@ -71,10 +72,15 @@ class Source:
             raise InputError(f"{reason}; fetch or compress it again") from None
 
     def documents(
-        self, separator: bytes | None, advance: Callable[[int], Any] = lambda num_bytes: None
+        self, separator: bytes | None, advance: Callable[[int], Any] = lambda num_bytes: None, text: bool = False
     ) -> Iterator[tuple[str, Iterator[bytes]]]:
-        """The documents in it, as `split_documents` has them, each after what messages call it."""
-        for number, document in enumerate(split_documents(self.chunks(advance), separator), 1):
+        """The documents in it, as `split_documents` has them, each after what messages call it.
+
+        text: raises `WrongModality` if the file cannot be text, such as an archive.
+        """
+        chunks = self.chunks(advance)
+        chunks = text_only(chunks, self.name) if text else chunks
+        for number, document in enumerate(split_documents(chunks, separator), 1):
             yield f"{self.name}, document {number}," if separator else self.name, document
 
 
@@ -145,7 +151,7 @@ def find_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
 def standard_library() -> list[Source]:
     """The embedded default corpus: the sources of the running Python's standard library, without its tests."""
     folder = sysconfig.get_path("stdlib")
-    found = _walk(folder, skip=NOT_LIBRARY, on_error=None) if folder and os.path.isdir(folder) else []
+    found = _walk(folder, skip=NOT_LIBRARY) if folder and os.path.isdir(folder) else []
     sources = [source for source in found if source.name.endswith(".py") and os.access(source.path, os.R_OK)]
     if not sources:
         raise InputError(f"this Python has no standard library sources in {folder}; name files of your own")
@@ -155,18 +161,22 @@ def standard_library() -> list[Source]:
 def read_text(sources: Iterable[Source], max_bytes: int | None = None) -> Iterator[str]:
     """The text of `sources` in pieces, about `max_bytes` of it at most, for `train_bpe`.
 
-    Skips what was found but is no text; raises `WrongModality` for what the user named and is none.
+    Skips what was found but cannot be read as text; raises `InputError` for what the user named.
     """
     total = 0
     for source in sources:
         try:
-            for where, document in source.documents(None):
-                for piece in text_pieces(document, where):
-                    yield piece
-                    total += len(piece.encode())
-                    if max_bytes is not None and total >= max_bytes:
-                        return
-        except WrongModality:
+            for where, document in source.documents(None, text=True):
+                try:
+                    for piece in text_pieces(document, where):
+                        yield piece
+                        total += len(piece.encode())
+                        if max_bytes is not None and total >= max_bytes:
+                            return
+                except WrongModality:
+                    if not source.of_rows:
+                        raise
+        except InputError:  # damaged, gone or not to be read: whoever makes tokens of it says so
             if source.named:
                 raise
 
@@ -264,17 +274,19 @@ def _is_file(path: str) -> bool:
     return os.path.isfile(path) or _leads_nowhere(path)
 
 
-def _refuse(error: OSError) -> None:
-    if isinstance(error, PermissionError):
-        raise _permission_denied(error.filename)
-
-
-def _walk(
-    folder: str, skip: frozenset[str] = NOT_DOCUMENTS, on_error: Callable[[OSError], None] | None = _refuse
-) -> list[Source]:
-    """All files below `folder`, sorted; links are followed, but no folder is entered twice."""
+def _walk(folder: str, skip: frozenset[str] = NOT_DOCUMENTS) -> list[Source]:
+    """All files below `folder`, sorted; links are followed, but no folder is entered twice. Folders in it that may not
+    be read are skipped and named on stderr."""
     found, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=on_error):
+
+    def denied(error: OSError) -> None:
+        if not isinstance(error, PermissionError):
+            return
+        if error.filename == folder:
+            raise _permission_denied(folder)
+        print(f"skipped the folder {error.filename}: no permission to read it", file=sys.stderr)
+
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=denied):
         if (real := os.path.realpath(parent)) in seen:
             folders.clear()
             continue

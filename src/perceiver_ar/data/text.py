@@ -7,7 +7,9 @@ can be compared between them.
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,27 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+LETTER = rb"[\t\n\r -~\xa0-\xff]"
+NO_TEXT: dict[bytes, tuple[str, str]] = {
+    rb".{257}ustar": ("a tar archive", "unpack it"),
+    rb"PK(\x03\x04|\x05\x06)": ("a zip archive, or a document in one (docx, epub)", "unpack it, or save it as text"),
+    rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07": ("an archive (7z, rar)", "unpack it"),
+    rb"\x1f\x8b": ("compressed (gzip)", "decompress it, or let its name end in .gz"),
+    rb"BZh[1-9]1AY&SY": ("compressed (bzip2)", "decompress it, or let its name end in .bz2"),
+    rb"\xfd7zXZ\x00": ("compressed (xz)", "decompress it, or let its name end in .xz"),
+    rb"\x28\xb5\x2f\xfd": ("compressed (zstd)", "decompress it, or let its name end in .zst"),
+    rb"%PDF-": ("a PDF", "save it as text"),
+    rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an Office document", "save it as text"),
+    rb"PAR1[\x00-\x08\x0e-\x1f]": ("a Parquet table", "let its name end in .parquet"),
+    rb"ARROW1\x00|\xff{4}.{4}\x10\x00{3}": ("an Arrow table", "let its name end in .arrow"),
+    rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff": ("UTF-16 or UTF-32", "save it as UTF-8"),
+    rb"(%b\x00){8}|(\x00%b){8}|(%b\x00{3}){4}|(\x00{3}%b){4}" % (4 * (LETTER,)): (
+        "UTF-16 or UTF-32",
+        "save it as UTF-8",
+    ),
+}
+"""What files that are no UTF-8 text are by their first bytes, and what to do then."""
+START = 512  # bytes that this looks at
 PIECE = 1 << 20  # characters that a tokenizer sees at once
 
 
@@ -38,7 +61,7 @@ class BytesCodec(Codec):
     vocab_size = 256
 
     def __init__(self, text: bool = True):
-        self.text = text
+        self.text = self.reads_text = text
         self.separator = (0,) if text else ()
 
     def encode(self, data: bytes) -> np.ndarray:
@@ -110,7 +133,7 @@ class TokenizerCodec(Codec):
     name = "tokenizer"
     files = ("tokenizer.json",)
     ending = ".txt"
-    writes_text = True
+    reads_text = writes_text = True
 
     def __init__(self, tokenizer: "Tokenizer", where: str = "this tokenizer"):
         """Raises `InputError`, naming `where`, if `tokenizer` is not byte-level."""
@@ -235,6 +258,29 @@ def decode_utf8(chunks: Iterable[bytes], where: str, allow_nul: bool = True) -> 
         if text:
             yield text
     decode(b"", final=True)
+
+
+def text_only(chunks: Iterable[bytes], where: str) -> Iterator[bytes]:
+    """The content of a file as it is, if it can be text: nothing with NUL or one of the signatures of `NO_TEXT`.
+
+    Raises `WrongModality`, naming `where`, what the file is and what to do.
+    """
+    chunks = iter(chunks)
+    start = b""
+    for chunk in chunks:
+        start += chunk
+        if len(start) >= START:
+            break
+    for signature, (kind, remedy) in NO_TEXT.items():
+        if re.match(signature, start, re.DOTALL):
+            raise WrongModality(f"{where} is {kind}, not UTF-8 text; {remedy}, or use --modality bytes")
+    offset = 0
+    for chunk in chain([start], chunks):
+        if (at := chunk.find(0)) >= 0:
+            raise WrongModality(f"{where} is not UTF-8 text (byte 0x00 at offset {offset + at}); use --modality bytes")
+        offset += len(chunk)
+        if chunk:
+            yield chunk
 
 
 def text_pieces(chunks: Iterable[bytes], where: str, size: int = PIECE) -> Iterator[str]:

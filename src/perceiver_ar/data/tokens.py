@@ -7,6 +7,7 @@ separator, so that its first token, too, is predicted from something.
 Shapes: B batch, T context_length, N num_latents; n is the number of tokens in the file.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec import Codec, WrongModality
 from perceiver_ar.data.sources import Source, find_files, read_text, standard_library
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path, write_text
@@ -124,6 +125,7 @@ class _Writer:
         self.dtype = codec.dtype.newbyteorder("<")
         self.lengths = array("Q")  # tokens of each document, with its separator
         self.sizes = array("Q")  # bytes of each document
+        self.digests = array("Q")  # of the ids of each document: equal documents have equal ones
         self.groups = array("Q")  # which group each document is of: those of a group stay together in a split
         self.group: int | None = None  # of the documents that come; None: each is one of its own
         self.num_tokens = 0
@@ -132,19 +134,30 @@ class _Writer:
         self.file.write(np.asarray(ids, dtype=self.dtype).tobytes())
         self.num_tokens += len(ids)
 
-    def add_source(self, source: Source, split_on: bytes | None, advance: Callable[[int], Any]) -> None:
-        """Adds the documents of one file: all, or none if it raises."""
-        before = len(self.lengths)
+    def add_source(self, source: Source, split_on: bytes | None, advance: Callable[[int], Any]) -> list[str]:
+        """Adds the documents of one file: all, or none if it raises. Of rows, those that the codec cannot read are left
+        out; returns why,
+        of the first ones."""
+        before, refused = len(self.lengths), list[str]()
         try:
-            for where, document in source.documents(split_on, advance):
-                self.add(document, where)
+            for where, document in source.documents(split_on, advance, self.codec.reads_text):
+                try:
+                    self.add(document, where)
+                except WrongModality as error:
+                    if not source.of_rows:
+                        raise
+                    self.take_back(len(self.lengths) - 1)
+                    refused.append(str(error) if len(refused) < NAMED else "")
+            if refused and len(self.lengths) == before:
+                raise InputError(f"none of its rows can be read: {refused[0]}")
         except InputError:
             self.take_back(before)
             raise
+        return refused
 
     def add(self, chunks: Iterable[bytes], where: str) -> None:
         """Adds one document; nothing if it is empty."""
-        start, size = self.num_tokens, 0
+        start, size, digest = self.num_tokens, 0, hashlib.sha256()
 
         def counted() -> Iterator[bytes]:
             nonlocal size
@@ -156,9 +169,11 @@ class _Writer:
             self.write(self.codec.separator)
             for ids in self.codec.encode_stream(counted(), where):
                 self.write(ids)
+                digest.update(np.ascontiguousarray(ids, self.dtype).data)
         finally:
             self.lengths.append(self.num_tokens - start)
             self.sizes.append(size)
+            self.digests.append(int.from_bytes(digest.digest()[:8], "little"))
             self.groups.append(len(self.groups) if self.group is None else self.group)
         if self.num_tokens == start + len(self.codec.separator):
             self.take_back(len(self.lengths) - 1)
@@ -166,12 +181,13 @@ class _Writer:
     def take_back(self, num_documents: int) -> None:
         """Drops all documents after the first `num_documents`."""
         self.num_tokens -= sum(self.lengths[num_documents:])
-        del self.lengths[num_documents:], self.sizes[num_documents:], self.groups[num_documents:]
+        for values in (self.lengths, self.sizes, self.digests, self.groups):
+            del values[num_documents:]
         self.file.seek(self.num_tokens * self.dtype.itemsize)
         self.file.truncate()
 
-    def move(self, chosen: np.ndarray, other: "_Writer") -> None:
-        """Moves the documents where the mask `chosen` is true to `other`, and closes the gaps in place."""
+    def move(self, chosen: np.ndarray, other: "_Writer | None") -> None:
+        """Moves the documents where the mask `chosen` is true to `other`, or drops them; closes the gaps in place."""
         self.file.flush()
         ids = np.memmap(self.file.name, dtype=self.dtype, mode="r+")
         ends = np.cumsum(np.frombuffer(self.lengths, np.uint64)).tolist()
@@ -181,7 +197,8 @@ class _Writer:
             for start in range(ends[first - 1] if first else 0, ends[last - 1], BLOCK):
                 block = ids[start : min(start + BLOCK, ends[last - 1])]
                 if chosen[first]:
-                    other.write(block)
+                    if other is not None:
+                        other.write(block)
                 else:
                     ids[kept : kept + len(block)] = block
                     kept += len(block)
@@ -189,7 +206,8 @@ class _Writer:
         del ids
         for name in ("lengths", "sizes"):
             values = np.frombuffer(getattr(self, name), np.uint64).copy()
-            setattr(other, name, array("Q", values[chosen].tobytes()))
+            if other is not None:
+                setattr(other, name, array("Q", values[chosen].tobytes()))
             setattr(self, name, array("Q", values[~chosen].tobytes()))
         self.num_tokens = kept
         self.file.truncate(kept * self.dtype.itemsize)
@@ -236,7 +254,8 @@ def prepare(
     Validation is `validation_sources` (which then are not trained on, should they be among `sources`), or whole
     documents, chosen by `seed`, of about `validation_fraction` of all bytes; None if the fraction is 0 or there is only
     one document. Files stay on one side of that choice if the pattern `group_by` (a regular expression) finds the same
-    in their names: what its first group has, or the whole match without groups. Each source is read once and memory is
+    in their names: what its first group has, or the whole match without groups. Equal documents stay on one side, too:
+    of those that are held out, no copy is trained on. Each source is read once and memory is
     constant. Files that were found but that cannot be read are skipped, and named on stderr with the reason, as are
     those that hold nothing. `progress` shows a bar there, or, where it is no terminal, one line at the end.
     Raises `InputError` if there is nothing to train on, or for a file that was named and cannot be read.
@@ -261,6 +280,7 @@ def prepare(
         if held_out:
             with _writer(directory / "validation", codec) as validation:
                 _add_all(validation, held_out, mark, advance)
+                _drop_held_out(train, validation)
         elif (chosen := _choose_groups(train, validation_fraction, seed)).any():
             with _writer(directory / "validation", codec) as validation:
                 train.move(chosen, validation)
@@ -300,13 +320,12 @@ def _add_all(
     advance: Callable[[int], Any],
     groups: Sequence[int] | None = None,
 ) -> None:
-    wrong: list[str] = []
-    empty: list[str] = []
+    wrong, empty, rows = list[str](), list[str](), list[str]()
     for number, source in enumerate(sources):
         writer.group = None if groups is None else groups[number]
         before = len(writer.lengths)
         try:
-            writer.add_source(source, split_on, advance)
+            rows += writer.add_source(source, split_on, advance)
             if len(writer.lengths) == before and (source.size > 0 or source.named):
                 empty.append(f"{source.name} has nothing in it")
         except InputError as error:
@@ -320,39 +339,74 @@ def _add_all(
     if not writer.lengths:
         names = f"{sources[0].name} is" if len(sources) == 1 else f"{sources[0].name} and all other files are"
         raise InputError(f"{names} empty; give files with something in them")
-    if reasons := [*wrong, *empty]:
-        more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
-        print(f"skipped {len(reasons)} of {len(sources)} files:", *reasons[:NAMED], *more, sep="\n  ", file=sys.stderr)
+    for reasons, amount in (
+        ([*wrong, *empty], f"{len(wrong) + len(empty)} of {len(sources)} files"),
+        (rows, f"{len(rows):,} rows"),
+    ):
+        if reasons:
+            more = [f"and {len(reasons) - NAMED:,} more"] if len(reasons) > NAMED else []
+            print(f"skipped {amount}:", *reasons[:NAMED], *more, sep="\n  ", file=sys.stderr)
+
+
+def _drop_held_out(train: _Writer, validation: _Writer) -> None:
+    """Takes out of `train` what is held out as well. Raises `InputError` if that is all."""
+    copies = np.isin(np.array(train.digests, np.uint64), np.array(validation.digests, np.uint64))
+    if copies.all():
+        raise InputError("all training documents are validation documents as well; give other files for validation")
+    if copies.any():
+        train.move(copies, None)
+        print(f"{copies.sum():,} documents are held out as well, so they are not trained on", file=sys.stderr)
 
 
 def _choose_groups(writer: _Writer, fraction: float, seed: int) -> np.ndarray:
-    """`_choose`, but all documents of a group or none: a mask (documents,)."""
+    """Which documents are for validation: a mask (documents,). Of a group, and of equal documents, all are or none."""
     _, groups = np.unique(np.array(writer.groups, np.int64), return_inverse=True)
     sizes = np.zeros(groups.max(initial=-1) + 1, np.uint64)
     np.add.at(sizes, groups, np.array(writer.sizes, np.uint64))
-    return _choose(sizes, fraction, seed)[groups]
+    _, firsts, inverse = np.unique(np.array(writer.digests, np.uint64), return_index=True, return_inverse=True)
+    firsts = firsts[inverse]  # of each document the first one that is equal
+    copies = np.flatnonzero(firsts != np.arange(len(firsts)))
+    together = list(range(len(sizes)))  # groups with equal documents: the way to one of them, which stands for all
+
+    def root(group: int) -> int:
+        while together[group] != group:
+            together[group] = group = together[together[group]]
+        return group
+
+    for group, other in zip(groups[copies].tolist(), groups[firsts[copies]].tolist(), strict=True):
+        together[root(group)] = root(other)
+    roots = np.array(list(map(root, range(len(sizes)))), np.int64)
+    chosen = _choose(sizes, roots, fraction, seed)[groups]
+    if len(copies) and fraction > 0:
+        amounts = f"{len(copies):,} of {len(firsts):,} documents are copies of others"
+        print(f"{amounts}; all copies are on one side of the split", file=sys.stderr)
+    return chosen
 
 
-def _choose(sizes: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Which documents are for validation: a mask (documents,). Random ones until `fraction` of all bytes is reached.
+def _choose(sizes: np.ndarray, together: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which groups are for validation: a mask. Random ones until `fraction` of all bytes is reached.
 
-    Documents that would overshoot it by half are passed over; if all would, the smallest is taken. At least one is
-    taken and at least one left, so that a single document is never split.
+    Groups with the same number in `together` go together. Those that would overshoot the fraction by half are passed
+    over; if all would, the smallest is taken. At least one is taken and at least one left, so that a single one is
+    never split.
     """
     chosen = np.zeros(len(sizes), dtype=bool)
-    if len(sizes) < 2 or fraction == 0:
+    order = together[np.random.default_rng(seed & (1 << 64) - 1).permutation(len(sizes))]
+    order = order[np.sort(np.unique(order, return_index=True)[1])]  # each once
+    if len(order) < 2 or fraction == 0:
         return chosen
     wanted, taken = fraction * float(sizes.sum()), 0
-    order = np.random.default_rng(seed & (1 << 64) - 1).permutation(len(sizes))
+    whole = np.zeros(len(sizes), np.uint64)
+    np.add.at(whole, together, sizes)
     for index in order[:-1].tolist():
         if taken >= wanted:
             break
-        if taken + int(sizes[index]) <= 1.5 * wanted:
+        if taken + int(whole[index]) <= 1.5 * wanted:
             chosen[index] = True
-            taken += int(sizes[index])
+            taken += int(whole[index])
     if not chosen.any():
-        chosen[order[np.argmin(sizes[order])]] = True
-    return chosen
+        chosen[order[np.argmin(whole[order])]] = True
+    return chosen[together]
 
 
 @contextmanager
