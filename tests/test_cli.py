@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, Run, evaluate, generate
 from perceiver_ar.cli import main
+from perceiver_ar.data.tokens import TokenFile
+from perceiver_ar.evaluation import compressors
 
 VERBS = ["train", "evaluate", "generate", "info", "convert", "export", "push"]
 SMALL = [
@@ -701,9 +703,13 @@ def test_context_lengths_give_a_table_a_csv_and_a_picture(run: Path, capsys: pyt
         rows = list(csv.DictReader(file))
     assert [row["context_length"] for row in rows] == ["8", "16", "32"]
     assert len({row["tokens"] for row in rows}) == 1
-    for row, line in zip(rows, shown[1:], strict=True):
+    for row, line in zip(rows, shown[1:4], strict=True):
         assert line.split() == [row["context_length"], *(f"{float(row[name]):.4f}" for name in
                                 ("bits_per_byte", "bits_per_token"))]  # fmt: skip
+    scored = TokenFile.open(run / "tokens" / "validation").tokens[32:][: int(rows[0]["tokens"])]
+    assert {name: float(bits) for name, bits in map(str.split, shown[4:])} == pytest.approx(
+        compressors(Run(run).codec(), scored), abs=1e-4
+    )
     assert (run / "plots" / "context.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert main(["evaluate", str(run), "--context_lengths", "8,16", "--json"]) == 0
     assert [row["context_length"] for row in json.loads(capsys.readouterr().out)["context_lengths"]] == [8, 16]
@@ -822,14 +828,21 @@ def test_a_prompt_file_that_is_no_text_is_refused(
     assert_refused(capsys, "generate", finished, "--prompt_file", tmp_path / "prompt.txt", says=says)
 
 
-@pytest.fixture
-def cycle(run: Path) -> Path:
-    """A run whose model knows one text by heart and writes it again and again: "aé€😀"."""
-    text = "aé€😀".encode()
+def knows_single_bytes() -> PerceiverAR:
+    """A network whose head reads the last byte, one-hot."""
     settings: dict[str, Any] = {"num_layers": 0, "cross_layers": (), "local_context": 1}
     model = PerceiverAR(PerceiverARConfig(dim=256, context_length=32, num_latents=8, **settings))
     with torch.no_grad():
         model.embed.weight.copy_(torch.eye(256))
+    return model
+
+
+@pytest.fixture
+def cycle(run: Path) -> Path:
+    """A run whose model knows one text by heart and writes it again and again: "aé€😀"."""
+    text = "aé€😀".encode()
+    model = knows_single_bytes()
+    with torch.no_grad():
         for byte, following in zip(text, text[1:] + text[:1], strict=True):
             model.head.weight[following, byte] = 1.0
     model.save_pretrained(run)
@@ -843,9 +856,8 @@ YAML_HAS_NONE = ["# The quick sort", "#include", "null", "NULL", "~", " # ", "a:
 @pytest.fixture
 def successor(run: Path) -> Path:
     """A run whose model writes the byte after the last one: c after b."""
-    model = PerceiverAR(PerceiverARConfig(dim=256, context_length=32, num_latents=8, num_layers=0, cross_layers=()))
+    model = knows_single_bytes()
     with torch.no_grad():
-        model.embed.weight.copy_(torch.eye(256))
         model.head.weight.copy_(torch.eye(256).roll(1, 0))
     model.save_pretrained(run)
     return run
