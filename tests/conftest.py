@@ -3,6 +3,7 @@
 import ctypes
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# A shell starts what it puts into the background with SIGINT ignored; tests that interrupt would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the first example of a test pays for torch's warm-up, and machines are shared. With CI set, as every CI
 # system does, the examples are the same in each run, so that a failure belongs to the change under test.
