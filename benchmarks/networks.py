@@ -45,7 +45,9 @@ def build_ours_plain(vocab_size: int, size: Size, context: int, latents: int) ->
 
 
 def predict_ours(model: Any, tokens: Tensor, latents: int, mask: Tensor | None) -> Tensor:
-    return model(tokens, tokens.shape[1] - latents, mask=mask)
+    """As training does it: more latents than the network has are several blocks."""
+    blocks = max(1, latents // model.config.num_latents)
+    return model(tokens, tokens.shape[1] - latents, mask=mask, blocks=blocks)
 
 
 def build_seed(vocab_size: int, size: Size, context: int, latents: int) -> nn.Module:

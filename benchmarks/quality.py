@@ -63,11 +63,13 @@ class Contender:
     grid: tuple[GridPoint, ...]
     size: Size
     latents: int | None
-    """Targets of a window; None: all its tokens."""
+    """Targets of a window, or of each of its blocks; None: all its tokens."""
     rule: OptimConfig
     network: networks.Network
     micro_batch: int | None = None
     """Windows at once; None: all of a step."""
+    blocks: int = 1
+    """Of a window in training."""
 
 
 # Four million weights beside the embeddings. CPUs prefer 128 channels a head (recipes/demo.yaml); the package has 64.
@@ -76,15 +78,15 @@ MUON = OptimConfig()
 ADAMW = OptimConfig(name="adamw", lr=1e-3, weight_decay=0.1, schedule="cosine")
 SCRIPT = OptimConfig(name="adamw", lr=2e-4, betas=(0.9, 0.999), schedule="constant", warmup=0.0, grad_clip=0.5)
 COSINE = replace(SCRIPT, schedule="cosine", warmup=0.02)
-OURS_GRID = (GridPoint(1024, 8), GridPoint(1024, 16), GridPoint(2048, 8), GridPoint(1024, 8, lr=0.5))
+OURS_GRID = (GridPoint(1024, 4), GridPoint(1024, 8), GridPoint(2048, 4), GridPoint(1024, 4, lr=0.5))
 DENSE_GRID = (GridPoint(256, 8), GridPoint(512, 4), GridPoint(1024, 2), GridPoint(2048, 1), GridPoint(512, 2))
 SLIDING_GRID = (GridPoint(1024, 2), GridPoint(2048, 1))
 MUON_GRID, ADAMW_GRID = (*DENSE_GRID, GridPoint(512, 4, lr=0.5)), (*DENSE_GRID, GridPoint(512, 4, lr=3.0))
 SEED_GRID, SCRIPT_GRID = (GridPoint(1024, 8), GridPoint(1024, 8, lr=5.0)), (GridPoint(4096, 16),)
 
 CONTENDERS = {
-    "ours": Contender(OURS_GRID, OURS, 128, MUON, networks.OURS),
-    "ours_plain": Contender(OURS_GRID, OURS, 128, MUON, networks.OURS_PLAIN),
+    "ours": Contender(OURS_GRID, OURS, 128, MUON, networks.OURS, blocks=4),
+    "ours_plain": Contender(OURS_GRID, OURS, 128, MUON, networks.OURS_PLAIN, blocks=4),
     "dense_muon": Contender(MUON_GRID, OURS, None, MUON, networks.DENSE),
     "dense_adamw": Contender(ADAMW_GRID, OURS, None, ADAMW, networks.DENSE),
     "dense_sliding": Contender(SLIDING_GRID, OURS, None, MUON, networks.SLIDING),
@@ -143,7 +145,8 @@ def run_job(job: Job, setting: Setting, folder: Path) -> Record:
     torch.manual_seed(job.seed)
     size = TINY if setting.rehearse else contender.size
     model = contender.network.build(codec.vocab_size, size, context, latents).to(DEVICE)
-    windows = Windows(TokenFile.open(folder / "train"), context, latents, job.seed, augment=codec.augment)
+    targets = contender.blocks * latents
+    windows = Windows(TokenFile.open(folder / "train"), context, targets, job.seed, augment=codec.augment)
     trained = train(contender, model, windows, job, setting)
     contexts = [2**i for i in range(6, 20) if 2**i < context and contender.network.shorter]
     nats = score(contender, model.eval(), segments, context, latents, setting)
@@ -237,7 +240,7 @@ def unfinished(records: list[Record], corpora: list[str], names: list[str], args
     done = {Job.of(record) for record in records}
     pairs = [(corpus, name) for corpus in corpora for name in names]
     first, *others = sorted(args.seeds)
-    grids = {name: contender.grid[:1] if args.rehearse else contender.grid for name, contender in CONTENDERS.items()}
+    grids = {name: contender.grid[: 1 if args.rehearse else args.points] for name, contender in CONTENDERS.items()}
     jobs = [Job(*pair, point, first) for pair in pairs for point in grids[pair[1]]]
     if done.issuperset(jobs):
         best = best_runs(records)
@@ -388,6 +391,7 @@ def main() -> None:
     parser.add_argument("--bpe", type=int, help="size of a tokenizer for text; default: bytes")
     parser.add_argument("--minutes", type=float, default=20.0, help="training time of each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="the grid takes the lowest")
+    parser.add_argument("--points", type=int, help="try only so many points of each grid, the first ones")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--precision", choices=("auto", "32", "bf16"), default="auto", help="auto: the faster one")

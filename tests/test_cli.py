@@ -1047,11 +1047,13 @@ def test_weights_of_another_network_are_refused(run: Path, capsys: pytest.Captur
     assert_refused(capsys, "info", run, says="'gpt2'")
 
 
-def test_a_run_from_before_local_context_is_resumed_without_it(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_from_before_local_context_and_blocks_is_resumed_without_them(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert main(["train", str(corpus), "--out", str(run), *SMALL, "--max_steps=2", "--model.local_context=1"]) == 0
+    old = ["--model.local_context=1", "--trainer.blocks=1"]
+    assert main(["train", str(corpus), "--out", str(run), *SMALL, "--max_steps=2", *old]) == 0
     for file in (run / "recipe.yaml", run / "config.json"):
         lines = file.read_text().splitlines(keepends=True)
-        file.write_text("".join(line for line in lines if "local_context" not in line))
+        file.write_text("".join(line for line in lines if "local_context" not in line and "blocks" not in line))
     assert main(["train", "--out", str(run), "--resume", "--max_steps=4"]) == 0
     assert Run(run).recipe().model.local_context == Run(run).model().config.local_context == 1
+    assert Run(run).recipe().blocks == 1

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -350,15 +351,31 @@ def test_what_is_no_duration_is_refused_with_an_example(text: str) -> None:
     assert repr(text) in refusal(parse_duration, text, "max_time")
 
 
+@pytest.mark.parametrize(
+    ("model", "blocks"),
+    [
+        ({"context_length": 1024, "num_latents": 128}, 4),
+        ({"context_length": 1024, "num_latents": 256}, 2),
+        ({"context_length": 1024, "num_latents": 1024}, 1),
+        ({"context_length": 1024, "num_latents": 128, "prefix_dropout": 0.1}, 1),
+        ({"context_length": 1024, "num_latents": 128, "positions_from_end": True}, 1),
+    ],
+)
+def test_windows_have_four_blocks_where_there_is_room_for_them(model: dict[str, Any], blocks: int) -> None:
+    recipe = Recipe(out="x", model=PerceiverARConfig(**model))
+    assert recipe.blocks == blocks and recipe.window_latents == blocks * model["num_latents"]
+    assert replace(recipe, trainer=TrainerConfig(blocks=3)).blocks == 3
+
+
 def test_a_file_that_does_not_name_the_local_context_is_of_a_network_without(tmp_path: Path) -> None:
     config = PerceiverARConfig(dim=64, local_context=1)
     settings = json.loads(config.to_json())
     del settings["local_context"]
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert PerceiverARConfig.load(tmp_path) == config
-    run, recipe = Run(tmp_path), Recipe(out="x", model=config)
+    run, recipe = Run(tmp_path), Recipe(out="x", model=config, trainer=TrainerConfig(blocks=1))
     run.write_recipe(recipe)
     written = yaml.safe_load(run.recipe_file.read_text())
-    del written["model"]["local_context"]
+    del written["model"]["local_context"], written["trainer"]["blocks"]
     run.recipe_file.write_text(yaml.safe_dump(written))
     assert run.recipe() == recipe

@@ -112,6 +112,12 @@ def test_context_bytes_are_those_of_the_keys_and_values(name: str) -> None:
     assert costs(config).context_bytes == costs(NAMED[name]).context_bytes == sum(sizes)
 
 
+def test_blocks_cost_what_they_cost_together_but_for_attention_to_other_blocks() -> None:
+    one, four = (costs(SIZES, context=100, latents=40, blocks=blocks) for blocks in (1, 4))
+    width = SIZES.num_heads * SIZES.width_head
+    assert one.forward_flops - four.forward_flops == SIZES.num_layers * 4 * width * 40 * 40 / 2 * (1 - 1 / 4)
+
+
 def test_longer_contexts_cost_the_cross_attention_only() -> None:
     width, dim = 16, 16
     for config, projection in ((SIZES, 4 * dim * width), (SIZES.replace(position_table="learned"), 8 * dim * width)):
@@ -124,7 +130,8 @@ def test_longer_contexts_cost_the_cross_attention_only() -> None:
 
 
 def test_latents_per_position_keep_as_much_as_so_many_windows_but_for_the_logits() -> None:
-    recipes = [Recipe(out="x", model=SIZES.replace(latents_per_position=K, vocab_size=999)) for K in (1, 3)]
+    model, trainer = SIZES.replace(vocab_size=999), TrainerConfig(blocks=1)
+    recipes = [Recipe(out="x", model=model.replace(latents_per_position=K), trainer=trainer) for K in (1, 3)]
     (one, one_more), (three, three_more) = ([training_bytes(recipe, 0, B) for B in (1, 2)] for recipe in recipes)
     logits = 4 * 3 * SIZES.num_latents * 999
     assert one_more - one > logits
@@ -140,7 +147,7 @@ from perceiver_ar.optim import make_optimizer
 def peak():
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 
-def train(config, windows, bf16, checkpointing):
+def train(config, windows, bf16, checkpointing, blocks):
     model = PerceiverAR(config)
     model.activation_checkpointing = checkpointing
     optimizer = make_optimizer(model, OptimConfig())
@@ -148,16 +155,17 @@ def train(config, windows, bf16, checkpointing):
     for _ in range(2):
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(tokens[:, :-1], config.context_length - config.num_latents)
-            loss = next_token_loss(logits, tokens[:, -config.num_latents :])
+            latents = blocks * config.num_latents
+            logits = model(tokens[:, :-1], config.context_length - latents, blocks=blocks)
+            loss = next_token_loss(logits, tokens[:, -latents:])
         loss.backward()
         optimizer.step()
     return model.num_parameters()
 
-train(PerceiverARConfig(context_length=32, num_latents=8, dim=32, num_layers=1, num_heads=2), 1, False, False)
+train(PerceiverARConfig(context_length=32, num_latents=8, dim=32, num_layers=1, num_heads=2), 1, False, False, 1)
 before = peak()
-settings, windows, bf16, checkpointing = json.loads(sys.argv[1])
-print(train(PerceiverARConfig(**settings), windows, bf16, checkpointing), peak() - before)
+settings, *how = json.loads(sys.argv[1])
+print(train(PerceiverARConfig(**settings), *how), peak() - before)
 """
 SIZED = {
     "many layers": ({"context_length": 512, "num_latents": 256, "dim": 256, "num_layers": 6}, 6, "32", False),
@@ -177,6 +185,9 @@ SIZED = {
     "no local context": (
         {"context_length": 8192, "num_latents": 128, "dim": 128, "num_layers": 2, "local_context": 1}, 6, "32", False
     ),
+    "blocks": (
+        {"context_length": 2048, "num_latents": 128, "dim": 256, "num_layers": 4}, 2, "32", False, 4
+    ),
     "many parameters": ({"context_length": 256, "num_latents": 128, "dim": 512, "num_layers": 8}, 1, "32", False),
 }  # fmt: skip
 
@@ -185,13 +196,15 @@ SIZED = {
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if i != 1 else name
                                   for i, name in enumerate(SIZED)])  # fmt: skip
 def test_the_memory_of_training_is_estimated_within_a_fifth(name: str) -> None:
-    sizes, windows, precision, checkpointing = SIZED[name]
+    sizes, windows, precision, checkpointing, *more = SIZED[name]
+    blocks = more[0] if more else 1
     settings: dict[str, Any] = {"prefix_chunk": 0, "num_heads": 4, **sizes}
     trainer: Any = {"batch_size": windows, "precision": precision, "activation_checkpointing": checkpointing}
+    trainer["blocks"] = blocks
     recipe = Recipe(out="x", model=PerceiverARConfig(**settings), trainer=TrainerConfig(**trainer))
     # Small blocks are given back at once, so that what the process holds is what torch has allocated.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "100000"}
-    argument = json.dumps([settings, windows, precision == "bf16", checkpointing])
+    argument = json.dumps([settings, windows, precision == "bf16", checkpointing, blocks])
     result = subprocess.run([sys.executable, "-c", PEAK, argument], capture_output=True, text=True, env=environment)
     parameters, seen = map(int, result.stdout.split())
     assert training_bytes(recipe, parameters) == pytest.approx(seen, rel=0.2)

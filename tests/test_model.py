@@ -85,6 +85,50 @@ def test_with_masks_positions_and_kept_prefixes_too(case: Case, device: str, dat
     assert_close(actual[real], expected[real], 1e-8)  # positions go to a million
 
 
+@settings(max_examples=150)
+@given(case=cases(), data=st.data())
+def test_blocks_of_latents_are_forwards_of_their_own(case: Case, data: st.DataObject) -> None:
+    model, tokens, P = case
+    (B, T), config = tokens.shape, model.config
+    N, layers = T - P, len(config.cross_layers)
+    blocks = data.draw(st.sampled_from([n for n in range(1, N + 1) if N % n == 0]), label="blocks")
+    if blocks > 1 and not config.blocks_allowed:
+        with pytest.raises(InputError, match=f"blocks is {blocks}"):
+            model(tokens, P, blocks=blocks)
+        return
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+    mask = positions = keep = None
+    if data.draw(st.booleans(), label="mask"):
+        mask = torch.rand(B, T, generator=generator) < 0.7
+    if data.draw(st.booleans(), label="positions"):
+        positions = torch.randint(config.max_positions or 10**6, (B, T), generator=generator)
+    if P and data.draw(st.booleans(), label="keep"):
+        keep = torch.rand(layers, B, P, generator=generator).argsort(-1)[..., : data.draw(st.integers(0, P))]
+
+    def alone(start: int, stop: int) -> Tensor:
+        before = torch.arange(P, start).expand(layers, B, -1)
+        kept = None if keep is None else torch.cat([keep, before], dim=-1)
+        some = {name: x if x is None else x[:, :stop] for name, x in {"mask": mask, "positions": positions}.items()}
+        return model(tokens[:, :stop], start, prefix_keep=kept, **some)
+
+    expected = torch.cat([alone(start, start + N // blocks) for start in range(P, T, N // blocks)], dim=1)
+    logits = model(tokens, P, mask=mask, positions=positions, prefix_keep=keep, blocks=blocks)
+    real = torch.ones(B, N, dtype=torch.bool) if mask is None else mask[:, P:]
+    assert_close(logits[real], expected[real], 1e-8)  # positions go to a million
+    weight = torch.linspace(1, 2, N * config.vocab_size, dtype=torch.float64).reshape(N, -1)
+    losses = ((x * weight)[real].sum() for x in (logits, expected))
+    if logits.requires_grad and real.any():
+        actual, wanted = (gradients(model, loss) for loss in losses)
+        for name, gradient in wanted.items():
+            assert_close(actual[name], gradient, 1e-7, name)
+
+
+def test_blocks_that_do_not_divide_the_latents_are_named() -> None:
+    model = small()
+    with pytest.raises(InputError, match="blocks is 2 with 5 latents"):
+        model(random_tokens(model, 1, 12), 7, blocks=2)
+
+
 ONE_SETTING = [
     {"norm": "rmsnorm"},
     {"qk_norm": False},

@@ -490,6 +490,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "modality": {"modality": "bytes"},
     "paths": {"paths": ("elsewhere",)},
     "trainer.batch_size": {"trainer": replace(TRAINER, batch_size=8)},
+    "trainer.blocks": {"trainer": replace(TRAINER, blocks=3)},
     "trainer.short_prefix": {"trainer": replace(TRAINER, short_prefix=0.25)},
     "trainer.prefix_growth": {"trainer": replace(TRAINER, prefix_growth=0.25)},
 }
@@ -549,22 +550,34 @@ def test_any_integer_is_a_seed(recipe: Recipe, seed: int) -> None:
     assert train(replace(recipe, seed=seed, max_steps=1))["steps"] == 1
 
 
-@pytest.mark.parametrize(("ema", "more"), [(0.0, {}), (0.5, {}), (0.0, {"label_smoothing": 0.1, "z_loss": 1e-3})])
-def test_training_is_this_plain_loop(recipe: Recipe, ema: float, more: dict[str, Any]) -> None:
-    recipe = replace(recipe, model=DROPPING, seed=5, trainer=replace(TRAINER, short_prefix=0.0))
+@pytest.mark.parametrize(
+    ("model", "blocks", "ema", "more"),
+    [
+        (DROPPING, 1, 0.0, {}),
+        (DROPPING, 1, 0.5, {}),
+        (DROPPING, 1, 0.0, {"label_smoothing": 0.1, "z_loss": 1e-3}),
+        (MODEL, 2, 0.0, {}),
+    ],
+)
+def test_training_is_this_plain_loop(
+    recipe: Recipe, model: PerceiverARConfig, blocks: int, ema: float, more: dict[str, Any]
+) -> None:
+    recipe = replace(recipe, model=model, seed=5, trainer=replace(TRAINER, short_prefix=0.0))
+    assert recipe.blocks == blocks
     recipe = replace(recipe, optim=OptimConfig(ema=ema, **more))
     summary = train(recipe)
     torch.manual_seed(5)
-    model = PerceiverAR(recipe.model)
+    model, N = PerceiverAR(recipe.model), 8 * blocks
     mean = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = make_optimizer(model, recipe.optim)
-    windows = Windows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, 8, seed=5)
+    windows = Windows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, N, seed=5)
     for step in range(12):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor(recipe.optim, (step + 0.5) / 12)
         batch = windows.batch(4 * step, 4)
         torch.manual_seed(5 * 1_000_003 + step)
-        loss = next_token_loss(model(batch["tokens"], 24, mask=batch.get("mask")), batch["labels"], **more)
+        logits = model(batch["tokens"], 32 - N, mask=batch.get("mask"), blocks=blocks)
+        loss = next_token_loss(logits, batch["labels"], **more)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.grad_clip)
@@ -579,6 +592,15 @@ def test_training_is_this_plain_loop(recipe: Recipe, ema: float, more: dict[str,
     held_out = TokenFile.open(Path(recipe.out) / "tokens" / "validation").tokens
     plain = evaluate(PerceiverAR.from_pretrained(recipe.out), held_out, max_tokens=10 * TRAINER.evaluation_tokens)
     assert summary["nats_per_token"] == plain.nats_per_token
+
+
+def test_blocks_that_cannot_be_are_refused_before_anything_is_made(recipe: Recipe) -> None:
+    too_many = replace(recipe, trainer=replace(TRAINER, blocks=5))
+    with pytest.raises(InputError, match=r"trainer\.blocks is 5, with 8 latents each more than context_length 32"):
+        train(too_many)
+    with pytest.raises(InputError, match=r"trainer\.blocks is 2, which this network cannot have"):
+        train(replace(recipe, model=MODEL.replace(positions_from_end=True), trainer=replace(TRAINER, blocks=2)))
+    assert not Path(recipe.out).exists() or not list(Path(recipe.out).iterdir())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -604,9 +626,9 @@ def test_tokens_seen_are_the_targets_of_all_windows_also_over_a_resumption(recip
     recipe = replace(recipe, trainer=replace(TRAINER, batch_size=60, micro_batch_size=20))
     train(replace(recipe, max_steps=5))
     summary = train(recipe, resume=True)
-    windows = Windows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, 8, recipe.seed)
+    windows = Windows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, recipe.window_latents, recipe.seed)
     targets = int((windows.batch(0, 12 * 60)["labels"] != IGNORE).sum())
-    assert summary["tokens_seen"] == targets < 12 * 60 * 8  # windows at the ends of a pass have fewer than 8
+    assert summary["tokens_seen"] == targets < 12 * 60 * recipe.window_latents  # fewer at the ends of a pass
     assert int(metrics(recipe.out)[-1]["tokens"]) == targets
 
 

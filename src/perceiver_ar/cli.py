@@ -230,7 +230,8 @@ def train_verb(argv: list[str]) -> None:
             raise InputError("--resume goes on with the same model, so --preset changes nothing: leave it out")
         run = Run.open(out)
         run.recipe()  # says clearly what is wrong with it, if anything is
-        parser.set_defaults({f"model.{name}": value for name, value in BEFORE.items()})
+        before = {f"{group}.{name}": value for group, values in BEFORE.items() for name, value in values.items()}
+        parser.set_defaults(before)
         argv = ["--config", str(run.recipe_file), *argv]
         from_files |= run.recipe_dict()
     elif (config_file := option_value(argv, "--config")) and Path(config_file).is_file():
@@ -825,7 +826,8 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
     yield "self_attention_layers", config.num_layers
     yield "cross_attention_layers", len(config.cross_layers)
     yield "dim", config.dim
-    window = costs(config)
+    latents = config.num_latents if recipe is None else recipe.window_latents
+    window = costs(config, latents=latents, blocks=latents // config.num_latents)
     yield "forward_gigaflops_per_window", window.forward_flops / 1e9
     if recipe is not None:
         yield "windows_per_step", recipe.trainer.batch_size

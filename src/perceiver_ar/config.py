@@ -19,8 +19,8 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 from perceiver_ar.errors import InputError, require
 
 MODEL_TYPE = "perceiver_ar"
-BEFORE: dict[str, Any] = {"local_context": 1}
-"""Values of settings that a config.json or recipe.yaml of older runs does not name."""
+BEFORE: dict[str, dict[str, Any]] = {"model": {"local_context": 1}, "trainer": {"blocks": 1}}
+"""Values of settings, by group, that a config.json or recipe.yaml of older runs does not name."""
 
 
 @dataclass(frozen=True)
@@ -260,6 +260,12 @@ class PerceiverARConfig:
         positions from the end or one learned query each; nor, because nobody needed it, with several per position."""
         return not self.positions_from_end and self.learned_queries != "each" and self.latents_per_position == 1
 
+    @property
+    def blocks_allowed(self) -> bool:
+        """Whether a forward can have several blocks of latents: not where a token's key depends on whether it is a
+        latent, or a latent on what follows."""
+        return self.cacheable and self.latent_keys == "context"
+
     @classmethod
     def preset(cls, name: str, **settings: Any) -> Self:
         """The combination called `name` in `PRESETS`, with `settings` on top.
@@ -324,7 +330,7 @@ class PerceiverARConfig:
             raise InputError(f"{file} is damaged ({error}): restore it, or train again") from None
         if not isinstance(settings, dict):
             raise InputError(f"{file} is damaged (not a JSON object): restore it, or train again")
-        return cls.from_dict(BEFORE | settings, where=str(file))
+        return cls.from_dict(BEFORE["model"] | settings, where=str(file))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -508,8 +514,12 @@ class OptimConfig:
 class TrainerConfig:
     """How the run goes through its steps."""
 
-    batch_size: int = 8
+    batch_size: int = 4
     """Windows per optimizer step."""
+    blocks: int | None = None
+    """How many times num_latents targets each window has, one block behind the other. They share the text before, whose
+    keys and values are made once, so a step learns from more tokens in less time; but fewer texts are in it.
+    None: 4, or as many as half of the context holds; 1 with prefix dropout, and where a network allows no more."""
     micro_batch_size: int | None = None
     """Windows per forward pass on each device; less than its share of batch_size accumulates gradients in less memory.
     None: all its share."""
@@ -549,7 +559,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "trainer.")
-        for name in ("batch_size", "micro_batch_size", "devices", "prefix_ranks"):
+        for name in ("batch_size", "blocks", "micro_batch_size", "devices", "prefix_ranks"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"trainer.{name} is {value}: it must be at least 1")
         require(
@@ -634,6 +644,20 @@ class Recipe:
             parse_duration(self.max_time, "max_time")
         elif self.max_steps is None:
             object.__setattr__(self, "max_time", "10m")
+
+    @property
+    def blocks(self) -> int:
+        """trainer.blocks with its default filled in."""
+        if self.trainer.blocks is not None:
+            return self.trainer.blocks
+        if self.model.prefix_dropout > 0 or not self.model.blocks_allowed:
+            return 1
+        return max(1, min(4, self.model.context_length // (2 * self.model.num_latents)))
+
+    @property
+    def window_latents(self) -> int:
+        """Latents of a training window, in all its blocks."""
+        return self.blocks * self.model.num_latents
 
     @property
     def max_seconds(self) -> float | None:

@@ -21,12 +21,12 @@ class Costs:
     """Float32 bytes of the cross-attention's keys and values."""
 
 
-def costs(config: PerceiverARConfig, context: int | None = None, latents: int | None = None) -> Costs:
+def costs(config: PerceiverARConfig, context: int | None = None, latents: int | None = None, blocks: int = 1) -> Costs:
     """Costs of one window alone; by default of the whole context with all latents.
 
     forward = 2 N V D                                                     logits
             + per cross layer  2 (2 N D W + 2 N D F) + 4 R E W + 4 W (N P + N^2 / 2)
-            + per self layer   2 (3 N D W + N W D + 2 N D F)   + 4 W (N^2 / 2)
+            + per self layer   2 (3 N D W + N W D + 2 N D F)   + 4 W (N^2 / 2) / blocks
 
     with T context, N latents, P = T - N, D dim, E embedding width, W heads times channels, F hidden, V vocabulary, and
     R = T embeddings that are projected; with local context T + 2, because the one before the prefix and the one before
@@ -44,7 +44,7 @@ def costs(config: PerceiverARConfig, context: int | None = None, latents: int | 
     layers = len(config.cross_layers)
     context_bytes = layers * 4 * 2 * T * W
     W, F = config.num_heads * config.width_head, int(config.mlp_ratio * D)
-    own = 2 * (3 * N * D * W + N * W * D + 2 * N * D * F) + 4 * W * N * N / 2
+    own = 2 * (3 * N * D * W + N * W * D + 2 * N * D * F) + 4 * W * N * N / 2 / blocks
     own += 4 * W * N * N / 2 * (K - 1)  # each latent sees all of its position
     query = (2 * N * E * D if config.query_proj else 0) + config.query_mlp_layers * 2 * N * D * D
     forward = 2 * N * config.vocab_size * D + K * (query + layers * cross + config.num_layers * own)
@@ -76,7 +76,7 @@ def training_bytes(
     """
     config = recipe.model
     B, K = recipe.trainer.micro_batch if windows is None else windows, config.latents_per_position
-    N, D, E = config.num_latents, config.dim, config.width_embed
+    N, D, E = recipe.window_latents, config.dim, config.width_embed
     P = (config.context_length - N) * (1 - config.prefix_dropout) / recipe.trainer.prefix_ranks
     P = min(P, (config.prefix_chunk if prefix_chunk is None else prefix_chunk) or P)
     W, F = config.heads_cross * config.width_head_cross, int((config.cross_mlp_ratio or config.mlp_ratio) * D)

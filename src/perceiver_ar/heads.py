@@ -25,6 +25,16 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def split_blocks(x: Tensor, blocks: int) -> Tensor:
+    """(B, H, blocks * N, C) -> (B * blocks, H, N, C)"""
+    return x.unflatten(2, (blocks, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def merge_blocks(x: Tensor, blocks: int) -> Tensor:
+    """(B * blocks, H, N, C) -> (B, H, blocks * N, C)"""
+    return x.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)
+
+
 def split_keys_values(kv: Tensor, K: int, rotary: Rotary | None, config: PerceiverARConfig) -> tuple[Tensor, Tensor]:
     """The fused projection of K context tokens -> keys in their places and values, each (B, H, K, C).
 

@@ -35,9 +35,11 @@ from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path, write_text
 from perceiver_ar.heads import (
     Rotary,
+    merge_blocks,
     merge_heads,
     place,
     rotary_tables,
+    split_blocks,
     split_heads,
     split_keys_values,
 )
@@ -107,6 +109,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         prefix_keep: Tensor | None = None,
+        blocks: int = 1,
     ) -> Tensor:
         """Logits (B, N, V) of the tokens that follow each of the last N = T - prefix_len positions.
 
@@ -122,11 +125,15 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
                 None: 0 ... T - 1, less the padding before a token.
             prefix_keep: (B, K) or (cross layers, B, K) indices below prefix_len, distinct within a row: the prefix
                 tokens that survive prefix dropout. None: drawn at `config.prefix_dropout` in training, else all.
+            blocks: the latents are so many blocks of N / blocks, one behind the other, and self-attention stays within
+                a block. So the logits are those of `blocks` forwards, each over the tokens up to the end of its block
+                with that block as latents; but the context is embedded and its keys and values are made only once.
 
         Raises:
             InputError: shapes or lengths that do not fit together; the message has the numbers.
         """
-        return self.head(self.latents(tokens, prefix_len, mask=mask, positions=positions, prefix_keep=prefix_keep))
+        inputs = {"mask": mask, "positions": positions, "prefix_keep": prefix_keep, "blocks": blocks}
+        return self.head(self.latents(tokens, prefix_len, **inputs))
 
     def latents(
         self,
@@ -136,6 +143,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         prefix_keep: Tensor | None = None,
+        blocks: int = 1,
         cache: Cache | None = None,
     ) -> Tensor:
         """The final latents (B, N, D) that `forward` turns into logits; same arguments.
@@ -146,7 +154,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         """
         config = self.config
         if cache is None:
-            P = self.check(tokens, prefix_len, mask, prefix_keep)
+            P = self.check(tokens, prefix_len, mask, prefix_keep, blocks)
             positions = self.positions(tokens, mask, positions)
             if config.latents_per_position > 1:  # several latents of a position are rows of the batch, side by side
                 tokens, positions, mask, prefix_keep = self.repeat_rows(tokens, positions, mask, prefix_keep)
@@ -176,7 +184,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
             if i < config.num_layers:
                 rotary = self_rotary if config.rotary_layers is None or i < config.rotary_layers else None
                 past = None if cache is None else partial(cache.own.update, layer_idx=i)
-                u = self.apply_layer(self.self_attention[i], u, rotary, self_mask, past)
+                u = self.apply_layer(self.self_attention[i], u, rotary, self_mask, past, blocks)
         u = self.norm(u)
         return u if config.latents_per_position == 1 else u.unflatten(0, (-1, config.latents_per_position)).mean(1)
 
@@ -202,7 +210,9 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         positions = [cast(nn.Embedding, table).weight for table in self.position_embed]
         return Tables(self.embed.weight, self.local_conv, positions)
 
-    def check(self, tokens: Tensor, prefix_len: int | None, mask: Tensor | None, prefix_keep: Tensor | None) -> int:
+    def check(
+        self, tokens: Tensor, prefix_len: int | None, mask: Tensor | None, prefix_keep: Tensor | None, blocks: int
+    ) -> int:
         """The prefix length to use. Raises InputError where tokens, prefix length and masks do not fit together."""
         if not isinstance(tokens, Tensor):
             raise InputError(
@@ -231,6 +241,13 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         P = max(0, T - self.config.num_latents) if prefix_len is None else prefix_len
         if not 0 <= P < T:
             raise InputError(f"prefix_len is {P} with {T} tokens: it must be in 0 ... {T - 1}")
+        if blocks < 1 or (T - P) % blocks:
+            raise InputError(f"blocks is {blocks} with {T - P} latents: it must divide them")
+        if blocks > 1 and not self.config.blocks_allowed:
+            raise InputError(
+                f"blocks is {blocks}: with latent_keys query, positions_from_end, learned_queries each or "
+                "latents_per_position a block's forward is another one, so give each block alone"
+            )
         eager, V = not torch.compiler.is_compiling(), self.config.vocab_size
         comparable = tokens.dtype not in (torch.uint16, torch.uint32, torch.uint64)
         # Where looking costs no wait for a GPU, and there are numbers (fake tensors have none).
@@ -495,15 +512,24 @@ class SelfLayer(nn.Module):
         self.out_proj = nn.Linear(width, config.dim, bias=config.out_bias == "all")
         self.mlp = MLP(config, config.mlp_ratio)
 
-    def forward(self, u: Tensor, rotary: Rotary | None, mask: Tensor | None, past: Past | None = None) -> Tensor:
-        """u (B, N, D) -> (B, N, D); mask (B, N), True where a latent is a real token; `past`: latents before these."""
+    def forward(
+        self, u: Tensor, rotary: Rotary | None, mask: Tensor | None, past: Past | None = None, blocks: int = 1
+    ) -> Tensor:
+        """u (B, N, D) -> (B, N, D); mask (B, N), True where a latent is a real token; `past`: latents before these.
+
+        Of several `blocks` (see `PerceiverAR.forward`) each is for itself.
+        """
         qkv = self.qkv_proj(self.norm(u)).unflatten(-1, (3, self.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = place(qkv[:2], rotary, self.config)
         v = qkv[2]
+        if blocks > 1:
+            q, k, v = (split_blocks(x, blocks) for x in (q, k, v))
+            mask = None if mask is None else mask.reshape(-1, mask.shape[1] // blocks)
         pieces = [Piece(k, v, causal=True, mask=mask)] if past is None else past(k, v)
         if self.config.latents_per_position > 1:
             pieces = side_by_side(pieces[0], self.config.latents_per_position)
-        u = u + self.out_proj(merge_heads(attend(q, pieces)))
+        out = attend(q, pieces)
+        u = u + self.out_proj(merge_heads(merge_blocks(out, blocks) if blocks > 1 else out))
         return u + self.mlp(u)
 
 

@@ -70,8 +70,9 @@ class Run:
             raise InputError(f"{self.recipe_file} is damaged (not YAML): restore it, or train again") from None
         if not isinstance(settings, dict):
             raise InputError(f"{self.recipe_file} is damaged (not a mapping): restore it, or train again")
-        if isinstance(settings.get("model"), dict):
-            settings["model"] = BEFORE | settings["model"]
+        for group, before in BEFORE.items():
+            if isinstance(settings.get(group), dict):
+                settings[group] = before | settings[group]
         return settings
 
     def write_recipe(self, recipe: Recipe) -> None:

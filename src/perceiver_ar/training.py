@@ -203,10 +203,20 @@ def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> Windows:
         recipe.trainer.prefix_growth == 0 or codec.document_length is None,
         "trainer.prefix_growth cannot be had with pictures, whose prefixes are never cut: leave it out",
     )
+    model, blocks = recipe.model, recipe.blocks
+    require(
+        recipe.window_latents <= model.context_length,
+        f"trainer.blocks is {blocks}, with {model.num_latents} latents each more than context_length "
+        f"{model.context_length}: lower it",
+    )
+    require(
+        blocks == 1 or model.blocks_allowed,
+        f"trainer.blocks is {blocks}, which this network cannot have (see PerceiverAR.forward): leave it out",
+    )
     return Windows(
         tokens,
-        recipe.model.context_length,
-        recipe.model.num_latents,
+        model.context_length,
+        recipe.window_latents,
         recipe.seed,
         document_length=codec.document_length,
         augment=codec.augment if recipe.data.augment else None,
@@ -282,7 +292,7 @@ def check_resumable(run: Run, recipe: Recipe) -> Recipe:
     if (run.path / "codec.json").exists():
         recipe = replace(recipe, model=load_codec(run.path).fit(recipe.model))
     fixed = ("paths", "modality", "seed", "model", "data", "optim")
-    fixed += ("trainer.batch_size", "trainer.short_prefix", "trainer.prefix_growth")
+    fixed += ("trainer.batch_size", "trainer.blocks", "trainer.short_prefix", "trainer.prefix_growth")
     was, now = flat(before.to_dict()), flat(recipe.to_dict())
     changed = [name for name in was if name.startswith(fixed) and was[name] != now[name]]
     if changed:
@@ -524,6 +534,7 @@ class PerceiverARModule(pl.LightningModule):
     def forward_loss(self, batch: dict[str, Any]) -> Tensor:
         tokens, labels, rule = batch["tokens"], batch["labels"], self.recipe.optim
         inputs = {"prefix_len": tokens.shape[1] - labels.shape[1], "mask": batch.get("mask")}
+        inputs["blocks"] = labels.shape[1] // self.model.config.num_latents
         self.model.prefix_group = self.prefix_group
         try:
             if self.large_vocabulary(labels.numel()):
@@ -613,7 +624,7 @@ class PerceiverARModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.seconds_before, self.first_window = checkpoint["seconds"], checkpoint["windows"]
-        self.tokens_seen = checkpoint.get("tokens_seen", self.first_window * self.recipe.model.num_latents)
+        self.tokens_seen = checkpoint.get("tokens_seen", self.first_window * self.recipe.window_latents)
         self.skipped = checkpoint["skipped"]
         self.norms = list(checkpoint["norms"])
         self.mean = checkpoint.get("mean", {})
@@ -676,7 +687,7 @@ class Batches:
             quarters = min(quarters, int(5 * self.module.progress(step) / growth))
         if quarters == 4 or self.windows.document_length is not None:
             return batch
-        prefix_len = recipe.model.context_length - recipe.model.num_latents
+        prefix_len = self.windows.context_length - self.windows.num_latents
         cut = prefix_len - quarters * prefix_len // 4
         return {name: x if name == "labels" else x[:, cut:] for name, x in batch.items()}
 
@@ -1175,6 +1186,7 @@ def windows_text(recipe: Recipe) -> str:
     model = recipe.model
     return (
         f"context {model.context_length:,}, {model.num_latents:,} latents, {recipe.trainer.batch_size} windows a step"
+        + (f" of {recipe.blocks} blocks" if recipe.blocks > 1 else "")
     )
 
 

@@ -71,7 +71,8 @@ def out_of_memory(recipe: Recipe, parameters: int, device: str) -> str:
         less = gigabytes(expected_bytes(recipe, parameters, device, half))
         remedy = f"set trainer.micro_batch_size to {half} (about {less}), or use --find_batch"
     elif not recipe.trainer.activation_checkpointing:
-        remedy = "set trainer.activation_checkpointing, or lower model.context_length or model.num_latents"
+        lower = "lower trainer.blocks" if recipe.blocks > 1 else "lower model.context_length or model.num_latents"
+        remedy = f"set trainer.activation_checkpointing, or {lower}"
     else:
         remedy = "lower model.context_length, model.num_latents or model.dim"
     return f"out of memory: {needed}; {remedy}, then --resume or start again"

@@ -59,7 +59,7 @@ class PerceiverARModelConfig(PreTrainedConfig):
             require(theirs not in kwargs, f"{theirs} is {kwargs.get(theirs)!r}: the network's setting is {ours}")
         changed = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         where = str(kwargs.get("name_or_path", "config.json"))
-        network = PerceiverARConfig.from_dict(BEFORE | config_dict, where=where).replace(**changed)
+        network = PerceiverARConfig.from_dict(BEFORE["model"] | config_dict, where=where).replace(**changed)
         others = {name: value for name, value in config_dict.items() if name not in {"model_type", *names}}
         return super().from_dict({"network": network, **others}, **kwargs)
 
