@@ -307,8 +307,8 @@ def decode_utf8(chunks: Iterable[bytes], where: str, allow_nul: bool = True) -> 
     decode(b"", final=True)
 
 
-def text_only(chunks: Iterable[bytes], where: str) -> Iterator[bytes]:
-    """The content of a file as it is, if it can be text: nothing with NUL or one of the signatures of `NO_TEXT`.
+def text_only(chunks: Iterable[bytes], where: str, allow_nul: bool = False) -> Iterator[bytes]:
+    """The content of a file without a byte order mark, if it can be text: no NUL, no signature of `NO_TEXT`.
 
     Raises `WrongModality`, naming `where`, what the file is and what to do.
     """
@@ -321,9 +321,9 @@ def text_only(chunks: Iterable[bytes], where: str) -> Iterator[bytes]:
     for signature, (kind, remedy) in NO_TEXT.items():
         if re.match(signature, start, re.DOTALL):
             raise WrongModality(f"{where} is {kind}, not UTF-8 text; {remedy}, or use --modality bytes")
-    offset = 0
-    for chunk in chain([start], chunks):
-        if (at := chunk.find(0)) >= 0:
+    offset = start.startswith(codecs.BOM_UTF8) * len(codecs.BOM_UTF8)
+    for chunk in chain([start[offset:]], chunks):
+        if not allow_nul and (at := chunk.find(0)) >= 0:
             raise WrongModality(f"{where} is not UTF-8 text (byte 0x00 at offset {offset + at}); use --modality bytes")
         offset += len(chunk)
         if chunk:
