@@ -119,8 +119,9 @@ def main(argv: list[str] | None = None) -> int:
 def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """The options. Raises InputError for what they cannot be."""
     take_text_as_it_is(parser)
+    refuse_comments(parser, argv)
     try:
-        args = parser.parse_args(list(keep_what_yaml_cuts(parser, argv)))
+        args = parser.parse_args(argv)
     except argparse.ArgumentError as error:
         message = plain(" ".join(str(error).split()), list(parser.get_defaults().keys(branches=True)))
         raise InputError(f"{message}; {parser.prog} --help has all options") from None
@@ -130,30 +131,15 @@ def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
     return args
 
 
-def keep_what_yaml_cuts(parser: ArgumentParser, argv: list[str]) -> Iterator[str]:
-    """The command line with names of files quoted where the parser reads them as YAML, which ends at a #.
-
-    Raises InputError for a number or choice with a #.
-    """
+def refuse_comments(parser: ArgumentParser, argv: list[str]) -> None:
+    """Raises InputError for a number or choice with a #. The parser reads these as YAML, where a comment follows."""
     kinds = {name: getattr(action, "_typehint", None) for action in parser._actions for name in action.option_strings}
-
-    def kept(option: str, value: str) -> str:
-        kind = kinds.get(option)
-        if kind == tuple[str, ...] | str and not value.startswith("["):
-            return json.dumps(value)
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        value, kind = value if equals else following, kinds.get(option)
         plain = get_origin(kind) is Literal or set(get_args(kind) or [kind]) <= {int, float, bool, type(None)}
         if kind is not None and plain and "#" in value:
             raise InputError(f"{option} is {value!r}: give the value without #")
-        return value
-
-    before = ""
-    for word in argv:
-        option, equals, value = word.partition("=")
-        if before in kinds and not word.startswith("--"):
-            yield kept(before, word)
-        else:
-            yield f"{option}={kept(option, value)}" if equals and option in kinds else word
-        before = word
 
 
 def take_text_as_it_is(parser: ArgumentParser) -> None:
