@@ -173,9 +173,7 @@ def test_max_tokens_scores_the_first_ones() -> None:
 
 
 @given(st.integers(2, 57), st.integers(1, 60), strides(12))
-def test_a_spread_sample_is_usual_windows_from_everywhere(
-    n: int, most: int, stride: tuple[int, int, int]
-) -> None:
+def test_a_spread_sample_is_usual_windows_from_everywhere(n: int, most: int, stride: tuple[int, int, int]) -> None:
     T, N, step = stride
     usual = list(windows(n, T, N, step))
     chosen = _spread_windows(n, T, N, step, 1, most)

@@ -541,7 +541,7 @@ class TrainerConfig:
     evaluations: int = 10
     """How many times, evenly spread over the run, to measure and to sample."""
     evaluation_tokens: int = 100_000
-    """Most held-out tokens to score each time; at the end, ten times as many."""
+    """Held-out tokens to score each time, in windows from everywhere; at the end, the first ten times as many."""
     sample_tokens: int = 200
     """Length of the samples, 0: none; the last one of pictures is a whole picture."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
