@@ -165,6 +165,11 @@ WRONG = {
         ["--data.split_on", "--"],
         "--data.split_on has no value; one that begins with a dash needs an equals sign, as in --data.split_on=-x",
     ),
+    "a number with a comment": (["--max_steps", "3 #4"], "--max_steps is '3 #4': give the value without #"),
+    "a fraction with a comment": (["--optim.lr=1e-3 # high"], "--optim.lr is '1e-3 # high'"),
+    "a choice with a comment": (["--trainer.device", "cpu #1"], "--trainer.device is 'cpu #1'"),
+    "a file to hold out with a comment in it": (["--data.validation", "a #1.txt"], "a #1.txt does not exist"),
+    "a run whose name is not UTF-8": (["--out", "r\udce9"], "is not UTF-8 (byte 0xe9): give another --out"),
     "no time at all": (["--max_time", "0s"], "max_time is '0s'"),
     "no steps at all": (["--max_steps", "0"], "max_steps is 0"),
     "an unknown preset": (["--preset", "gpt5"], "gpt5"),
@@ -278,6 +283,82 @@ def test_of_unknown_settings_the_nearest_known_one_is_named(
         (tmp_path / "recipe.yaml").write_text(options[1])
         options = ["--config", str(tmp_path / "recipe.yaml")]
     assert_refused(capsys, "train", corpus, "--out", tmp_path / "run", *options, says=says)
+
+
+@pytest.mark.parametrize(
+    ("variables", "options", "names"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, [], "RANK LOCAL_RANK WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, [], "WORLD_SIZE"),
+        ({"LOCAL_RANK": "0"}, ["--trainer.devices=2"], "LOCAL_RANK"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, [], "SLURM_NTASKS"),
+        ({"SLURM_PROCID": "3"}, [], "SLURM_PROCID"),
+    ],
+)
+def test_variables_of_a_launcher_that_is_not_there_are_named(
+    variables: dict[str, str], options: list[str], names: str, corpus: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(capsys, "train", corpus, "--out", tmp_path / "run", *SMALL, *options, says=f"`unset {names}`")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_variables_of_a_launcher_that_say_one_process_do_not_matter(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "SLURM_NTASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", str(corpus), "--out", str(tmp_path / "run"), *SMALL, "--max_steps=1"]) == 0
+
+
+def test_files_whose_names_are_not_utf8(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, run = tmp_path / "d\udcff", tmp_path / "run"
+    shutil.copytree(corpus, folder)
+    (folder / "2.txt").rename(tmp_path / "held \udce9 # out.txt")
+    monkeypatch.chdir(tmp_path)
+    held_out = ["--data.validation", "held \udce9 # out.txt"]
+    assert main(["train", "d\udcff", "--out", "run", *held_out, *SMALL, "--max_steps=5"]) == 0
+    assert (run / "report.html").exists()
+    assert Run(run).recipe().paths == ("d\udcff",)
+    assert main(["train", "--resume", "--out", "run", "--max_steps=6"]) == 0
+    assert main(["train", "--config", "run/recipe.yaml", "--out", "again", "--max_steps=1"]) == 0
+    assert json.loads((run / "summary.json").read_text())["steps"] == 6
+    process = subprocess.run([sys.executable, "-m", "perceiver_ar", "info", "run"], capture_output=True)
+    assert process.returncode == 0 and b"d\\udcff" in process.stdout
+
+
+def test_a_tilde_is_the_home_directory(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(corpus), "--out=~/run", *SMALL, "--max_steps=2"]) == 0
+    assert main(["train", "--out=~/run", "--resume", "--max_steps=3"]) == 0
+    assert main(["train", "--config=~/run/recipe.yaml", "--out", "~/again", "--max_steps=1"]) == 0
+    assert main(["generate", "~/run", "--prompt_file=~/run/codec.json", "--out=~/text.txt", "--max_new_tokens=3"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "again", "text.txt"}
+
+
+def test_closed_streams_cost_nothing_but_what_they_would_carry(finished: Path, tmp_path: Path) -> None:
+    command = ["generate", finished, "--prompt_file=-", "--max_new_tokens=9", "--out", tmp_path / "text.txt"]
+    closed = ["sh", "-c", 'exec "$@" <&- >&-', "sh", sys.executable, "-m", "perceiver_ar", *command]
+    process = subprocess.run(closed, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 0 and re.fullmatch(r"\d+ tokens in .*\n", process.stderr)
+    assert (tmp_path / "text.txt").exists()
+    closed[2] = 'exec "$@" <&- >&- 2>&-'
+    assert subprocess.run(closed).returncode == 0
+
+
+def test_numbers_in_a_recipe_are_those_of_a_config(run: Path, tmp_path: Path) -> None:
+    for name in "one", "two":
+        shutil.copytree(run, tmp_path / name)
+        text = (run / "recipe.yaml").read_text()
+        assert "muon_lr: 0.02" in text
+        (tmp_path / name / "recipe.yaml").write_text(text.replace("muon_lr: 0.02", "muon_lr: 2e-2"))
+    assert main(["train", "--out", str(tmp_path / "one"), "--resume", "--max_steps=61"]) == 0
+    config = ["--config", str(tmp_path / "two" / "recipe.yaml"), "--max_steps=1"]
+    assert main(["train", *config, "--out", str(tmp_path / "three")]) == 0
+    assert Run(tmp_path / "three").recipe().optim.muon_lr == 0.02
 
 
 def test_train_without_out_is_refused(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

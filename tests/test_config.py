@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import configs
 
@@ -21,6 +21,8 @@ from perceiver_ar.config import (
     PerceiverARConfig,
     Recipe,
     TrainerConfig,
+    dump_yaml,
+    load_yaml,
     parse_duration,
 )
 from perceiver_ar.errors import InputError
@@ -238,6 +240,25 @@ def test_a_recipe_survives_yaml() -> None:
     assert yaml.safe_dump(again.to_dict(), sort_keys=False) == text
     assert isinstance(again.optim.betas, tuple)
     assert isinstance(again.data.validation, tuple)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2e-2", 0.02), ("1e-3", 0.001), ("-1.5E+2", -150.0), (".5", 0.5), ("1_000", 1000), ("0", 0), ("true", True),
+     ("~", None), ("1:30", "1:30"), ("010", "010"), ("2024-01-31", "2024-01-31"), ("1.2.3", "1.2.3")],
+)  # fmt: skip
+def test_numbers_in_settings_are_those_of_people(text: str, value: Any) -> None:
+    found = load_yaml(f"x: {text}")["x"]
+    assert found == value and type(found) is type(value)
+
+
+@given(st.text() | st.from_regex(r"[-+0-9.:eE_]{1,8}", fullmatch=True))
+@example("1e3")
+@example("d\udcff")
+def test_text_in_settings_survives_and_other_readers_see_text(text: str) -> None:
+    written = dump_yaml({"text": text})
+    assert load_yaml(written) == yaml.safe_load(written) == {"text": text}
+    written.encode()
 
 
 def test_one_path_to_hold_out_needs_no_list() -> None:

@@ -22,6 +22,7 @@ from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.errors import InputError
 from perceiver_ar.evaluation import (
     Evaluation,
+    _spread_windows,
     compressors,
     evaluate,
     evaluate_context_lengths,
@@ -169,6 +170,33 @@ def test_max_tokens_scores_the_first_ones() -> None:
     assert evaluate(MODEL, X, max_tokens=1000).tokens == 56
     later = evaluate(MODEL, X, max_tokens=20, first_target=5)
     assert later.nats_per_token == pytest.approx(sum(naive(MODEL, X[:25], 12, 4, 2, first=5)) / 20)
+
+
+@given(st.integers(2, 57), st.integers(1, 60), strides(12))
+def test_a_spread_sample_is_usual_windows_from_everywhere(n: int, most: int, stride: tuple[int, int, int]) -> None:
+    T, N, step = stride
+    usual = list(windows(n, T, N, step))
+    chosen = _spread_windows(n, T, N, step, 1, most)
+    assert set(chosen) <= set(usual) and chosen == sorted(set(chosen))
+    assert len(chosen) == min(len(usual), max(1, most // step))
+    places = [0, *(usual.index(window) + 1 for window in chosen), len(usual) + 1]
+    assert max(np.diff(places)) <= -(-len(usual) // len(chosen)) + 1
+
+
+def test_a_spread_sample_scores_like_its_windows() -> None:
+    chosen = _spread_windows(57, 12, 4, 2, 1, 20)
+    result = evaluate(MODEL, X, max_tokens=20, spread=True, byte_lengths=[1] * 9, amounts=lambda ids: {"id": len(ids)})
+    nats = [sum(naive(MODEL, X[:end], 12, 4, 2, first=first)) for _, _, end, first in chosen]
+    assert (result.tokens, result.bytes, result.amounts) == (20, 20, {"id": 20})
+    assert result.nats_per_token == pytest.approx(sum(nats) / 20)
+    assert evaluate(MODEL, X, max_tokens=56, spread=True).nats_per_token == evaluate(MODEL, X).nats_per_token
+
+
+def test_a_spread_sample_of_documents_of_one_length_is_of_whole_ones_from_everywhere() -> None:
+    result = evaluate(MODEL, X[:50], document_length=10, max_tokens=18, spread=True)
+    both = torch.cat([X[10:20], X[30:40]])
+    assert result.tokens == 18
+    assert result.nats_per_token == pytest.approx(evaluate(MODEL, both, document_length=10).nats_per_token)
 
 
 def test_progress_reaches_the_end() -> None:

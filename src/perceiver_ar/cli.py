@@ -18,12 +18,19 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse import (
+    ArgumentParser,
+    DefaultHelpFormatter,
+    Namespace,
+    set_dumper,
+    set_loader,
+    set_parsing_settings,
+)
 
-from perceiver_ar.config import BEFORE, PRESETS, Recipe, unknown_words
+from perceiver_ar.config import BEFORE, PRESETS, Recipe, dump_yaml, load_yaml, unknown_words
 from perceiver_ar.costs import costs
 from perceiver_ar.errors import InputError
 
@@ -50,9 +57,21 @@ Perceiver AR on your own files: train, see how good it is, generate.
 perceiver-ar VERB --help has all options and examples."""
 
 
+PATHS = ("out", "run", "checkpoint", "prompt_file", "soundfont", "data.tokenizer", "data.audio_weights", "settings")
+"""Options that name a file or folder; ~ is the home directory, as in the paths to train on."""
+
+set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
+set_dumper("yaml", dump_yaml)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": train_verb,
         "evaluate": evaluate_verb,
@@ -100,11 +119,27 @@ def main(argv: list[str] | None = None) -> int:
 def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """The options. Raises InputError for what they cannot be."""
     take_text_as_it_is(parser)
+    refuse_comments(parser, argv)
     try:
-        return parser.parse_args(argv)
+        args = parser.parse_args(argv)
     except argparse.ArgumentError as error:
         message = plain(" ".join(str(error).split()), list(parser.get_defaults().keys(branches=True)))
         raise InputError(f"{message}; {parser.prog} --help has all options") from None
+    for name in PATHS:
+        if isinstance(path := args.get(name), str):
+            args[name] = os.path.expanduser(path)
+    return args
+
+
+def refuse_comments(parser: ArgumentParser, argv: list[str]) -> None:
+    """Raises InputError for a number or choice with a #. The parser reads these as YAML, where a comment follows."""
+    kinds = {name: getattr(action, "_typehint", None) for action in parser._actions for name in action.option_strings}
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        value, kind = value if equals else following, kinds.get(option)
+        plain = get_origin(kind) is Literal or set(get_args(kind) or [kind]) <= {int, float, bool, type(None)}
+        if kind is not None and plain and "#" in value:
+            raise InputError(f"{option} is {value!r}: give the value without #")
 
 
 def take_text_as_it_is(parser: ArgumentParser) -> None:
@@ -228,15 +263,15 @@ def train_verb(argv: list[str]) -> None:
             raise InputError("--resume needs the run to go on with: give --out RUN")
         if preset is not None:
             raise InputError("--resume goes on with the same model, so --preset changes nothing: leave it out")
-        run = Run.open(out)
+        run = Run.open(os.path.expanduser(out))
         run.recipe()  # says clearly what is wrong with it, if anything is
         before = {f"{group}.{name}": value for group, values in BEFORE.items() for name, value in values.items()}
         parser.set_defaults(before)
         argv = ["--config", str(run.recipe_file), *argv]
         from_files |= run.recipe_dict()
-    elif (config_file := option_value(argv, "--config")) and Path(config_file).is_file():
+    elif (config_file := os.path.expanduser(option_value(argv, "--config") or "")) and Path(config_file).is_file():
         try:
-            loaded = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
+            loaded = load_yaml(Path(config_file).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
             raise InputError(f"--config {config_file} is not YAML: give a file of settings") from None
         from_files |= loaded if isinstance(loaded, dict) else {}

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+import yaml
+
 from perceiver_ar.errors import InputError, require
 
 MODEL_TYPE = "perceiver_ar"
@@ -437,7 +439,9 @@ class DataConfig:
         require(self.palette_size <= 256, f"data.palette_size is {self.palette_size}: it must be at most 256")
         require(min(self.image_size) >= 1, f"data.image_size is {self.image_size}: rows and columns must be at least 1")
         if self.split_on is not None:  # shells pass backslashes on
-            object.__setattr__(self, "split_on", self.split_on.replace("\\n", "\n").replace("\\t", "\t"))
+            object.__setattr__(
+                self, "split_on", self.split_on.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
+            )
         require(
             0 <= self.validation_fraction < 1,
             f"data.validation_fraction is {self.validation_fraction}: it must be in [0, 1)",
@@ -547,7 +551,7 @@ class TrainerConfig:
     evaluations: int = 10
     """How many times, evenly spread over the run, to measure and to sample."""
     evaluation_tokens: int = 100_000
-    """Most held-out tokens to score each time; at the end, ten times as many."""
+    """Held-out tokens to score each time, in windows from everywhere; at the end, the first ten times as many."""
     sample_tokens: int = 200
     """Length of the samples, 0: none; the last one of pictures is a whole picture."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
@@ -685,6 +689,34 @@ class Recipe:
             return cls(**{**settings, **parts})
         except (InputError, TypeError) as error:
             raise InputError(f"{where}: {error}") from None
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """YAML with numbers as in JSON and YAML 1.2: 2e-2 is one; 1:30 and 010 are text, as are dates."""
+
+
+class SettingsDumper(yaml.SafeDumper):
+    """Quotes text that SettingsLoader, or another reader of YAML, would take for a number."""
+
+
+NUMBER, DECIMALS = "[-+]?(?:0|[1-9][0-9_]*)", r"\.[0-9_]*"
+FLOAT = rf"{NUMBER}{DECIMALS}(?:[eE][-+]?[0-9]+)?|{NUMBER}[eE][-+]?[0-9]+|[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+SettingsLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in entries if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+    for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for reader in (SettingsLoader, SettingsDumper):
+    for name, pattern in (("int", NUMBER), ("float", rf"{FLOAT}|[-+]?\.inf|\.nan")):
+        reader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(f"(?:{pattern})$"), list("-+.0123456789"))
+
+
+def load_yaml(text: str) -> Any:
+    """What a file of settings says. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=SettingsLoader)
+
+
+def dump_yaml(settings: Any) -> str:
+    return yaml.dump(settings, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True)
 
 
 def unknown_words(unknown: Iterable[str], known: Iterable[str]) -> str:

@@ -77,6 +77,26 @@ def windows(
     return spans()
 
 
+def _spread_windows(
+    num_tokens: int, context_length: int, num_latents: int, stride: int, first_target: int, max_tokens: int
+) -> list[ScoredWindow]:
+    """Of `windows` so many, evenly spread, as have about `max_tokens` targets."""
+    first = next(windows(num_tokens, context_length, num_latents, stride, first_target))
+    count = 1 + -(-(num_tokens - first.end) // stride)
+    return [
+        next(windows(num_tokens, context_length, num_latents, stride, first.end + (number - 1) * stride))
+        if number > 0
+        else first
+        for number in _evenly(count, max(1, max_tokens // stride), spread=True)
+    ]
+
+
+def _evenly(count: int, wanted: int, spread: bool) -> list[int]:
+    """`wanted` numbers of 0 ... count - 1: from everywhere, or the first ones."""
+    wanted = min(count, wanted)
+    return [(2 * i + 1) * count // (2 * wanted) if spread else i for i in range(wanted)]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """How well a model predicted a text, and how it was measured."""
@@ -132,6 +152,7 @@ def evaluate(
     document_length: int | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
+    spread: bool = False,
     first_target: int = 1,
     precision: Literal["32", "bf16"] = "32",
     progress: Callable[[int, int], Any] | None = None,
@@ -153,6 +174,8 @@ def evaluate(
             but for its first token, and no context reaches beyond its start.
         batch_size: windows per forward.
         max_tokens: score this many targets at most; of documents of one length, the first ones that have so many.
+        spread: let those that `max_tokens` leaves be windows, or documents of one length, from everywhere instead of
+            the first ones, evenly.
         first_target: index (in each document of one length) of the first token to score; those before are context only.
         precision: "32": as the weights are; "bf16": autocast.
         progress: called with the number of targets scored so far, and of all.
@@ -177,12 +200,13 @@ def evaluate(
     require(x.dtype.kind in "iu", f"the tokens to evaluate on have type {x.dtype}: ids are integers")
     length = len(x) if document_length is None else document_length
     require(len(x) % max(1, length) == 0, f"{len(x)} tokens are not documents of {length}: encode them again")
+    spread = spread and max_tokens is not None and max_tokens < len(x) - first_target
     if document_length is None:
-        length = len(x) if max_tokens is None else min(len(x), first_target + max_tokens)
-        bases = range(1)
+        length = len(x) if max_tokens is None or spread else min(len(x), first_target + max_tokens)
+        bases = [0]
     else:
         wanted = len(x) // length if max_tokens is None else -(-max_tokens // max(1, length - first_target))
-        bases = range(0, min(len(x), wanted * length), length)
+        bases = [number * length for number in _evenly(len(x) // max(1, length), wanted, spread)]
     lengths = None if byte_lengths is None else np.asarray(byte_lengths, dtype=np.int64)
     if lengths is not None and lengths.shape != (config.vocab_size,):
         raise InputError(f"byte_lengths has shape {lengths.shape}: give one number for each of {config.vocab_size} ids")
@@ -191,10 +215,16 @@ def evaluate(
     device = model.embed.weight.device
     sums: list[float] = []  # nats of each window
     counts: list[int] = []  # targets of each window
-    num_bytes, done, total = 0, 0, len(bases) * (length - first_target)
+    num_bytes, done = 0, 0
+    chosen: Iterable[ScoredWindow] = windows(length, T, N, stride, first_target)
+    targets = [(base + first_target, base + length) for base in bases]
+    if spread and document_length is None and max_tokens is not None:
+        chosen = _spread_windows(length, T, N, stride, first_target, max_tokens)
+        targets = [(window.first_target, window.end) for window in chosen]
+    total = sum(stop - start for start, stop in targets)
     began = time.perf_counter()
     # The first window of each document, then the second of each: those alike are computed together.
-    plan = ((base, window) for window in windows(length, T, N, stride, first_target) for base in bases)
+    plan = ((base, window) for window in chosen for base in bases)
     with (
         evaluation_mode(model),
         torch.no_grad(),
@@ -231,17 +261,17 @@ def evaluate(
         num_latents=N,
         stride=stride,
         seconds=time.perf_counter() - began,
-        amounts={} if amounts is None else _amounts(amounts, x, bases, first_target, length),
+        amounts={} if amounts is None else _amounts(amounts, x, targets),
     )
 
 
 def _amounts(
-    amounts: Callable[[np.ndarray], Mapping[str, float]], x: np.ndarray, bases: range, first_target: int, length: int
+    amounts: Callable[[np.ndarray], Mapping[str, float]], x: np.ndarray, targets: Iterable[tuple[int, int]]
 ) -> dict[str, float]:
     """What all targets stand for."""
     totals: dict[str, float] = {}
-    for base in bases:
-        for unit, amount in amounts(np.asarray(x[base + first_target : base + length])).items():
+    for start, stop in targets:
+        for unit, amount in amounts(np.asarray(x[start:stop])).items():
             totals[unit] = totals.get(unit, 0.0) + amount
     return totals
 

@@ -11,6 +11,8 @@ tokens/, checkpoints/               only for resuming
 """
 
 import json
+import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from perceiver_ar.config import BEFORE, Recipe
+from perceiver_ar.config import BEFORE, Recipe, dump_yaml, load_yaml
 from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import TEMPORARY, write_text
@@ -27,10 +29,17 @@ from perceiver_ar.model import PerceiverAR
 
 
 class Run:
-    """Names the parts of a run directory. Nothing is read or made before it is asked for."""
+    """Names the parts of a run directory. Nothing is read or made before it is asked for.
+
+    Raises InputError if the path is not UTF-8: the libraries that write weights and logs there cannot take it.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        real = os.path.realpath(path)
+        if other := re.search("[\ud800-\udfff]", real):
+            byte = f"byte 0x{ord(other[0]) & 0xFF:02x}"
+            raise InputError(f"{real!r} is not UTF-8 ({byte}): give another --out, or rename the folder")
         self.recipe_file = self.path / "recipe.yaml"
         self.summary_file = self.path / "summary.json"
         self.weights_file = self.path / "model.safetensors"
@@ -63,7 +72,7 @@ class Run:
 
     def recipe_dict(self) -> dict[str, Any]:
         try:
-            settings = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
+            settings = load_yaml(self.recipe_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{self.path} holds no recipe.yaml, so it is not a run of perceiver-ar") from None
         except (yaml.YAMLError, UnicodeDecodeError):
@@ -76,7 +85,7 @@ class Run:
         return settings
 
     def write_recipe(self, recipe: Recipe) -> None:
-        write_text(self.recipe_file, yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+        write_text(self.recipe_file, dump_yaml(recipe.to_dict()))
 
     def remove_unfinished_files(self) -> None:
         """Removes what a kill in the middle of a write left beside the whole files."""

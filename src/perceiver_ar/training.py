@@ -84,6 +84,7 @@ from perceiver_ar.trouble import (
 RANK: int = rank_zero_only.rank  # of this process among those of the run, from the environment; 0 writes and prints
 console = Console(stderr=True, highlight=False, markup=False, quiet=RANK != 0)
 PRECISIONS: dict[str, Literal["32", "bf16", "fp16"]] = {"32-true": "32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
+FIRST = "PERCEIVER_AR_FIRST_PROCESS"  # has the id of the process that has started this one as a further rank
 FAILURES = 5  # so many steps in a row without finite gradients end the run
 SPIKES = 100  # gradient norms that a spike is measured against
 
@@ -152,6 +153,7 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
             Nothing half-made is left.
         Interrupted: stopped by SIGINT, SIGTERM or SIGHUP, and saved.
     """
+    check_launcher(recipe.trainer)
     recipe = replace(recipe, trainer=replace(recipe.trainer, devices=world(recipe.trainer)[0]))
     devices, ranks = recipe.trainer.devices, recipe.trainer.prefix_ranks
     require(devices % ranks == 0, f"trainer.prefix_ranks is {ranks}: devices must be a multiple of it, not {devices}")
@@ -220,6 +222,29 @@ def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> Windows:
         recipe.seed,
         document_length=codec.document_length,
         augment=codec.augment if recipe.data.augment else None,
+    )
+
+
+def check_launcher(settings: TrainerConfig) -> None:
+    """Raises InputError for variables of a launcher where none has started this process: it would wait for others, or
+    take itself for another one.
+
+    sbatch and salloc set SLURM_NTASKS for the srun in them, which is what sets SLURM_STEP_ID.
+    """
+    if TorchElasticEnvironment.detect() or os.environ.get(FIRST) == str(os.getppid()):
+        return
+    slurm = SLURMEnvironment.detect()
+    if slurm and "SLURM_STEP_ID" in os.environ:
+        return
+    alone = dict.fromkeys(("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"), 0) | {"WORLD_SIZE": 1}
+    alone |= {"SLURM_NTASKS": 1} if slurm else {}
+    alone |= {"LOCAL_RANK": -1} if settings.devices > 1 else {}  # Lightning then starts no others
+    values = {name: os.environ.get(name, "") for name in alone}
+    left = [name for name in alone if values[name].isdecimal() and int(values[name]) > alone[name]]
+    require(
+        not left,
+        f"the environment has {', '.join(f'{name}={values[name]}' for name in left)}, but neither torchrun nor srun "
+        f"has started this process: start it with one of them, or first `unset {' '.join(left)}`",
     )
 
 
@@ -853,6 +878,7 @@ class Watch(Callback):
                 self.held_out.tokens,
                 document_length=self.codec.document_length,
                 max_tokens=limit,
+                spread=True,
                 precision=self.precision,
             )
             bits = result.bits_per_token
@@ -918,6 +944,8 @@ def fit(
     files = CheckpointFiles(run, checkpoints, recipe, model)
     watch = Watch(run, held_out, codec, recipe, autocast=precision != "32-true", files=files, track=track)
     devices, machines = world(recipe.trainer)
+    if devices > 1:
+        os.environ[FIRST] = str(os.getpid())  # of the processes that Lightning starts
     trainer = pl.Trainer(
         accelerator=choose_device(recipe.trainer),
         devices=devices // machines,
@@ -1004,7 +1032,7 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
         some = recipe.trainer.evaluation_tokens
         limit = 10 * some
 
-        def score(most: int) -> Evaluation:
+        def score(most: int, spread: bool = False) -> Evaluation:
             return evaluate(
                 model,
                 held_out.tokens,
@@ -1012,11 +1040,12 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
                 amounts=codec.amounts,
                 document_length=codec.document_length,
                 max_tokens=most,
+                spread=spread,
                 precision=watch.precision,
             )
 
         result = score(limit)
-        shorter = score(some) if result.tokens > some else result  # what was scored on the way
+        shorter = score(some, spread=True) if result.tokens > some else result  # what was scored on the way
         references = compressors(codec, held_out.tokens[: limit + 1])
         compressed = {f"{name}_bits_per_byte": bits for name, bits in references.items()}
         last = [(module.tokens_seen, shorter.bits_per_token)]

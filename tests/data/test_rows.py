@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -278,6 +279,36 @@ def test_an_empty_table_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "parquet", {"text": []})
     with pytest.raises(InputError, match=r"rows\.parquet is empty"):
         tokens(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_a_table_without_rows_is_empty_whatever_its_columns(tmp_path: Path, form: str) -> None:
+    table = pyarrow.table({"story": pyarrow.array([], pyarrow.string())})
+    path = tmp_path / f"rows.{form}"
+    if form == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    for column in "story", "text":
+        with pytest.raises(InputError, match=rf"rows\.{form} is empty"):
+            tokens(path, tmp_path / "out", column=column)
+
+
+@pytest.mark.parametrize("row", ['{"text": "t\0wo"}', '{"te\0\0\0', "\0" * 9, '{"text": "\\u0000"}'])
+def test_a_row_with_nul_is_skipped_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], row: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"text": "one"}}\n{row}\n{{"text": "three", "other": "\0"}}\n')
+    train, _ = tokens(path, tmp_path / "out", validation_fraction=0)
+    assert train is not None and TEXT.decode(train.tokens) == b"onethree"
+    assert re.search(r"skipped 1 rows:\n .*x\.jsonl, row 2,", capsys.readouterr().err)
+
+
+def test_nul_in_a_csv_costs_its_row_if_it_is_in_the_column(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("text,other\none,a\nt\0wo,b\nthree,\0\n")
+    train, _ = tokens(path, tmp_path / "out", validation_fraction=0)
+    assert train is not None and TEXT.decode(train.tokens) == b"onethree"
 
 
 def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,11 @@
 """Text codecs give back exactly what they were given, whole or streamed, and count its bytes exactly."""
 
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,7 +16,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from perceiver_ar.data.codec import WrongModality
-from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec, TokenizerCodec, Utf8Stream, text_pieces, train_bpe
+from perceiver_ar.data.text import (
+    LONG_WORDS,
+    WORD,
+    BytesCodec,
+    OffsetBytesCodec,
+    TokenizerCodec,
+    Utf8Stream,
+    _short_words,
+    text_pieces,
+    train_bpe,
+)
 from perceiver_ar.errors import InputError
 
 SAMPLE = Path(tempfile.__file__).read_text()  # some real text
@@ -115,6 +131,45 @@ def test_train_bpe_is_lossless_and_repeatable():
     assert train_bpe(["ab"], 5000).vocab_size == 258  # no more to be learned
     with pytest.raises(InputError, match="vocab_size 256 is too small"):
         train_bpe([SAMPLE], 256)
+
+
+GENOME = """
+import random, sys
+from perceiver_ar.data.text import train_bpe
+
+train_bpe(["".join(random.Random(0).choices("ACGT", k=1_000_000))], int(sys.argv[1]))
+"""
+
+
+def test_a_tokenizer_is_trained_on_text_without_spaces():
+    """One word of 1 MB, whole, takes a quarter of an hour."""
+    subprocess.run([sys.executable, "-c", GENOME, "270"], check=True, timeout=120)
+
+
+def test_an_interrupt_ends_the_training_of_a_tokenizer():
+    """This one would take many minutes; a terminal shows when it can no longer stop by itself."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", GENOME, "1000000"], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while b"merges" not in shown:
+        shown += os.read(ours, 1 << 16)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == -signal.SIGINT
+    os.close(ours)
+
+
+@pytest.mark.parametrize("letters", ["ACGT", " \n", "a b"])
+def test_words_that_a_tokenizer_is_trained_on_are_short(letters):
+    text = "".join(random.Random(0).choices(letters, k=10_000))
+    pieces = list(_short_words([text, "x" * (WORD + 1), "one two"]))
+    assert "".join(pieces) == text + "x" * (WORD + 1) + "one two"
+    assert max(len(word) for piece in pieces for word in re.findall(r"\S+|\s+", piece)) <= WORD
+
+
+def test_only_so_much_text_without_spaces_makes_a_tokenizer():
+    pieces = list(_short_words(["ACGT" * LONG_WORDS, "one two"]))
+    assert LONG_WORDS <= sum(map(len, pieces)) <= LONG_WORDS + 2 * WORD and pieces[-1] == "one two"
 
 
 def test_special_tokens_are_not_made_from_text():

@@ -1,6 +1,7 @@
 """Files become token files whole or not at all; the sampler makes every token a target exactly once in each pass."""
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -232,6 +233,47 @@ def test_the_standard_library_is_a_corpus():
     assert not {"site-packages", "test", "tests", "__pycache__", "idlelib"} & parts
     assert sum(source.size for source in sources) > 5_000_000
     assert [source.path for source in sources] == [source.path for source in standard_library()]
+
+
+@given(
+    st.lists(st.sampled_from([b"a", b"\r", b"\n", b"\r\n", b"\r\n\r\n"])),
+    st.integers(1, 4),
+    st.sampled_from([b"\n", b"\n\n", b"a\n"]),
+)
+def test_line_ends_of_windows_separate_documents_too(pieces, size, separator):
+    data = b"".join(pieces)
+    chunks = [data[i : i + size] for i in range(0, len(data), size)]
+    found = [b"".join(document) for document in split_documents(chunks, separator)]
+    assert found == re.split(separator.replace(b"\n", b"\r?\n"), data)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "windows.txt"
+    path.write_bytes("\ufeffone\r\n\r\ntw\u00f6\r\n\r\nthree".encode())
+    for codec in TEXT, BPE:
+        train, _ = prepare(find_files(path), codec, tmp_path / "out", split_on="\n\n", validation_fraction=0)
+        starts = [*train.documents.tolist(), len(train)]
+        texts = [codec.decode(train.tokens[a:b]).decode() for a, b in pairwise(starts)]
+        assert texts == ["one", "tw\u00f6", "three"]
+    path.write_bytes(codecs.BOM_UTF8 + b"ab\0c")
+    with pytest.raises(InputError, match="byte 0x00 at offset 5"):
+        prepare(find_files(path), TEXT, tmp_path / "out")
+
+
+@pytest.mark.parametrize("marks", [["recipe.yaml", "codec.json"], ["codec.json", "model.safetensors"]])
+def test_runs_beside_the_files_are_no_documents(tmp_path, monkeypatch, capsys, marks):
+    run = tmp_path / "runs" / "first"
+    for name in [*marks, "samples/step-1.txt"]:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("not to be read")
+    (tmp_path / "book.txt").write_text("to be read")
+    (tmp_path / "recipe.yaml").write_text("flour")
+    monkeypatch.chdir(tmp_path)
+    for path in ".", "*", "**/*":
+        assert {source.path.name for source in find_files(path)} == {"book.txt", "recipe.yaml"}
+        assert "runs/first: it holds a run" in capsys.readouterr().err
+    assert {source.path.name for source in find_files("runs/first/samples")} == {"step-1.txt"}
+    assert len(find_files("runs/first")) == 3
 
 
 @settings(max_examples=200)

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -100,6 +101,7 @@ def make_codec(modality: str, data: DataConfig, sources: Sequence[Source]) -> Co
     if data.tokenizer is not None:
         return TokenizerCodec.from_file(data.tokenizer)
     if data.bpe_vocab_size is not None:
+        print(f"training a tokenizer of {data.bpe_vocab_size:,} tokens", file=sys.stderr)
         return train_bpe(read_text(sources, max_bytes=BPE_BYTES), data.bpe_vocab_size)
     return BytesCodec(text=modality != "bytes")
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from perceiver_ar.data.codec import missing_extra
+from perceiver_ar.data.codec import WrongModality, missing_extra
 from perceiver_ar.data.modalities import NOTES
 from perceiver_ar.data.sources import Source, split_documents
 from perceiver_ar.data.text import decode_utf8, text_only
@@ -25,6 +25,7 @@ TABLE = re.compile(r".+\.(?:(parquet|arrow)|(jsonl|ndjson|csv|tsv)(?:\.(?:gz|xz|
 CACHED = re.compile(r"cache-.*\.arrow")
 """What datasets leave in a folder of `save_to_disk` after `map` and `filter`."""
 MISSING = object()
+ROWS_AT_ONCE = 100  # of Parquet
 ROWS_TO_SEARCH = 1000  # for a column, before it is taken to be missing
 
 
@@ -44,7 +45,11 @@ class Rows(Source):
         """
         columns, found = dict[str, None](), False
         for number, row in enumerate(self._rows(advance), 1):
-            where, value = f"{self.name}, row {number},", _field(row, self.column)
+            where = f"{self.name}, row {number},"
+            if row is None:
+                yield where, _refused(WrongModality(f"{where} is damaged (it holds NUL)"))
+                continue
+            value = _field(row, self.column)
             if not found and value is MISSING:
                 columns |= dict.fromkeys(row)
                 if number == ROWS_TO_SEARCH:
@@ -70,17 +75,18 @@ class Rows(Source):
             "or use --modality bytes for the file as it is"
         )
 
-    def _rows(self, advance: Callable[[int], Any]) -> Iterator[dict[str, Any]]:
+    def _rows(self, advance: Callable[[int], Any]) -> Iterator[dict[str, Any] | None]:
+        """None is a row that cannot be read."""
         reader = _reader(self)
         if reader in ("parquet", "arrow"):
             if next(self.chunks(), None) is not None:  # which says, too, what keeps a file from being read
                 yield from self._table(reader)
             advance(self.size)
             return
-        lines = _lines(decode_utf8(text_only(self.chunks(advance), self.name), self.name))
+        lines = _lines(decode_utf8(text_only(self.chunks(advance), self.name, allow_nul=True), self.name))
         yield from self._objects(lines) if reader in ("jsonl", "ndjson") else self._records(lines, reader)
 
-    def _objects(self, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    def _objects(self, lines: Iterable[str]) -> Iterator[dict[str, Any] | None]:
         """The rows of JSON Lines."""
         number = 0
         for line in lines:
@@ -88,8 +94,11 @@ class Rows(Source):
                 continue
             number += 1
             try:
-                row = json.loads(line)
+                row = json.loads(line, strict=False)  # that is: with control characters
             except (ValueError, RecursionError) as error:
+                if "\0" in line:  # what a crash leaves of a row
+                    yield None
+                    continue
                 raise self._damaged(f"row {number}: {error}") from None
             if not isinstance(row, dict):
                 raise self._damaged(f"row {number} is no JSON object")
@@ -114,12 +123,16 @@ class Rows(Source):
 
         path = glob.escape(os.path.abspath(self.path))  # datasets take names for patterns
         # What is read ahead of a Parquet file is kept to its end, so that memory would grow with the file.
-        options = {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False)} if reader == "parquet" else {}
+        # By default they read as many rows at once as the first row group has, which may be none.
+        options = {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False), "batch_size": ROWS_AT_ONCE}
+        options = options if reader == "parquet" else {}
         try:
             rows = load_dataset(reader, data_files=path, split="train", streaming=True, **options)
             if names := rows.column_names:  # or it is empty, or damaged, which reading will show
                 column = self.column if self.column in names else self.column.partition(".")[0]
                 if column not in names:
+                    if next(iter(rows), None) is None:
+                        return
                     raise self._no_column(names)
                 rows = rows.select_columns(column)
             yield from rows
@@ -146,11 +159,17 @@ def _field(row: Any, column: str) -> Any:
     return row
 
 
+def _refused(error: WrongModality) -> Iterator[bytes]:
+    """A document that cannot be read."""
+    yield from ()
+    raise error
+
+
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Text cut anywhere -> its lines, with their ends, without a byte order mark."""
+    """Text cut anywhere -> its lines, with their ends."""
     parts: list[str] = []
-    for number, text in enumerate(texts):
-        first, *more = (text.removeprefix("\ufeff") if number == 0 else text).split("\n")
+    for text in texts:
+        first, *more = text.split("\n")
         parts.append(first)
         for start in more:
             yield "".join(parts) + "\n"

@@ -9,6 +9,7 @@ import glob
 import gzip
 import lzma
 import os
+import re
 import shutil
 import stat
 import sys
@@ -27,6 +28,7 @@ from perceiver_ar.errors import InputError
 
 CHUNK = 1 << 20  # bytes read at once
 NOT_DOCUMENTS = frozenset({"__pycache__"})  # folders that are never walked into, besides hidden ones
+RUN_FILES = ("recipe.yaml", "codec.json", "model.safetensors", "tokens")  # two of them make a folder a run
 NOT_LIBRARY = NOT_DOCUMENTS | {
     "site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "ensurepip",
 }  # fmt: skip
@@ -184,26 +186,28 @@ def read_text(sources: Iterable[Source], max_bytes: int | None = None) -> Iterat
 def split_documents(chunks: Iterable[bytes], separator: bytes | None) -> Iterator[Iterator[bytes]]:
     """The documents that `separator` separates in one file, each an iterator of chunks, without the separator itself.
 
-    Use up each document before asking for the next. Without a separator the file is one document.
+    A line end in the separator is that of Windows (CR LF) in the file, too. Use up each document before asking for the
+    next. Without a separator the file is one document.
     """
     if not separator:
         yield iter(chunks)
         return
     chunks, buffer, start, at_end = iter(chunks), b"", 0, False  # what is unread: buffer[start:], then chunks
+    pattern = re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n"))
+    longest = len(separator) + separator.count(b"\n")
 
     def document() -> Iterator[bytes]:
         nonlocal buffer, start, at_end
         while True:
-            found = buffer.find(separator, start)
-            if found >= 0:
-                content, start = buffer[start:found], found + len(separator)
+            if found := pattern.search(buffer, start):
+                content, start = buffer[start : found.start()], found.end()
                 if content:
                     yield content
                 return
             chunk = next(chunks, None)
             at_end = chunk is None
             # The last bytes may be the first half of a separator, so they wait for the next chunk.
-            keep = len(buffer) if at_end else max(start, len(buffer) - len(separator) + 1)
+            keep = len(buffer) if at_end else max(start, len(buffer) - longest + 1)
             content, buffer, start = buffer[start:keep], buffer[keep:] + (chunk or b""), 0
             if content:
                 yield content
@@ -246,7 +250,7 @@ def _matching(pattern: str) -> list[Source]:
     found = []
     for match in sorted(glob.glob(pattern)):
         if os.path.isdir(match):
-            found += [] if os.path.basename(match) in NOT_DOCUMENTS else _walk(match)
+            found += [] if os.path.basename(match) in NOT_DOCUMENTS or _skipped_run(match) else _walk(match)
         elif _is_file(match):
             found.append(_source(match, named=False))
     return found
@@ -276,7 +280,7 @@ def _is_file(path: str) -> bool:
 
 def _walk(folder: str, skip: frozenset[str] = NOT_DOCUMENTS) -> list[Source]:
     """All files below `folder`, sorted; links are followed, but no folder is entered twice. Folders in it that may not
-    be read are skipped and named on stderr."""
+    be read, or hold a run, are skipped and named on stderr."""
     found, seen = [], set()
 
     def denied(error: OSError) -> None:
@@ -291,13 +295,25 @@ def _walk(folder: str, skip: frozenset[str] = NOT_DOCUMENTS) -> list[Source]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in skip and not name.startswith(".") and not _skipped_run(os.path.join(parent, name))
+        )
         for name in sorted(files):
             path = os.path.join(parent, name)
             if not name.startswith(".") and _is_file(path):
                 with suppress(FileNotFoundError):
                     found.append(_source(path, named=False))
     return found
+
+
+def _skipped_run(folder: str) -> bool:
+    """Whether a folder holds a run of perceiver-ar, the files of which are no documents; says so."""
+    has = {name for name in RUN_FILES if os.path.exists(os.path.join(folder, name))}
+    if len(has) > 1:
+        print(f"skipped the folder {folder}: it holds a run; to read it, name it", file=sys.stderr)
+    return len(has) > 1
 
 
 def _spooled(stream: IO[bytes], name: str) -> Source:

@@ -8,8 +8,10 @@ can be compared between them.
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator
-from itertools import chain
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +47,11 @@ NO_TEXT: dict[bytes, tuple[str, str]] = {
 }
 """What files that are no UTF-8 text are by their first bytes, and what to do then."""
 START = 512  # bytes that this looks at
-PIECE = 1 << 20  # characters that a tokenizer sees at once
+PIECE = 1 << 16  # characters that a tokenizer encodes as one; its time grows faster than the length of a word
+PIECES = 16  # that it encodes at the same time, in threads of its own
+WORD = 256  # characters of the longest word that a tokenizer is trained on
+LONG_WORD = re.compile(rf"\S{{{WORD}}}(?=\S)|\s{{{WORD}}}(?=\s)")
+LONG_WORDS = 1 << 20  # characters of such words that a tokenizer is trained on: almost all of their parts differ
 
 
 class BytesCodec(Codec):
@@ -176,9 +182,10 @@ class TokenizerCodec(Codec):
         return np.concatenate([np.empty(0, self.dtype), *self.encode_stream([data], "the input")])
 
     def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
-        for piece in text_pieces(chunks, where):
-            encoding = self.tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0]  # fast: without offsets
-            yield np.array(encoding.ids, dtype=self.dtype)
+        pieces = text_pieces(chunks, where)
+        while batch := list(islice(pieces, PIECES)):
+            for encoding in self.tokenizer.encode_batch_fast(batch, add_special_tokens=False):  # fast: without offsets
+                yield np.array(encoding.ids, dtype=self.dtype)
 
     def decode(self, ids: ArrayLike) -> bytes:
         return b"".join([self._bytes[index] for index in np.asarray(ids).tolist()])
@@ -197,9 +204,10 @@ class TokenizerCodec(Codec):
 def train_bpe(texts: Iterable[str | bytes], vocab_size: int) -> TokenizerCodec:
     """Trains a lossless byte-level BPE tokenizer on `texts` (whole documents, or pieces of them: see `text_pieces`).
 
-    Memory grows with the number of different words, not with the amount of text. The vocabulary holds all 256 bytes,
-    `<|endoftext|>`, and merges up to `vocab_size`: fewer if the texts do not have that many. Raises `InputError` if
-    `vocab_size` is below 257 or a document is not UTF-8.
+    Memory grows with the number of different words, not with the amount of text. Words of more than `WORD` characters
+    (text without spaces, such as genomes) are cut, and only the first `LONG_WORDS` characters of such words count. The
+    vocabulary holds all 256 bytes, `<|endoftext|>`, and merges up to `vocab_size`: fewer if the texts do not have that
+    many. A terminal shows the progress. Raises `InputError` if `vocab_size` is below 257 or a document is not UTF-8.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -212,11 +220,50 @@ def train_bpe(texts: Iterable[str | bytes], vocab_size: int) -> TokenizerCodec:
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     strings = ("".join(decode_utf8([text], "a document")) if isinstance(text, bytes) else text for text in texts)
-    tokenizer.train_from_iterator(strings, trainer)
+    _interruptible(lambda texts: tokenizer.train_from_iterator(texts, trainer), _short_words(strings))
     return TokenizerCodec(tokenizer)
+
+
+def _short_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut where a word is longer than `WORD`, without what is over `LONG_WORDS`.
+
+    The trainer's time is quadratic in the longest word.
+    """
+    left = LONG_WORDS
+    for text in texts:
+        start = 0
+        for word in LONG_WORD.finditer(text):
+            yield text[start : word.end() if left > 0 else word.start()]
+            start = word.end()
+            left -= WORD
+        yield text[start:]
+
+
+def _interruptible(work: Callable[[Iterator[str]], Any], texts: Iterator[str]) -> None:
+    """Does `work` in another thread. Signal handlers run in this one, and what they raise ends the wait.
+
+    The other thread then runs out of texts; what it still computes cannot be stopped and ends with the process.
+    """
+    failures, abandoned = list[BaseException](), threading.Event()
+
+    def run() -> None:
+        try:
+            work(text for text in texts if not abandoned.is_set())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        abandoned.set()
+        raise
+    if failures:
+        raise failures[0]
 
 
 class Utf8Stream:
@@ -260,8 +307,8 @@ def decode_utf8(chunks: Iterable[bytes], where: str, allow_nul: bool = True) -> 
     decode(b"", final=True)
 
 
-def text_only(chunks: Iterable[bytes], where: str) -> Iterator[bytes]:
-    """The content of a file as it is, if it can be text: nothing with NUL or one of the signatures of `NO_TEXT`.
+def text_only(chunks: Iterable[bytes], where: str, allow_nul: bool = False) -> Iterator[bytes]:
+    """The content of a file without a byte order mark, if it can be text: no NUL, no signature of `NO_TEXT`.
 
     Raises `WrongModality`, naming `where`, what the file is and what to do.
     """
@@ -274,9 +321,9 @@ def text_only(chunks: Iterable[bytes], where: str) -> Iterator[bytes]:
     for signature, (kind, remedy) in NO_TEXT.items():
         if re.match(signature, start, re.DOTALL):
             raise WrongModality(f"{where} is {kind}, not UTF-8 text; {remedy}, or use --modality bytes")
-    offset = 0
-    for chunk in chain([start], chunks):
-        if (at := chunk.find(0)) >= 0:
+    offset = start.startswith(codecs.BOM_UTF8) * len(codecs.BOM_UTF8)
+    for chunk in chain([start[offset:]], chunks):
+        if not allow_nul and (at := chunk.find(0)) >= 0:
             raise WrongModality(f"{where} is not UTF-8 text (byte 0x00 at offset {offset + at}); use --modality bytes")
         offset += len(chunk)
         if chunk:
