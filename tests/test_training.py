@@ -551,7 +551,7 @@ def test_any_integer_is_a_seed(recipe: Recipe, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "blocks", "ema", "more"),
+    ("settings", "blocks", "ema", "more"),
     [
         (DROPPING, 1, 0.0, {}),
         (DROPPING, 1, 0.5, {}),
@@ -560,9 +560,9 @@ def test_any_integer_is_a_seed(recipe: Recipe, seed: int) -> None:
     ],
 )
 def test_training_is_this_plain_loop(
-    recipe: Recipe, model: PerceiverARConfig, blocks: int, ema: float, more: dict[str, Any]
+    recipe: Recipe, settings: PerceiverARConfig, blocks: int, ema: float, more: dict[str, Any]
 ) -> None:
-    recipe = replace(recipe, model=model, seed=5, trainer=replace(TRAINER, short_prefix=0.0))
+    recipe = replace(recipe, model=settings, seed=5, trainer=replace(TRAINER, short_prefix=0.0))
     assert recipe.blocks == blocks
     recipe = replace(recipe, optim=OptimConfig(ema=ema, **more))
     summary = train(recipe)

@@ -134,7 +134,7 @@ def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
 def refuse_comments(parser: ArgumentParser, argv: list[str]) -> None:
     """Raises InputError for a number or choice with a #. The parser reads these as YAML, where a comment follows."""
     kinds = {name: getattr(action, "_typehint", None) for action in parser._actions for name in action.option_strings}
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         option, equals, value = word.partition("=")
         value, kind = value if equals else following, kinds.get(option)
         plain = get_origin(kind) is Literal or set(get_args(kind) or [kind]) <= {int, float, bool, type(None)}
