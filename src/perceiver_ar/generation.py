@@ -385,6 +385,12 @@ class Decoder:
                 if self.slots is None:
                     self.cache = self.cache.rows(0, last)
 
+    def reserve(self, num_tokens: int) -> None:
+        """Makes room for rows of this length, as far as contexts go."""
+        room, longest = self.cache.cross.room, longest_context(self.model.config)
+        if room < min(num_tokens, longest):
+            self.cache.cross.grow(min(max(num_tokens, 2 * room), longest))
+
     def reorder(self, order: Sequence[int]) -> None:
         """Row r goes on from where row order[r] is, as beam search has it."""
         self.rows = [self.rows[source].fork() for source in order]

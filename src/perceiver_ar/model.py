@@ -12,6 +12,7 @@ Shapes: B batch, T context, P prefix, N latents (T = P + N), D dim, H heads, C c
 """
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable
@@ -84,7 +85,9 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         self.embed = nn.Embedding(config.vocab_size, config.width_embed)
         W = config.local_context
         self.local_conv = nn.Parameter(torch.empty(W - 1, config.width_embed)) if W > 1 else None
-        self.position_embed = nn.ModuleList(nn.Embedding(rows, config.width_embed) for rows in config.table_sizes)
+        tables = [nn.Embedding(rows, config.width_embed) for rows in config.table_sizes]
+        # No list without tables: PEFT's `modules_to_save=["embed"]` takes whatever ends in embed, and refuses lists.
+        self.position_embed = nn.ModuleList(tables) if tables else ()
         self.query_proj = nn.Linear(config.width_embed, config.dim) if config.query_proj else nn.Identity()
         self.query_mlp = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(config.query_mlp_layers))
         rows = {"none": 0, "shared": 1, "each": config.num_latents}[config.learned_queries]
@@ -397,7 +400,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         path = Path(pretrained_model_name_or_path)
         if not path.is_dir():
             try:
-                files = ["config.json", "model.safetensors"]
+                files = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
                 path = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=files, **kwargs))
             except Exception as error:
                 raise InputError(
@@ -406,16 +409,22 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
                 ) from error
         model = cls(PerceiverARConfig.load(path))
         file = path / "model.safetensors"
+        index = path / "model.safetensors.index.json"  # transformers' `save_pretrained` may have written shards
         try:
-            file.open("rb").close()  # safetensors takes what may not be read for missing
-            tensors = load_file(file)
+            shards = [file]
+            if index.exists() and not file.exists():
+                shards = [path / name for name in sorted({*json.loads(index.read_text())["weight_map"].values()})]
+            tensors: dict[str, Tensor] = {}
+            for file in shards:
+                file.open("rb").close()  # safetensors takes what may not be read for missing
+                tensors |= load_file(file)
         except PermissionError:
             raise
         except FileNotFoundError:
             raise InputError(f"{file}: no such file, so there is no trained model here (yet)") from None
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise InputError(f"{file} is damaged ({error}): restore it, or train again") from None
-        model.load_tensors(tensors, where=str(file))
+        model.load_tensors(tensors, where=str(path if len(shards) > 1 else file))
         return model.eval()
 
     def stored_tensors(self) -> dict[str, Tensor]:
