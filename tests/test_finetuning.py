@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLan
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from perceiver_ar.errors import InputError
-from perceiver_ar.huggingface import PerceiverARForCausalLM
 from perceiver_ar.model import PerceiverAR
 
 pytestmark = [
@@ -136,13 +135,13 @@ def test_shards_are_read(tie: bool, tmp_path: Path) -> None:
 def test_a_hook_on_the_embedding_acts_also_where_the_prefix_is_long(run: Path) -> None:  # noqa: F811
     network, tokens = PerceiverAR.from_pretrained(run), ids(2, 24)
     expected = network(tokens)
-    network.embed.register_forward_hook(lambda module, inputs, output: output * 2)
+    network.embed.register_forward_hook(lambda module, inputs, output: output + output)
     doubled = PerceiverAR.from_pretrained(run)
     doubled.embed.weight.data *= 2
     assert_close(network(tokens), doubled(tokens), 1e-5)
     assert not torch.equal(network(tokens), expected)
     network.config = network.config.replace(prefix_chunk=4)
-    with pytest.raises(InputError, match="embed is Embedding with a hook, .* set prefix_chunk to 0"):
+    with pytest.raises(InputError, match=r"embed is Embedding with a hook, .* set prefix_chunk to 0"):
         network(tokens)
 
 
@@ -153,9 +152,15 @@ def test_noise_on_embeddings_is_drawn(run: Path) -> None:  # noqa: F811
     assert not torch.equal(model(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.parametrize("settings", [{"target_modules": ["embed"]}, {"target_modules": "all-linear"},
-                                      {"target_modules": "all-linear", "use_dora": True},
-                                      {"target_modules": ["qkv_proj"], "modules_to_save": ["embed", "head"]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": "all-linear", "use_dora": True},
+        {"target_modules": ["qkv_proj"], "modules_to_save": ["embed", "head"]},
+    ],
+)
 def test_adapters_train_and_merge_to_the_same_logits(settings: dict[str, Any], run: Path) -> None:  # noqa: F811
     peft = pytest.importorskip("peft")
     tokens = ids(2, 24)
@@ -176,13 +181,11 @@ def test_adapters_train_and_merge_to_the_same_logits(settings: dict[str, Any], r
 def test_weights_on_the_disk_are_fetched(run: Path, tmp_path: Path) -> None:  # noqa: F811
     pytest.importorskip("accelerate")
     expected, tokens = model_of(run), ids(2, 24)
-    parts = [name for name, _ in expected.network.named_children()]
-    parted = {f"network.{name}": "disk" if "cross" in name or "embed" in name else "cpu" for name in [*parts, "local_conv"]}
+    parts = ["local_conv", *(name for name, _ in expected.network.named_children())]
+    parted = {f"network.{name}": "disk" if name in ("embed", "cross_attention") else "cpu" for name in parts}
     for place in ({"": "disk"}, parted):
-        model: PerceiverARForCausalLM = model_of(run, device_map=place, offload_folder=tmp_path)
+        model = model_of(run, device_map=place, offload_folder=tmp_path)
         assert model.network.embed.weight.device.type == "meta"
         assert_close(model(tokens).logits, expected(tokens).logits, 1e-6)
-        new: list[Tensor] = [
-            m.generate(tokens, max_new_tokens=20, do_sample=False) for m in (model, expected)
-        ]
+        new: list[Tensor] = [m.generate(tokens, max_new_tokens=20, do_sample=False) for m in (model, expected)]
         assert torch.equal(*new)

@@ -52,7 +52,8 @@ def network(config: PerceiverARConfig = SMALL, seed: int = 1) -> PerceiverAR:
 
 def adapted(model: PerceiverAR) -> PerceiverARForCausalLM:
     """The same weights behind the interface of transformers."""
-    adapter = PerceiverARForCausalLM(PerceiverARModelConfig(model.config)).to(model.embed.weight.dtype)
+    adapter: Any = PerceiverARForCausalLM(PerceiverARModelConfig(model.config))
+    adapter.to(model.embed.weight.dtype)
     adapter.network.load_state_dict(model.state_dict())
     return adapter.eval()
 
@@ -533,7 +534,7 @@ def test_other_ways_round_the_windows_are_refused() -> None:
     for shape in ((2, 4), (2, 1), (1, 5)):
         with pytest.raises(InputError, match=r"give \(2, 5\), for 4 cached columns and 1 new ones"):
             MODEL(ids(2, 1), attention_mask=torch.ones(shape), cache=cache)
-    with pytest.raises(InputError, match=r"has \[3, 4\] real tokens in the cached columns, the cache \[4, 4\]"):
+    with pytest.raises(InputError, match=r"has \[3, 4\] real tokens in cached columns, the cache \[4, 4\]"):
         MODEL(ids(2, 1), attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1] * 5]), cache=cache)
     with pytest.raises(InputError, match="filled by another network: begin a new one"):
         adapted(NETWORK)(ids(2, 1), cache=cache)

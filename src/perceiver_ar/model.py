@@ -295,8 +295,8 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         odd = next((name for name, module in self.streamed_modules().items() if not is_plain(module)), None)
         if odd is not None and (chunk or group is not None):
             raise InputError(
-                f"{odd} is {type(self.get_submodule(odd)).__name__} with a hook, an adapter or weights of another kind, "
-                "and streaming reads its weights only: set prefix_chunk to 0, and no prefix_group"
+                f"{odd} is {type(self.get_submodule(odd)).__name__} with a hook, an adapter or other weights, and "
+                "streaming reads plain weights only: set prefix_chunk to 0, and no prefix_group"
             )
         if dropout or odd is not None:
             chunk = 0

@@ -43,12 +43,13 @@ class PerceiverARModelConfig(PreTrainedConfig):
     """A `PerceiverARConfig`, in `network`, with the names that transformers asks for. Its JSON is that of a run."""
 
     model_type = MODEL_TYPE
-    auto_map = None
 
     def __init__(self, network: PerceiverARConfig | None = None, **settings: Any) -> None:
         """settings: those that transformers have of their own."""
         self.network = network or PerceiverARConfig()
-        super().__init__(**{"architectures": ["PerceiverARForCausalLM"]} | settings)
+        for name, value in {"architectures": ["PerceiverARForCausalLM"], "auto_map": {}}.items():
+            settings.setdefault(name, value)  # TRL reads both
+        super().__init__(**settings)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -170,7 +171,7 @@ class PerceiverARCache(transformers_caches.Cache):
             found = counts if mask is None else mask[:, : self.length].bool().sum(1).tolist()
             require(
                 found == counts,
-                f"attention_mask has {found} real tokens in the cached columns, the cache {counts}: give that of before",
+                f"attention_mask has {found} real tokens in cached columns, the cache {counts}: give that of before",
             )
             if isinstance(self.decoder, Decoder):
                 self.decoder.reserve(max(counts) + T)

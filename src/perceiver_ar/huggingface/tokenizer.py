@@ -17,7 +17,6 @@ from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.data.text import BYTE_CHARACTERS, END_OF_TEXT, BytesCodec, OffsetBytesCodec, TokenizerCodec
 from perceiver_ar.huggingface.modeling import HUB
 
-
 NO_UTF8 = BYTE_CHARACTERS[0xFF]
 """The token of a byte that is in no UTF-8 text."""
 PADDING = "<|padding|>"
