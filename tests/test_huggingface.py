@@ -52,8 +52,9 @@ def network(config: PerceiverARConfig = SMALL, seed: int = 1) -> PerceiverAR:
 
 def adapted(model: PerceiverAR) -> PerceiverARForCausalLM:
     """The same weights behind the interface of transformers."""
-    adapter = PerceiverARForCausalLM(PerceiverARModelConfig(model.config))
-    adapter.network = model
+    adapter: Any = PerceiverARForCausalLM(PerceiverARModelConfig(model.config))
+    adapter.to(model.embed.weight.dtype)
+    adapter.network.load_state_dict(model.state_dict())
     return adapter.eval()
 
 
@@ -416,9 +417,9 @@ def test_a_cache_goes_on_where_it_was(name: str) -> None:
     output = MODEL(prompt, use_cache=True)
     for t in range(5, second.shape[1]):
         expected = torch.stack([window_logits(NETWORK, row[:t], prompt_len=5)[-1] for row in second])
-        assert_close(output.logits[:, 0], expected, 1e-9)
+        assert_close(output.logits[:, -1], expected, 1e-9)
         if t not in (14, 15):  # given, not drawn
-            assert torch.equal(output.logits[:, 0].argmax(-1), second[:, t])
+            assert torch.equal(output.logits[:, -1].argmax(-1), second[:, t])
         output = MODEL(second[:, t : t + 1], **{name: output[CACHE]})
 
 
@@ -427,7 +428,7 @@ def test_a_copy_of_a_cache_goes_on_by_itself_over_the_same_network() -> None:
     adapter, prompt = adapted(model), ids(2, 12, vocab_size=5)
     first = adapter(prompt, use_cache=True)[CACHE]
     second = copy.deepcopy(first)
-    assert second.decoder.model is model
+    assert second.decoder.model is adapter.network
     for seed, cache in enumerate((first, second)):
         rows = torch.cat([prompt, ids(2, 20, seed=seed, vocab_size=5)], dim=1)  # refills, past the context
         for t in range(12, 32):
@@ -505,7 +506,6 @@ def test_a_pipeline_writes_batches(run: Path) -> None:
         ({"prompt_lookup_num_tokens": 2}, "leave out assistant_model"),
         ({"use_cache": False}, "leave it out"),
         ({"cache": DynamicCache()}, "is a DynamicCache"),
-        ({"cache": PerceiverARCache(max_length=5)}, r"cache=PerceiverARCache\(\)"),
         ({"attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}, "pad them on the left"),
         ({"attention_mask": torch.tensor([[1] * 6, [0] * 6])}, "pad them on the left"),
     ],
@@ -518,8 +518,8 @@ def test_what_cannot_be_right_is_refused(settings: dict[str, Any], remedy: str) 
 def test_other_ways_round_the_windows_are_refused() -> None:
     with pytest.raises(InputError, match="use generate"):
         MODEL.generate_batch([[1, 2, 3]])
-    with pytest.raises(InputError, match="vocabulary"):
-        MODEL.resize_token_embeddings(300)
+    with pytest.raises(InputError, match="input_ids are missing: give the ids themselves"):
+        MODEL(inputs_embeds=torch.zeros(1, 4, 16))
     with pytest.raises(InputError, match="leave out the cache"):
         MODEL(ids(1, 4), labels=ids(1, 4), use_cache=True)
     with pytest.raises(InputError, match="must be equal"):
@@ -531,6 +531,39 @@ def test_other_ways_round_the_windows_are_refused() -> None:
         MODEL(ids(3, 1), cache=cache)
     with pytest.raises(InputError, match="begin a new one"):
         cache.crop(1)
+    for shape in ((2, 4), (2, 1), (1, 5)):
+        with pytest.raises(InputError, match=r"give \(2, 5\), for 4 cached columns and 1 new ones"):
+            MODEL(ids(2, 1), attention_mask=torch.ones(shape), cache=cache)
+    with pytest.raises(InputError, match=r"has \[3, 4\] real tokens in cached columns, the cache \[4, 4\]"):
+        MODEL(ids(2, 1), attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1] * 5]), cache=cache)
+    with pytest.raises(InputError, match="filled by another network: begin a new one"):
+        adapted(NETWORK)(ids(2, 1), cache=cache)
+    with pytest.raises(InputError, match="row 0 of input_ids does not begin with the 4 tokens"):
+        MODEL.generate(ids(2, 6, seed=9), cache=cache, max_new_tokens=3)
+    with pytest.raises(InputError, match=r"shape \(2, 0\) behind 4 cached columns: give \(B, T\), at least one new"):
+        MODEL(ids(2, 0), cache=cache)
+
+
+def test_a_prompts_logits_are_those_of_every_position_with_a_cache_too() -> None:
+    tokens, mask = ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    output = MODEL(tokens, attention_mask=mask, use_cache=True)
+    assert torch.equal(output.logits[:, :-1], MODEL(tokens, attention_mask=mask).logits[:, :-1])
+    assert_close(output.logits[0, -1:], window_logits(NETWORK, tokens[0, 3:], prompt_len=9), 1e-9)
+    more = MODEL(ids(2, 5, seed=1), cache=output[CACHE]).logits
+    row = torch.cat([tokens[1], ids(2, 5, seed=1)[1]])
+    assert_close(more[1], window_logits(NETWORK, row, prompt_len=12)[1:], 1e-9)
+
+
+@pytest.mark.parametrize("length", [3, 5, 30])
+def test_a_cache_that_was_returned_goes_on_beyond_its_first_room(length: int) -> None:
+    prompt = ids(2, length)
+    first = MODEL.generate(prompt, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    both = torch.cat([first.sequences, ids(2, 2, seed=1)], dim=1)
+    second = MODEL.generate(both, **{CACHE: first[CACHE]}, max_new_tokens=30, do_sample=False)
+    for t in range(both.shape[1], second.shape[1]):
+        expected = torch.stack([window_logits(NETWORK, row[:t], prompt_len=length)[-1] for row in second])
+        assert torch.equal(expected.argmax(-1), second[:, t])
 
 
 # Tokenizers
@@ -553,9 +586,9 @@ def name(codec: Codec) -> str:
 @given(text=st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",))))
 def test_a_tokenizer_has_the_codecs_ids_and_gives_any_text_back(codec: Codec, text: str) -> None:
     tokenizer = codec_tokenizer(codec)
-    for document in (text, f"a {text} <|endoftext|><|1|>\u0100"):
-        assert tokenizer(document).input_ids == codec.start(document).tolist()
-        found = tokenizer(document, add_special_tokens=False).input_ids
+    for document in (text, f"a {text} <|endoftext|><|1|>\u0100\u00ff<|padding|>"):
+        assert tokenizer(document, split_special_tokens=True).input_ids == codec.start(document).tolist()
+        found = tokenizer(document, add_special_tokens=False, split_special_tokens=True).input_ids
         assert found == codec.encode(document.encode()).tolist()
         assert tokenizer.decode(found) == document
         assert tokenizer.decode(codec.start(document).tolist(), skip_special_tokens=True) == document
@@ -573,8 +606,12 @@ def test_a_tokenizer_is_found_with_the_run_and_saved_as_an_ordinary_one(codec: C
         for text in ("A cat, <|endoftext|>", "1 7 200 3"):
             if not codec.writes_text:
                 continue
-            assert again(text).input_ids == codec.start(text).tolist()
-            assert again.decode(again(text).input_ids, skip_special_tokens=True) == text
+            found = again(text, split_special_tokens=True).input_ids
+            assert found == codec.start(text).tolist()
+            assert again.decode(found, skip_special_tokens=True) == text
+        if codec.separator and codec.writes_text:
+            assert again(f"A{again.eos_token}").input_ids == [*codec.start("A"), codec.separator[-1]]
+            assert again.pad_token_id not in codec.start("A caf\u00e9 \u00ff") and again.pad_token_id < len(again)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 

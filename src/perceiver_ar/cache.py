@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_ar.attention import Piece
@@ -88,6 +89,13 @@ class KeysValues:
                 for x in layer:
                     x.narrow(2, 0, n).copy_(x.narrow(2, dropped, n).clone())
         self.counts[:] = n
+
+    def grow(self, room: int) -> None:
+        """Room for more positions, in new memory. None may have been overwritten so far."""
+        assert (self.counts <= self.room).all() and self._fixed is None
+        wider = (0, 0, 0, room - self.room)
+        self.layers = [(F.pad(k, wider), F.pad(v, wider)) for k, v in self.layers]
+        self.room, self._plan = room, None
 
     def rows(self, first: int, last: int) -> "KeysValues":
         """Rows first ... last - 1, in the same memory."""

@@ -30,7 +30,7 @@ def costs(config: PerceiverARConfig, context: int | None = None, latents: int | 
 
     with T context, N latents, P = T - N, D dim, E embedding width, W heads times channels, F hidden, V vocabulary, and
     R = T embeddings that are projected; with local context T + 2, because the one before the prefix and the one before
-    the latents are, too, or with position tables 2 T (see `inputs.embed`). Several latents per position are as many
+    the latents are, too, or with position tables 2 T (see `inputs.mix`). Several latents per position are as many
     rows of the batch; only the logits are computed once.
     """
     T = context or config.context_length

@@ -212,7 +212,7 @@ def evaluate(
         raise InputError(f"byte_lengths has shape {lengths.shape}: give one number for each of {config.vocab_size} ids")
     lengths = None if lengths is None or not lengths.any() else lengths
 
-    device = model.embed.weight.device
+    device = model.device
     sums: list[float] = []  # nats of each window
     counts: list[int] = []  # targets of each window
     num_bytes, done = 0, 0

@@ -330,14 +330,13 @@ class Decoder:
         compile: bool | Literal["max-autotune"] = False,
     ) -> None:
         """rows: every prompt num_samples times in a row; each prompt is read once. compile: see `stream`."""
-        weight = model.embed.weight
         longest = max(row.num_tokens for row in rows) + max_new_tokens
         if compile:  # one size for many lengths
             longest = 2 ** (longest - 1).bit_length()
         context = min(longest_context(model.config), longest)
         self.model, self.reach = model, reach(model.config)
         self.rows = list(rows[::num_samples])
-        device, dtype = weight.device, weight.dtype
+        device, dtype = model.device, model.embed.weight.dtype
         if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(device.type)
         self.cache = Cache.empty(model.config, len(self.rows), context, dtype, device)
@@ -385,6 +384,12 @@ class Decoder:
                 self.rows.pop()
                 if self.slots is None:
                     self.cache = self.cache.rows(0, last)
+
+    def reserve(self, num_tokens: int) -> None:
+        """Makes room for rows of this length, as far as contexts go."""
+        room, longest = self.cache.cross.room, longest_context(self.model.config)
+        if room < min(num_tokens, longest):
+            self.cache.cross.grow(min(max(num_tokens, 2 * room), longest))
 
     def reorder(self, order: Sequence[int]) -> None:
         """Row r goes on from where row order[r] is, as beam search has it."""
@@ -439,10 +444,10 @@ class Decoder:
     def _positions(self, first: Sequence[int], n: int) -> Tensor:
         """n positions from each of `first` on: (rows, n), or (1, n) where all are the same."""
         starts = first[:1] if len(set(first)) == 1 else first
-        return self._tensor(starts)[:, None] + torch.arange(n, device=self.model.embed.weight.device)
+        return self._tensor(starts)[:, None] + torch.arange(n, device=self.model.device)
 
     def _tensor(self, ids: Any) -> Tensor:
-        return torch.tensor(ids, dtype=torch.int64, device=self.model.embed.weight.device)
+        return torch.tensor(ids, dtype=torch.int64, device=self.model.device)
 
 
 class Recomputing:
@@ -452,7 +457,7 @@ class Recomputing:
         self.model, self.rows = model, list(rows)
 
     def next_logits(self) -> Tensor:
-        device, logits = self.model.embed.weight.device, []
+        device, logits = self.model.device, []
         for row in self.rows:
             ids = list(row.ids)[-(row.num_tokens - row.window.start) :]
             logits.append(self.model.latents(torch.tensor([ids], device=device), row.prefix_len)[:, -1])

@@ -38,7 +38,7 @@ def merge_blocks(x: Tensor, blocks: int) -> Tensor:
 def split_keys_values(kv: Tensor, K: int, rotary: Rotary | None, config: PerceiverARConfig) -> tuple[Tensor, Tensor]:
     """The fused projection of K context tokens -> keys in their places and values, each (B, H, K, C).
 
-    kv: (B, K, 2 * H * C); with local context (B, K + 1 or 2 K, 2 * H * C) as `inputs.embed` orders it, and the second
+    kv: (B, K, 2 * H * C); with local context (B, K + 1 or 2 K, 2 * H * C) as `inputs.mix` orders it, and the second
     half of a key's channels is that of the token before.
     """
     k, v = (split_heads(x, config.heads_cross) for x in kv.chunk(2, dim=-1))

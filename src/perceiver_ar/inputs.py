@@ -14,7 +14,7 @@ zero. A key thus depends on its token and `reach` tokens before it.
 Shapes: B batch, T context, P prefix, K some tokens, E embedding width, W local context, n = `reach(config)`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,9 +79,11 @@ class Prefix(NamedTuple):
     def part(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Ids, positions and mask of the K tokens from `start` to `stop`: what is dropped is never looked at.
 
-        The ids are as `embed` takes them: (B, n + K), or (B, K, 1 + n).
+        The ids are as `mix` takes them: (B, n + K), or (B, K, 1 + n).
         """
         device, n = self.tables.tokens.device, self.reach
+        if device.type == "meta":  # weights that are fetched when their module is called
+            device = self.tokens.device
 
         def take(x: Tensor, back: int = 0) -> Tensor:
             """Rows of x (B or 1, P, ...) for these tokens, or for those `back` places before."""
@@ -124,29 +126,22 @@ def with_predecessors(tokens: Tensor, mask: Tensor, n: int) -> Tensor:
     return torch.stack([tokens, *before], dim=-1)
 
 
-def embed(tables: Tables, ids: Tensor, places: Tensor) -> Tensor:
-    """(B, K + 1 or 2 K, E): row i < K is that of the token before token i; the last K rows are those of the tokens.
-
-    Without local context there are only the tokens: (B, K, E).
-
-    Args:
-        ids: as `Prefix.part` gives them.
-        places: (B or 1, K, axes), as `coordinates` gives them.
-    """
-    rows = F.embedding(ids.clamp(min=0) if tables.taps is not None else ids, tables.tokens)
-    return mix(ids, rows, tables.taps, place_vectors(tables, places))
-
-
-def place_vectors(tables: Tables, places: Tensor) -> Tensor | None:
-    """(B or 1, K, E): the sum of what the position tables have for these coordinates; None: there are no tables."""
-    vectors = [F.embedding(places[..., axis], table) for axis, table in enumerate(tables.positions)]
+def place_vectors(tables: Iterable[Callable[[Tensor], Tensor]], places: Tensor) -> Tensor | None:
+    """(B or 1, K, E): the sum of what the position tables give for these coordinates; None: there are no tables."""
+    vectors = [table(places[..., axis]) for axis, table in enumerate(tables)]
     return sum(vectors[1:], vectors[0]) if vectors else None
 
 
 def mix(ids: Tensor, rows: Tensor, taps: Tensor | None, at: Tensor | None) -> Tensor:
-    """`embed`, from the rows of the token embedding that belong to `ids`, and the vectors of the positions.
+    """(B, K + 1 or 2 K, E): row i < K is that of the token before token i; the last K rows are those of the tokens.
 
-    The offset embeddings are for search by content, so positions are not in them.
+    Without local context there are only the tokens: (B, K, E). The offset embeddings are for search by content, so
+    positions are not in them.
+
+    Args:
+        ids: as `Prefix.part` gives them.
+        rows: what the token embedding has for them.
+        at: `place_vectors`.
     """
     if taps is None:
         return rows if at is None else rows + at

@@ -12,6 +12,7 @@ Shapes: B batch, T context, P prefix, N latents (T = P + N), D dim, H heads, C c
 """
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable
@@ -43,7 +44,7 @@ from perceiver_ar.heads import (
     split_heads,
     split_keys_values,
 )
-from perceiver_ar.inputs import Prefix, Tables, coordinates, embed, reach, running, with_predecessors
+from perceiver_ar.inputs import Prefix, Tables, coordinates, mix, place_vectors, reach, running, with_predecessors
 from perceiver_ar.streaming import automatic_chunk, stream_attention
 
 Past = Callable[[Tensor, Tensor], list[Piece]]
@@ -58,7 +59,7 @@ class Span(NamedTuple):
     """Tokens of the context as cross-attention layers read them."""
 
     h: Tensor
-    """(B, K, E) embeddings, before any normalisation; with local context (B, K + 1 or 2 K, E), see `inputs.embed`."""
+    """(B, K, E) embeddings, before any normalisation; with local context (B, K + 1 or 2 K, E), see `inputs.mix`."""
     positions: Tensor
     """(B or 1, K)"""
     rotary: Rotary | None
@@ -86,7 +87,9 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         self.embed = nn.Embedding(config.vocab_size, config.width_embed)
         W = config.local_context
         self.local_conv = nn.Parameter(torch.empty(W - 1, config.width_embed)) if W > 1 else None
-        self.position_embed = nn.ModuleList(nn.Embedding(rows, config.width_embed) for rows in config.table_sizes)
+        tables = [nn.Embedding(rows, config.width_embed) for rows in config.table_sizes]
+        # No list without tables: PEFT's `modules_to_save=["embed"]` takes whatever ends in embed, and refuses lists.
+        self.position_embed = nn.ModuleList(tables) if tables else ()
         self.query_proj = nn.Linear(config.width_embed, config.dim) if config.query_proj else nn.Identity()
         self.query_mlp = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(config.query_mlp_layers))
         rows = {"none": 0, "shared": 1, "each": config.num_latents}[config.learned_queries]
@@ -306,29 +309,37 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         if group is not None and dropout:
             raise InputError("attention_dropout needs the whole prefix in one process: set it to 0, or no prefix_group")
         length = prefix.length if group is None else -(-prefix.length // group.size())
-        layers = cast("list[CrossLayer]", self.cross_attention)
-        odd = next((layer.kv_proj for layer in layers if not is_plain(layer.kv_proj)), None)
+        odd = next((name for name, module in self.streamed_modules().items() if not is_plain(module)), None)
         if odd is not None and (chunk or group is not None):
             raise InputError(
-                f"a cross-attention's kv_proj is {type(odd).__name__} with weights of its own kind, and streaming "
-                "reads a plain torch.nn.Linear: set prefix_chunk to 0, and no prefix_group"
+                f"{odd} is {type(self.get_submodule(odd)).__name__} with a hook, an adapter or other weights, and "
+                "streaming reads plain weights only: set prefix_chunk to 0, and no prefix_group"
             )
         if dropout or odd is not None:
             chunk = 0
         elif chunk is None:
-            weight = self.embed.weight
-            chunk = automatic_chunk(self.config, len(prefix.tokens), length, weight.dtype, weight.device)
+            chunk = automatic_chunk(self.config, len(prefix.tokens), length, self.embed.weight.dtype, self.device)
         if group is not None:
             return prefix._replace(chunk=chunk or max(length, 1), group=group.group_name)
         if 0 < chunk < length:
             return prefix._replace(chunk=chunk)
         return self.span(*prefix.part(0, prefix.length))
 
+    def streamed_modules(self) -> dict[str, nn.Module]:
+        """The modules that a streamed prefix takes for their weights, by name."""
+        layers = [(f"cross_attention.{c}", layer) for c, layer in enumerate(self.cross_attention)]
+        modules = {f"{name}.{part}": getattr(layer, part) for name, layer in layers for part in CrossLayer.STREAMED}
+        tables = {f"position_embed.{axis}": table for axis, table in enumerate(self.position_embed)}
+        return {"embed": self.embed, **tables, **modules}
+
     def span(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Span:
         """Embeds tokens, given as `Prefix.part` gives them."""
         places = coordinates(self.config, positions)
         positions = running(self.config, places)
-        return Span(embed(self.tables(), ids, places), positions, self.rotary(positions, cross=True), mask)
+        known = ids if self.local_conv is None else ids.clamp(min=0)
+        rows = self.embed(known.flatten(1)).unflatten(1, known.shape[1:])  # called: it may be more than its weight
+        h = mix(ids, rows, self.local_conv, place_vectors(self.position_embed, places))
+        return Span(h, positions, self.rotary(positions, cross=True), mask)
 
     def rotary(self, positions: Tensor, *, cross: bool) -> Rotary | None:
         """The rotation of heads at integer positions (B or 1, K)."""
@@ -346,7 +357,8 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
                 raise InputError(f"{N} latents are more than the {rows} learned_queries: use fewer")
             u = self.query_embed(torch.arange(rows - N, rows, device=h.device).clamp(min=0)).expand(B, -1, -1)
         if self.latent_embed is not None:
-            u = u + self.latent_embed.weight.repeat(B // self.config.latents_per_position, 1)[:, None]
+            latents = self.latent_embed(torch.arange(self.config.latents_per_position, device=h.device))
+            u = u + latents.repeat(B // self.config.latents_per_position, 1)[:, None]
         for layer in self.query_mlp:
             u = activate(layer(u), self.config.activation)
         return u
@@ -365,6 +377,12 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         if self.activation_checkpointing and self.training:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: its weights' device, or the one to which accelerate fetches weights that it put away."""
+        fetched_to = getattr(getattr(self.embed, "_hf_hook", None), "execution_device", None)
+        return self.embed.weight.device if fetched_to is None else torch.device(fetched_to)
 
     # Weights on disk: config.json and model.safetensors; also from and to the Hub, through the mixin.
 
@@ -399,7 +417,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         path = Path(pretrained_model_name_or_path)
         if not path.is_dir():
             try:
-                files = ["config.json", "model.safetensors"]
+                files = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
                 path = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=files, **kwargs))
             except Exception as error:
                 raise InputError(
@@ -408,16 +426,22 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
                 ) from error
         model = cls(PerceiverARConfig.load(path))
         file = path / "model.safetensors"
+        index = path / "model.safetensors.index.json"  # transformers' `save_pretrained` may have written shards
         try:
-            file.open("rb").close()  # safetensors takes what may not be read for missing
-            tensors = load_file(file)
+            shards = [file]
+            if index.exists() and not file.exists():
+                shards = [path / name for name in sorted({*json.loads(index.read_text())["weight_map"].values()})]
+            tensors: dict[str, Tensor] = {}
+            for file in shards:
+                file.open("rb").close()  # safetensors takes what may not be read for missing
+                tensors |= load_file(file)
         except PermissionError:
             raise
         except FileNotFoundError:
             raise InputError(f"{file}: no such file, so there is no trained model here (yet)") from None
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise InputError(f"{file} is damaged ({error}): restore it, or train again") from None
-        model.load_tensors(tensors, where=str(file))
+        model.load_tensors(tensors, where=str(path if len(shards) > 1 else file))
         return model.eval()
 
     def stored_tensors(self) -> dict[str, Tensor]:
@@ -445,6 +469,8 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
 
 class CrossLayer(nn.Module):
     """Latents read the context: prefix and latents, each latent up to its own position; then an MLP."""
+
+    STREAMED = "context_norm", "kv_proj"
 
     def __init__(self, config: PerceiverARConfig) -> None:
         super().__init__()
@@ -533,9 +559,14 @@ class SelfLayer(nn.Module):
         return u + self.mlp(u)
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a linear layer is its weight and bias: not with an adapter (PEFT), nor quantised (torchao)."""
-    return type(layer) is nn.Linear and not hasattr(layer.weight, "qdata")
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module does what its weights alone say.
+
+    Not so with an adapter (PEFT), a parametrization, a hook (of torch or accelerate), or quantised weights (torchao).
+    """
+    plain = type(module) in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
+    hooks = any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+    return plain and not hooks and not hasattr(module, "_hf_hook") and not hasattr(module.weight, "qdata")
 
 
 def side_by_side(piece: Piece, K: int) -> list[Piece]:

@@ -113,7 +113,8 @@ class _Reader:
 
     def sources(self, ids: Tensor, places: Tensor) -> list[Tensor]:
         """The tensors that `keys_values` makes a part's keys and values of."""
-        at, taps = place_vectors(self.tables, places), self.tables.taps
+        tables = [partial(F.embedding, weight=table) for table in self.tables.positions]
+        at, taps = place_vectors(tables, places), self.tables.taps
         rows = F.embedding(ids.clamp(min=0), self.tables.tokens)
         return [x for x in (rows, taps, at, *self.norm, *self.projection) if x is not None]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from perceiver_ar.config import Recipe
 from perceiver_ar.costs import training_bytes
+from perceiver_ar.model import PerceiverAR
 from perceiver_ar.optim import whole
 from perceiver_ar.streaming import automatic_chunk
 
@@ -33,7 +34,11 @@ def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str:
 
         return hook
 
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    # A hook on these would have the whole prefix held; what is wrong in them is seen in the layer that reads them.
+    networks = [module for module in model.modules() if isinstance(module, PerceiverAR)]
+    streamed = {module for network in networks for module in network.streamed_modules().values()}
+    modules = [(name, module) for name, module in model.named_modules() if name and module not in streamed]
+    hooks = [module.register_forward_hook(look(name)) for name, module in modules]
     try:
         with torch.no_grad():
             forward()

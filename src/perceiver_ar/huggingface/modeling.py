@@ -2,7 +2,8 @@
 
 Weights keep their names and files (`model.safetensors` of a run); every logit is that of a window of `windows.py`:
 
-    forward(input_ids)       every position: `blocks`, that is, as generation from the row's first token would have it
+    forward(input_ids)       every position: `blocks`, that is, as generation from the row's first token would have it;
+                             with position_ids, every document of a packed row is a row of its own
     generate, or a cache     the next token: `next_window` from the prompt on, as `perceiver_ar.generate` has it
 
 Shapes: B batch, T columns of input_ids, D dim, V vocabulary.
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import cache_utils as transformers_caches
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
@@ -46,6 +47,8 @@ class PerceiverARModelConfig(PreTrainedConfig):
     def __init__(self, network: PerceiverARConfig | None = None, **settings: Any) -> None:
         """settings: those that transformers have of their own."""
         self.network = network or PerceiverARConfig()
+        for name, value in {"architectures": ["PerceiverARForCausalLM"], "auto_map": {}}.items():
+            settings.setdefault(name, value)  # TRL reads both
         super().__init__(**settings)
 
     @classmethod
@@ -66,6 +69,10 @@ class PerceiverARModelConfig(PreTrainedConfig):
     @property
     def vocab_size(self) -> int:
         return self.network.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.network = self.network.replace(vocab_size=value)
 
     @property
     def hidden_size(self) -> int:
@@ -90,7 +97,7 @@ class PerceiverARModelConfig(PreTrainedConfig):
         return self.network.tie_embeddings
 
     def to_dict(self) -> dict[str, Any]:
-        code = {"auto_map": self.auto_map} if self._auto_class and hasattr(self, "auto_map") else {}
+        code = {"auto_map": self.auto_map} if self._auto_class and self.auto_map else {}
         return json.loads(self.network.to_json()) | code  # where this file has come with the weights, it goes with them
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -108,25 +115,32 @@ class PerceiverARCache(transformers_caches.Cache):
     """
 
     def __init__(self, max_length: int | None = None) -> None:
-        """max_length: columns that will come, which saves memory; None: any number."""
+        """max_length: how many columns to make room for at first; None: a whole context. More take more memory."""
         super().__init__(layers=[])
         self.max_length, self.length = max_length, 0
         self.decoder: Decoder | Recomputing | None = None
 
     def read(self, network: PerceiverAR, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Takes tokens (B, T) behind those before and gives the logits (B, V) of what follows.
+        """Takes tokens (B, T) behind those before and gives the logits of what follows: (B, T, V), or (B, 1, V) of the
+        last token of prompts.
 
         mask: (B, columns so far and T), as transformers have it; 0: padding.
 
         Raises:
-            InputError: padding to the right of a token, rows of padding alone, more columns than announced.
+            InputError: padding to the right of a token, rows of padding alone, another network or other rows than
+                before, a mask that does not fit.
         """
+        require(
+            tokens.ndim == 2 and 0 not in tokens.shape,
+            f"input_ids have shape {tuple(tokens.shape)} behind {self.length} cached columns: give (B, T), at least "
+            "one new token for each row",
+        )
         B, T = tokens.shape
-        require(T > 0, "input_ids have no columns: a row begins with a token, such as the codec's separator")
         total = self.length + T
         require(
-            self.max_length is None or total <= self.max_length,
-            f"the cache is for {self.max_length} tokens, these are {total}: give generate cache=PerceiverARCache()",
+            mask is None or mask.shape == (B, total),
+            f"attention_mask has shape {None if mask is None else tuple(mask.shape)}: give {(B, total)}, for "
+            f"{self.length} cached columns and {T} new ones",
         )
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[:, -T:].bool()
         if self.decoder is None:
@@ -138,7 +152,7 @@ class PerceiverARCache(transformers_caches.Cache):
             prompts = prompt_rows(
                 [row[keep] for row, keep in zip(tokens, real, strict=True)], network.config.vocab_size
             )
-            room = network.config.context_length if self.max_length is None else self.max_length - T + 1
+            room = network.config.context_length if self.max_length is None else max(self.max_length - T, 0) + 1
             rows = [Row(r, row, network.config) for r, row in enumerate(prompts)]
             # Beams and samples of one prompt come as equal rows, side by side: it is read once.
             sizes = [n for n in range(1, B + 1) if B % n == 0]
@@ -147,16 +161,38 @@ class PerceiverARCache(transformers_caches.Cache):
                 self.decoder = Decoder(network, rows, copies, room)
             else:
                 self.decoder = Recomputing(network, rows)
-            logits = self.decoder.next_logits()
+            logits = [self.decoder.next_logits()]
         else:
-            rows = len(self.decoder.rows)
-            require(rows == B, f"tokens have {B} rows for {rows} in the cache: continue every row")
+            rows = self.decoder.rows
+            require(self.decoder.model is network, "the cache was filled by another network: begin a new one")
+            require(len(rows) == B, f"tokens have {B} rows for {len(rows)} in the cache: continue every row")
             require(bool(real.all()), "new tokens are masked as padding: continue every row, or give attention_mask")
-            for column in tokens.T.tolist():
-                self.decoder.add(column, ())
-                logits = self.decoder.next_logits()
+            counts = [row.num_tokens for row in rows]
+            found = counts if mask is None else mask[:, : self.length].bool().sum(1).tolist()
+            require(
+                found == counts,
+                f"attention_mask has {found} real tokens in cached columns, the cache {counts}: give that of before",
+            )
+            if isinstance(self.decoder, Decoder):
+                self.decoder.reserve(max(counts) + T)
+            logits = []
+            for column in prompt_rows(tokens.T, network.config.vocab_size):
+                self.decoder.add(column.tolist(), ())
+                logits.append(self.decoder.next_logits())
         self.length = total
-        return logits
+        return torch.stack(logits, dim=1)
+
+    def require_same(self, tokens: Tensor, mask: Tensor | None) -> None:
+        """Raises InputError unless tokens (B, columns so far or more), with their mask, begin with what was read."""
+        rows = [] if self.decoder is None else self.decoder.rows
+        for r, row in enumerate(rows if len(rows) == len(tokens) else []):
+            before = tokens[r, : self.length]
+            before = before if mask is None else before[mask[r, : self.length].bool()]
+            require(
+                before[-len(row.ids) :].tolist() == list(row.ids),
+                f"row {r} of input_ids does not begin with the {row.num_tokens} tokens that the cache has read: give "
+                "all of them and what follows, or a new cache",
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PerceiverARCache":
         """For prompts that share a beginning: what was read is copied, the network is not."""
@@ -171,7 +207,7 @@ class PerceiverARCache(transformers_caches.Cache):
         return self.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1 if self.max_length is None else self.max_length
+        return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         order = beam_idx.tolist()
@@ -200,6 +236,93 @@ class PerceiverARCache(transformers_caches.Cache):
         return [False]  # what was read is not to be given again
 
 
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""What collators of packed documents give beside position_ids, which say the same."""
+
+
+class PerceiverARBaseModel(PerceiverAR):
+    """The network. Called with `input_ids`, as TRL calls a base model, it gives the latents of every position."""
+
+    def forward(
+        self,
+        *args: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache: PerceiverARCache | None = None,
+        **others: Any,
+    ) -> Any:
+        """Without `input_ids`: the network's own forward. With: `last_hidden_state` (B, T or less, D), from which
+        the head makes the logits of `PerceiverARForCausalLM.forward`; same arguments.
+
+        With a cache: the logits that `cache.read` gives.
+        """
+        if input_ids is None:
+            return super().forward(*args, **others)
+        _refuse(others, position_ids)
+        if cache is not None:
+            return cache.read(self, input_ids, attention_mask)
+        h = self.every_position(*_documents(input_ids, attention_mask, position_ids), logits_to_keep)
+        return BaseModelOutputWithPast(last_hidden_state=cast(Any, h))
+
+    def every_position(self, tokens: Tensor, document: Tensor, place: Tensor, keep: int | Tensor) -> Tensor:
+        """(B, T or less, D), from what `_documents` gives."""
+        # What comes after a token changes nothing, so no mask is needed.
+        columns = slice(-keep, None) if isinstance(keep, int) else keep  # -0: all
+        document, place = document[:, columns], place[:, columns]
+        least, length = int(place.min()), int(place.max()) + 1
+        latents = [
+            self.latents(tokens[:, block.start : block.end], block.prefix_len)[:, block.first - block.end :]
+            for block in blocks(self.config, length)
+            if block.end > least
+        ]
+        h = torch.cat(latents, dim=1)
+        return h[document, place - (length - h.shape[1])]
+
+
+def _documents(tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Documents as rows (documents, T), and of each column of `tokens` (B, T) its document and its place therein.
+
+    A row is one document, without its padding; or, with position_ids, one from each position 0 on.
+    """
+    require(tokens.ndim == 2 and 0 not in tokens.shape, f"input_ids have shape {tuple(tokens.shape)}: give (B, T)")
+    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    require(
+        real.shape == tokens.shape,
+        f"attention_mask has shape {tuple(real.shape)}, input_ids {tuple(tokens.shape)}: they must be equal",
+    )
+    row = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
+    document, place = row, (real.cumsum(1) - 1).clamp(min=0)
+    if position_ids is not None:
+        require(
+            position_ids.shape[-1:] == tokens.shape[1:] and position_ids.numel() in (tokens.numel(), tokens.shape[1]),
+            f"position_ids have shape {tuple(position_ids.shape)}, input_ids {tuple(tokens.shape)}: they must be equal",
+        )
+        positions = position_ids.expand_as(tokens)
+        first = real & ((positions == 0) | (place == 0))
+        document = (first.flatten().cumsum(0) - 1).clamp(min=0).view_as(tokens)
+        start = place.masked_fill(~first, 0).cummax(1).values  # where its document begins, among real tokens
+        place = place - start
+        wrong = (real & (positions != place)).nonzero().tolist()
+        if wrong:
+            r, c = wrong[0]
+            raise InputError(
+                f"position_ids has {int(positions[r, c])} at row {r}, column {c}: they must count the tokens of each "
+                f"document from 0, here {int(place[r, c])}; leave them out if a row is one document"
+            )
+    rows = tokens.new_zeros(int(document.max()) + 1, int(place.max()) + 1)
+    rows[document[real], place[real]] = tokens[real]
+    return rows, document, place
+
+
+def _refuse(others: dict[str, Any], position_ids: Tensor | None) -> None:
+    """Raises InputError for arguments with a value, as there is nothing to do with it."""
+    known = () if position_ids is None else PACKED
+    given = sorted({name for name, value in others.items() if value is not None and value is not False} - {*known})
+    require(not given, f"{', '.join(given)}: this network has no such input or output, leave it out")
+
+
 class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
     """The network with the interface of transformers' causal language models; `network` is the `PerceiverAR` itself."""
 
@@ -207,10 +330,13 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "network"
     _tied_weights_keys = {"network.head.weight": "network.embed.weight"}  # noqa: RUF012  (where tie_word_embeddings)
     _is_stateful = True
+    _no_split_modules = ["CrossLayer", "SelfLayer"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
 
     def __init__(self, config: PerceiverARModelConfig) -> None:
         super().__init__(config)
-        self.network = PerceiverAR(config.network)
+        self.network = PerceiverARBaseModel(config.network)
         self.register_load_state_dict_pre_hook(_names_of_a_run)
         self.post_init()
 
@@ -223,12 +349,32 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.network.head
 
-    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
-        raise InputError("a trained network has the vocabulary of its codec: leave out new tokens")
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.network.embed = cast(nn.Embedding, value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.network.head = cast(nn.Linear, new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.network.config = self.config.network
+        return embeddings
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+    ) -> None:
+        """Layers are computed again without re-entering autograd, also if `use_reentrant` is given."""
+        require(every_n_layers == 1, f"every_n_layers is {every_n_layers}: all layers are computed again, leave it out")
+        self.gradient_checkpointing = self.network.activation_checkpointing = enable
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: `_set_gradient_checkpointing`. (transformers' hook would keep the prefix from streaming.)"""
+
+    disable_input_require_grads = enable_input_require_grads
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         cache: PerceiverARCache | None = None,
@@ -239,14 +385,14 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits (B, T, V) of the token after each position; with a cache (B, 1, V), of the token after the last.
+        """Logits (B, T, V) of the token after each position.
 
         Without a cache, position i of a row, counted from its first real token, has the logits with which generation
         from that first token would draw token i + 1: contexts from `windows.blocks`, which depend on i alone. A context
         is all tokens so far, and past context_length at least the last context_length - num_latents / 2 of them; the
         first num_latents positions are all latents, later ones have num_latents / 2 ... num_latents latents. So a row's
         logits depend on no other row, nor on padding, on either side; those at padding mean nothing. Rows may be of any
-        length.
+        length. With a cache, those after the last token are what generation from here would draw from.
 
         Args:
             input_ids: (B, T).
@@ -259,14 +405,20 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             return_dict: False: a tuple.
             num_items_in_batch: what the losses are summed over and divided by, instead of their mean: labels in all
                 batches of one step, as transformers' Trainer counts them.
-            others: None or False, as wrappers such as PEFT's give arguments that they have no value for.
+            others: position_ids (B, T), each document of a row counted from 0: so packed documents do not see each
+                other (no cache). The rest None or False, as wrappers such as PEFT's give arguments without a value.
 
         Raises:
             InputError: shapes that do not fit; padding on the right with a cache; another library's cache; others.
         """
-        given = sorted(name for name, value in others.items() if value is not None and value is not False)
-        require(not given, f"{', '.join(given)}: this network has no such input or output, leave it out")
+        require(
+            input_ids is not None,
+            "input_ids are missing: give the ids themselves, as keys depend on the ids before (no inputs_embeds)",
+        )
+        input_ids = cast(Tensor, input_ids)
         cache = _only(cache, past_key_values)
+        position_ids = others.pop("position_ids", None) if cache is None and not use_cache else None
+        _refuse(others, position_ids)
         require(
             attention_mask is None or attention_mask.ndim == 2,
             f"attention_mask has shape {None if attention_mask is None else tuple(attention_mask.shape)}: give (B, T)",
@@ -278,14 +430,22 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
                 f"the cache is a {type(cache).__name__}: leave it out, or give a PerceiverARCache",
             )
             require(labels is None, "labels need the logits of every position: leave out the cache")
+            last = isinstance(logits_to_keep, int) and logits_to_keep == 1
             with torch.no_grad():
-                logits = cache.read(self.network, input_ids, attention_mask)[:, None]
+                prompts = cache.get_seq_length() == 0 and not last and input_ids.shape[-1] > 1
+                logits = self.network(input_ids=input_ids, attention_mask=attention_mask, cache=cache)
+                if prompts:
+                    logits = torch.cat([self.score(input_ids, attention_mask)[:, :-1], logits], dim=1)
+            columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = logits[:, columns]
             kept: dict[str, Any] = {CACHE: cache}
             output = CausalLMOutputWithPast(logits=cast(Any, logits), **kept)
         else:
-            logits = self.score(input_ids, attention_mask, logits_to_keep)
+            logits = self.score(input_ids, attention_mask, logits_to_keep, position_ids)
             loss = None
             if labels is not None:
+                if position_ids is not None:  # a document's first token is predicted from nothing
+                    labels = labels.masked_fill(position_ids == 0, IGNORE)
                 if attention_mask is not None:  # what follows padding is predicted from nothing
                     before = nn.functional.pad(attention_mask.bool(), (1, -1))
                     counted, labels = labels, labels.masked_fill(~(before & attention_mask.bool()), IGNORE)
@@ -298,27 +458,14 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             output = CausalLMOutputWithPast(loss=loss, logits=cast(Any, logits))
         return output.to_tuple() if return_dict is False else output
 
-    def score(self, tokens: Tensor, mask: Tensor | None, keep: int | Tensor = 0) -> Tensor:
+    def score(
+        self, tokens: Tensor, mask: Tensor | None, keep: int | Tensor = 0, position_ids: Tensor | None = None
+    ) -> Tensor:
         """`forward` without a cache: logits (B, T or less, V)."""
-        require(tokens.ndim == 2 and 0 not in tokens.shape, f"input_ids have shape {tuple(tokens.shape)}: give (B, T)")
-        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-        require(
-            real.shape == tokens.shape,
-            f"attention_mask has shape {tuple(real.shape)}, input_ids {tuple(tokens.shape)}: they must be equal",
+        output = self.network(
+            input_ids=tokens, attention_mask=mask, position_ids=position_ids, logits_to_keep=keep, use_cache=False
         )
-        # Real tokens first, in their order. What comes after a token changes nothing, so no mask is needed.
-        tokens = tokens.masked_fill(~real, 0).gather(1, (~real).byte().argsort(dim=1, stable=True))
-        place = (real.cumsum(1) - 1).clamp_(min=0)  # of each column among the real tokens
-        place = place[:, -keep:] if isinstance(keep, int) else place[:, keep]  # -0: all
-        least, length = int(place.min()), int(place.max()) + 1
-        latents = [
-            self.network.latents(tokens[:, block.start : block.end], block.prefix_len)[:, block.first - block.end :]
-            for block in blocks(self.network.config, length)
-            if block.end > least
-        ]
-        h = torch.cat(latents, dim=1)
-        place = place - (length - h.shape[1])
-        return self.network.head(h.gather(1, place[..., None].expand(-1, -1, h.shape[-1])))
+        return self.network.head(output.last_hidden_state)
 
     # Generation: GenerationMixin's, over a cache of ours.
 
@@ -335,6 +482,9 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Without the tokenizer of stop strings, which transformers hand on to the network."""
+        cache = _only(kwargs.get("cache"), kwargs.get("past_key_values"))
+        if kwargs.get("is_first_iteration") and args and isinstance(cache, PerceiverARCache):
+            cache.require_same(args[0], kwargs.get("attention_mask"))
         prepare = super().prepare_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
         return prepare(*args, **kwargs)
 

@@ -1,9 +1,11 @@
 """Codecs as tokenizers of Hugging Face transformers, with the codec's own ids.
 
-Text is encoded as the start of a document: `codec.separator` first (`add_special_tokens=False`: without it). Names of
-special tokens in a text are text. Codecs that do not write text have ids as words: "60 388 12".
+Text is encoded as the start of a document: `codec.separator` first (`add_special_tokens=False`: without it). As with
+other tokenizers of transformers, `tokenizer.eos_token` in a text is the end of a document (TRL writes it there), and
+with `split_special_tokens=True` it is text. Codecs that do not write text have ids as words: "60 388 12".
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,11 @@ from transformers.utils.hub import cached_file
 from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.data.text import BYTE_CHARACTERS, END_OF_TEXT, BytesCodec, OffsetBytesCodec, TokenizerCodec
 from perceiver_ar.huggingface.modeling import HUB
+
+NO_UTF8 = BYTE_CHARACTERS[0xFF]
+"""The token of a byte that is in no UTF-8 text."""
+PADDING = "<|padding|>"
+"""The name of the id that stands for no text: collators mask every pad token, so it must not be the end of a text."""
 
 
 class PerceiverARTokenizer:
@@ -35,6 +42,7 @@ def codec_tokenizer(codec: Codec, **options: Any) -> PreTrainedTokenizerFast:
     """
     tokenizer = id_tokenizer(codec)
     end = tokenizer.id_to_token(codec.separator[-1]) if codec.separator else None
+    padding = PADDING if tokenizer.token_to_id(PADDING) is not None else end
     if codec.separator:
         names = [(str(tokenizer.id_to_token(index)), index) for index in codec.separator]
         start = [name for name, _ in names]
@@ -42,9 +50,9 @@ def codec_tokenizer(codec: Codec, **options: Any) -> PreTrainedTokenizerFast:
     else:
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # adds nothing
     defaults: dict[str, Any] = {
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), end),
+        **dict.fromkeys(("bos_token", "eos_token"), end),
+        "pad_token": padding,
         "padding_side": "left",
-        "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
     }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **(defaults | options))
@@ -53,12 +61,19 @@ def codec_tokenizer(codec: Codec, **options: Any) -> PreTrainedTokenizerFast:
 def id_tokenizer(codec: Codec) -> Tokenizer:
     """Text to ids and back, as the codec has them, without a start."""
     if isinstance(codec, TokenizerCodec):
-        return Tokenizer.from_str(codec.tokenizer.to_str())
+        settings = json.loads(codec.tokenizer.to_str())
+        vocab = settings["model"]["vocab"]
+        used = any(NO_UTF8 in token for token in vocab if token != NO_UTF8) or PADDING in vocab
+        if codec.separator and NO_UTF8 in vocab and not used:
+            vocab[PADDING] = vocab.pop(NO_UTF8)
+        return Tokenizer.from_str(json.dumps(settings))
     if isinstance(codec, BytesCodec | OffsetBytesCodec):
         first = codec.reserved if isinstance(codec, OffsetBytesCodec) else 0
         names = {index: f"<|{index}|>" for index in range(first)}
         names |= {first + byte: character for byte, character in enumerate(BYTE_CHARACTERS)}
         names |= dict.fromkeys(codec.separator, END_OF_TEXT)
+        if codec.separator:
+            names[first + 0xFF] = PADDING
         vocab = {name: index for index, name in names.items()}
         # NUL has no name of its own where it separates texts.
         tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=END_OF_TEXT if END_OF_TEXT in vocab else None))
