@@ -25,7 +25,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         out=str(tmp_path_factory.mktemp("runs") / "run"),
         max_steps=10,
         model=PerceiverARConfig(context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2),
-        trainer=TrainerConfig(batch_size=4, precision="32", device="cpu", evaluations=2, sample_tokens=5),
+        trainer=TrainerConfig(batch_size=4, blocks=1, precision="32", device="cpu", evaluations=2, sample_tokens=5),
     )
 
 

@@ -22,7 +22,14 @@ from perceiver_ar.trouble import first_not_finite, free_bytes, largest_micro_bat
 
 MODEL = PerceiverARConfig(context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2)
 TRAINER = TrainerConfig(
-    batch_size=4, precision="32", device="cpu", evaluations=0, evaluation_tokens=100, sample_tokens=0, short_prefix=0.0
+    batch_size=4,
+    precision="32",
+    device="cpu",
+    evaluations=0,
+    evaluation_tokens=100,
+    sample_tokens=0,
+    short_prefix=0.0,
+    blocks=1,
 )
 POISON = ord("#")
 
@@ -191,7 +198,7 @@ def test_the_largest_micro_batch_fits_divides_and_the_next_one_would_not_fit(dev
 def test_find_batch_looks_at_one_machine_only(
     launcher: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train"}
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0"}
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     for name, value in (slurm if launcher == "SLURM" else torchrun).items():
         monkeypatch.setenv(name, value)
