@@ -372,6 +372,12 @@ def test_what_is_no_duration_is_refused_with_an_example(text: str) -> None:
     assert repr(text) in refusal(parse_duration, text, "max_time")
 
 
+@pytest.mark.parametrize("word", ["none", "null", None])
+def test_a_limit_of_time_can_be_taken_back(word: str | None) -> None:
+    assert Recipe(out="x", max_time=word, max_steps=7).max_seconds is None
+    assert Recipe(out="x", max_time=word).max_time == "10m"  # with neither
+
+
 @pytest.mark.parametrize(
     ("model", "blocks"),
     [

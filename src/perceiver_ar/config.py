@@ -615,7 +615,8 @@ class Recipe:
     modality: Literal["auto", "text", "bytes", "midi", "image", "audio", "integers"] = "auto"
     """text: valid UTF-8 only; bytes: any file; auto: what the files are."""
     max_time: str | None = None
-    """How long to train, such as 90s, 5m or 1h30m; the learning rate falls accordingly."""
+    """How long to train, such as 90s, 5m or 1h30m; the learning rate falls accordingly. none: as long as max_steps take,
+    where a --config file says something else."""
     max_steps: int | None = None
     """How many optimizer steps to train. With neither: 10 minutes."""
     seed: int = 0
@@ -644,6 +645,8 @@ class Recipe:
             f"model.attention_dropout is {self.model.attention_dropout}, which needs the whole prefix on each device: "
             "set it to 0, or trainer.prefix_ranks to 1",
         )
+        if self.max_time in ("none", "null"):
+            object.__setattr__(self, "max_time", None)
         if self.max_time is not None:
             parse_duration(self.max_time, "max_time")
         elif self.max_steps is None:
