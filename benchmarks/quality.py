@@ -391,7 +391,7 @@ def main() -> None:
     parser.add_argument("--bpe", type=int, help="size of a tokenizer for text; default: bytes")
     parser.add_argument("--minutes", type=float, default=20.0, help="training time of each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="the grid takes the lowest")
-    parser.add_argument("--points", type=int, help="try only so many points of each grid, the first ones")
+    parser.add_argument("--points", type=int, metavar="N", help="try only the first N points of each grid")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--precision", choices=("auto", "32", "bf16"), default="auto", help="auto: the faster one")

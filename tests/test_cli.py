@@ -1138,3 +1138,8 @@ def test_a_run_from_before_local_context_and_blocks_is_resumed_without_them(corp
     assert main(["train", "--out", str(run), "--resume", "--max_steps=4"]) == 0
     assert Run(run).recipe().model.local_context == Run(run).model().config.local_context == 1
     assert Run(run).recipe().blocks == 1
+    lines = (run / "recipe.yaml").read_text().splitlines(keepends=True)
+    (run / "recipe.yaml").write_text("".join(line for line in lines if not re.search("local_context|blocks", line)))
+    again = tmp_path / "again"
+    assert main(["train", "--config", str(run / "recipe.yaml"), "--out", str(again), "--max_steps=1"]) == 0
+    assert Run(again).recipe().blocks == Run(again).recipe().model.local_context == 1

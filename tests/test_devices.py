@@ -28,7 +28,7 @@ MODEL = PerceiverARConfig(
     context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2, prefix_dropout=0.5, mlp_dropout=0.1
 )
 TRAINER = TrainerConfig(
-    batch_size=12, precision="32", device="cpu", evaluations=2, evaluation_tokens=200, sample_tokens=2
+    batch_size=12, blocks=2, precision="32", device="cpu", evaluations=2, evaluation_tokens=200, sample_tokens=2
 )
 
 MUON = OptimConfig(schedule="constant", warmup=0.0)
@@ -261,7 +261,7 @@ module = PerceiverARModule(PerceiverAR(recipe.model), recipe, torch.distributed.
 module.configure_model()
 tokens = torch.randint(256, (2, 33))
 with torch.profiler.profile() as profile:
-    module.forward_loss({"tokens": tokens[:, :-1], "labels": tokens[:, -8:], "weight": 1.0}).backward()
+    module.forward_loss({"tokens": tokens[:, :-1], "labels": tokens[:, -16:], "weight": 1.0}).backward()
 counts = [event.count for event in profile.key_averages() if event.key in ("gloo:all_reduce", "gloo:all_gather")]
 assert len(counts) == 2 and sum(counts) > 2, counts
 assert module.model.prefix_group is None

@@ -77,11 +77,22 @@ def test_packed_documents_do_not_see_each_other(run: Path) -> None:  # noqa: F81
     model, tokens, lengths = model_of(run), ids(1, 46), (30, 1, 15)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     packed = model(tokens, position_ids=positions, cu_seq_lens_q=torch.tensor([0, 30, 31, 46]), labels=tokens)
+    last = model(tokens, position_ids=positions, logits_to_keep=20).logits
+    assert_close(last, packed.logits[:, -20:], 1e-5)
     alone = [model(part, labels=part if part.shape[1] > 1 else None) for part in tokens.split(lengths, dim=1)]
     assert_close(packed.logits, torch.cat([output.logits for output in alone], dim=1), 1e-5)
     assert_close(packed.loss, (alone[0].loss * 29 + alone[2].loss * 14) / 43, 1e-5)
     with pytest.raises(InputError, match="has 5 at row 0, column 0: they must count the tokens of each document"):
         model(tokens, position_ids=positions + 5)
+
+
+def test_packed_documents_cost_what_they_hold(run: Path) -> None:  # noqa: F811
+    """One long document beside many short ones: as many positions are computed as there are tokens, about."""
+    model, lengths = model_of(run), [60, *[3] * 40]
+    positions, computed = torch.cat([torch.arange(n) for n in lengths])[None], []
+    model.network.norm.register_forward_hook(lambda module, inputs, output: computed.append(output[..., 0].numel()))
+    model(ids(1, 180), position_ids=positions)
+    assert sum(computed) < 2 * 180
 
 
 def test_recomputed_layers_have_the_same_gradients(run: Path) -> None:  # noqa: F811

@@ -30,7 +30,7 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
-from perceiver_ar.config import BEFORE, PRESETS, Recipe, dump_yaml, load_yaml, unknown_words
+from perceiver_ar.config import BEFORE, PRESETS, Recipe, dump_yaml, load_yaml, names_all, unknown_words
 from perceiver_ar.costs import costs
 from perceiver_ar.errors import InputError
 
@@ -137,8 +137,8 @@ def refuse_comments(parser: ArgumentParser, argv: list[str]) -> None:
     for word, following in zip(argv, [*argv, ""][1:], strict=True):
         option, equals, value = word.partition("=")
         value, kind = value if equals else following, kinds.get(option)
-        plain = get_origin(kind) is Literal or set(get_args(kind) or [kind]) <= {int, float, bool, type(None)}
-        if kind is not None and plain and "#" in value:
+        simple = get_origin(kind) is Literal or set(get_args(kind) or [kind]) <= {int, float, bool, type(None)}
+        if kind is not None and simple and "#" in value:
             raise InputError(f"{option} is {value!r}: give the value without #")
 
 
@@ -265,8 +265,8 @@ def train_verb(argv: list[str]) -> None:
             raise InputError("--resume goes on with the same model, so --preset changes nothing: leave it out")
         run = Run.open(os.path.expanduser(out))
         run.recipe()  # says clearly what is wrong with it, if anything is
-        before = {f"{group}.{name}": value for group, values in BEFORE.items() for name, value in values.items()}
-        parser.set_defaults(before)
+        for group, before in BEFORE.items():
+            parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})
         argv = ["--config", str(run.recipe_file), *argv]
         from_files |= run.recipe_dict()
     elif (config_file := os.path.expanduser(option_value(argv, "--config") or "")) and Path(config_file).is_file():
@@ -275,6 +275,9 @@ def train_verb(argv: list[str]) -> None:
         except (yaml.YAMLError, UnicodeDecodeError):
             raise InputError(f"--config {config_file} is not YAML: give a file of settings") from None
         from_files |= loaded if isinstance(loaded, dict) else {}
+        for group, before in BEFORE.items():
+            if names_all(group, from_files.get(group)):
+                parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})
     for name in ("preset", "resume", "find_batch"):
         if from_files.get(name):
             raise InputError(f"the --config file sets {name}, which only the command line can: give --{name} there")
@@ -861,12 +864,13 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
     yield "self_attention_layers", config.num_layers
     yield "cross_attention_layers", len(config.cross_layers)
     yield "dim", config.dim
-    latents = config.num_latents if recipe is None else recipe.window_latents
-    window = costs(config, latents=latents, blocks=latents // config.num_latents)
+    window = costs(config)
     yield "forward_gigaflops_per_window", window.forward_flops / 1e9
     if recipe is not None:
         yield "windows_per_step", recipe.trainer.batch_size
-        yield "training_gigaflops_per_step", recipe.trainer.batch_size * window.training_flops / 1e9
+        yield "blocks_per_window", recipe.blocks
+        training = costs(config, latents=recipe.window_latents, blocks=recipe.blocks).training_flops
+        yield "training_gigaflops_per_step", recipe.trainer.batch_size * training / 1e9
         device = "cuda" if torch.cuda.is_available() else "cpu"
         yield "training_megabytes", expected_bytes(recipe, parameters, device) / 1e6
     yield "weights_megabytes", 4 * parameters / 1e6

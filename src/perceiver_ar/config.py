@@ -573,12 +573,15 @@ class TrainerConfig:
         ranks = f"devices {self.devices}" + (f" / prefix_ranks {self.prefix_ranks}" if self.prefix_ranks > 1 else "")
         require(
             self.batch_size % self.data_ranks == 0,
-            f"trainer.batch_size {self.batch_size} is not a multiple of {ranks}, which share it",
+            f"trainer.batch_size {self.batch_size} is not a multiple of {ranks}, which share it: "
+            f"set it to {-(-self.batch_size // self.data_ranks) * self.data_ranks}",
         )
+        each = self.data_ranks * self.micro_batch
         require(
-            self.batch_size % (self.data_ranks * self.micro_batch) == 0,
+            self.batch_size % each == 0,
             f"trainer.batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            + (f" times {ranks}" if self.data_ranks > 1 else ""),
+            + (f" times {ranks}" if self.data_ranks > 1 else "")
+            + f": set it to {-(-self.batch_size // each) * each}",
         )
         for name in ("short_prefix", "prefix_growth"):
             require(0 <= getattr(self, name) <= 1, f"trainer.{name} is {getattr(self, name)}: it must be in [0, 1]")
@@ -615,8 +618,8 @@ class Recipe:
     modality: Literal["auto", "text", "bytes", "midi", "image", "audio", "integers"] = "auto"
     """text: valid UTF-8 only; bytes: any file; auto: what the files are."""
     max_time: str | None = None
-    """How long to train, such as 90s, 5m or 1h30m; the learning rate falls accordingly. none: as long as max_steps take,
-    where a --config file says something else."""
+    """How long to train, such as 90s, 5m or 1h30m; the learning rate falls accordingly. none: as long as max_steps
+    take, where a --config file says something else."""
     max_steps: int | None = None
     """How many optimizer steps to train. With neither: 10 minutes."""
     seed: int = 0
@@ -709,7 +712,7 @@ SettingsLoader.yaml_implicit_resolvers = {
     for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for reader in (SettingsLoader, SettingsDumper):
-    for name, pattern in (("int", NUMBER), ("float", rf"{FLOAT}|[-+]?\.inf|\.nan")):
+    for name, pattern in (("int", NUMBER), ("float", rf"{FLOAT}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")):
         reader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(f"(?:{pattern})$"), list("-+.0123456789"))
 
 
@@ -720,6 +723,15 @@ def load_yaml(text: str) -> Any:
 
 def dump_yaml(settings: Any) -> str:
     return yaml.dump(settings, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True)
+
+
+def names_all(group: str, settings: Any) -> bool:
+    """Whether these settings of a group, such as "trainer", are a whole one of this or an older version."""
+    kind = {"model": PerceiverARConfig, "trainer": TrainerConfig}[group]
+    return (
+        isinstance(settings, Mapping)
+        and {e.name for e in dataclasses.fields(kind)} - {*settings, *BEFORE[group]} == set()
+    )
 
 
 def unknown_words(unknown: Iterable[str], known: Iterable[str]) -> str:

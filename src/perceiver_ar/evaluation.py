@@ -174,8 +174,8 @@ def evaluate(
             but for its first token, and no context reaches beyond its start.
         batch_size: windows per forward.
         max_tokens: score this many targets at most; of documents of one length, the first ones that have so many.
-        spread: let those that `max_tokens` leaves be windows, or documents of one length, from everywhere instead of
-            the first ones, evenly.
+        spread: score about `max_tokens` targets, in windows (or documents of one length) that are spread evenly over
+            the text.
         first_target: index (in each document of one length) of the first token to score; those before are context only.
         precision: "32": as the weights are; "bf16": autocast.
         progress: called with the number of targets scored so far, and of all.

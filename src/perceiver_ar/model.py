@@ -128,7 +128,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
                 None: 0 ... T - 1, less the padding before a token.
             prefix_keep: (B, K) or (cross layers, B, K) indices below prefix_len, distinct within a row: the prefix
                 tokens that survive prefix dropout. None: drawn at `config.prefix_dropout` in training, else all.
-            blocks: the latents are so many blocks of N / blocks, one behind the other, and self-attention stays within
+            blocks: how many blocks of N / blocks latents there are, one behind the other. Self-attention stays within
                 a block. So the logits are those of `blocks` forwards, each over the tokens up to the end of its block
                 with that block as latents; but the context is embedded and its keys and values are made only once.
 
@@ -430,7 +430,9 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
         try:
             shards = [file]
             if index.exists() and not file.exists():
-                shards = [path / name for name in sorted({*json.loads(index.read_text())["weight_map"].values()})]
+                file = index
+                names = sorted({*json.loads(index.read_text())["weight_map"].values()})
+                shards = [path / Path(name).name for name in names]  # never outside of the directory
             tensors: dict[str, Tensor] = {}
             for file in shards:
                 file.open("rb").close()  # safetensors takes what may not be read for missing
@@ -439,7 +441,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
             raise
         except FileNotFoundError:
             raise InputError(f"{file}: no such file, so there is no trained model here (yet)") from None
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file} is damaged ({error}): restore it, or train again") from None
         model.load_tensors(tensors, where=str(path if len(shards) > 1 else file))
         return model.eval()

@@ -72,7 +72,10 @@ class Run:
 
     def recipe_dict(self) -> dict[str, Any]:
         try:
-            settings = load_yaml(self.recipe_file.read_text(encoding="utf-8"))
+            text = self.recipe_file.read_text(encoding="utf-8")
+            settings = load_yaml(text)
+            if isinstance(settings, dict) and "blocks" not in (settings.get("trainer") or {}):
+                settings = yaml.safe_load(text)  # by which older runs were written: `out: 1e-3` is text there
         except FileNotFoundError:
             raise InputError(f"{self.path} holds no recipe.yaml, so it is not a run of perceiver-ar") from None
         except (yaml.YAMLError, UnicodeDecodeError):

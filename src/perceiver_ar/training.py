@@ -30,6 +30,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.lsf import LSFEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
@@ -213,7 +214,8 @@ def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> Windows:
     )
     require(
         blocks == 1 or model.blocks_allowed,
-        f"trainer.blocks is {blocks}, which this network cannot have (see PerceiverAR.forward): leave it out",
+        f"trainer.blocks is {blocks}, which a network with latent_keys query, positions_from_end, learned_queries each "
+        "or latents_per_position cannot have: leave it out",
     )
     return Windows(
         tokens,
@@ -234,7 +236,10 @@ def check_launcher(settings: TrainerConfig) -> None:
     if TorchElasticEnvironment.detect() or os.environ.get(FIRST) == str(os.getppid()):
         return
     slurm = SLURMEnvironment.detect()
-    if slurm and "SLURM_STEP_ID" in os.environ:
+    if (slurm and "SLURM_STEP_ID" in os.environ) or LSFEnvironment.detect():
+        return
+    by_hand = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if by_hand and os.environ.get("WORLD_SIZE") == str(settings.devices):
         return
     alone = dict.fromkeys(("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"), 0) | {"WORLD_SIZE": 1}
     alone |= {"SLURM_NTASKS": 1} if slurm else {}
@@ -319,6 +324,8 @@ def check_resumable(run: Run, recipe: Recipe) -> Recipe:
     fixed = ("paths", "modality", "seed", "model", "data", "optim")
     fixed += ("trainer.batch_size", "trainer.blocks", "trainer.short_prefix", "trainer.prefix_growth")
     was, now = flat(before.to_dict()), flat(recipe.to_dict())
+    if recipe.blocks == before.blocks:
+        now["trainer.blocks"] = was["trainer.blocks"]
     changed = [name for name in was if name.startswith(fixed) and was[name] != now[name]]
     if changed:
         changes = ", ".join(f"{name} changed from {was[name]!r} to {now[name]!r}" for name in changed)

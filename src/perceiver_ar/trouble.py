@@ -54,7 +54,7 @@ def expected_bytes(recipe: Recipe, parameters: int, device: str, windows: int | 
     """`training_bytes` where the prefix is streamed, or not, as it would be on a device."""
     config, chunk = recipe.model, recipe.model.prefix_chunk
     if chunk is None:
-        length = int((config.context_length - config.num_latents) * (1 - config.prefix_dropout))
+        length = int((config.context_length - recipe.window_latents) * (1 - config.prefix_dropout))
         length = -(-length // recipe.trainer.prefix_ranks)
         rows = recipe.trainer.micro_batch if windows is None else windows
         chunk = automatic_chunk(config, rows * config.latents_per_position, length, torch.float32, torch.device(device))

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -153,6 +154,7 @@ def test_an_interrupt_ends_the_training_of_a_tokenizer():
     os.close(theirs)
     shown = b""
     while b"merges" not in shown:
+        assert select.select([ours], [], [], 120)[0], shown
         shown += os.read(ours, 1 << 16)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == -signal.SIGINT

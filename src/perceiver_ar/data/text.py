@@ -50,7 +50,8 @@ START = 512  # bytes that this looks at
 PIECE = 1 << 16  # characters that a tokenizer encodes as one; its time grows faster than the length of a word
 PIECES = 16  # that it encodes at the same time, in threads of its own
 WORD = 256  # characters of the longest word that a tokenizer is trained on
-LONG_WORD = re.compile(rf"\S{{{WORD}}}(?=\S)|\s{{{WORD}}}(?=\s)")
+KINDS = r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s"  # letters, digits, other signs, spaces: words are runs of one kind
+LONG_WORD = re.compile("|".join(f"{kind}{{{WORD}}}(?={kind})" for kind in KINDS))
 LONG_WORDS = 1 << 20  # characters of such words that a tokenizer is trained on: almost all of their parts differ
 
 
@@ -256,8 +257,8 @@ def _interruptible(work: Callable[[Iterator[str]], Any], texts: Iterator[str]) -
             failures.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
-    thread.start()
     try:
+        thread.start()
         thread.join()
     except BaseException:
         abandoned.set()

@@ -270,15 +270,25 @@ class PerceiverARBaseModel(PerceiverAR):
         """(B, T or less, D), from what `_documents` gives."""
         # What comes after a token changes nothing, so no mask is needed.
         columns = slice(-keep, None) if isinstance(keep, int) else keep  # -0: all
+        lengths = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        lengths = lengths.scatter_reduce(0, document.flatten(), place.flatten() + 1, "amax")
         document, place = document[:, columns], place[:, columns]
         least, length = int(place.min()), int(place.max()) + 1
-        latents = [
-            self.latents(tokens[:, block.start : block.end], block.prefix_len)[:, block.first - block.end :]
-            for block in blocks(self.config, length)
-            if block.end > least
-        ]
-        h = torch.cat(latents, dim=1)
-        return h[document, place - (length - h.shape[1])]
+        index = torch.zeros(len(tokens), length, dtype=torch.int64, device=tokens.device)  # of a position among latents
+        parts = list[Tensor]()
+        for block in blocks(self.config, length):
+            if block.end <= least:
+                continue
+            targets = (lengths.clamp(max=block.end) - block.first).clamp(min=0)
+            size = targets.double().log2().ceil()  # -inf: the document ends before
+            for one in size[targets > 0].unique():  # packed documents differ much in length: each beside its like
+                rows = (size == one).nonzero()[:, 0]
+                n = int(targets[rows].max())
+                end, count = block.first + n, sum(map(len, parts))
+                part = self.latents(tokens[rows, block.start : end], block.prefix_len)[:, -n:]
+                index[rows, block.first : end] = torch.arange(len(rows) * n, device=rows.device).view(-1, n) + count
+                parts.append(part.flatten(0, 1))
+        return torch.cat(parts)[index[document, place]]
 
 
 def _documents(tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
