@@ -951,7 +951,7 @@ def test_text_given_as_an_option_is_that_text(
     options, following = ["--temperature=0", "--max_new_tokens=1"], chr(ord(text[-1]) + 1) + "\n"
     monkeypatch.chdir(tmp_path)
     assert generated(capsys, successor, "--prompt", text, *options) == following
-    assert generated(capsys, successor, f"--prompt={text}", f"--out={text}", *options) == following
+    assert generated(capsys, successor, f"--prompt={text}", f"--out=./{text}", *options) == following
     assert (tmp_path / text).read_text() == following[0]
     (tmp_path / "options.yaml").write_text(yaml.safe_dump({"prompt": text}))
     assert generated(capsys, successor, "--config=options.yaml", *options) == following

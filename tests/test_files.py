@@ -97,11 +97,9 @@ def test_an_exception_leaves_what_was_there_and_no_litter(
     assert content(tmp_path) == before
 
 
-def test_text_that_cannot_be_encoded_leaves_the_old_file(tmp_path: Path):
-    write_text(tmp_path / "config.json", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "config.json", "\ud800")
-    assert content(tmp_path) == {"config.json": b"old"}
+def test_names_that_are_not_utf8_are_written_with_their_bytes_named(tmp_path: Path):
+    write_text(tmp_path / "report.html", f"one {os.fsdecode(bytes([0xFF]))}.txt")
+    assert content(tmp_path) == {"report.html": b"one \\udcff.txt"}
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o002, 0o022, 0o077], ids=oct)

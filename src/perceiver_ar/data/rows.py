@@ -63,9 +63,6 @@ class Rows(Source):
             if not isinstance(value, str | None):
                 kind = type(value).__name__
                 raise InputError(f"{where} has a {kind} in column {self.column!r}, not text; set data.column")
-            if text and value and "\0" in value:
-                yield where, _refused(WrongModality(f"{where} is no text (it holds NUL)"))
-                continue
             for document in split_documents([(value or "").encode(errors="surrogatepass")], separator):
                 yield where, document
         if columns and not found:
