@@ -146,7 +146,11 @@ def test_shards_are_read(tie: bool, tmp_path: Path) -> None:
 def test_a_hook_on_the_embedding_acts_also_where_the_prefix_is_long(run: Path) -> None:  # noqa: F811
     network, tokens = PerceiverAR.from_pretrained(run), ids(2, 24)
     expected = network(tokens)
-    network.embed.register_forward_hook(lambda module, inputs, output: output + output)
+
+    def double(module: Any, inputs: Any, output: Any) -> Any:
+        return output + output
+
+    network.embed.register_forward_hook(double)
     doubled = PerceiverAR.from_pretrained(run)
     doubled.embed.weight.data *= 2
     assert_close(network(tokens), doubled(tokens), 1e-5)
