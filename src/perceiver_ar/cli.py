@@ -265,8 +265,6 @@ def train_verb(argv: list[str]) -> None:
             raise InputError("--resume goes on with the same model, so --preset changes nothing: leave it out")
         run = Run.open(os.path.expanduser(out))
         run.recipe()  # says clearly what is wrong with it, if anything is
-        for group, before in BEFORE.items():
-            parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})
         argv = ["--config", str(run.recipe_file), *argv]
         from_files |= run.recipe_dict()
     elif (config_file := os.path.expanduser(option_value(argv, "--config") or "")) and Path(config_file).is_file():
@@ -275,9 +273,9 @@ def train_verb(argv: list[str]) -> None:
         except (yaml.YAMLError, UnicodeDecodeError):
             raise InputError(f"--config {config_file} is not YAML: give a file of settings") from None
         from_files |= loaded if isinstance(loaded, dict) else {}
-        for group, before in BEFORE.items():
-            if names_all(group, from_files.get(group)):
-                parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})
+    for group, before in BEFORE.items():
+        if "--resume" in argv or names_all(group, from_files.get(group)):
+            parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})
     for name in ("preset", "resume", "find_batch"):
         if from_files.get(name):
             raise InputError(f"the --config file sets {name}, which only the command line can: give --{name} there")

@@ -728,10 +728,8 @@ def dump_yaml(settings: Any) -> str:
 def names_all(group: str, settings: Any) -> bool:
     """Whether these settings of a group, such as "trainer", are a whole one of this or an older version."""
     kind = {"model": PerceiverARConfig, "trainer": TrainerConfig}[group]
-    return (
-        isinstance(settings, Mapping)
-        and {e.name for e in dataclasses.fields(kind)} - {*settings, *BEFORE[group]} == set()
-    )
+    names = {entry.name for entry in dataclasses.fields(kind)}
+    return isinstance(settings, Mapping) and names <= {*settings, *BEFORE[group]}
 
 
 def unknown_words(unknown: Iterable[str], known: Iterable[str]) -> str:
