@@ -255,6 +255,8 @@ def test_numbers_in_settings_are_those_of_people(text: str, value: Any) -> None:
 @given(st.text() | st.from_regex(r"[-+0-9.:eE_]{1,8}", fullmatch=True))
 @example("1e3")
 @example("d\udcff")
+@example("\x85")
+@example("a\u2028\u2029b")
 def test_text_in_settings_survives_and_other_readers_see_text(text: str) -> None:
     written = dump_yaml({"text": text})
     assert load_yaml(written) == yaml.safe_load(written) == {"text": text}

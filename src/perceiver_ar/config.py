@@ -716,6 +716,15 @@ for reader in (SettingsLoader, SettingsDumper):
         reader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(f"(?:{pattern})$"), list("-+.0123456789"))
 
 
+def _represent_text(dumper: SettingsDumper, text: str) -> yaml.ScalarNode:
+    """Escapes the line breaks of Unicode: within other quotes they would be read as spaces."""
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+SettingsDumper.add_representer(str, _represent_text)
+
+
 def load_yaml(text: str) -> Any:
     """What a file of settings says. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=SettingsLoader)
