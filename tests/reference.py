@@ -1,6 +1,6 @@
 """Perceiver AR once more, as plainly as possible: what the tests compare the library with, and what they draw from.
 
-Everything here is written from the mathematics (docstrings of `perceiver_ar.model` and `perceiver_ar.attention`), with
+Everything here is written from the mathematics (docstrings of `network/model.py` and `network/attention.py`), with
 explicit rectangular masks, einsum, complex numbers for rotations, and no call into the library's own computations.
 """
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:

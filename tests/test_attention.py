@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference import assert_close, naive_attention
 from torch import Tensor
 
-from perceiver_ar.attention import Piece, _attend_whole, attend
+from perceiver_ar.network.attention import Piece, _attend_whole, attend
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 # Largest error, relative to the scale of the values. The reference runs in float64 on the same (rounded) inputs. A

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from reference import assert_close, naive_attention
 from torch import Tensor
 
-from perceiver_ar.attention import attend
 from perceiver_ar.cache import Cache, KeysValues
 from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.network.attention import attend
 
 H, C = 2, 3
 
@@ -81,15 +81,15 @@ def test_rows_can_be_copied_and_put_in_another_order_each_with_its_own_memory() 
     config = PerceiverARConfig(vocab_size=3, context_length=5, num_latents=3, dim=4, num_layers=1, num_heads=1)
     cache = Cache.empty(config, 2, 4, torch.float64, torch.device("cpu"))
     assert cache.cross.room == 4
-    assert cache.own.room == 3
-    for part in (cache.cross, cache.own):
+    assert cache.self_attention.room == 3
+    for part in (cache.cross, cache.self_attention):
         k = random(2, 1, 2, 4)
         part.update(k, -k, 0)
         part.advance(2)
     cache.rows(0, 1).cross.advance(1)
     several = cache.select([0, 1, 1, 0])
     assert several.cross.counts.tolist() == [3, 2, 2, 3]
-    ((keys, values),), ((own, _),) = several.cross.layers, several.own.layers
+    ((keys, values),), ((own, _),) = several.cross.layers, several.self_attention.layers
     before = cache.cross.layers[0][0].clone()
     assert torch.equal(keys, before[[0, 1, 1, 0]])
     assert torch.equal(own[:, :, :2], random(2, 1, 2, 4)[[0, 1, 1, 0]])

@@ -13,7 +13,7 @@ from torch import Tensor
 from perceiver_ar import compiled
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.generation import generate, stream
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
 
 
 def tiny(seed: int = 1, **fields: Any) -> PerceiverAR:

@@ -29,7 +29,7 @@ from perceiver_ar.evaluation import (
     windows,
     write_table,
 )
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
 
 
 def tiny(**fields: Any) -> PerceiverAR:

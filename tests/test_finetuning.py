@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLan
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from perceiver_ar.errors import InputError
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -19,7 +19,7 @@ from torch import Tensor
 from perceiver_ar.config import PRESETS, PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation import generate, stream
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.windows import longest_context
 
 

@@ -14,8 +14,9 @@ PACKAGE = "perceiver_ar"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 BOTTOM = {"errors", "files"}
-NETWORK = BOTTOM | {"config", "attention", "heads", "inputs", "streaming", "cache", "model"}
+NETWORK = BOTTOM | {"config", "network"}
 BELOW_THE_TASKS = NETWORK | {
+    "cache",
     "objective",
     "windows",
     "sampling",
@@ -35,27 +36,23 @@ MAY_IMPORT = {
     "files": set[str](),
     "lock": {"errors"},
     "config": BOTTOM,
-    "attention": BOTTOM | {"config"},
-    "heads": BOTTOM | {"config"},
-    "inputs": {"config"},
-    "streaming": BOTTOM | {"config", "attention", "heads", "inputs"},
-    "cache": BOTTOM | {"config", "attention"},
-    "model": NETWORK - {"model"},
+    "network": BOTTOM | {"config"},
+    "cache": NETWORK,
     "objective": NETWORK,
     "windows": BOTTOM | {"config"},
     "sampling": BOTTOM,
-    "compiled": BOTTOM | {"cache", "model"},
-    "generation": NETWORK | {"windows", "sampling", "compiled"},
+    "compiled": NETWORK | {"cache"},
+    "generation": NETWORK | {"cache", "windows", "sampling", "compiled"},
     "quantization": {"data"},
     "optim": {"errors", "config"},
     "costs": BOTTOM | {"config"},
     "data": BOTTOM | {"config"},
     "run": NETWORK | {"data", "lock"},
-    "compat": BOTTOM | {"config", "model", "objective", "sampling", "windows", "generation", "data"},
+    "compat": NETWORK | {"objective", "sampling", "windows", "generation", "data"},
     "evaluation": BELOW_THE_TASKS,
     "plots": BOTTOM | {"config", "evaluation"},
     "checkpoints": BOTTOM,
-    "onnx": NETWORK | {"data"},
+    "onnx": NETWORK | {"cache", "data"},
     "report": BOTTOM | {"run"},
     "card": BOTTOM | {"run", "data"},
     "tracking": BOTTOM | {"config"},
@@ -182,31 +179,53 @@ def test_importing_it_loads_no_torch(module: str):
     [
         ("files.py", "import perceiver_ar.errors", "files may not import perceiver_ar.errors"),
         ("config.py", "import torch.nn as nn", "config does without torch"),
-        ("model.py", "from perceiver_ar.objective import next_token_loss", "model may not import"),
-        ("model.py", "from perceiver_ar import objective as o", "model may not import perceiver_ar.objective"),
-        ("model.py", "from .objective import next_token_loss", "model may not import perceiver_ar.objective"),
-        ("model.py", "def f():\n    from perceiver_ar import objective", "model may not import perceiver_ar.objective"),
-        ("model.py", "if TYPE_CHECKING:\n    from . import objective", "model may not import perceiver_ar.objective"),
-        ("model.py", "import_module('perceiver_ar.objective')", "model may not import perceiver_ar.objective"),
-        ("model.py", "from perceiver_ar import generate", "import from the module that defines the name"),
-        ("model.py", "from lightning.pytorch import Trainer", "only training imports lightning"),
-        ("data/text.py", "from ..model import PerceiverAR", "data may not import perceiver_ar.model"),
+        ("network/model.py", "from perceiver_ar.objective import next_token_loss", "network may not import"),
+        (
+            "network/model.py",
+            "from perceiver_ar import objective as o",
+            "network may not import",
+        ),
+        (
+            "network/model.py",
+            "from ..objective import next_token_loss",
+            "network may not import",
+        ),
+        (
+            "network/model.py",
+            "def f():\n    from perceiver_ar import objective",
+            "network may not import",
+        ),
+        (
+            "network/model.py",
+            "if TYPE_CHECKING:\n    from .. import objective",
+            "network may not import",
+        ),
+        (
+            "network/model.py",
+            "import_module('perceiver_ar.objective')",
+            "network may not import",
+        ),
+        ("network/model.py", "from perceiver_ar import generate", "import from the module that defines the name"),
+        ("network/model.py", "from lightning.pytorch import Trainer", "only training imports lightning"),
+        ("data/text.py", "from ..network.model import PerceiverAR", "data may not import perceiver_ar.network.model"),
         ("data/text.py", "def f():\n    import matplotlib.pyplot", "only plots imports matplotlib"),
-        ("data/__init__.py", "from .. import model", "data may not import perceiver_ar.model"),
+        ("data/__init__.py", "from .. import network", "data may not import perceiver_ar.network"),
         ("compat/google.py", "from perceiver_ar.training import train", "compat may not import perceiver_ar.training"),
         ("training.py", "import transformers", "only huggingface imports transformers"),
-        ("__init__.py", "from perceiver_ar.model import PerceiverAR", "lazily"),
+        ("__init__.py", "from perceiver_ar.network.model import PerceiverAR", "lazily"),
         ("__init__.py", "from torch import Tensor", "the package itself does without torch"),
         ("brand_new.py", "", "MAY_IMPORT"),
     ],
 )
 def test_a_breach_is_seen(tmp_path: Path, path: str, source: str, complaint: str):
     tree = tmp_path / PACKAGE
-    for name in (*MAY_IMPORT, "data/text", "data/codec", "data/__init__", "compat/__init__"):
+    for name in (*MAY_IMPORT, "data/text", "data/codec", "data/__init__", "compat/__init__", "network/model"):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / f"{name}.py").touch()
     (tree / "data.py").unlink()
     (tree / "compat.py").unlink()
+    (tree / "network.py").unlink()
+    (tree / "network" / "__init__.py").touch()
     assert violations(tree) == []
     (tree / path).write_text(source)
     [line] = violations(tree)
@@ -217,19 +236,20 @@ def test_a_breach_is_seen(tmp_path: Path, path: str, source: str, complaint: str
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("__init__.py", "def __getattr__(name):\n    from perceiver_ar.model import PerceiverAR"),
+        ("__init__.py", "def __getattr__(name):\n    from perceiver_ar.network.model import PerceiverAR"),
         ("__init__.py", "if TYPE_CHECKING:\n    from perceiver_ar.cli import main"),
-        ("__init__.py", "WHERE = {'PerceiverAR': 'perceiver_ar.model'}"),
+        ("__init__.py", "WHERE = {'PerceiverAR': 'perceiver_ar.network.model'}"),
         ("compat/__init__.py", "def load():\n    from perceiver_ar.training import train"),
         ("data/text.py", "from . import codec\nfrom .codec import Codec\nfrom ..config import PerceiverARConfig"),
         ("data/__init__.py", "from .text import TextCodec\nfrom ..errors import InputError"),
         ("cli.py", "from perceiver_ar import __version__, compat, training"),
-        ("model.py", "'''See perceiver_ar.objective for the loss.'''\nimport torch"),
+        ("network/model.py", "'''See perceiver_ar.objective for the loss.'''\nimport torch"),
     ],
 )
 def test_what_is_allowed_passes(tmp_path: Path, path: str, source: str):
     (tmp_path / PACKAGE / "data").mkdir(parents=True)
     (tmp_path / PACKAGE / "compat").mkdir()
+    (tmp_path / PACKAGE / "network").mkdir()
     for name in ("compat/__init__", "training", "data/codec", "data/text"):
         (tmp_path / PACKAGE / f"{name}.py").touch()
     (tmp_path / PACKAGE / path).write_text(source)

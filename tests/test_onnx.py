@@ -18,7 +18,7 @@ from perceiver_ar import PerceiverAR, PerceiverARConfig, Run, generate, stream
 from perceiver_ar.cli import main
 from perceiver_ar.config import PRESETS
 from perceiver_ar.errors import InputError
-from perceiver_ar.inputs import NOTHING, reach
+from perceiver_ar.network.inputs import NOTHING, reach
 from perceiver_ar.onnx import CACHES, empty_caches, export_onnx
 from perceiver_ar.windows import Window, next_window
 

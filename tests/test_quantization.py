@@ -13,7 +13,7 @@ from perceiver_ar import quantization
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation import stream
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.quantization import int8_weights
 
 

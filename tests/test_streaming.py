@@ -16,11 +16,12 @@ from torch import Tensor
 from torch._dynamo import lookup_backend
 from torch.utils._pytree import tree_map_only
 
-from perceiver_ar import attention, streaming
-from perceiver_ar.attention import Piece, attend_pieces, piece_gradients
 from perceiver_ar.config import PRESETS, PerceiverARConfig
 from perceiver_ar.errors import InputError
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network import attention, streaming
+from perceiver_ar.network.attention import Piece, attend_pieces, piece_gradients
+from perceiver_ar.network.kernels import Plain
+from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import next_token_loss
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -274,11 +275,11 @@ def test_attention_in_ordinary_operations_is_that_of_the_fused_kernel(seed: int,
     piece = Piece(k, v, causal, mask if masked else None)
     out, lse = attend_pieces(q, [piece])
     bias = attention._bias(piece, q)
-    plain_out, plain_lse = attention.Plain.forward(q, k, v, causal, bias)
+    plain_out, plain_lse = Plain.forward(q, k, v, causal, bias)
     assert_close(plain_out, out, 1e-12)
     assert_close(plain_lse, lse, 1e-12)
     expected = piece_gradients(d_out, q, piece, out, lse)
-    for a, b in zip(attention.Plain.backward(d_out, q, k, v, out, lse, causal, bias), expected, strict=True):
+    for a, b in zip(Plain.backward(d_out, q, k, v, out, lse, causal, bias), expected, strict=True):
         assert_close(a, b, 1e-12)
 
 

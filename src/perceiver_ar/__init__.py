@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from perceiver_ar.errors import InputError
     from perceiver_ar.evaluation import evaluate
     from perceiver_ar.generation import generate, stream
-    from perceiver_ar.model import PerceiverAR
+    from perceiver_ar.network.model import PerceiverAR
     from perceiver_ar.objective import next_token_loss
     from perceiver_ar.run import Run
     from perceiver_ar.training import train
@@ -19,7 +19,7 @@ _HOME = {
     "DataConfig": "config",
     "InputError": "errors",
     "OptimConfig": "config",
-    "PerceiverAR": "model",
+    "PerceiverAR": "network.model",
     "PerceiverARConfig": "config",
     "Recipe": "config",
     "Run": "run",

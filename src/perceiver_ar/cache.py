@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceiver_ar.attention import Piece
 from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.network.attention import Piece
 
 
 class _Plan(NamedTuple):
@@ -167,8 +167,8 @@ class KeysValues:
 class Cache:
     """Of each row: its context for every cross-attention layer, its latents in every self-attention layer."""
 
-    def __init__(self, cross: KeysValues, own: KeysValues) -> None:
-        self.cross, self.own = cross, own
+    def __init__(self, cross: KeysValues, self_attention: KeysValues) -> None:
+        self.cross, self.self_attention = cross, self_attention
 
     @classmethod
     def empty(
@@ -183,22 +183,22 @@ class Cache:
     def advance(self, n: int) -> None:
         """The last n latents that were computed are there to stay, as context and as latents."""
         self.cross.advance(n)
-        self.own.advance(n)
+        self.self_attention.advance(n)
 
     def rows(self, first: int, last: int) -> "Cache":
-        return Cache(self.cross.rows(first, last), self.own.rows(first, last))
+        return Cache(self.cross.rows(first, last), self.self_attention.rows(first, last))
 
     def copy_row(self, source: int, target: int) -> None:
         self.cross.copy_row(source, target)
-        self.own.copy_row(source, target)
+        self.self_attention.copy_row(source, target)
 
     def select(self, rows: Sequence[int]) -> "Cache":
-        return Cache(self.cross.select(rows), self.own.select(rows))
+        return Cache(self.cross.select(rows), self.self_attention.select(rows))
 
     def fix(self) -> None:
         self.cross.fix()
-        self.own.fix()
+        self.self_attention.fix()
 
     def aim(self) -> None:
         self.cross.aim()
-        self.own.aim()
+        self.self_attention.aim()

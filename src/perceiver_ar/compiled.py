@@ -22,14 +22,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from perceiver_ar.cache import Cache
 from perceiver_ar.errors import InputError
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
 
 NextLogits = Callable[[PerceiverAR, Tensor, Tensor, Cache], Tensor]
-"""Of a model, one token (B, 1) of each row, their positions (B or 1, 1) and a cache, which is written: (B, V)."""
+"""(model, tokens (B, 1), positions (B or 1, 1), cache) -> logits (B, V); updates the cache."""
 
 
 def next_logits(model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-    return model.head(model.latents(tokens, positions=positions, cache=cache)[:, -1])
+    return model.head(model.cached_latents(tokens, positions, cache)[:, -1])
 
 
 def compiled_step(model: PerceiverAR, device: str, tuned: bool) -> NextLogits:

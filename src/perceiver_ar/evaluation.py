@@ -24,7 +24,7 @@ from perceiver_ar.data.codec import Codec
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
 from perceiver_ar.generation import evaluation_mode
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import IGNORE, next_token_loss
 
 

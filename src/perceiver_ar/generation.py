@@ -25,8 +25,8 @@ from perceiver_ar.cache import Cache
 from perceiver_ar.compiled import NextLogits, compile_and_run, compiled_step, next_logits
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.inputs import NOTHING, reach
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.inputs import NOTHING, reach
+from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.sampling import LogitsProcessor, Sampling, is_whole, penalise_repetition
 from perceiver_ar.windows import Schedule, longest_context, next_window
 
@@ -411,7 +411,7 @@ class Decoder:
                 continue
             slots = list(group)
             rows, cache = self.rows[slots[0] : slots[-1] + 1], self.cache.rows(slots[0], slots[-1] + 1)
-            cache.own.keep(0)
+            cache.self_attention.keep(0)
             cache.cross.keep(kept, dropped)
             if dropped and self.reach:  # keys of the first tokens depend on tokens that have left the window
                 cache.cross.keep(0)
@@ -420,7 +420,7 @@ class Decoder:
             self._read(rows, cache, kept, P)
             if N > 1:
                 tokens, positions = self._window(rows, P, P + N - 1)
-                self.model.latents(tokens, positions=positions, cache=cache)
+                self.model.cached_latents(tokens, positions, cache)
                 cache.advance(N - 1)
 
     def _read(self, rows: Sequence[Row], cache: Cache, first: int, last: int) -> None:
@@ -431,7 +431,7 @@ class Decoder:
         chunk = max(1, READ // len(rows))
         for start in range(0, last - first, chunk):
             part = positions[:, start : start + chunk]
-            self.model.read(tokens[:, start : start + part.shape[1] + self.reach], part, cache)
+            self.model.cache_prefix(tokens[:, start : start + part.shape[1] + self.reach], part, cache)
             cache.cross.advance(part.shape[1])
 
     def _window(self, rows: Sequence[Row], first: int, last: int) -> tuple[Tensor, Tensor]:

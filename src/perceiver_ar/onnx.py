@@ -32,18 +32,18 @@ import copy
 import logging
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from perceiver_ar.attention import Piece, ordinary_attention
 from perceiver_ar.cache import Cache
 from perceiver_ar.data.codec import missing_extra
 from perceiver_ar.errors import require
-from perceiver_ar.inputs import reach
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.attention import Piece, ordinary_attention
+from perceiver_ar.network.inputs import reach
+from perceiver_ar.network.model import PerceiverAR
 
 CACHES: tuple[str, ...] = ("context_k", "context_v", "latent_k", "latent_v")
 
@@ -82,7 +82,7 @@ class Step(nn.Module):
         latent_v: Tensor,
     ) -> tuple[Tensor, ...]:
         cross, own = Slots(context_k, context_v, context_held), Slots(latent_k, latent_v, latents_held)
-        latents = self.model.latents(tokens, positions=positions, cache=Cache(cast(Any, cross), cast(Any, own)))
+        latents = self.model.cached_latents(tokens, positions, TracedCache(cross, own))
         return self.model.head(latents[:, -1]), *cross.written(), *own.written()
 
 
@@ -95,8 +95,15 @@ class Read(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         new = Written()
-        self.model.read(tokens, positions, Cache(cast(Any, new), cast(Any, None)))
+        self.model.cache_prefix(tokens, positions, TracedCache(new, Written()))
         return new.written()
+
+
+class TracedCache(NamedTuple):
+    """A cache in the form that exporters can trace."""
+
+    cross: "Written"
+    self_attention: "Written"
 
 
 class Written:
@@ -134,7 +141,7 @@ class Slots(Written):
 def empty_caches(model: PerceiverAR, rows: int, context: int) -> dict[str, Tensor]:
     """Caches for `step.onnx` by name, with room for a context of so many tokens and for num_latents latents."""
     cache = Cache.empty(model.config, rows, context, torch.float32, torch.device("cpu"))
-    stacked = [torch.stack(x) for part in (cache.cross, cache.own) for x in zip(*part.layers, strict=True)]
+    stacked = [torch.stack(x) for part in (cache.cross, cache.self_attention) for x in zip(*part.layers, strict=True)]
     return dict(zip(CACHES, stacked, strict=True))
 
 

@@ -25,7 +25,7 @@ from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import TEMPORARY, write_text
 from perceiver_ar.lock import LOCK
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
 
 
 class Run:

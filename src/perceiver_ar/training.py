@@ -65,12 +65,12 @@ from perceiver_ar.files import TEMPORARY, atomic_path, write_text
 from perceiver_ar.generation import generate
 from perceiver_ar.lock import locked
 from perceiver_ar.memory import keep_freed_memory
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.network.streaming import SHARE, device_memory
 from perceiver_ar.objective import head_loss, next_token_loss
 from perceiver_ar.optim import lr_factor, make_optimizer, whole
 from perceiver_ar.report import write_report
 from perceiver_ar.run import Run
-from perceiver_ar.streaming import SHARE, device_memory
 from perceiver_ar.tracking import Track, check_tracker, tracking
 from perceiver_ar.trouble import (
     ROOM,

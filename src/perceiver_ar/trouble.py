@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from perceiver_ar.config import Recipe
 from perceiver_ar.costs import training_bytes
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.network.streaming import automatic_chunk
 from perceiver_ar.optim import whole
-from perceiver_ar.streaming import automatic_chunk
 
 ROOM = {"cuda": 0.8, "mps": 0.8, "cpu": 0.5}
 """Share of the free memory to plan with: the estimate may be wrong by a fifth, and on a CPU allocators need more."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from perceiver_ar.compat.google import from_trailing_zeros, names, network
 from perceiver_ar.compat.weights import to_theirs
 from perceiver_ar.generation import stream
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import next_token_loss
 
 

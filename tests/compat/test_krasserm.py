@@ -7,7 +7,7 @@ from torch import Tensor
 
 from perceiver_ar.compat.krasserm import names, network
 from perceiver_ar.compat.weights import to_theirs
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import IGNORE, next_token_loss
 
 

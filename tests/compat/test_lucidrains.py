@@ -16,6 +16,8 @@ from torch import Tensor
 from perceiver_ar.compat.lucidrains import AutoregressiveWrapper, PerceiverAR, package_names
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
+from perceiver_ar.network.heads import rotary_tables
+from perceiver_ar.network.inputs import prefix_keeps
 
 
 class Package(Golden):
@@ -66,7 +68,7 @@ def test_logits_equal_the_packages(name: str, case: str) -> None:
 def test_prefix_dropout_in_training_keeps_as_many_as_the_package(name: str, rate: float) -> None:
     data = BASE.case(name)
     net = BASE.net(cross_attn_dropout=rate).train()
-    keep = net.model.prefix_keeps(data["in/tokens"], net.cross_attn_seq_len, None)[0]
+    keep = prefix_keeps(net.model.config, data["in/tokens"], net.cross_attn_seq_len, None, True)[0]
     assert keep is not None
     assert keep.shape[1] == data["in/keep_mask"].sum(1).unique().item()
 
@@ -271,7 +273,7 @@ def test_a_mask_of_any_length_works_with_prefix_dropout(length: int) -> None:
     torch.manual_seed(1)
     logits = net(tokens, prefix_mask=mask)
     torch.manual_seed(1)
-    [keep] = net.model.prefix_keeps(tokens, 5, None)
+    [keep] = prefix_keeps(net.model.config, tokens, 5, None, True)
     assert keep is not None
     assert keep.shape == (2, 3)
     # It equals hiding the dropped tokens by the mask as well.
@@ -303,7 +305,7 @@ def test_heads_of_any_size_work_and_small_ones_are_rotated_whole(dim_head: int) 
     net = random_net(dim_head=dim_head)
     assert net(torch.randint(7, (2, 12))).isfinite().all()
     assert net.rotary_dim == (dim_head if dim_head <= 32 else max(32, dim_head // 2))
-    rotary = net.model.rotary(torch.arange(12)[None], cross=True)
+    rotary = rotary_tables(net.model.config, torch.arange(12)[None], cross=True, dtype=torch.float32)
     assert rotary is not None
     assert rotary[0].shape[-1] == net.rotary_dim // 2 * 2
 

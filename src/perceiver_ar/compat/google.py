@@ -29,7 +29,8 @@ from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import OffsetBytesCodec
 from perceiver_ar.errors import InputError
-from perceiver_ar.model import PerceiverAR, sinusoids
+from perceiver_ar.network.init import sinusoids
+from perceiver_ar.network.model import PerceiverAR
 
 DEFAULTS: dict[str, Any] = {
     # What weights do not tell, with the defaults of their experiment.get_config; None: to be given.

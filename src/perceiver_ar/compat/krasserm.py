@@ -33,7 +33,7 @@ from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import OffsetBytesCodec
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import write_text
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
 
 MARKER = "input_adapter.txt_embedding.weight"
 INV_FREQ = "input_adapter.frq_pos_encoding.inv_freq"

@@ -23,7 +23,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from perceiver_ar import model as network
 from perceiver_ar.compat.weights import (
     Weight,
     find_state,
@@ -38,6 +37,7 @@ from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
 from perceiver_ar.generation import Decoder, Row, evaluation_mode, prompt_rows
+from perceiver_ar.network import model as network
 from perceiver_ar.objective import next_token_loss
 from perceiver_ar.sampling import Sampling, keep_top_k, sample
 from perceiver_ar.windows import Schedule

@@ -13,8 +13,9 @@ from perceiver_ar.huggingface.modeling import PerceiverARForCausalLM
 from perceiver_ar.huggingface.tokenizer import codec_tokenizer
 
 MODULE = "modeling_perceiver_ar"
-SOURCES = ["errors", "files", "config", "attention", "heads", "inputs", "streaming", "cache", "windows", "sampling",
-           "objective", "model", "compiled", "generation", "huggingface/modeling"]  # fmt: skip
+NETWORK = ["kernels", "attention", "heads", "inputs", "streaming", "prefix", "init", "weights", "model"]
+SOURCES = ["errors", "files", "config", *(f"network/{name}" for name in NETWORK), "cache", "windows", "sampling",
+           "objective", "compiled", "generation", "huggingface/modeling"]  # fmt: skip
 """What the model is made of, each after those that it imports."""
 
 

@@ -28,7 +28,7 @@ from transformers.utils.hub import cached_file
 from perceiver_ar.config import BEFORE, MODEL_TYPE, PerceiverARConfig
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.generation import Decoder, Recomputing, Row, prompt_rows
-from perceiver_ar.model import PerceiverAR
+from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import IGNORE
 from perceiver_ar.windows import blocks
 

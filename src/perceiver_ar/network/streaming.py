@@ -10,7 +10,7 @@ Shapes: B batch, P prefix, K some of its tokens, N latents, E embedding width, H
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[reportPrivateImportUsage]
 
-from perceiver_ar.attention import (
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.network.attention import (
     Piece,
     attend_pieces,
     fake_attention,
@@ -29,9 +30,16 @@ from perceiver_ar.attention import (
     piece_gradients,
     piece_weight,
 )
-from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.heads import Rotary, rotary_tables, split_keys_values
-from perceiver_ar.inputs import Prefix, Tables, coordinates, mix, place_vectors, reach, running
+from perceiver_ar.network.heads import Rotary, rotary_tables, split_keys_values
+from perceiver_ar.network.inputs import (
+    Tables,
+    TokenSource,
+    coordinates,
+    flat_positions,
+    mix_local_context,
+    position_vectors,
+    reach,
+)
 
 SHARE = 1 / 128
 """The prefix is streamed where its keys and values would take more than this share of the device's memory."""
@@ -73,21 +81,25 @@ def _device_memory(kind: str, index: int) -> int:
 def stream_attention(
     settings: str,
     q: Tensor,
-    own: Piece,
-    prefix: Prefix,
-    norm: Sequence[Tensor],
-    projection: Sequence[Tensor],
+    latents: Piece,
+    prefix: TokenSource,
+    norm: Iterable[Tensor],
+    projection: Iterable[Tensor],
+    chunk: int,
+    group: str = "",
 ) -> Tensor:
-    """Attention of the latents' queries (B, H, N, C) to the prefix and to `own`, the latents' piece. Gradients flow.
+    """Attention of the latents' queries (B, H, N, C) to the prefix and to `latents`, their own piece. Gradients flow.
 
     Args:
         settings: the network's, as JSON.
         norm: weights of the context norm, with its bias if it has one.
         projection: weight of the fused key and value projection, with its bias if it has one.
+        chunk: tokens of a row in a piece.
+        group: name of the process group whose ranks share the prefix; "": this process reads it all.
     """
     weights = [*prefix.tables.flat(), *norm, *projection]
     ids = prefix.tokens, prefix.positions, prefix.mask, prefix.keep
-    return _stream(q, own.k, own.v, own.mask, *ids, weights, settings, prefix.chunk, prefix.group)[0]
+    return _stream(q, latents.k, latents.v, latents.mask, *ids, weights, settings, chunk, group)[0]
 
 
 class _Reader:
@@ -100,7 +112,7 @@ class _Reader:
         self.tables, rest = Tables.of(self.config, weights)
         norms = 2 if self.config.norm == "layernorm" else 1
         self.norm, self.projection = rest[:norms], [weight.to(dtype) for weight in rest[norms:]]
-        self.prefix, self.chunk = Prefix(self.tables, *prefix)._replace(reach=reach(self.config)), chunk
+        self.prefix, self.chunk = TokenSource(self.tables, *prefix)._replace(reach=reach(self.config)), chunk
         self.group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
         self.rank, self.ranks = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.first, self.end = (self.prefix.length * rank // self.ranks for rank in (self.rank, self.rank + 1))
@@ -111,32 +123,32 @@ class _Reader:
             ids, positions, mask = self.prefix.part(start, min(start + self.chunk, self.end))
             yield ids, coordinates(self.config, positions), mask
 
-    def sources(self, ids: Tensor, places: Tensor) -> list[Tensor]:
+    def sources(self, ids: Tensor, coords: Tensor) -> list[Tensor]:
         """The tensors that `keys_values` makes a part's keys and values of."""
         tables = [partial(F.embedding, weight=table) for table in self.tables.positions]
-        at, taps = place_vectors(tables, places), self.tables.taps
+        at, taps = position_vectors(tables, coords), self.tables.taps
         rows = F.embedding(ids.clamp(min=0), self.tables.tokens)
         return [x for x in (rows, taps, at, *self.norm, *self.projection) if x is not None]
 
     def keys_values(self, ids: Tensor, rotary: Rotary | None, *sources: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys in their places and values, each (B, H, K, C)."""
+        """Keys in their coords and values, each (B, H, K, C)."""
         rest = list(sources[1:])
         taps = rest.pop(0) if self.tables.taps is not None else None
         at = rest.pop(0) if self.tables.positions else None
         norm, projection = rest[: len(self.norm)], rest[len(self.norm) :]
-        h = mix(ids, sources[0], taps, at)
+        h = mix_local_context(ids, sources[0], taps, at)
         width = h.shape[-1:]
         x = F.layer_norm(h, width, norm[0], norm[1]) if len(norm) == 2 else F.rms_norm(h, width, norm[0], eps=1e-5)
         K = ids.shape[1] - (self.prefix.reach if ids.ndim == 2 else 0)
         return split_keys_values(F.linear(x.to(projection[0].dtype), *projection), K, rotary, self.config)
 
-    def rotary(self, places: Tensor) -> Rotary | None:
-        dtype = torch.float64 if self.tables.tokens.dtype == torch.float64 else torch.float32
-        return rotary_tables(self.config, running(self.config, places), cross=True, dtype=dtype)
+    def rotary(self, coords: Tensor) -> Rotary | None:
+        positions = flat_positions(self.config, coords)
+        return rotary_tables(self.config, positions, cross=True, dtype=self.tables.tokens.dtype)
 
     def pieces(self) -> Iterator[Piece]:
-        for ids, places, mask in self.parts():
-            yield Piece(*self.keys_values(ids, self.rotary(places), *self.sources(ids, places)), mask=mask)
+        for ids, coords, mask in self.parts():
+            yield Piece(*self.keys_values(ids, self.rotary(coords), *self.sources(ids, coords)), mask=mask)
 
     def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Attention to what all ranks have read, from what this one has."""
@@ -216,10 +228,10 @@ def _stream_backward(
         d_tables, d_rest = Tables.of(reader.config, d_weights)
         d_taps = [] if d_tables.taps is None else [d_tables.taps]
         d_q = torch.zeros_like(q, dtype=lse.dtype)  # of many pieces: half precision would lose them
-        for ids, places, part_mask in reader.parts():
+        for ids, coords, part_mask in reader.parts():
             # The gradient of any way to make keys and values: nothing of it is written down twice.
-            make = partial(reader.keys_values, ids, reader.rotary(places))
-            (part_k, part_v), gradients = torch.func.vjp(make, *reader.sources(ids, places))  # type: ignore[misc]
+            make = partial(reader.keys_values, ids, reader.rotary(coords))
+            (part_k, part_v), gradients = torch.func.vjp(make, *reader.sources(ids, coords))  # type: ignore[misc]
             part_d_q, *d_piece = piece_gradients(d_out, q, Piece(part_k, part_v, mask=part_mask), out, lse)
             d_q.add_(part_d_q)
             d_rows, *d_sources = gradients(tuple(d_piece))
@@ -227,7 +239,7 @@ def _stream_backward(
             if d_tables.positions:
                 d_at = d_sources.pop(len(d_taps))
                 for axis, total in enumerate(d_tables.positions):
-                    _add_rows(total, places[..., axis], d_at)
+                    _add_rows(total, coords[..., axis], d_at)
             for total, part in zip([*d_taps, *d_rest], d_sources, strict=True):
                 total.add_(part)
         reader.add_up(d_q, *d_weights)

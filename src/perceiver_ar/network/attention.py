@@ -16,14 +16,14 @@ read and dropped before the next one is made (streaming.py).
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-aten = torch.ops.aten
+from perceiver_ar.network.kernels import choose_kernels
 
 
 class Piece(NamedTuple):
@@ -57,6 +57,15 @@ def attend(q: Tensor, pieces: Sequence[Piece], *, dropout: float = 0.0) -> Tenso
             return _attend_whole(q, pieces, 0.0)
     k, v, causal, masks = (list(column) for column in zip(*pieces, strict=True))
     return _attention(q, k, v, causal, masks)[0]
+
+
+def side_by_side(piece: Piece, K: int) -> list[Piece]:
+    """Keys whose batch holds K latents of each position as K rows -> K pieces, so that each latent sees all K."""
+    k, v = piece.k.unflatten(0, (-1, K)), piece.v.unflatten(0, (-1, K))
+    return [
+        Piece(k[:, i].repeat_interleave(K, 0), v[:, i].repeat_interleave(K, 0), piece.causal, piece.mask)
+        for i in range(K)
+    ]
 
 
 _ordinary = False
@@ -103,12 +112,12 @@ def piece_gradients(d_out: Tensor, q: Tensor, piece: Piece, out: Tensor, lse: Te
     # Where nothing is seen every probability is exp(-inf - lse) = 0 for a finite lse.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     k, v = _neighbours(piece.k), _neighbours(piece.v)
-    return _kernels(q, piece).backward(d_out, q, k, v, out, lse, piece.causal, _bias(piece, q))
+    return choose_kernels(q, piece.mask is not None).backward(d_out, q, k, v, out, lse, piece.causal, _bias(piece, q))
 
 
 def _forward(q: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     k, v, bias = _neighbours(piece.k), _neighbours(piece.v), _bias(piece, q)
-    out, lse = _kernels(q, piece).forward(q, k, v, piece.causal, bias)
+    out, lse = choose_kernels(q, piece.mask is not None).forward(q, k, v, piece.causal, bias)
     if bias is not None:  # for a query that sees nothing here, the kernels return lse 0 and an output that may be NaN
         seen = bias[..., 0, :] == 0
         seen = seen.cummax(-1).values if piece.causal else seen.any(-1, keepdim=True)
@@ -140,115 +149,6 @@ def _neighbours(x: Tensor) -> Tensor:
 def heads_inside(x: Tensor) -> Tensor:
     """(B, H, K, C), laid out as (B, K, H, C): merging heads then costs nothing."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-# PyTorch's fused kernels that return the lse. They are no public interface: a new torch is tried before it is let in.
-
-
-class Kernels(Protocol):
-    """Attention to one piece. `bias` is an additive mask; the lse given to `backward` is finite."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]: ...
-
-    @staticmethod
-    def backward(
-        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-def _kernels(q: Tensor, piece: Piece) -> type[Kernels]:
-    if q.device.type == "cpu":
-        return CpuFlash
-    if q.device.type == "cuda":
-        half = q.dtype in (torch.float16, torch.bfloat16)
-        if half and piece.mask is None and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
-            return CudaFlash
-        if q.dtype != torch.float64 and q.shape[-1] % 8 == 0:
-            return CudaEfficient
-    return Plain
-
-
-class CpuFlash:
-    """float64, float32, bfloat16 and float16 on the CPU."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
-
-    @staticmethod
-    def backward(
-        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(d_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias)
-
-
-class CudaFlash:
-    """FlashAttention-2 on CUDA: half precision, no mask."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
-        return out, lse
-
-    @staticmethod
-    def backward(
-        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        unused = torch.zeros(2, dtype=torch.int64, device=q.device)  # the state of dropout's random numbers
-        return aten._scaled_dot_product_flash_attention_backward(
-            d_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused
-        )
-
-
-class CudaEfficient:
-    """Memory-efficient attention on CUDA: float32, and masks. Its lse is as long as the next multiple of 32."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal)
-        return out, lse[..., : q.shape[2]]
-
-    @staticmethod
-    def backward(
-        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        unused = torch.zeros((), dtype=torch.int64, device=q.device)
-        lse = F.pad(lse, (0, -lse.shape[-1] % 32))
-        d_q, d_k, d_v, _ = aten._scaled_dot_product_efficient_attention_backward(
-            d_out, q, k, v, bias, out, lse, unused, unused, 0.0, [True, True, True, False], causal
-        )
-        return d_q, d_k, d_v
-
-
-class Plain:
-    """Any device and type, in ordinary operations: holds the scores of the piece."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        scores = Plain.scores(q, k, causal, bias)
-        lse = scores.logsumexp(-1)
-        return (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse
-
-    @staticmethod
-    def backward(
-        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        p = (Plain.scores(q, k, causal, bias) - lse.unsqueeze(-1)).exp()
-        delta = (d_out.to(p.dtype) * out).sum(-1, keepdim=True)
-        d_scores = (p * ((d_out @ v.mT) - delta) * q.shape[-1] ** -0.5).to(q.dtype)
-        return d_scores @ k, d_scores.mT @ q, p.to(d_out.dtype).mT @ d_out
-
-    @staticmethod
-    def scores(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Tensor:
-        scores = (q @ k.mT).to(torch.float64 if q.dtype == torch.float64 else torch.float32) * q.shape[-1] ** -0.5
-        if bias is not None:
-            scores = scores + bias
-        if causal:
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-            scores = scores.masked_fill(hidden, float("-inf"))
-        return scores
 
 
 # The same as one operator, opaque to torch.compile, with its gradient.

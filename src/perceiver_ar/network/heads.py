@@ -1,4 +1,4 @@
-"""Queries, keys and values as heads: split, normalised, and turned to their positions (RoPE, arXiv 2104.09864).
+"""Queries, keys and values as heads: split, normalised, and rotated by their positions (RoPE, arXiv 2104.09864).
 
 Shapes: B batch, K length, H heads, C channels per head, R rotated channels.
 """
@@ -36,7 +36,7 @@ def merge_blocks(x: Tensor, blocks: int) -> Tensor:
 
 
 def split_keys_values(kv: Tensor, K: int, rotary: Rotary | None, config: PerceiverARConfig) -> tuple[Tensor, Tensor]:
-    """The fused projection of K context tokens -> keys in their places and values, each (B, H, K, C).
+    """The fused projection of K context tokens -> keys, rotated, and values, each (B, H, K, C).
 
     kv: (B, K, 2 * H * C); with local context (B, K + 1 or 2 K, 2 * H * C) as `inputs.mix` orders it, and the second
     half of a key's channels is that of the token before.
@@ -46,11 +46,11 @@ def split_keys_values(kv: Tensor, K: int, rotary: Rotary | None, config: Perceiv
         first, half = k.shape[2] - K, k.shape[3] - k.shape[3] // 2
         k = torch.cat([k[:, :, first:, :half], k[:, :, :K, half:]], dim=-1)
         v = v[:, :, first:]
-    return place(k, rotary, config), v
+    return normalize_and_rotate(k, rotary, config), v
 
 
-def place(x: Tensor, rotary: Rotary | None, config: PerceiverARConfig) -> Tensor:
-    """Queries or keys (B, H, K, C), normalised per head if so set, then turned to their positions."""
+def normalize_and_rotate(x: Tensor, rotary: Rotary | None, config: PerceiverARConfig) -> Tensor:
+    """Queries or keys (B, H, K, C), normalised per head if `qk_norm`, then rotated by their positions."""
     if config.qk_norm:  # autocast on CUDA gives float32
         x = (F.layer_norm if config.norm == "layernorm" else F.rms_norm)(x, x.shape[-1:]).to(x.dtype)
     return rotate(x, rotary)
@@ -61,13 +61,15 @@ def rotary_tables(config: PerceiverARConfig, positions: Tensor, *, cross: bool, 
 
     Sines are negative in the first half of the channels, so that `rotate` needs no halves of its own.
 
-    `cross`: for the heads of cross-attention, else of self-attention. Angles are computed in float64 where there is
-    such a thing: float32 angles are off by 0.06 at position 10^6, and bfloat16 cannot tell positions apart beyond 256.
+    `cross`: for the heads of cross-attention, else of self-attention. `dtype`: of the network; the tables are float32,
+    or float64 if it is. Angles are computed in float64 where the device has it: float32 angles are off by 0.06 at
+    position 10^6, and bfloat16 cannot tell positions apart beyond 256.
     """
     if not config.rotary:
         return None
-    plain = type(positions) is Tensor and not torch.compiler.is_compiling()  # what a tracer makes is not to be kept
+    plain = type(positions) is Tensor and not torch.compiler.is_compiling()  # never cache traced tensors
     speeds = (_kept_rotary_speeds if plain else rotary_speeds)(config, cross, positions.device)
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
     angles = positions[:, None, :, None].to(speeds.dtype) * speeds
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)

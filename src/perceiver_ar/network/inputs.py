@@ -1,4 +1,4 @@
-"""What cross-attention layers read: tokens, their positions, and embeddings that know the tokens before them.
+"""What cross-attention reads: tokens, their positions, and embeddings that know the tokens before them.
 
 Local context. A token's key has to say what came *before* the token: only then can a query that stands behind the same
 words find it, and its value says what came next (the look-up of an induction head, arXiv 2209.11895). So the embedding
@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.errors import InputError
+from perceiver_ar.network.heads import Rotary
 
 NOTHING = -1
 """Stands for the id of a token that does not exist."""
@@ -35,7 +37,7 @@ class Tables(NamedTuple):
     taps: Tensor | None
     """(W - 1, E), the convolution: row i - 1 weighs the token i places before. None where W is 1."""
     positions: list[Tensor]
-    """(rows, E) of each axis."""
+    """(rows, E) for each axis."""
 
     def flat(self) -> list[Tensor]:
         return [self.tokens, *([] if self.taps is None else [self.taps]), *self.positions]
@@ -48,7 +50,20 @@ class Tables(NamedTuple):
         return cls(flat[0], flat[1] if first > 1 else None, list(flat[first:last])), list(flat[last:])
 
 
-class Prefix(NamedTuple):
+class EmbeddedTokens(NamedTuple):
+    """Tokens of the context as cross-attention layers read them."""
+
+    h: Tensor
+    """(B, K, E) embeddings, not normalised; with local context (B, K + 1 or 2 K, E), see `mix_local_context`."""
+    positions: Tensor
+    """(B or 1, K)"""
+    rotary: Rotary | None
+    """Their rotation as keys."""
+    mask: Tensor | None
+    """(B, K) bool, True where the token is real; None: all are."""
+
+
+class TokenSource(NamedTuple):
     """Tokens as ids, from which any part can be embedded."""
 
     tables: Tables
@@ -62,16 +77,12 @@ class Prefix(NamedTuple):
     """(B, kept) indices of the tokens that survive prefix dropout; None: all do."""
     reach: int = 0
     """n: how many tokens before it a token's key depends on."""
-    chunk: int = 0
-    """Tokens of a row to read at once; 0: all."""
-    group: str = ""
-    """Name of the process group whose ranks share the prefix; none: this process reads it all."""
 
     @property
     def length(self) -> int:
         return self.tokens.shape[1] if self.keep is None else self.keep.shape[1]
 
-    def rows(self, P: int, keep: Tensor | None) -> "Prefix":
+    def first(self, P: int, keep: Tensor | None) -> "TokenSource":
         """The first P tokens, or of these the ones at the indices `keep` (B, kept)."""
         positions, mask = (None if x is None else x[:, :P] for x in (self.positions, self.mask))
         return self._replace(tokens=self.tokens[:, :P], positions=positions, mask=mask, keep=keep)
@@ -126,22 +137,32 @@ def with_predecessors(tokens: Tensor, mask: Tensor, n: int) -> Tensor:
     return torch.stack([tokens, *before], dim=-1)
 
 
-def place_vectors(tables: Iterable[Callable[[Tensor], Tensor]], places: Tensor) -> Tensor | None:
-    """(B or 1, K, E): the sum of what the position tables give for these coordinates; None: there are no tables."""
-    vectors = [table(places[..., axis]) for axis, table in enumerate(tables)]
+def token_source(
+    config: PerceiverARConfig, tables: Tables, tokens: Tensor, positions: Tensor | None, mask: Tensor | None
+) -> TokenSource:
+    """All tokens of a context (B, T); positions as `resolve_positions` gives them."""
+    n = reach(config)
+    if n > 0 and mask is not None:
+        tokens = with_predecessors(tokens, mask.to(tokens.device), n)
+    return TokenSource(tables, tokens, positions, mask, None, n)
+
+
+def position_vectors(tables: Iterable[Callable[[Tensor], Tensor]], coordinates: Tensor) -> Tensor | None:
+    """(B or 1, K, E): the sum of what the position tables give for these coordinates; None without tables."""
+    vectors = [table(coordinates[..., axis]) for axis, table in enumerate(tables)]
     return sum(vectors[1:], vectors[0]) if vectors else None
 
 
-def mix(ids: Tensor, rows: Tensor, taps: Tensor | None, at: Tensor | None) -> Tensor:
+def mix_local_context(ids: Tensor, rows: Tensor, taps: Tensor | None, at: Tensor | None) -> Tensor:
     """(B, K + 1 or 2 K, E): row i < K is that of the token before token i; the last K rows are those of the tokens.
 
     Without local context there are only the tokens: (B, K, E). The offset embeddings are for search by content, so
     positions are not in them.
 
     Args:
-        ids: as `Prefix.part` gives them.
-        rows: what the token embedding has for them.
-        at: `place_vectors`.
+        ids: as `TokenSource.part` gives them.
+        rows: their token embeddings.
+        at: from `position_vectors`.
     """
     if taps is None:
         return rows if at is None else rows + at
@@ -197,7 +218,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def coordinates(config: PerceiverARConfig, positions: Tensor) -> Tensor:
-    """Positions (B or 1, K) -> (B or 1, K, axes): their rows in the position tables; without tables as they are."""
+    """Positions (B or 1, K) -> (B or 1, K, axes): their rows in the position tables, or unchanged without tables."""
     sizes = config.table_sizes
     if positions.ndim == 3:
         return positions
@@ -208,9 +229,119 @@ def coordinates(config: PerceiverARConfig, positions: Tensor) -> Tensor:
     return torch.stack([positions, *axes], dim=-1)
 
 
-def running(config: PerceiverARConfig, places: Tensor) -> Tensor:
-    """The inverse of `coordinates`: the positions (B or 1, K) that rotations go by."""
-    flat = places[..., 0]
+def flat_positions(config: PerceiverARConfig, coordinates: Tensor) -> Tensor:
+    """The inverse of `coordinates`: positions (B or 1, K), which rotary angles are made of."""
+    flat = coordinates[..., 0]
     for axis, size in enumerate(config.table_sizes[1:], start=1):
-        flat = flat * size + places[..., axis]
+        flat = flat * size + coordinates[..., axis]
     return flat
+
+
+# What a caller gives, checked and completed.
+
+
+def resolve_prefix_len(
+    config: PerceiverARConfig,
+    tokens: Tensor,
+    prefix_len: int | None,
+    mask: Tensor | None,
+    prefix_keep: Tensor | None,
+    blocks: int,
+) -> int:
+    """P, the prefix length to use. Raises InputError if tokens, prefix length, masks and blocks do not fit together."""
+    if not isinstance(tokens, Tensor):
+        raise InputError(f"tokens are of type {type(tokens).__name__}: turn them into a tensor with torch.as_tensor")
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise InputError(f"tokens have shape {tuple(tokens.shape)}: they must be (batch, length), neither empty")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise InputError(f"tokens are of {tokens.dtype}: they must be integer ids")
+    T = tokens.shape[1]
+    if config.context_length < T:
+        raise InputError(
+            f"{T} tokens are more than context_length {config.context_length}: give only the last "
+            f"{config.context_length}, or build the model with a longer context"
+        )
+    if mask is not None and mask.shape != tokens.shape:
+        raise InputError(f"mask has shape {tuple(mask.shape)}, tokens {tuple(tokens.shape)}: they must be equal")
+    if mask is not None and mask.dtype != torch.bool:
+        raise InputError(f"mask is of {mask.dtype}: it must be of torch.bool, True for real tokens")
+    layers = len(config.cross_layers)
+    if prefix_keep is not None and prefix_keep.shape[:-1] not in ((len(tokens),), (layers, len(tokens))):
+        raise InputError(
+            f"prefix_keep has shape {tuple(prefix_keep.shape)} for {layers} cross-attention layers and "
+            f"{len(tokens)} rows: it must be (rows, kept) or (layers, rows, kept)"
+        )
+    P = max(0, T - config.num_latents) if prefix_len is None else prefix_len
+    if not 0 <= P < T:
+        raise InputError(f"prefix_len is {P} with {T} tokens: it must be in 0 ... {T - 1}")
+    if blocks < 1 or (T - P) % blocks:
+        raise InputError(f"blocks is {blocks} with {T - P} latents: it must divide them")
+    if blocks > 1 and not config.blocks_allowed:
+        raise InputError(
+            f"blocks is {blocks}: with latent_keys query, positions_from_end, learned_queries each or "
+            "latents_per_position a block's forward is another one, so give each block alone"
+        )
+    eager, V = not torch.compiler.is_compiling(), config.vocab_size
+    comparable = tokens.dtype not in (torch.uint16, torch.uint32, torch.uint64)
+    # Only where a look costs no wait for a GPU, and at real numbers (fake tensors have none).
+    if eager and type(tokens) is Tensor and tokens.device.type == "cpu" and comparable:
+        wrong = [id for id in map(int, tokens.aminmax()) if not 0 <= id < V]
+        if wrong:
+            raise InputError(f"tokens have the id {wrong[0]}: with vocab_size {V} they must be in 0 ... {V - 1}")
+    # An index behind the prefix would let latents see the future.
+    if eager and prefix_keep is not None and prefix_keep.device.type == "cpu":
+        wrong = prefix_keep[(prefix_keep < 0) | (prefix_keep >= P)].tolist()
+        if wrong:
+            raise InputError(f"prefix_keep has index {wrong[0]}: with prefix_len {P} they must be in 0 ... {P - 1}")
+    return P
+
+
+def resolve_positions(
+    config: PerceiverARConfig, tokens: Tensor, mask: Tensor | None, positions: Tensor | None
+) -> Tensor | None:
+    """Positions as `TokenSource` takes them: (B or 1, T) or, by axes, (B or 1, T, axes); None: 0 ... T - 1.
+
+    Raises InputError if they do not fit the tokens, or the position tables are too short.
+    """
+    if positions is None:
+        T, longest = tokens.shape[1], config.max_positions
+        if mask is None and longest is not None and longest < T:
+            raise InputError(
+                f"{T} tokens are more than the {longest} positions of the tables {config.table_sizes}: "
+                "give fewer, or positions of their own"
+            )
+        if mask is None and not config.positions_from_end:
+            return None
+        real = torch.ones_like(tokens[:1], dtype=torch.bool) if mask is None else mask
+        positions = (real.cumsum(1) - 1).clamp_(min=0)
+        return positions[:, -1:] - positions if config.positions_from_end else positions
+    axes = len(config.table_sizes)
+    shape = positions.shape
+    positions = positions if positions.ndim > 1 else positions[None]
+    fits = positions.ndim == 2 or (positions.ndim == 3 and axes > 1 and shape[-1] == axes)
+    if not fits or positions.shape[0] not in (1, tokens.shape[0]) or positions.shape[1] != tokens.shape[1]:
+        raise InputError(f"positions have shape {tuple(shape)}, tokens {tuple(tokens.shape)}: give one each")
+    return positions
+
+
+def repeat_rows(
+    times: int, tokens: Tensor, positions: Tensor | None, mask: Tensor | None, prefix_keep: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Every row of the batch `times` times in a row."""
+    positions = positions if positions is None or len(positions) == 1 else positions.repeat_interleave(times, 0)
+    mask = None if mask is None else mask.repeat_interleave(times, 0)
+    prefix_keep = None if prefix_keep is None else prefix_keep.repeat_interleave(times, -2)
+    return tokens.repeat_interleave(times, 0), positions, mask, prefix_keep
+
+
+def prefix_keeps(
+    config: PerceiverARConfig, tokens: Tensor, P: int, prefix_keep: Tensor | None, training: bool
+) -> Sequence[Tensor | None]:
+    """Indices (B, K) of the prefix tokens that are read, for each cross-attention layer or once for all; None: all."""
+    if prefix_keep is not None:
+        return prefix_keep.unbind() if prefix_keep.ndim == 3 else [prefix_keep]
+    dropped = int(P * config.prefix_dropout) if training else 0
+    if dropped == 0:
+        return [None]
+    noise = torch.rand(len(config.cross_layers), tokens.shape[0], P, device=tokens.device)
+    return noise.topk(P - dropped, dim=-1, sorted=False).indices.unbind()

@@ -1,0 +1,1 @@
+"""The network: tokens to logits, forward and backward."""

@@ -1,0 +1,59 @@
+"""Initial weights."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+QUERY_GAIN = 1.5
+"""Factor of the cross-attention's scores before training, for each head."""
+
+
+def init_weights(model: Any) -> None:
+    """Draws the initial weights of a `PerceiverAR` as `config.init` says; biases are zero except with "torch"."""
+    config = model.config
+    if config.init != "torch":
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding):
+                if config.init == "normal" or name in ("query_embed", "latent_embed"):
+                    nn.init.normal_(module.weight, std=0.02)
+                elif config.init == "fan_in":
+                    nn.init.trunc_normal_(module.weight, a=-2, b=2)
+                else:
+                    nn.init.normal_(module.weight)
+            elif isinstance(module, nn.Linear):
+                std = 1 / math.sqrt(module.in_features)
+                if config.init == "normal":
+                    nn.init.normal_(module.weight, std=0.02)
+                elif config.init == "fan_in":
+                    nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+                elif name.endswith(("out_proj", "down_proj")):
+                    nn.init.zeros_(module.weight)
+                else:
+                    nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+    if model.local_conv is not None:
+        nn.init.normal_(model.local_conv, std=0.5)
+        # Queries and keys begin as the same map, so from the first step on a latent looks for what resembles it. Half
+        # of a key is the token before, so it finds where its own local context stood, and the value is what followed.
+        for layer in model.cross_attention:
+            if layer.q_proj.in_features == layer.kv_proj.in_features:
+                layer.kv_proj.weight.data[: layer.q_proj.out_features] = layer.q_proj.weight
+    if config.init in ("fan_in", "zero_out"):
+        if config.tie_embeddings:  # the embedding is the head, and normalised latents have length sqrt(dim)
+            nn.init.normal_(model.embed.weight, std=1 / math.sqrt(config.dim))
+        else:
+            nn.init.zeros_(model.head.weight)
+    if config.position_table == "sinusoidal":
+        for rows, table in zip(config.table_sizes, model.position_embed, strict=True):
+            table.weight = nn.Parameter(sinusoids(rows, config.width_embed), requires_grad=False)
+
+
+def sinusoids(rows: int, dim: int) -> Tensor:
+    """(rows, dim): row p is [sin(p w_j), cos(p w_j)] with w_j = 10000^(-j / (dim/2 - 1)), as in google's release."""
+    half = dim // 2
+    w = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / max(half - 1, 1))
+    angles = torch.arange(rows, dtype=torch.float64)[:, None] * w
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()

@@ -1,0 +1,125 @@
+"""PyTorch's fused attention kernels that return the lse, each as a forward and a backward for one piece of the keys.
+
+They are no public interface: a new torch is tried before it is let in.
+
+Shapes: B batch, H heads, N queries, K keys, C channels per head. The lse (B, H, N) is the log of the sum of a query's
+exponentiated scores.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+class Kernels(Protocol):
+    """Attention to one piece.
+
+    `bias` (B, H, N, K) is an additive mask, 0 where seen and -inf where not; the lse given to `backward` is finite.
+    """
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    @staticmethod
+    def backward(
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def choose_kernels(q: Tensor, masked: bool) -> type[Kernels]:
+    """The fastest kernels for queries of this device, type and width, with or without a mask of keys."""
+    if q.device.type == "cpu":
+        return CpuFlash
+    if q.device.type == "cuda":
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        if half and not masked and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+            return CudaFlash
+        if q.dtype != torch.float64 and q.shape[-1] % 8 == 0:
+            return CudaEfficient
+    return Plain
+
+
+class CpuFlash:
+    """float64, float32, bfloat16 and float16 on the CPU."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
+
+    @staticmethod
+    def backward(
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(d_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias)
+
+
+class CudaFlash:
+    """FlashAttention-2 on CUDA: half precision, no mask."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+        return out, lse
+
+    @staticmethod
+    def backward(
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        unused = torch.zeros(2, dtype=torch.int64, device=q.device)  # the state of dropout's random numbers
+        return aten._scaled_dot_product_flash_attention_backward(
+            d_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused
+        )
+
+
+class CudaEfficient:
+    """Memory-efficient attention on CUDA: float32, and masks. Its lse is as long as the next multiple of 32."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal)
+        return out, lse[..., : q.shape[2]]
+
+    @staticmethod
+    def backward(
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        unused = torch.zeros((), dtype=torch.int64, device=q.device)
+        lse = F.pad(lse, (0, -lse.shape[-1] % 32))
+        d_q, d_k, d_v, _ = aten._scaled_dot_product_efficient_attention_backward(
+            d_out, q, k, v, bias, out, lse, unused, unused, 0.0, [True, True, True, False], causal
+        )
+        return d_q, d_k, d_v
+
+
+class Plain:
+    """Any device and type, in ordinary operations: holds the scores of the piece."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        scores = Plain.scores(q, k, causal, bias)
+        lse = scores.logsumexp(-1)
+        return (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse
+
+    @staticmethod
+    def backward(
+        d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        p = (Plain.scores(q, k, causal, bias) - lse.unsqueeze(-1)).exp()
+        delta = (d_out.to(p.dtype) * out).sum(-1, keepdim=True)
+        d_scores = (p * ((d_out @ v.mT) - delta) * q.shape[-1] ** -0.5).to(q.dtype)
+        return d_scores @ k, d_scores.mT @ q, p.to(d_out.dtype).mT @ d_out
+
+    @staticmethod
+    def scores(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Tensor:
+        scores = (q @ k.mT).to(torch.float64 if q.dtype == torch.float64 else torch.float32) * q.shape[-1] ** -0.5
+        if bias is not None:
+            scores = scores + bias
+        if causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        return scores

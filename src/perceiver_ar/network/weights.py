@@ -1,0 +1,112 @@
+"""Weights on disk, as config.json and model.safetensors, and from and to the Hub."""
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.errors import InputError, require
+from perceiver_ar.files import atomic_path, write_text
+
+
+class StoredModule(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", tags=["perceiver-ar", "long-context"]):
+    """A module that is built from a `PerceiverARConfig`, and can be saved and loaded."""
+
+    config: PerceiverARConfig
+    embed: nn.Embedding
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: its weights' device, or the one to which accelerate fetches offloaded weights."""
+        fetched_to = getattr(getattr(self.embed, "_hf_hook", None), "execution_device", None)
+        return self.embed.weight.device if fetched_to is None else torch.device(fetched_to)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> str | None:
+        """Writes `config.json` and `model.safetensors` into a directory, each whole or not at all.
+
+        With `push_to_hub=True` and the other arguments of huggingface_hub's mixin, also uploads them with a model card.
+        """
+        if kwargs:
+            return super().save_pretrained(Path(save_directory), **kwargs)
+        self._save_pretrained(Path(save_directory))
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.stored_tensors().items()}
+        with atomic_path(save_directory / "model.safetensors") as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        write_text(save_directory / "config.json", self.config.to_json())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """The model in a directory (a run is one) or, with huggingface_hub's arguments, on the Hub; in evaluation mode.
+
+        Raises:
+            InputError: files missing, damaged, or not ours; arguments that nobody has.
+        """
+        unknown = sorted(set(kwargs) - set(inspect.signature(snapshot_download).parameters))
+        require(not unknown, f"from_pretrained has no argument {', '.join(unknown)}: leave it out")
+        path = Path(pretrained_model_name_or_path)
+        if not path.is_dir():
+            try:
+                files = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+                path = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=files, **kwargs))
+            except Exception as error:
+                raise InputError(
+                    f"{pretrained_model_name_or_path}: no such directory, and no such model to be had from the Hub "
+                    f"({type(error).__name__})"
+                ) from error
+        model = cls(PerceiverARConfig.load(path))
+        file = path / "model.safetensors"
+        index = path / "model.safetensors.index.json"  # transformers' `save_pretrained` may have written shards
+        try:
+            shards = [file]
+            if index.exists() and not file.exists():
+                file = index
+                names = sorted({*json.loads(index.read_text())["weight_map"].values()})
+                shards = [path / Path(name).name for name in names]  # never outside of the directory
+            tensors: dict[str, Tensor] = {}
+            for file in shards:
+                file.open("rb").close()  # safetensors takes what may not be read for missing
+                tensors |= load_file(file)
+        except PermissionError:
+            raise
+        except FileNotFoundError:
+            raise InputError(f"{file}: no such file, so there is no trained model here (yet)") from None
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file} is damaged ({error}): restore it, or train again") from None
+        model.load_tensors(tensors, where=str(path if len(shards) > 1 else file))
+        return model.eval()
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The state dict, without the second name of a tied embedding."""
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not (self.config.tie_embeddings and name == "head.weight")
+        }
+
+    def load_tensors(self, tensors: dict[str, Tensor], where: str) -> None:
+        """Loads every tensor by name. Raises InputError that lists what is missing, unknown or has another shape."""
+        own = self.stored_tensors()
+        wrong = [f"{name} is missing" for name in own if name not in tensors]
+        wrong += [f"{name} is unknown" for name in tensors if name not in own]
+        wrong += [
+            f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in tensors and tensors[name].shape != tensor.shape
+        ]
+        if wrong:
+            raise InputError(f"{where} does not fit the settings: {'; '.join(wrong)}")
+        self.load_state_dict(tensors, strict=False)
