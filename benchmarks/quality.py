@@ -36,7 +36,7 @@ from networks import Size
 from torch import nn
 
 from perceiver_ar import next_token_loss
-from perceiver_ar.config import DataConfig, OptimConfig, TrainerConfig
+from perceiver_ar.config import DataConfig, OptimConfig
 from perceiver_ar.data.codec import load_codec, missing_extra, save_codec
 from perceiver_ar.data.modalities import make_codec
 from perceiver_ar.data.sources import find_files, standard_library
@@ -324,9 +324,9 @@ def choose_setting(records: list[Record], args: argparse.Namespace) -> Setting:
     """The setting of this call. Raises InputError if the folder holds another one."""
     precision = records[0]["precision"] if args.precision == "auto" and records else args.precision
     if precision == "auto":
-        from perceiver_ar.training import PRECISIONS, choose_precision
+        from perceiver_ar.training.resources import choose_precision
 
-        precision = PRECISIONS[choose_precision(TrainerConfig())]
+        precision = choose_precision("auto", DEVICE)
     minutes, tokens, stride = (0.004, 256, 8) if args.rehearse else (args.minutes, args.score_tokens, args.stride)
     setting = Setting(minutes, tokens, stride, args.threads, args.jobs, precision, args.rehearse)
     for name, value in asdict(setting).items():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perceiver_ar import InputError
-from perceiver_ar.checkpoints import Checkpoint, Checkpoints
+from perceiver_ar.training.checkpoints import Checkpoint, Checkpoints
 
 
 def add(checkpoints: Checkpoints, step: int, bits: float | None = None) -> Path:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perceiver_ar import InputError, PerceiverAR, Recipe, train
+from perceiver_ar import InputError, Recipe, train
 from perceiver_ar.config import OptimConfig, PerceiverARConfig, TrainerConfig
 from perceiver_ar.data.tokens import Windows
-from perceiver_ar.training import Batches, PerceiverARModule
+from perceiver_ar.training.batches import Batches
 
 MODEL = PerceiverARConfig(
     context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2, prefix_dropout=0.5, mlp_dropout=0.1
@@ -149,11 +150,12 @@ def test_ranks_that_share_prefixes_have_the_same_windows_and_groups_share_them_a
             assert all(torch.equal(ours[name], theirs[name]) for name in ("tokens", "labels"))
 
 
-def rank_batches(recipe: Recipe, windows: Windows, first: int = 0) -> list[Iterator[dict[str, Any]]]:
-    modules = [PerceiverARModule(PerceiverAR(MODEL), recipe, rank) for rank in range(recipe.trainer.devices)]
-    for module in modules:
-        module.first_window = first
-    return [iter(Batches(windows, module)) for module in modules]
+def rank_batches(recipe: Recipe, windows: Windows, first_step: int = 0) -> list[Iterator[dict[str, Any]]]:
+    def endless(rank: int) -> Iterator[dict[str, Any]]:
+        batches = Batches(windows, recipe, rank)
+        return (batch for step in count(first_step) for batch in batches.of_step(step, 0.0))
+
+    return [endless(rank) for rank in range(recipe.trainer.devices)]
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (3, 3), (4, 4), (2, 3), (4, 1), (1, 3)])
@@ -165,7 +167,7 @@ def test_all_ranks_together_see_every_target_once_per_pass(recipe: Recipe, befor
     steps, half = -(-end // 24), end // 48
     rows: list[Tensor] = []
     for devices, first, last in ((before, 0, half), (after, half, steps)):
-        batches = rank_batches(on_devices(recipe, devices, 2), windows, first * 24)
+        batches = rank_batches(on_devices(recipe, devices, 2), windows, first)
         for _ in range((last - first) * 12 // devices):
             rows += [next(rank)["labels"] for rank in batches]
     whole = windows.batch(0, steps * 24)["labels"]
@@ -252,19 +254,19 @@ SHARED = """
 import sys, torch
 from perceiver_ar import PerceiverAR, Recipe
 from perceiver_ar.config import PerceiverARConfig, TrainerConfig
-from perceiver_ar.training import PerceiverARModule
+from perceiver_ar.training.state import WeightedLoss
 torch.distributed.init_process_group("gloo")
 recipe = Recipe(out="run", model=PerceiverARConfig(context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2),
                 trainer=TrainerConfig(device="cpu", devices=2, prefix_ranks=2))
 torch.manual_seed(0)
-module = PerceiverARModule(PerceiverAR(recipe.model), recipe, torch.distributed.get_rank())
-module.configure_model()
+loss = WeightedLoss(PerceiverAR(recipe.model), recipe)
+loss.prefix_group = torch.distributed.group.WORLD
 tokens = torch.randint(256, (2, 33))
 with torch.profiler.profile() as profile:
-    module.forward_loss({"tokens": tokens[:, :-1], "labels": tokens[:, -16:], "weight": 1.0}).backward()
+    loss({"tokens": tokens[:, :-1], "labels": tokens[:, -16:], "weight": 1.0}).backward()
 counts = [event.count for event in profile.key_averages() if event.key in ("gloo:all_reduce", "gloo:all_gather")]
 assert len(counts) == 2 and sum(counts) > 2, counts
-assert module.model.prefix_group is None
+assert loss.model.prefix_group is None
 torch.distributed.destroy_process_group()
 """
 

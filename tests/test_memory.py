@@ -9,7 +9,7 @@ import pytest
 
 COUNT = """
 import resource, torch
-from perceiver_ar.memory import keep_freed_memory
+from perceiver_ar.training.memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -32,7 +32,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perceiver_ar import InputError, PerceiverAR, Recipe, Run, train
-from perceiver_ar.checkpoints import Checkpoints
 from perceiver_ar.cli import main
 from perceiver_ar.config import DataConfig, OptimConfig, PerceiverARConfig, TrainerConfig
 from perceiver_ar.data.tokens import TokenFile, Windows
@@ -40,7 +39,9 @@ from perceiver_ar.evaluation import evaluate
 from perceiver_ar.lock import LOCK
 from perceiver_ar.objective import IGNORE, next_token_loss
 from perceiver_ar.optim import lr_factor, make_optimizer
-from perceiver_ar.training import SIGNALS, Batches, PerceiverARModule
+from perceiver_ar.training.batches import Batches
+from perceiver_ar.training.checkpoints import Checkpoints
+from perceiver_ar.training.console import SIGNALS
 
 MODEL = PerceiverARConfig(context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2)
 DROPPING = MODEL.replace(prefix_dropout=0.5, mlp_dropout=0.1)
@@ -610,14 +611,14 @@ def test_a_share_of_the_steps_has_shorter_prefixes_and_the_same_targets(recipe: 
     tokens = np.arange(1000) % 256
     trainer = replace(TRAINER, micro_batch_size=2, short_prefix=share)
     windows = Windows(tokens, 32, 8, recipe.seed)
-    batches = Batches(windows, PerceiverARModule(PerceiverAR(MODEL), replace(recipe, trainer=trainer)))
+    batches = Batches(windows, replace(recipe, trainer=trainer))
     lengths = []
-    for i, batch in enumerate(islice(batches, 200)):
+    for i, batch in enumerate(batch for step in range(100) for batch in batches.of_step(step, 0.0)):
         whole = windows.batch(2 * i, 2)
         lengths.append(batch["tokens"].shape[1])
         assert torch.equal(batch["labels"], whole["labels"])
         assert torch.equal(batch["tokens"], whole["tokens"][:, 32 - lengths[-1] :])
-        assert batch.keys() - {"weight", "targets"} == whole.keys()
+        assert batch.keys() - {"weight", "targets", "seed"} == whole.keys()
     assert lengths[0::2] == lengths[1::2]  # of the two micro-batches of a step
     shorter = [length for length in lengths if length < 32]
     assert abs(len(shorter) / 200 - share) < 0.2
@@ -639,8 +640,10 @@ def test_the_longest_prefix_grows_by_quarters_over_a_share_of_the_run(recipe: Re
     trainer = replace(TRAINER, prefix_growth=growth, short_prefix=0.5)
     recipe = replace(recipe, max_steps=200, trainer=trainer)
     windows = Windows(np.arange(1000) % 256, 32, 8, recipe.seed)
-    batches = islice(Batches(windows, PerceiverARModule(PerceiverAR(MODEL), recipe)), 200)
-    prefixes = [batch["tokens"].shape[1] - 8 for batch in batches]
+    batches = Batches(windows, recipe)
+    prefixes = [
+        batch["tokens"].shape[1] - 8 for step in range(200) for batch in batches.of_step(step, (step + 0.5) / 200)
+    ]
     fifth = int(200 * growth / 5)
     for i in range(5):
         part = prefixes[i * fifth : (i + 1) * fifth if i < 4 else None]

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perceiver_ar import InputError, PerceiverAR, Recipe, train
-from perceiver_ar.checkpoints import Checkpoints
 from perceiver_ar.config import OptimConfig, PerceiverARConfig, TrainerConfig
 from perceiver_ar.data.tokens import TokenFile, Windows
-from perceiver_ar.trouble import first_not_finite, free_bytes, largest_micro_batch, out_of_memory
+from perceiver_ar.training.checkpoints import Checkpoints
+from perceiver_ar.training.trouble import first_not_finite, free_bytes, largest_micro_batch, out_of_memory
 
 MODEL = PerceiverARConfig(context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2)
 TRAINER = TrainerConfig(

@@ -845,7 +845,7 @@ SHOWN = ("steps", "tokens_seen", "train_seconds", "bits_per_byte", "bits_per_dim
 def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
     import torch
 
-    from perceiver_ar.trouble import expected_bytes
+    from perceiver_ar.training.trouble import expected_bytes
 
     model = run.model()
     config, parameters, codec = model.config, model.num_parameters(), run.codec_name()

@@ -1,0 +1,85 @@
+"""Messages of a training run, and the signals that stop it."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning_fabric.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+RANK: int = rank_zero_only.rank
+"""Of this process among those of the run, from the environment; 0 writes and prints."""
+console = Console(stderr=True, highlight=False, markup=False, quiet=RANK != 0)
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+TERMINALS = [stream for stream in (1, 2) if os.isatty(stream)]  # once a terminal has hung up, nobody can tell
+
+
+def say(message: str, style: str | None = None) -> None:
+    """Prints a message on stderr, above the progress bar. A terminal may wrap it, a log does not."""
+    console.print(message, style=style, soft_wrap=True)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training ended early because the user asked for it; the message tells how to go on."""
+
+
+class StopAtOnce(BaseException):
+    """A signal that does not wait for the running step."""
+
+
+def take_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Gives SIGINT, SIGTERM and SIGHUP to `handler`; returns their earlier handlers.
+
+    Ignored signals stay ignored, as nohup wants it. Only the main thread can take signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in wanted}
+
+
+def drop_terminal_after_hangup(number: int) -> None:
+    """After a SIGHUP, output to the terminal is dropped: writing to a lost one raises OSError."""
+    if number not in (signal.SIGINT, signal.SIGTERM):
+        for stream in TERMINALS:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+@contextmanager
+def signals_taken_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    handlers = take_signals(handler)
+    try:
+        yield
+    finally:
+        while handlers:
+            signal.signal(*handlers.popitem())
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Inside, a signal raises Interrupted, so that half-made files are removed."""
+
+    def stop(number: int, frame: Any) -> None:
+        drop_terminal_after_hangup(number)
+        raise Interrupted("interrupted")
+
+    with signals_taken_by(stop):
+        yield
+
+
+class StopRequest:
+    """A signal asks to stop after the running step; a second one raises StopAtOnce."""
+
+    def __init__(self) -> None:
+        self.made = False
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        drop_terminal_after_hangup(number)
+        if self.made:
+            raise StopAtOnce
+        self.made = True
+        say("\nStopping after this step; once more to stop at once.")

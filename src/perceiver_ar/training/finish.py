@@ -1,0 +1,99 @@
+"""The end of a run: the last evaluation and sample, pictures, the report, and the summary."""
+
+from typing import Any
+
+from perceiver_ar.data.tokens import TokenFile
+from perceiver_ar.evaluation import compressors, evaluate_context_lengths, write_table
+from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.report import write_report
+from perceiver_ar.run import Run
+from perceiver_ar.training.console import say
+from perceiver_ar.training.measure import evaluation_precision, sample, score
+from perceiver_ar.training.metrics import read_metrics
+from perceiver_ar.training.prepare import Prepared
+from perceiver_ar.training.state import Training
+from perceiver_ar.training.tracking import Track
+
+
+def finish(prepared: Prepared, training: Training, model: PerceiverAR, track: Track) -> dict[str, Any]:
+    """Writes `summary.json` last: it marks the run as finished. Returns the summary."""
+    run, recipe, codec, held_out = prepared.run, prepared.recipe, prepared.codec, prepared.held_out
+    summary: dict[str, Any] = {
+        "steps": training.step,
+        "tokens_seen": training.tokens_seen,
+        "skipped_steps": training.skipped,
+        "train_seconds": round(training.seconds, 1),
+        "parameters": model.num_parameters(),
+    }
+    references: dict[str, float] = {}
+    last: list[tuple[float, float]] = []
+    tokens_per_byte: float | None = None
+    some = recipe.trainer.evaluation_tokens
+    result = score(prepared, model, 10 * some)
+    if result is not None and held_out is not None:
+        # The curve on the way was of fewer tokens.
+        shorter = score(prepared, model, some, spread=True) if result.tokens > some else result
+        assert shorter is not None
+        references = compressors(codec, held_out.tokens[: 10 * some + 1])
+        compressed = {f"{name}_bits_per_byte": bits for name, bits in references.items()}
+        last = [(training.tokens_seen, shorter.bits_per_token)]
+        tokens_per_byte = shorter.tokens / shorter.bytes if codec.writes_text and shorter.bytes else None
+        if shorter is not result:
+            bits = result.bits_per_token if tokens_per_byte is None else result.bits_per_byte
+            assert bits is not None  # of text
+            references["all held out"] = bits
+        summary = {**result.to_dict(), **compressed, **summary, "held_out_documents": held_out.num_documents}
+        if codec.document_length is None:
+            draw_context(prepared, model, held_out)
+    sample(prepared, model, training.step, whole=True)
+    draw_loss(run, last, references, tokens_per_byte)
+    track({name: value for name, value in summary.items() if isinstance(value, (int, float))}, training.step)
+    report = write_report(run, summary)
+    run.write_summary(summary)
+    say(f"report: {report}")
+    return summary
+
+
+def draw_loss(
+    run: Run, last: list[tuple[float, float]], references: dict[str, float], tokens_per_byte: float | None
+) -> None:
+    """tokens_per_byte: of the held-out text that was scored on the way, separators counted; None: no text."""
+    from perceiver_ar.plots import plot_loss
+
+    rows = read_metrics(run.metrics_file)
+    curves = {
+        name: [(float(row["tokens"]), float(row[name])) for row in rows if row[name]]
+        for name in ("train_bits", "validation_bits")
+    }
+    scale = tokens_per_byte or 1.0
+    train, validation = (
+        [(tokens, scale * bits) for tokens, bits in points]
+        for points in (curves["train_bits"], curves["validation_bits"] + last)
+    )
+    plot_loss(
+        run.plots / "loss.png",
+        train,
+        validation,
+        references,
+        y_label="bits per token" if tokens_per_byte is None else "bits per byte",
+    )
+
+
+def draw_context(prepared: Prepared, model: PerceiverAR, held_out: TokenFile) -> None:
+    """Bits per byte of the same held-out text with more and more context, up to all that the model can take."""
+    from perceiver_ar.plots import plot_context
+
+    run, recipe, codec = prepared.run, prepared.recipe, prepared.codec
+    longest = min(recipe.model.context_length, len(held_out) // 2)  # and as many targets
+    lengths = [longest, *(longest // 4**i for i in (1, 2, 3) if longest // 4**i >= 16)]
+    results = evaluate_context_lengths(
+        model,
+        held_out.tokens,
+        lengths,
+        byte_lengths=codec.byte_lengths(),
+        max_tokens=max(2, recipe.trainer.evaluation_tokens // 10),
+        precision=evaluation_precision(prepared),
+    )
+    write_table(run.plots / "context.csv", results)
+    references = compressors(codec, held_out.tokens[longest:][: results[0].tokens])
+    plot_context(run.plots / "context.png", results, references)

@@ -1,0 +1,109 @@
+"""The training loop."""
+
+import shlex
+
+import torch
+
+from perceiver_ar.config import Recipe
+from perceiver_ar.errors import InputError
+from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.optim import lr_factor
+from perceiver_ar.training.batches import Batches
+from perceiver_ar.training.checkpoints import Checkpoints
+from perceiver_ar.training.console import Interrupted, StopAtOnce, StopRequest, say, signals_taken_by
+from perceiver_ar.training.prepare import Prepared
+from perceiver_ar.training.resources import FABRIC_PRECISIONS, launch_fabric
+from perceiver_ar.training.saving import newest, read_checkpoint
+from perceiver_ar.training.state import Training
+from perceiver_ar.training.tracking import Track
+from perceiver_ar.training.trouble import gigabytes, is_out_of_memory, out_of_memory
+from perceiver_ar.training.watch import Watch
+
+
+def fit(prepared: Prepared, track: Track) -> Training | None:
+    """Trains to the end of the recipe. None on other ranks than the first if the run has stopped before.
+
+    Raises:
+        Interrupted: a signal stopped it.
+        InputError: too little memory, or training diverged.
+    """
+    recipe, first = prepared.recipe, prepared.resources.rank == 0
+    model = make_model(recipe)
+    checkpoints = Checkpoints(prepared.run.checkpoints, recipe.trainer.keep_best)
+    found = newest(checkpoints)
+    announce(prepared, model, resuming=found is not None)
+    request, stop = StopRequest(), False
+    go_on = f"perceiver-ar train --out {shlex.quote(str(prepared.run.path))} --resume"
+    try:
+        with signals_taken_by(request.on_signal):
+            fabric = launch_fabric(prepared.resources, recipe.trainer, recipe.trainer.precision)
+            training = Training(model, recipe, fabric, None if found is None else read_checkpoint(found))
+            stop = run_steps(prepared, training, checkpoints, request, track)
+    except StopAtOnce:
+        if not first:
+            return None
+        raise Interrupted(f"stopped at once; go on from the last checkpoint with: {go_on}") from None
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise InputError(out_of_memory(recipe, model.num_parameters(), prepared.resources.device)) from error
+        lost = "closed by peer" in str(error) or isinstance(error, torch.distributed.DistError)
+        if prepared.resources.devices > 1 and lost:
+            say(f"perceiver-ar: another process of the run has died; go on from the last checkpoint with: {go_on}")
+            raise SystemExit(1) from None
+        raise
+    if training.trouble and first:
+        raise InputError(training.trouble)
+    if stop and first:
+        raise Interrupted(f"stopped at step {training.step:,}, everything saved; go on with: {go_on}")
+    return None if training.trouble or stop else training
+
+
+def run_steps(
+    prepared: Prepared, training: Training, checkpoints: Checkpoints, request: StopRequest, track: Track
+) -> bool:
+    """The steps from where `training` is to the end; returns whether it stopped before, as some rank was asked to."""
+    recipe = prepared.recipe
+    batches = Batches(prepared.windows, recipe, prepared.resources.rank)
+    training.start_clock()
+    watch = Watch(prepared, training, checkpoints, track)
+    with watch:
+        while not training.finished:
+            factor = lr_factor(recipe.optim, training.progress)
+            for group in training.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            training.make_step(batches.of_step(training.step, training.progress), batches.accumulate)
+            stop = training.agree(request.made) and not training.failures  # only good weights are saved
+            watch.after_step(stop)
+            if stop or training.trouble:
+                return stop
+    return False
+
+
+def make_model(recipe: Recipe) -> PerceiverAR:
+    """The network with its initial weights. Raises InputError if they do not fit into memory."""
+    torch.manual_seed(recipe.seed % 2**63)
+    try:
+        return PerceiverAR(recipe.model)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        with torch.device("meta"):
+            size = gigabytes(4 * PerceiverAR(recipe.model).num_parameters())
+        raise InputError(
+            f"out of memory: the weights alone take {size}; lower model.dim or model.num_layers, and start again in "
+            "another --out, or remove this one"
+        ) from error
+
+
+def announce(prepared: Prepared, model: PerceiverAR, resuming: bool) -> None:
+    recipe, devices = prepared.recipe, prepared.resources.devices
+    settings, network = recipe.trainer, recipe.model
+    say(
+        f"{model.num_parameters():,} parameters, context {network.context_length:,}, {network.num_latents:,} latents, "
+        f"{settings.batch_size} windows a step"
+        + (f" of {recipe.blocks} blocks" if recipe.blocks > 1 else "")
+        + f", {FABRIC_PRECISIONS[settings.precision]}"
+        + (f", {devices} devices" if devices > 1 else "")
+        + (f", {settings.prefix_ranks} to a prefix" if settings.prefix_ranks > 1 else "")
+        + (", resuming" if resuming else "")
+    )

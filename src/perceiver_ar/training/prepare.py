@@ -1,0 +1,239 @@
+"""Before training: the run directory with recipe, tokens and codec, made or checked."""
+
+import math
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perceiver_ar.config import Recipe
+from perceiver_ar.data.codec import Codec, load_codec, save_codec
+from perceiver_ar.data.modalities import make_codec, official_split, recognise
+from perceiver_ar.data.rows import find_rows
+from perceiver_ar.data.sources import find_files, standard_library
+from perceiver_ar.data.tokens import TokenFile, Windows
+from perceiver_ar.data.tokens import prepare as tokenise
+from perceiver_ar.errors import InputError, require
+from perceiver_ar.files import TEMPORARY
+from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.run import Run
+from perceiver_ar.training.checkpoints import Checkpoints
+from perceiver_ar.training.console import ending_on_signals, say
+from perceiver_ar.training.resources import Resources, choose_precision
+from perceiver_ar.training.tracking import check_tracker
+from perceiver_ar.training.trouble import ROOM, free_bytes, gigabytes, largest_micro_batch, out_of_memory
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that training starts from."""
+
+    run: Run
+    recipe: Recipe
+    """Complete: the network fits the codec, and `trainer` has the precision and the number of devices to use."""
+    resources: Resources
+    windows: Windows
+    held_out: TokenFile | None
+    codec: Codec
+
+
+def prepare(run: Run, recipe: Recipe, resources: Resources, resume: bool, find_batch: bool) -> Prepared:
+    """The first rank makes the run directory, or checks the one to go on with; the others wait for it.
+
+    Raises InputError if files, settings or the directory do not allow it. A new directory is removed then.
+    """
+    if resources.rank == 0:
+        precision = choose_precision(recipe.trainer.precision, resources.device)
+        with ending_on_signals():
+            return prepare_first(run, with_trainer(recipe, precision=precision), resources, resume, find_batch)
+    wait_for_first(run)
+    first = run.recipe().trainer  # what was measured there
+    precision = first.precision if recipe.trainer.precision == "auto" else recipe.trainer.precision
+    recipe = with_trainer(recipe, precision=choose_precision(precision, resources.device))
+    if find_batch:
+        recipe = with_trainer(recipe, micro_batch_size=first.micro_batch_size)
+    return with_tokens(run, recipe, resources)
+
+
+def prepare_first(run: Run, recipe: Recipe, resources: Resources, resume: bool, find_batch: bool) -> Prepared:
+    check_tracker(recipe.trainer.tracker)
+    if not resume and run.is_taken():
+        raise InputError(f"{run.path} already exists: give another --out, go on with --resume, or remove it")
+    if resume:
+        check_weights_have_a_checkpoint(run)
+    run.remove_unfinished_files()
+    prepared = None
+    try:
+        if not resume:  # first, so that a run killed at any later moment can be resumed
+            run.write_recipe(recipe)
+        prepared = with_tokens(run, recipe, resources)
+        if find_batch:
+            prepared = replace(prepared, recipe=with_largest_micro_batch(prepared.recipe, resources))
+        Checkpoints(run.checkpoints).newest()  # raises if all are damaged
+        run.summary_file.unlink(missing_ok=True)  # from here on the run is unfinished
+        run.write_recipe(prepared.recipe)
+    except BaseException:
+        if not resume:  # nothing was learned yet: leave no trace
+            run.remove_prepared(None if prepared is None else prepared.codec)
+        raise
+    return prepared
+
+
+def with_tokens(run: Run, recipe: Recipe, resources: Resources) -> Prepared:
+    tokens, held_out, codec = prepare_tokens(run, recipe)
+    recipe = replace(recipe, model=codec.fit(recipe.model))
+    return Prepared(run, recipe, resources, make_windows(tokens, recipe, codec), held_out, codec)
+
+
+def with_trainer(recipe: Recipe, **settings: Any) -> Recipe:
+    return replace(recipe, trainer=replace(recipe.trainer, **settings))
+
+
+def wait_for_first(run: Run, seconds: float = 24 * 3600.0) -> None:
+    """Until the first process has made what all read. Launchers end the others if it fails."""
+    deadline = time.monotonic() + seconds
+    while not (run.path / "codec.json").exists():
+        if time.monotonic() > deadline:
+            raise InputError(f"{run.path} does not appear: is it on a disk that all machines share?")
+        time.sleep(0.1)
+
+
+def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | None, Codec]:
+    """The token files of the run and its codec: opened if they are there, made from the files if not."""
+    if (run.path / "codec.json").exists():  # written last
+        held_out = (run.tokens / "validation.json").exists()
+        validation = TokenFile.open(run.tokens / "validation") if held_out else None
+        return TokenFile.open(run.tokens / "train"), validation, load_codec(run.path)
+    data = recipe.data
+    sources = find_files(recipe.paths) if recipe.paths else standard_library()
+    out = run.path.resolve()  # may lie in a folder that is trained on
+    sources = [source for source in sources if out not in Path(os.path.realpath(source.path)).parents]
+    held_out_sources = find_files(data.validation) if data.validation else None
+    modality = recipe.modality
+    if modality == "auto":
+        modality = recognise(sources) if recipe.paths else "text"
+    if modality == "text":
+        sources = find_rows(sources, data.column)
+        held_out_sources = held_out_sources and find_rows(held_out_sources, data.column)
+    ruled = data.group_by is not None or held_out_sources is not None
+    if modality in ("midi", "audio") and not ruled and (split := official_split(sources)):
+        sources, held_out_sources, line = split
+        say(line)
+    codec = make_codec(modality, data, sources)
+    tokens, validation = tokenise(
+        sources,
+        codec,
+        run.tokens,
+        validation_fraction=data.validation_fraction,
+        validation_sources=held_out_sources,
+        split_on=data.split_on,
+        group_by=data.group_by,
+        seed=recipe.seed,
+    )
+    save_codec(codec, run.path)
+    if validation is None and data.validation_fraction > 0:
+        say("Only one document (or group), so none is held out: give --data.validation or --data.split_on to measure.")
+    return tokens, validation, codec
+
+
+def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> Windows:
+    """The sequence of training windows. Raises InputError where there are too few tokens."""
+    require(
+        recipe.trainer.prefix_growth == 0 or codec.document_length is None,
+        "trainer.prefix_growth cannot be had with pictures, whose prefixes are never cut: leave it out",
+    )
+    model, blocks = recipe.model, recipe.blocks
+    require(
+        recipe.window_latents <= model.context_length,
+        f"trainer.blocks is {blocks}, with {model.num_latents} latents each more than context_length "
+        f"{model.context_length}: lower it",
+    )
+    require(
+        blocks == 1 or model.blocks_allowed,
+        f"trainer.blocks is {blocks}, which a network with latent_keys query, positions_from_end, learned_queries each "
+        "or latents_per_position cannot have: leave it out",
+    )
+    return Windows(
+        tokens,
+        model.context_length,
+        recipe.window_latents,
+        recipe.seed,
+        document_length=codec.document_length,
+        augment=codec.augment if recipe.data.augment else None,
+    )
+
+
+def with_largest_micro_batch(recipe: Recipe, resources: Resources) -> Recipe:
+    if resources.devices > 1 and resources.launched:
+        raise InputError(
+            "--find_batch looks at one machine: use it without torchrun or SLURM first, then give what it found"
+        )
+    with torch.device("meta"):
+        parameters = PerceiverAR(recipe.model).num_parameters()
+    device = resources.device
+    available = free_bytes(device)
+    size = largest_micro_batch(recipe, parameters, device, ROOM[device] * available)
+    if size is None:
+        smallest = with_trainer(recipe, micro_batch_size=1)
+        raise InputError(f"{out_of_memory(smallest, parameters, device)} ({gigabytes(available)} are free)")
+    say(f"micro-batches of {size} windows, for {gigabytes(available)} of free memory")
+    return with_trainer(recipe, micro_batch_size=size)
+
+
+# Going on with a run.
+
+
+def check_resumable(run: Run, recipe: Recipe) -> Recipe:
+    """The recipe so far. Raises InputError unless there is one and `recipe` keeps all that its steps depend on."""
+    before = Run.open(run.path).recipe()
+    if (run.path / "codec.json").exists():
+        recipe = replace(recipe, model=load_codec(run.path).fit(recipe.model))
+    fixed = ("paths", "modality", "seed", "model", "data", "optim")
+    fixed += ("trainer.batch_size", "trainer.blocks", "trainer.short_prefix", "trainer.prefix_growth")
+    was, now = flat(before.to_dict()), flat(recipe.to_dict())
+    if recipe.blocks == before.blocks:
+        now["trainer.blocks"] = was["trainer.blocks"]
+    changed = [name for name in was if name.startswith(fixed) and was[name] != now[name]]
+    if changed:
+        changes = ", ".join(f"{name} changed from {was[name]!r} to {now[name]!r}" for name in changed)
+        raise InputError(
+            f"{run.path}: --resume goes on with the same recipe, but {changes}: "
+            "leave that out, or start a new run in another --out"
+        )
+    return before
+
+
+def check_weights_have_a_checkpoint(run: Run) -> None:
+    """Raises InputError for a trained model without checkpoints: training would start anew and overwrite it.
+
+    A kill within the first save leaves weights without a checkpoint, too, but also a part of that: such weights are
+    removed, to be made again.
+    """
+    if Checkpoints(run.checkpoints).all() or not (run.weights_file.exists() or run.summary_file.exists()):
+        return
+    begun = [*run.checkpoints.glob(f"{TEMPORARY}*"), *run.checkpoints.glob("step-*.ckpt")]
+    if run.summary_file.exists() or not begun:
+        raise InputError(
+            f"{run.path} holds a trained model but no checkpoint to go on from, and training from the start would "
+            f"overwrite it: put {run.checkpoints} back, or start a new run in another --out"
+        )
+    run.weights_file.unlink()
+
+
+def flat(settings: dict[str, Any], group: str = "") -> dict[str, Any]:
+    """Settings in groups as one table, by names such as model.dim."""
+    parts = (
+        flat(value, f"{name}.") if isinstance(value, dict) else {group + name: value}
+        for name, value in settings.items()
+    )
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def goes_further(recipe: Recipe, before: Recipe) -> bool:
+    """Whether `recipe` asks for more training than the recipe `before` did."""
+    steps = (recipe.max_steps or math.inf) > (before.max_steps or math.inf)
+    seconds = (recipe.max_seconds or math.inf) > (before.max_seconds or math.inf)
+    return steps or seconds

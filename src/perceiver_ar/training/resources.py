@@ -1,0 +1,154 @@
+"""Where a run computes: devices, processes and precision. All of it is found out once."""
+
+import os
+import timeit
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.lsf import LSFEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from perceiver_ar.config import TrainerConfig
+from perceiver_ar.errors import InputError, require
+from perceiver_ar.training.console import RANK
+
+Precision = Literal["32", "bf16", "fp16"]
+FABRIC_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
+    "32": "32-true",
+    "bf16": "bf16-mixed",
+    "fp16": "16-mixed",
+}
+FIRST_PROCESS = "PERCEIVER_AR_FIRST_PROCESS"
+"""Environment variable with the id of the process that has started this one as a further rank."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    device: Literal["cpu", "cuda", "mps"]
+    devices: int
+    """Of the whole run; each has a process."""
+    machines: int
+    launched: bool
+    """torchrun or SLURM start all processes."""
+    rank: int
+
+
+def resolve(settings: TrainerConfig) -> Resources:
+    """Raises InputError if this machine lacks what `settings` ask for, or the environment misleads."""
+    check_launcher(settings)
+    devices, machines, launched = settings.devices, 1, True
+    if TorchElasticEnvironment.detect():
+        devices = int(os.environ["WORLD_SIZE"])
+        machines = devices // int(os.environ["LOCAL_WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        devices, machines = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", 1))
+    else:
+        launched = False
+    return Resources(choose_device(settings, devices, machines), devices, machines, launched, RANK)
+
+
+def check_launcher(settings: TrainerConfig) -> None:
+    """Raises InputError for variables of a launcher that has not started this process.
+
+    It would wait for other processes, or take itself for another rank. (sbatch and salloc set SLURM_NTASKS for the srun
+    inside, which is what sets SLURM_STEP_ID.)
+    """
+    if TorchElasticEnvironment.detect() or os.environ.get(FIRST_PROCESS) == str(os.getppid()):
+        return
+    slurm = SLURMEnvironment.detect()
+    if (slurm and "SLURM_STEP_ID" in os.environ) or LSFEnvironment.detect():
+        return
+    by_hand = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if by_hand and os.environ.get("WORLD_SIZE") == str(settings.devices):
+        return
+    alone = dict.fromkeys(("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"), 0) | {"WORLD_SIZE": 1}
+    alone |= {"SLURM_NTASKS": 1} if slurm else {}
+    alone |= {"LOCAL_RANK": -1} if settings.devices > 1 else {}  # Fabric then starts no others
+    values = {name: os.environ.get(name, "") for name in alone}
+    left = [name for name in alone if values[name].isdecimal() and int(values[name]) > alone[name]]
+    require(
+        not left,
+        f"the environment has {', '.join(f'{name}={values[name]}' for name in left)}, but neither torchrun nor srun "
+        f"has started this process: start it with one of them, or first `unset {' '.join(left)}`",
+    )
+
+
+def choose_device(settings: TrainerConfig, devices: int, machines: int) -> Literal["cpu", "cuda", "mps"]:
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if settings.device == "auto":
+        device = "cuda" if available["cuda"] else "mps" if available["mps"] and devices == 1 else "cpu"
+    else:
+        device = settings.device
+    if not available[device]:
+        raise InputError(f"trainer.device is {settings.device}, but there is none on this machine: use auto")
+    if device == "cuda" and devices // machines > torch.cuda.device_count():
+        raise InputError(f"trainer.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs")
+    if device == "mps" and devices > 1:
+        raise InputError(f"trainer.devices is {devices}, but there is only one MPS device: use 1")
+    return device
+
+
+def choose_precision(asked: Literal["auto", "32", "bf16", "fp16"], device: str) -> Precision:
+    """The precision to compute in. Raises InputError if the device cannot do it."""
+    if asked == "auto":
+        if device == "cuda":
+            fast = torch.cuda.is_bf16_supported()
+        else:
+            fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported() and bfloat16_is_faster()
+        return "bf16" if fast else "32"
+    if asked == "fp16" and device != "cuda":
+        raise InputError(f"trainer.precision is fp16, which needs a CUDA device, not {device}: use bf16, 32 or auto")
+    return asked
+
+
+def bfloat16_is_faster() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices clearly faster than float32 ones.
+
+    The instructions alone do not tell: AMD's have four times the pace of float32, Intel's without AMX half of it.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(512, 512, dtype=dtype)
+        times = [timeit.timeit(lambda: matrix @ matrix, number=1) for _ in range(10)]
+        return min(times)
+
+    return 1.5 * seconds(torch.bfloat16) < seconds(torch.float32)
+
+
+def launch_fabric(resources: Resources, settings: TrainerConfig, precision: str) -> Fabric:
+    """All processes of the run, started and connected; this one is among them."""
+    strategy: DDPStrategy | ModelParallelStrategy | str = "auto"
+    if resources.devices > 1:
+        os.environ[FIRST_PROCESS] = str(os.getpid())  # for the processes that Fabric starts
+        strategy = DDPStrategy()
+        if settings.sharded:
+            strategy = ModelParallelStrategy(shard, data_parallel_size=resources.devices, tensor_parallel_size=1)
+    fabric = Fabric(
+        accelerator=resources.device,
+        devices=resources.devices // resources.machines,
+        num_nodes=resources.machines,
+        strategy=strategy,
+        precision=FABRIC_PRECISIONS[precision],
+    )
+    fabric.launch()
+    return fabric
+
+
+def shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Divides the network of a `WeightedLoss` among all ranks, layer by layer (FSDP2).
+
+    Gradients are averaged over all ranks, also over those that share a prefix. Theirs are equal but for rounding, and
+    averaging keeps their weights from drifting apart.
+    """
+    network: nn.Module = module.model  # type: ignore[assignment]
+    for layer in (*network.cross_attention, *network.self_attention, network):  # type: ignore[misc]
+        fully_shard(layer, mesh=mesh["data_parallel"])
+    return module

@@ -1,0 +1,89 @@
+"""The files of a checkpoint, and how they hold what is divided among ranks.
+
+A checkpoint has all weights and states in one file, whatever the number of devices, and numbers the optimizer's states
+as the model's parameters. So every run can go on with every file.
+"""
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.run import Run
+from perceiver_ar.training.checkpoints import Checkpoint, Checkpoints
+from perceiver_ar.training.console import say
+
+Gather = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def write_checkpoint(
+    run: Run, checkpoints: Checkpoints, checkpoint: dict[str, Any], model: PerceiverAR, validation_bits: float | None
+) -> None:
+    """Writes the weights for use and a checkpoint; each file replaces the last good one when it is whole.
+
+    The checkpoint comes last: resuming from one at the end of the run saves no weights again.
+
+    Raises:
+        OSError: they cannot be written; what was there before still is.
+    """
+    try:
+        with checkpoints.writing(checkpoint["global_step"], validation_bits) as temporary:
+            model.save_pretrained(run.path)  # inside: so that a kill leaves a sign beside the weights
+            torch.save(checkpoint, temporary)
+    except (OSError, SafetensorError, RuntimeError) as error:  # writers turn an OSError into the last
+        message = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise OSError(errno.EIO, f"cannot save ({message}); make room on the disk", str(run.path)) from error
+
+
+def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    return torch.load(checkpoint.path, map_location="cpu", weights_only=True)
+
+
+def newest(checkpoints: Checkpoints) -> Checkpoint | None:
+    """The checkpoint to go on from; reports newer ones that are damaged."""
+    found = checkpoints.newest()
+    for step in sorted(checkpoints.damaged):
+        before = f"going on from the one before, of step {found.step:,}" if found else ""
+        say(f"{checkpoints.path(step)} is damaged, so it is passed over: {before}")
+    return found
+
+
+def stored_optimizer(optimizer: Optimizer, model: nn.Module, gathered: Gather) -> dict[str, Any]:
+    """The state of an optimizer, as a checkpoint holds it."""
+    numbers = {id(parameter): i for i, parameter in enumerate(model.parameters())}
+    groups = [
+        {**group, "params": [numbers[id(parameter)] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    states = {numbers[id(parameter)]: gathered(state) for parameter, state in optimizer.state.items()}
+    return {"state": states, "param_groups": groups}
+
+
+def load_optimizer(optimizer: Optimizer, model: nn.Module, stored: dict[str, Any]) -> None:
+    """The inverse of `stored_optimizer`."""
+    numbers = {id(parameter): i for i, parameter in enumerate(model.parameters())}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states, place = {}, {numbers[id(parameter)]: i for i, parameter in enumerate(parameters)}
+    for i, parameter in enumerate(parameters):
+        state = stored["state"].get(numbers[id(parameter)])
+        if state is not None:
+            states[i] = {
+                name: divided_as(parameter, value) if value.shape == parameter.shape else value
+                for name, value in state.items()
+            }
+    groups = [{**group, "params": [place[number] for number in group["params"]]} for group in stored["param_groups"]]
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def divided_as(own: Tensor, values: Tensor) -> Tensor:
+    """A copy of `values` on the device of `own`, divided among the ranks as FSDP has divided that."""
+    if isinstance(own, DTensor) and not isinstance(values, DTensor):
+        values = values.to(own.device_mesh.device_type)
+        return distribute_tensor(values, own.device_mesh, own.placements, src_data_rank=None)
+    return values.detach().to(own.device, copy=True)

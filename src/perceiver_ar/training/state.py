@@ -1,0 +1,260 @@
+"""What a training step changes: the network, its optimizer, and how far they have come."""
+
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from perceiver_ar.config import Recipe
+from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.network.streaming import SHARE, device_memory
+from perceiver_ar.objective import head_loss, next_token_loss
+from perceiver_ar.optim import make_optimizer, whole
+from perceiver_ar.training.console import say
+from perceiver_ar.training.saving import divided_as, load_optimizer, stored_optimizer
+from perceiver_ar.training.trouble import first_not_finite
+
+FAILURES = 5
+"""Steps in a row without finite gradients that end the run."""
+SPIKES = 100
+"""Gradient norms that a spike is compared with."""
+
+
+class WeightedLoss(nn.Module):
+    """The loss of a micro-batch, as `Batches` makes them."""
+
+    def __init__(self, model: PerceiverAR, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+        model.activation_checkpointing = recipe.trainer.activation_checkpointing
+        # In a list, so that the parameters are not listed a second time.
+        self.compiled: list[Any] = [torch.compile(model) if recipe.trainer.compile else model]
+        self.prefix_group: Any = None
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        tokens, labels, rule = batch["tokens"], batch["labels"], self.recipe.optim
+        inputs = {"prefix_len": tokens.shape[1] - labels.shape[1], "mask": batch.get("mask")}
+        inputs["blocks"] = labels.shape[1] // self.model.config.num_latents
+        self.model.prefix_group = self.prefix_group
+        try:
+            if self.has_large_vocabulary(labels):
+                return batch["weight"] * head_loss(self.model.latents(tokens, **inputs), self.model.head, labels)
+            logits = self.compiled[0](tokens, **inputs)
+        finally:
+            self.model.prefix_group = None  # evaluation and sampling run on one rank
+        loss = next_token_loss(logits, labels, label_smoothing=rule.label_smoothing, z_loss=rule.z_loss)
+        return batch["weight"] * loss
+
+    def has_large_vocabulary(self, labels: Tensor) -> bool:
+        """Whether logits would take a large share of the memory, and nothing needs all of them at once."""
+        settings, rule, device = self.recipe.trainer, self.recipe.optim, labels.device
+        size = 4 * labels.numel() * self.recipe.model.vocab_size
+        needed = settings.compile or settings.strategy == "fsdp" or rule.label_smoothing or rule.z_loss
+        return not needed and size > SHARE * device_memory(device.type, device.index or 0)
+
+
+class Training:
+    """The network, its optimizer, and how far they have come: all that a checkpoint holds."""
+
+    def __init__(self, model: PerceiverAR, recipe: Recipe, fabric: Fabric, checkpoint: dict[str, Any] | None) -> None:
+        self.recipe, self.fabric, self.model = recipe, fabric, model
+        loss = WeightedLoss(model, recipe)
+        if checkpoint is not None:
+            loss.load_state_dict(checkpoint["state_dict"])
+        settings = recipe.trainer
+        if settings.prefix_ranks > 1:
+            shape = (settings.data_ranks, settings.prefix_ranks)
+            mesh = init_device_mesh(fabric.device.type, shape, mesh_dim_names=("data", "prefix"))
+            loss.prefix_group = mesh["prefix"].get_group()
+        self.loss = fabric.setup_module(loss)  # FSDP divides the weights here, so the optimizer comes after
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        self.optimizer = make_optimizer(model, recipe.optim, dtype)
+        self.fabric_optimizer = fabric.setup_optimizers(self.optimizer)
+
+        self.step = 0
+        """Optimizer steps made, skipped ones included."""
+        self.tokens_seen = 0
+        """Targets of all steps; windows at the ends of a pass, or of a picture, have fewer."""
+        self.skipped = 0
+        self.norms: list[float] = []
+        """Gradient norms of the last steps."""
+        self.mean: dict[str, Tensor] = {}
+        """The running mean of the weights if the recipe asks for one."""
+        self.seconds_before = 0.0
+        """Spent in earlier parts of a resumed run."""
+        self.started = time.perf_counter()
+        self.now = 0.0
+        """Seconds spent training that all ranks go by."""
+        self.failures = 0
+        """Steps without finite gradients in a row, up to the last one."""
+        self.trouble: str | None = None
+        """Why the run cannot go on."""
+        self.grad_norm = 0.0
+        self.loss_sum: Tensor | float = 0.0
+        self.losses = 0
+        if checkpoint is not None:
+            self.load(checkpoint)
+        if recipe.optim.ema:
+            self.mean = {name: divided_as(own, self.mean.get(name, own)) for name, own in self.weights().items()}
+
+    # A step.
+
+    def make_step(self, micro_batches: Iterable[dict[str, Any]], count: int) -> None:
+        """Adds up the gradients of this rank's `count` micro-batches, then changes the weights, or skips the step."""
+        step_loss: Tensor | float = 0.0
+        batch: dict[str, Any] = {}
+        for i, batch in enumerate(micro_batches):
+            batch = self.fabric.to_device(batch)
+            torch.manual_seed(batch["seed"])
+            with self.fabric.no_backward_sync(self.loss, enabled=i < count - 1):
+                loss = self.loss(batch)
+                self.fabric.backward(loss / count)
+            step_loss = step_loss + loss.detach()
+        self.fabric.strategy.precision.unscale_gradients(self.optimizer)
+        limit = self.recipe.optim.grad_clip or math.inf
+        self.grad_norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
+        skip = self.skips_step()
+        if not skip:
+            self.fabric_optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.tokens_seen += batch["targets"]
+        if not skip:
+            self.loss_sum, self.losses = self.loss_sum + step_loss, self.losses + count
+            self.update_mean()
+        if self.failures == FAILURES:
+            where = first_not_finite(self.model, lambda: self.loss.module(batch))
+            self.trouble = (
+                f"training diverged: the {FAILURES} steps up to {self.step} gave no finite gradients; {where}: "
+                f"lower optim.lr or optim.muon_lr; what was saved before is kept in {self.recipe.out}"
+            )
+
+    def skips_step(self) -> bool:
+        """Whether the gradient would do harm; the same on all ranks."""
+        if self.recipe.trainer.precision == "fp16" and not math.isfinite(self.grad_norm):
+            return False  # the scaler tries how far it can go, and skips such steps itself
+        reason = self.why_to_skip()
+        if math.isfinite(self.grad_norm):
+            self.failures = 0
+            self.norms = [*self.norms, self.grad_norm][-SPIKES:]
+        else:
+            self.failures += 1
+        if reason is not None:
+            self.skipped += 1
+            say(f"step {self.step + 1:,} skipped: {reason}")
+        return reason is not None
+
+    def why_to_skip(self) -> str | None:
+        if not math.isfinite(self.grad_norm):
+            return f"the norm of the gradient is {self.grad_norm}"
+        factor = self.recipe.optim.skip_spikes
+        if factor and len(self.norms) >= 10 and self.grad_norm > factor * (usual := statistics.median(self.norms)):
+            return f"the norm of the gradient is {self.grad_norm:.3g}, where {usual:.3g} is usual"
+        return None
+
+    def update_mean(self) -> None:
+        if self.mean:
+            # Short runs and beginnings would otherwise remember where they started.
+            decay = min(self.recipe.optim.ema, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                for name, own in self.weights().items():
+                    self.mean[name].lerp_(own, 1 - decay)
+
+    def take_mean_loss(self) -> float:
+        """Mean loss in nats, over all ranks, since the last call. All ranks have to call it."""
+        mean = torch.as_tensor(self.loss_sum / max(1, self.losses), device=self.fabric.device)
+        self.loss_sum, self.losses = 0.0, 0
+        return float(self.fabric.all_reduce(mean, reduce_op="mean"))  # type: ignore[arg-type]
+
+    # How far it has come.
+
+    def start_clock(self) -> None:
+        self.started = time.perf_counter()
+        self.agree(False)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training, evaluations included, over all parts of the run."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def agree(self, stop: bool) -> bool:
+        """Takes the first rank's clock; returns whether any rank asks to stop. All ranks have to call it."""
+        self.now = self.seconds
+        if self.recipe.trainer.devices > 1:
+            first = self.fabric.global_rank == 0
+            own = torch.tensor([self.now if first else 0.0, stop], dtype=torch.float64, device=self.fabric.device)
+            torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX)
+            self.now, stop = own[0].item(), bool(own[1])
+        return stop
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 ... 1, half of the running step included."""
+        by_steps = (self.step + 0.5) / self.recipe.max_steps if self.recipe.max_steps else 0.0
+        by_time = self.now / self.recipe.max_seconds if self.recipe.max_seconds else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    @property
+    def finished(self) -> bool:
+        by_time = self.recipe.max_seconds is not None and self.progress >= 1.0
+        return by_time or (self.recipe.max_steps is not None and self.step >= self.recipe.max_steps)
+
+    # What others take from it.
+
+    def weights(self) -> dict[str, Tensor]:
+        """By all their names."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters(remove_duplicate=False)}
+
+    def usable(self) -> PerceiverAR:
+        """The network to measure, to sample from and to write: with the running mean of the weights if there is one.
+
+        Under FSDP all ranks have to call this, and only the first gets the weights.
+        """
+        if not (self.mean or self.recipe.trainer.sharded):
+            return self.model
+        state = self.gathered(self.mean or self.weights())
+        model = PerceiverAR(self.recipe.model)
+        if state:
+            model.load_state_dict(state)
+        return model.to(self.fabric.device)
+
+    def gathered(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All of what FSDP has divided, in the first rank's main memory; nothing on the others."""
+        if not self.recipe.trainer.sharded:
+            return state
+        device, first = self.fabric.device, self.fabric.global_rank == 0
+        values = ((name, whole(tensor.to(device))) for name, tensor in state.items())
+        return {name: tensor.cpu() for name, tensor in values if first}
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What `load` takes. Under FSDP all ranks have to call this, and only the first gets all of it."""
+        state = {f"model.{name}": tensor for name, tensor in self.gathered(self.model.state_dict()).items()}
+        checkpoint: dict[str, Any] = {
+            "global_step": self.step,
+            "state_dict": state,
+            "optimizer_states": [stored_optimizer(self.optimizer, self.model, self.gathered)],
+            "scaler": self.fabric.strategy.precision.state_dict(),
+            "seconds": self.seconds,
+            "windows": self.step * self.recipe.trainer.batch_size,
+            "tokens_seen": self.tokens_seen,
+            "skipped": self.skipped,
+            "norms": list(self.norms),
+        }
+        return checkpoint | ({"mean": self.gathered(self.mean)} if self.mean else {})
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """All but the weights."""
+        load_optimizer(self.optimizer, self.model, checkpoint["optimizer_states"][0])
+        scaler = checkpoint.get("scaler") or checkpoint.get("MixedPrecision")  # written by Lightning's Trainer
+        if scaler:
+            self.fabric.strategy.precision.load_state_dict(scaler)
+        self.step, self.seconds_before = checkpoint["global_step"], checkpoint["seconds"]
+        self.tokens_seen = checkpoint.get("tokens_seen", checkpoint["windows"] * self.recipe.window_latents)
+        self.skipped, self.norms = checkpoint["skipped"], list(checkpoint["norms"])
+        self.mean = checkpoint.get("mean", {})

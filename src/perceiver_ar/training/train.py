@@ -1,0 +1,62 @@
+"""From a recipe to a trained run: resolve, prepare, fit, finish."""
+
+import os
+from contextlib import nullcontext
+from typing import Any
+
+from perceiver_ar.config import Recipe
+from perceiver_ar.errors import InputError, require
+from perceiver_ar.lock import locked
+from perceiver_ar.run import Run
+from perceiver_ar.training.console import say
+from perceiver_ar.training.finish import finish
+from perceiver_ar.training.loop import fit
+from perceiver_ar.training.memory import keep_freed_memory
+from perceiver_ar.training.prepare import check_resumable, goes_further, prepare, with_trainer
+from perceiver_ar.training.resources import resolve
+from perceiver_ar.training.tracking import tracking
+
+
+def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> dict[str, Any]:
+    """Makes the run that `recipe` describes, or goes on with the one in `recipe.out`.
+
+    Started again by torchrun or SLURM after one of its processes died, it goes on with what it had begun. `find_batch`
+    takes the largest micro-batch that the memory holds instead of the recipe's.
+
+    Returns its summary: `bits_per_byte`, `nats_per_token` and more on the held-out documents (absent if nothing is
+    held out), `gzip_bits_per_byte` and `xz_bits_per_byte` of the same bytes, `train_seconds`, `tokens_seen` (targets),
+    `steps`, `skipped_steps`, `parameters`. It is empty in all processes but the first.
+
+    Raises:
+        InputError: the files, the settings or the run directory do not allow it, or another process is training there.
+            Nothing half-made is left.
+        Interrupted: stopped by SIGINT, SIGTERM or SIGHUP, and saved.
+    """
+    resources = resolve(recipe.trainer)
+    devices, ranks = resources.devices, recipe.trainer.prefix_ranks
+    recipe = with_trainer(recipe, devices=devices)
+    require(devices % ranks == 0, f"trainer.prefix_ranks is {ranks}: devices must be a multiple of it, not {devices}")
+    run = Run(recipe.out)
+    if run.path.exists() and not run.path.is_dir():
+        raise InputError(f"{run.path} already exists and is a file: give another --out")
+    if any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
+        resume = resume or run.recipe_file.exists()
+    if resume:
+        before = check_resumable(run, recipe)
+        if recipe.trainer.precision == "auto":
+            recipe = with_trainer(recipe, precision=before.trainer.precision)
+        if (summary := run.summary()) is not None and not goes_further(recipe, before):
+            say(
+                f"{run.path} is finished ({summary['steps']} steps), so there is nothing to do. "
+                "To train it further, resume with a larger --max_steps or --max_time."
+            )
+            return summary if resources.rank == 0 else {}
+    with locked(run.path) if resources.rank == 0 else nullcontext():
+        prepared = prepare(run, recipe, resources, resume, find_batch)
+        tracker = recipe.trainer.tracker if resources.rank == 0 else "none"
+        with tracking(run.path, with_trainer(prepared.recipe, tracker=tracker)) as track, keep_freed_memory():
+            training = fit(prepared, track)
+            if training is None:
+                return {}
+            model = training.usable().eval()
+            return finish(prepared, training, model, track) if resources.rank == 0 else {}

@@ -1,0 +1,165 @@
+"""What happens between steps: progress bar, metrics, evaluations and samples, checkpoints, and when to stop.
+
+What decides when something happens is the same on all ranks; what happens, the first one does.
+"""
+
+import errno
+import importlib.util
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from perceiver_ar.config import parse_duration
+from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.training.checkpoints import Checkpoints
+from perceiver_ar.training.console import console, say
+from perceiver_ar.training.measure import sample, score
+from perceiver_ar.training.metrics import Metrics
+from perceiver_ar.training.prepare import Prepared
+from perceiver_ar.training.saving import write_checkpoint
+from perceiver_ar.training.state import Training
+from perceiver_ar.training.tracking import Track
+
+
+class Watch:
+    def __init__(self, prepared: Prepared, training: Training, checkpoints: Checkpoints, track: Track) -> None:
+        self.prepared, self.training, self.checkpoints, self.track = prepared, training, checkpoints, track
+        self.run, self.settings = prepared.run, prepared.recipe.trainer
+        self.first = prepared.resources.rank == 0
+        self.disk_full = False
+        self.checkpoint_seconds = parse_duration(self.settings.checkpoint_every, "trainer.checkpoint_every")
+        self.evaluations_done = int(training.progress * self.settings.evaluations)
+        self.logged_at = self.saved_at = self.printed_at = training.now
+        self.logged_tokens = training.tokens_seen
+        self.tensorboard: Any = None
+        if self.first:
+            self.metrics = Metrics(self.run.metrics_file, training.step)
+            self.tensorboard = open_tensorboard(self.run.path)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]} left"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.task = self.bar.add_task("training", total=1.0, left="")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+        if self.tensorboard is not None:
+            with self.despite_full_disk():
+                self.tensorboard.close()
+
+    def after_step(self, stop: bool) -> None:
+        """`stop`: the run ends with this step, before its end."""
+        training = self.training
+        finished = training.finished
+        if training.trouble or (training.failures and not finished):
+            return  # what is saved is known to give finite gradients
+        if finished or training.now - self.logged_at >= 1.0:
+            self.report()
+        due = int(training.progress * self.settings.evaluations)
+        evaluated = due > self.evaluations_done and not finished
+        if not (evaluated or finished or stop or training.now - self.saved_at >= self.checkpoint_seconds):
+            return
+        model, bits = training.usable(), None
+        if evaluated:
+            self.evaluations_done = due
+            if self.first:
+                with self.despite_full_disk():
+                    bits = self.examine(model)
+        self.saved_at = training.now
+        self.save(model, bits, may_fail=not (finished or stop))
+
+    def save(self, model: PerceiverAR, validation_bits: float | None, may_fail: bool) -> None:
+        """Raises OSError on the first rank if it fails, but must not."""
+        training, failure = self.training, None
+        checkpoint = training.checkpoint()
+        try:
+            if self.first:
+                write_checkpoint(self.run, self.checkpoints, checkpoint, model, validation_bits)
+        except OSError as error:
+            failure = error
+        training.fabric.barrier()  # also after a failure, so that no rank waits for ever
+        if failure is not None:
+            if not may_fail:
+                raise failure
+            last = self.checkpoints.all()
+            safe = f"the last good checkpoint is that of step {last[-1].step:,}" if last else "there is none yet"
+            say(f"step {training.step:,}: {failure.strerror}; {safe}, going on")
+
+    @contextmanager
+    def despite_full_disk(self) -> Iterator[None]:
+        """A full disk loses what is written inside, but does not end the training."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if not self.disk_full:
+                say(f"{error.strerror}: {error.filename or self.run.path}; going on without samples and metrics")
+            self.disk_full = True
+
+    def report(self) -> None:
+        """A row of metrics about training. All ranks have to call it."""
+        training = self.training
+        bits, seconds = training.take_mean_loss() / math.log(2), training.now
+        rate = (training.tokens_seen - self.logged_tokens) / (seconds - self.logged_at + 1e-9)
+        self.logged_at, self.logged_tokens = seconds, training.tokens_seen
+        if not self.first:
+            return
+        lr = training.optimizer.param_groups[0]["lr"]
+        self.add_row(train_bits=bits, lr=lr, grad_norm=training.grad_norm, tokens_per_second=round(rate))
+        progress = training.progress
+        left = duration(seconds * (1 - progress) / progress) if seconds > 5 else "..."
+        text = f"step {training.step:,}  {bits:.3f} bits/token  {rate:,.0f} tokens/s"
+        self.bar.update(self.task, completed=progress, description=text, left=left)
+        if self.bar.disable and seconds - self.printed_at >= 10:
+            say(f"{text}  {100 * progress:.0f}%  {left} left")
+            self.printed_at = seconds
+
+    def examine(self, model: PerceiverAR) -> float | None:
+        """Measures bits per token on held-out text, if there is any, and lets the model write some."""
+        result = score(self.prepared, model, self.settings.evaluation_tokens, spread=True)
+        if result is not None:
+            self.add_row(validation_bits=result.bits_per_token)
+            say(f"step {self.training.step:,}  held out: {result.bits_per_token:.3f} bits/token")
+        with self.despite_full_disk():
+            sample(self.prepared, model, self.training.step)
+        return None if result is None else result.bits_per_token
+
+    def add_row(self, **values: float) -> None:
+        training = self.training
+        row = {"step": training.step, "tokens": training.tokens_seen, "seconds": round(training.seconds, 2), **values}
+        with self.despite_full_disk():
+            whole, self.disk_full = self.disk_full, False
+            self.metrics.add(row, whole)
+            for name, value in values.items() if self.tensorboard is not None else ():
+                self.tensorboard.add_scalar(name, value, training.step)
+            self.track(values, training.step)
+
+
+def open_tensorboard(path: Path) -> Any:
+    """A writer of event files if TensorBoard is installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(path / "tensorboard"))
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
