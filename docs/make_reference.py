@@ -155,7 +155,7 @@ def help_of(verb: str) -> str:
         os.environ.pop("COLUMNS")
         if before is not None:
             os.environ["COLUMNS"] = before
-    return printed.getvalue()
+    return re.sub(".\b", "", printed.getvalue())  # the parser erases a space so
 
 
 PAGES = {"settings.md": settings_page, "commands.md": commands_page}
