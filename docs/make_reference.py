@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[type, str]] = {
     "optim.": (OptimConfig, "The learning rule"),
     "trainer.": (TrainerConfig, "The course of a run"),
 }
-VERBS = ("train", "evaluate", "generate", "info", "convert", "export", "push")
+VERBS: list[str] = re.findall(r"^  (\w+) ", USAGE, flags=re.MULTILINE)
 NOTE = "<!-- Written by docs/make_reference.py; `make docs` runs it. -->\n"
 
 

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -201,6 +202,15 @@ def test_every_file_that_a_page_links_to_exists(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert "://" in link or (page.parent / link).exists(), link
+
+
+def test_every_extra_that_a_page_names_exists() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = set(settings["project"]["optional-dependencies"])
+    named = {extra for page in PAGES for extra in re.findall(r"`\[([a-z]\w*)\]`", page.read_text(encoding="utf-8"))}
+    assert {"midi", "onnx"} <= named <= extras
+    listed = re.search(r"also (.*?),\s+or `all`", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert listed and set(re.findall(r"`(\w+)`", listed[1])) <= extras
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
