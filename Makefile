@@ -12,9 +12,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 require_python = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'make: PYTHON=$(PYTHON) is not \
   Python 3.11 or newer; name one that is, as in: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 1; }
 
+# Into site/, from nothing, as pages that are gone would stay. Fails at whatever the log says beside these words: --strict
+# does not count what mkdocstrings and griffe log.
+define build_site
+	@rm -rf site; log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	$(BIN)/zensical build --clean --strict > "$$log" 2>&1; status=$$?; cat "$$log"; \
+	test $$status = 0 && ! grep -qvE '^(Build started|No issues found|Build finished in .*|)$$' "$$log"
+endef
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check benchmark constraints clean
+.PHONY: help demo test check docs benchmark constraints clean
 
 help:  ## this list
 	@echo 'make TARGET [PYTHON=python3.12] [WORKERS=4], where TARGET is'
@@ -30,10 +38,15 @@ demo: .venv/.ready  ## train a small model for some minutes on Python's own sour
 test: .venv/.ready  ## all tests but the slow ones; ARGS='-m slow' or ARGS=tests/test_files.py go to pytest
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
-check: .venv/.ready  ## lint, format and types
+check: .venv/.ready  ## lint, format, types, and the documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	$(build_site)
+
+docs: .venv/.ready  ## the documentation as pages in site/, without network
+	$(BIN)/python docs/make_reference.py
+	$(build_site)
 
 benchmark: .venv/.bench  ## speed and quality beside others; BENCH=train, memory, decode, widths, compute, quality or probes, ARGS go to the benchmark
 	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
@@ -52,7 +65,7 @@ constraints:  ## resolve the newest versions that pyproject.toml allows and pin 
 	cp "$$fresh/constraints.txt" constraints.txt
 
 clean:  ## remove .venv and caches; runs/ stays
-	rm -rf .venv dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv dist site .cache .pytest_cache .ruff_cache .hypothesis
 	find . \( -path ./.git -o -path ./runs \) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # A set-up that was cut short may have left half a package behind, which pip cannot tell from a whole one: it starts anew.

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
     from perceiver_ar.config import DataConfig, OptimConfig, PerceiverARConfig, Recipe, TrainerConfig

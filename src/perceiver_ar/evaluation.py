@@ -337,7 +337,8 @@ def evaluate_context_lengths(
     targets have at least half of L.
 
     Args:
-        stride, num_latents: at each length as far as it allows. None: as in `evaluate`.
+        stride: at each length as far as it allows. None: as in `evaluate`.
+        num_latents: likewise.
         first_target: 1 scores all, the first ones with less context than a length says.
         settings: further ones of `evaluate`.
 

@@ -84,9 +84,11 @@ def stream(
         prompt: see `Prompt`; every row has at least one token. Of longer rows the model sees the last context_length.
         max_new_tokens: most steps to make.
         temperature: divides the logits; 0: always the most likely token, and no filter matters but the penalties.
-        top_k, top_p, min_p, repetition_penalty: see `keep_top_k`, `keep_top_p`, `keep_min_p`, `penalise_repetition`
-            (of ids in the row's prompt and output) in `perceiver_ar.sampling`. Applied as in Hugging Face
-            transformers: penalties, processors, temperature, top-k, top-p, min-p.
+        top_k: see `keep_top_k` in `perceiver_ar.sampling`. Applied as in Hugging Face transformers: penalties,
+            processors, temperature, top-k, top-p, min-p.
+        top_p: see `keep_top_p`.
+        min_p: see `keep_min_p`.
+        repetition_penalty: see `penalise_repetition`; of ids in the row's prompt and output.
         frequency_penalty: subtracted from an id's logit for each time that the row has drawn it.
         logits_processors: callables that turn a row's ids so far (1, T) and logits (1, V) float64, on the CPU, into
             other logits, as those of Hugging Face transformers.

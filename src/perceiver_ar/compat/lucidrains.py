@@ -71,7 +71,8 @@ class PerceiverAR(nn.Module):
             depth: self-attention layers.
             max_seq_len: context length; rows of the position table.
             cross_attn_seq_len: prefix length, below max_seq_len.
-            dim_head, heads: channels per head, and heads.
+            dim_head: channels per head.
+            heads: attention heads.
             dropout: on cross-attention probabilities and on the hidden units of feed-forward blocks.
             cross_attn_dropout: share of the prefix that each cross-attention layer drops in training.
             ff_mult: hidden width of feed-forward blocks over dim.

@@ -42,15 +42,16 @@ class WrongModality(InputError):
 class Codec(ABC):
     """Documents to ids and back.
 
-    vocab_size       ids are 0..vocab_size-1
-    separator        ids that precede every document in a token file, and from which generation without a prompt starts;
-                     empty where a modality has none. They stand for no bytes: `decode` drops them.
-    index_dims       sizes of the dimensions of a position (rows, columns, channels of an image); empty for text
-    document_length  tokens of every document, where all have as many (pictures): then each window stays within one
-    files            patterns of the files that `save` writes into a run directory
-    ending           of the files that `decode` gives the content of, such as ".mid"
-    reads_text       documents are UTF-8 text: files that cannot be text are refused
-    writes_text      `decode` gives text that can be read piece by piece
+    Attributes:
+        vocab_size: ids are 0 ... vocab_size - 1.
+        separator: ids that precede every document in a token file, and from which generation without a prompt starts;
+            empty if a modality has none. They stand for no bytes: `decode` drops them.
+        index_dims: sizes of the dimensions of a position (rows, columns, channels of an image); empty for text.
+        document_length: tokens of every document, if all have as many (pictures): then each window stays within one.
+        files: patterns of the files that `save` writes into a run directory.
+        ending: of the files that `decode` gives the content of, such as ".mid".
+        reads_text: documents are UTF-8 text: files that cannot be text are refused.
+        writes_text: `decode` gives text that can be read piece by piece.
     """
 
     name: ClassVar[str]

@@ -409,7 +409,8 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: (B, T), 0 for padding; None: no padding. With a cache: of all columns so far.
             labels: (B, T) ids that belong to input_ids: the loss is the mean cross-entropy, in nats, of those that are
                 not -100 and follow a real token.
-            cache, past_key_values: one argument under two names: what was read before.
+            cache: what was read before.
+            past_key_values: another name of `cache`.
             use_cache: begin a cache, if none is given. None: no.
             logits_to_keep: the last so many positions only, or those at these indices; 0: all.
             return_dict: False: a tuple.
