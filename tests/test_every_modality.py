@@ -184,6 +184,23 @@ def test_evaluation_is_that_of_the_naive_computation(
         assert result[f"nats_per_{modality.unit}"] == pytest.approx(nats / amount, rel=1e-4)
 
 
+def test_a_run_starts_from_another_one_with_its_codec(
+    trained: tuple[Modality, Path, Path], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modality, folder, run = trained
+    standing = ["--optim.lr=0", "--optim.muon_lr=0", "--max_steps=1", "--data.validation_fraction=0.2"]
+    argv = ["train", str(folder), "--init_from", str(run), *SMALL[-7:-1], *standing]
+    equal = [option.replace("WEIGHTS", str(weights)) for option in modality.options]
+    for number, options in enumerate(([], equal)):
+        new = tmp_path / str(number)
+        assert main([*argv, "--out", str(new), *options]) == 0
+        assert (new / "codec.json").read_bytes() == (run / "codec.json").read_bytes()
+        assert (new / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+        assert Run(new).recipe().modality != "auto"
+    other = "text" if Run(new).recipe().modality == "midi" else "midi"
+    assert_refused(capsys, *argv, "--modality", other, "--out", tmp_path / "other", says=f"modality is '{other}' where")
+
+
 @pytest.mark.parametrize("temperature", ["0", "1", "30"])
 def test_generation_writes_files_and_every_id_is_allowed(
     trained: tuple[Modality, Path, Path], temperature: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

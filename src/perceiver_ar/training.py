@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import threading
@@ -68,6 +69,7 @@ from perceiver_ar.memory import keep_freed_memory
 from perceiver_ar.model import PerceiverAR
 from perceiver_ar.objective import head_loss, next_token_loss
 from perceiver_ar.optim import lr_factor, make_optimizer, whole
+from perceiver_ar.origin import Origin, fill_in
 from perceiver_ar.report import write_report
 from perceiver_ar.run import Run
 from perceiver_ar.streaming import SHARE, device_memory
@@ -167,6 +169,7 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
         before = check_resumable(run, recipe)
         if recipe.trainer.precision == "auto":
             recipe = replace(recipe, trainer=replace(recipe.trainer, precision=before.trainer.precision))
+        recipe = with_settings_taken(recipe, before)
         if (summary := run.summary()) is not None and not goes_further(recipe, before):
             say(
                 f"{run.path} is finished ({summary['steps']} steps), so there is nothing to do. "
@@ -186,6 +189,7 @@ def prepare_and_fit(run: Run, recipe: Recipe, resume: bool, find_batch: bool) ->
             recipe = prepare_run(run, recipe, resume, find_batch)
     else:
         wait_for_first(run)
+        recipe = with_settings_taken(recipe, run.recipe())
         first = run.recipe().trainer  # what was measured there
         if recipe.trainer.precision == "auto":
             recipe = replace(recipe, trainer=replace(recipe.trainer, precision=first.precision))
@@ -266,6 +270,8 @@ def world(settings: TrainerConfig) -> tuple[int, int]:
 def prepare_run(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> Recipe:
     """Makes the run directory with tokens and codec, or checks the one to go on with; returns the complete recipe."""
     check_tracker(recipe.trainer.tracker)
+    if not resume and recipe.init_from is not None:
+        recipe = Origin.open(recipe.init_from).complete(recipe)
     if not resume and run.is_taken():
         raise InputError(f"{run.path} already exists: give another --out, go on with --resume, or remove it")
     if resume:
@@ -275,6 +281,7 @@ def prepare_run(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> Rec
     try:
         if not resume:  # first, so that a run killed at any later moment can be resumed
             run.write_recipe(recipe)
+        take_weights(run, recipe)
         tokens, _, codec = prepare_tokens(run, recipe)
         recipe = replace(recipe, model=codec.fit(recipe.model))
         make_windows(tokens, recipe, codec)  # says if they are too few
@@ -288,6 +295,18 @@ def prepare_run(run: Run, recipe: Recipe, resume: bool, find_batch: bool) -> Rec
             run.remove_prepared(codec)
         raise
     return recipe
+
+
+def take_weights(run: Run, recipe: Recipe) -> None:
+    """Copies what the run starts from into it, unless it has that or has gone on from there."""
+    if recipe.init_from is None or run.initial.exists() or Checkpoints(run.checkpoints).all():
+        return
+    Origin.open(recipe.init_from).write(recipe.model, run.initial)
+
+
+def with_settings_taken(recipe: Recipe, of: Recipe) -> Recipe:
+    """With the settings of `of` that init_from decides."""
+    return recipe if recipe.init_from is None else replace(recipe, model=of.model, modality=of.modality, data=of.data)
 
 
 def wait_for_first(run: Run, seconds: float = 24 * 3600.0) -> None:
@@ -319,9 +338,12 @@ def with_largest_micro_batch(recipe: Recipe) -> Recipe:
 def check_resumable(run: Run, recipe: Recipe) -> Recipe:
     """The recipe so far. Raises InputError unless there is one and `recipe` keeps all that its steps depend on."""
     before = Run.open(run.path).recipe()
+    if recipe.init_from is not None:
+        data = before.data if recipe.modality == "auto" else recipe.data  # a recipe.yaml has all that was taken
+        recipe = fill_in(recipe, before.model, before.modality, data)
     if (run.path / "codec.json").exists():
         recipe = replace(recipe, model=load_codec(run.path).fit(recipe.model))
-    fixed = ("paths", "modality", "seed", "model", "data", "optim")
+    fixed = ("paths", "modality", "init_from", "seed", "model", "data", "optim")
     fixed += ("trainer.batch_size", "trainer.blocks", "trainer.short_prefix", "trainer.prefix_growth")
     was, now = flat(before.to_dict()), flat(recipe.to_dict())
     if recipe.blocks == before.blocks:
@@ -348,7 +370,8 @@ def check_weights_have_a_checkpoint(run: Run) -> None:
     if run.summary_file.exists() or not begun:
         raise InputError(
             f"{run.path} holds a trained model but no checkpoint to go on from, and training from the start would "
-            f"overwrite it: put {run.checkpoints} back, or start a new run in another --out"
+            f"overwrite it: put {run.checkpoints} back, or start a new run from its weights with "
+            f"--init_from {shlex.quote(str(run.path))} and another --out"
         )
     run.weights_file.unlink()
 
@@ -434,7 +457,7 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     if modality in ("midi", "audio") and not ruled and (split := official_split(sources)):
         sources, held_out_sources, line = split
         say(line)
-    codec = make_codec(modality, data, sources)
+    codec = load_codec(run.initial) if recipe.init_from is not None else make_codec(modality, data, sources)
     tokens, validation = prepare(
         sources,
         codec,
@@ -933,9 +956,14 @@ def fit(
 ) -> dict[str, Any]:
     """Trains to the end of the recipe, then measures, draws and writes the summary."""
     quiet_lightning()
+    checkpoints = Checkpoints(run.checkpoints, recipe.trainer.keep_best)
+    checkpoint = newest(checkpoints)
     torch.manual_seed(recipe.seed % 2**63)
     try:
-        model = PerceiverAR(recipe.model)
+        if recipe.init_from is not None and checkpoint is None:
+            model = PerceiverAR.from_pretrained(run.initial).train()
+        else:
+            model = PerceiverAR(recipe.model)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -946,8 +974,6 @@ def fit(
             "another --out, or remove this one"
         ) from error
     module = PerceiverARModule(model, recipe, RANK)
-    checkpoints = Checkpoints(run.checkpoints, recipe.trainer.keep_best)
-    checkpoint = newest(checkpoints)
     files = CheckpointFiles(run, checkpoints, recipe, model)
     watch = Watch(run, held_out, codec, recipe, autocast=precision != "32-true", files=files, track=track)
     devices, machines = world(recipe.trainer)
@@ -976,6 +1002,7 @@ def fit(
         f"{model.num_parameters():,} parameters, {windows_text(recipe)}, {precision}"
         + (f", {devices} devices" if devices > 1 else "")
         + (f", {recipe.trainer.prefix_ranks} to a prefix" if recipe.trainer.prefix_ranks > 1 else "")
+        + (f", from {recipe.init_from}" if recipe.init_from and not checkpoint else "")
         + (", resuming" if checkpoint else "")
     )
     resume = f"perceiver-ar train --out {shlex.quote(str(run.path))} --resume"
@@ -1068,6 +1095,7 @@ def finish(run: Run, recipe: Recipe, module: PerceiverARModule, model: Perceiver
     draw_loss(run, last, references, tokens_per_byte)
     watch.track({name: value for name, value in summary.items() if isinstance(value, (int, float))}, module.steps)
     report = write_report(run, summary)
+    shutil.rmtree(run.initial, ignore_errors=True)
     run.write_summary(summary)
     say(f"report: {report}")
     return summary
