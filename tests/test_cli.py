@@ -667,9 +667,8 @@ def test_what_contradicts_the_run_to_start_from_is_refused_and_makes_nothing(
     options: list[str], says: str, finished: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "recipe.yaml").write_text("model: {dim: 16, num_layers: 2}")
-    places = {"SOURCE": finished, "RECIPE": tmp_path / "recipe.yaml"}
-    options = [option.replace(name, str(path)) for option in options for name, path in places.items() if name in option
-               ] or options  # fmt: skip
+    options = [option.replace("SOURCE", str(finished)) for option in options]
+    options = [option.replace("RECIPE", str(tmp_path / "recipe.yaml")) for option in options]
     before = content(finished)
     argv = ["train", corpus, "--init_from", finished, "--out", tmp_path / "run", "--max_steps=1", *options]
     assert_refused(capsys, *argv, says=says)

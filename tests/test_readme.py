@@ -39,6 +39,8 @@ def test_the_commands_in_the_readme_run(
     for name in ("one", "two", "three"):
         text = " ".join(f"It was night {i} in book {name}." for i in range(200))
         (tmp_path / "books" / f"{name}.txt").write_text(text)
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "first.txt").write_text("Dear reader, it was night. " * 50)
     (tmp_path / "new_book.txt").write_text("It was a dark and stormy night. " * 50)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     for folder, name, write in (

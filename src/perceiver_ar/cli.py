@@ -293,15 +293,9 @@ def train_verb(argv: list[str]) -> None:
         if "--resume" in argv or names_all(group, from_files.get(group)):
             parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})
     init_from = option_value(argv, "--init_from") or from_files.get("init_from")
-    if isinstance(init_from, str) and "--resume" not in argv:
-        from perceiver_ar.origin import Origin
-
-        if preset is not None:
-            raise InputError(
-                "--init_from takes the network of a run, so --preset changes nothing: leave one of them out"
-            )
-        origin = Origin.open(os.path.expanduser(init_from))
-        parser.set_defaults(origin.settings())  # so that what differs from them was given
+    origin = open_origin(init_from, preset) if isinstance(init_from, str) and "--resume" not in argv else None
+    if origin is not None:
+        parser.set_defaults(origin.settings())  # so that settings that differ are settings that were given
     for name in ("preset", "resume", "find_batch"):
         if from_files.get(name):
             raise InputError(f"the --config file sets {name}, which only the command line can: give --{name} there")

@@ -53,8 +53,8 @@ class Origin:
         wrong = [f"{name} {value!r}" for name, value in vars(network).items() if value != getattr(fitting, name)]
         require(
             not wrong,
-            f"init_from is {path!r}, whose codec.json does not go with {', '.join(wrong)} in its config.json: take both "
-            "files from the same run",
+            f"init_from is {path!r}, whose codec.json does not go with {', '.join(wrong)} in its config.json: take "
+            "both files from the same run",
         )
         return cls(path, network, codec, run.recipe() if run.recipe_file.exists() else None)
 
