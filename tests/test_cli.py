@@ -434,7 +434,11 @@ def test_a_trained_model_without_checkpoints_is_not_overwritten(run: Path, capsy
     for change in (lambda: None, (run / "summary.json").unlink, (run / "checkpoints").mkdir):
         change()
         before = content(run)
-        assert_refused(capsys, *resume, says=f"put {run / 'checkpoints'} back, or start a new run in another --out")
+        assert_refused(
+            capsys,
+            *resume,
+            says=f"put {run / 'checkpoints'} back, or start a new run from its weights with --init_from {run} and",
+        )
         assert content(run) == before
     (run / "model.safetensors").unlink()  # now there is nothing to lose
     assert main([str(word) for word in resume]) == 0
@@ -620,6 +624,55 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
     assert parameters(run) == parameters(again)
     steps = [int(row["step"]) for row in csv.DictReader((run / "metrics.csv").read_text().splitlines())]
     assert steps == sorted(set(steps)) and steps[-1] == 400
+
+
+# Starting from a trained run.
+
+
+def test_a_run_starts_from_another_one(finished: Path, corpus: Path, tmp_path: Path, capsys: Any) -> None:
+    run, rest = tmp_path / "run", SMALL[-7:-1]
+    standing = ["--optim.lr=0", "--optim.muon_lr=0", "--max_steps=2", "--data.validation", str(corpus / "1.txt")]
+    argv = ["train", str(corpus / "0.txt"), "--init_from", str(finished), "--out", str(run), *rest, *standing]
+    assert main([*argv, "--model.dim=16", "--model.context_length=64", "--model.prefix_dropout=0.1"]) == 0
+    assert parameters(run) == parameters(finished)
+    recipe = Run(run).recipe()
+    assert recipe.init_from == str(finished)
+    sizes = {"context_length": 64, "prefix_dropout": 0.1}
+    assert recipe.model == Run(finished).recipe().model.replace(**sizes)
+    start = json.loads(capsys.readouterr().out)["nats_per_token"]
+    assert main(["evaluate", str(run), str(corpus / "1.txt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["nats_per_token"] == pytest.approx(start, rel=1e-6)
+    shutil.rmtree(run / "checkpoints")  # now it cannot be resumed, but started from
+    assert main([*argv[:2], "--init_from", str(run), "--out", str(tmp_path / "further"), *rest, *standing]) == 0
+    assert parameters(tmp_path / "further") == parameters(finished)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model.dim=512"], "model.dim is 512 where it has 16: leave out model.dim or give what it has"),
+        (["--model.context_length=64", "--model.head_dim=4"], "model.head_dim is 4 where it has None: leave out"),
+        (["--modality=midi"], "modality is 'midi' where it has 'text'"),
+        (["--data.bpe_vocab_size=300"], "data.bpe_vocab_size is 300 where it has no tokenizer"),
+        (["--data.image_size=[8,8]"], "data.image_size is (8, 8) where it has (32, 32)"),
+        (["--preset=paper"], "--init_from takes the network of a run, so --preset changes nothing"),
+        (["--config=RECIPE"], "model.num_layers is 2 where it has 1"),
+        (["--out=SOURCE"], "init_from and out are both"),
+        (["--out=SOURCE", "--resume"], "so --init_from changes nothing: leave it out"),
+        (["--init_from=owner/name"], "hf download OWNER/NAME --local-dir NAME"),
+        (["--init_from="], "init_from is empty"),
+    ],
+)
+def test_what_contradicts_the_run_to_start_from_is_refused_and_makes_nothing(
+    options: list[str], says: str, finished: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: {dim: 16, num_layers: 2}")
+    options = [option.replace("SOURCE", str(finished)) for option in options]
+    options = [option.replace("RECIPE", str(tmp_path / "recipe.yaml")) for option in options]
+    before = content(finished)
+    argv = ["train", corpus, "--init_from", finished, "--out", tmp_path / "run", "--max_steps=1", *options]
+    assert_refused(capsys, *argv, says=says)
+    assert not (tmp_path / "run").exists() and content(finished) == before
 
 
 # Recipes.

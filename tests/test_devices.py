@@ -237,6 +237,16 @@ def test_torchrun_says_how_many_processes_there_are(recipe: Recipe, alone: dict[
     assert_same_parameters(recipe.out, alone["adamw"])
 
 
+def test_all_processes_start_from_the_weights_of_another_run(
+    recipe: Recipe, alone: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = replace(recipe, init_from=str(alone["muon"]), max_steps=4, seed=1)
+    with Processes(tmp_path, on_devices(recipe, 2), *torchrun(2)) as two:
+        assert two.status() == 0, two.lines()
+    train(replace(on_devices(recipe, 1), out=str(tmp_path / "straight")))
+    assert_same_parameters(recipe.out, tmp_path / "straight")
+
+
 def test_ranks_that_share_prefixes_give_the_parameters_of_one_process(
     recipe: Recipe, alone: dict[str, Path], tmp_path: Path
 ) -> None:

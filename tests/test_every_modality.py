@@ -19,7 +19,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from test_cli import SMALL, assert_refused
+from test_cli import SMALL, assert_refused, parameters
 
 from perceiver_ar import PerceiverAR, Run, evaluate, generate
 from perceiver_ar.card import shared_files, write_card
@@ -182,6 +182,23 @@ def test_evaluation_is_that_of_the_naive_computation(
     if modality.unit:
         amount = codec.amounts(np.array(scored))[modality.unit]
         assert result[f"nats_per_{modality.unit}"] == pytest.approx(nats / amount, rel=1e-4)
+
+
+def test_a_run_starts_from_another_one_with_its_codec(
+    trained: tuple[Modality, Path, Path], weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modality, folder, run = trained
+    standing = ["--optim.lr=0", "--optim.muon_lr=0", "--max_steps=1", "--data.validation_fraction=0.2"]
+    argv = ["train", str(folder), "--init_from", str(run), *SMALL[-7:-1], *standing]
+    new = tmp_path / "new"
+    assert main([*argv, "--out", str(new)]) == 0
+    assert (new / "codec.json").read_bytes() == (run / "codec.json").read_bytes()
+    assert parameters(new) == parameters(run)
+    own = Run(new).recipe().modality
+    other = "text" if own == "midi" else "midi"
+    equal = [option.replace("WEIGHTS", str(weights)) for option in modality.options]
+    says = f"but modality is '{other}' where it has '{own}': leave out modality or"  # and none of the equal settings
+    assert_refused(capsys, *argv, *equal, "--modality", other, "--out", tmp_path / "other", says=says)
 
 
 @pytest.mark.parametrize("temperature", ["0", "1", "30"])

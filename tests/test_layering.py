@@ -28,6 +28,7 @@ BELOW_THE_TASKS = NETWORK | {
     "lock",
     "run",
     "costs",
+    "origin",
 }
 
 # Every module, or folder of modules, and what it may import of ours. Modules of one folder may import each other.
@@ -48,6 +49,7 @@ MAY_IMPORT = {
     "costs": BOTTOM | {"config"},
     "data": BOTTOM | {"config"},
     "run": NETWORK | {"data", "lock"},
+    "origin": NETWORK | {"data", "run"},
     "compat": NETWORK | {"objective", "sampling", "windows", "generation", "data"},
     "evaluation": BELOW_THE_TASKS,
     "plots": BOTTOM | {"config", "evaluation"},

@@ -12,6 +12,7 @@ import random
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -272,6 +273,21 @@ def test_a_run_killed_at_telling_moments_and_resumed_equals_an_undisturbed_one(
     assert kills >= 5  # a moment may be missed on a busy machine
     assert list(server.temporary.iterdir()) == []
     assert_same_runs(run, undisturbed)
+
+
+def test_a_run_that_starts_from_another_one_needs_it_no_more_after_a_kill(
+    server: Server, command: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    run, source = tmp_path / "run", shutil.copytree(undisturbed, tmp_path / "source")
+    command = [*command, "--init_from", str(source)]
+    assert server.run(*command, "--out", tmp_path / "straight") == 0, server.messages()
+    reading = appears(run, "tokens/.unfinished-*")
+    assert server.run(*command, "--out", run, signals=[(reading, signal.SIGKILL)]) == -signal.SIGKILL
+    shutil.rmtree(source)
+    moments = [appears(run, "codec.json"), appears(run, "metrics.csv"), appears(run, ".unfinished-model*")]
+    train_with_kills(server, command, run, moments)
+    assert_same_runs(run, tmp_path / "straight")
+    assert not (run / "checkpoints" / "initial").exists()
 
 
 @pytest.mark.parametrize("pattern", ["tokens/.unfinished-*", "codec.json", "checkpoints/step-*.json"])

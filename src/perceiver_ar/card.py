@@ -125,8 +125,10 @@ def _settings(run: Run, model: Any, codec: Codec | None, figures: dict[str, Any]
     yield "width", f"{config.dim} ({config.num_heads} heads)"
     yield "vocabulary", f"{config.vocab_size:,} ids" + ("" if codec is None else f" (codec `{codec.name}`)")
     if run.recipe_file.exists():
-        paths = run.recipe().paths
-        yield "trained on", ", ".join(f"`{Path(path).name}`" for path in paths) or "Python's standard library"
+        recipe = run.recipe()
+        yield "trained on", ", ".join(f"`{Path(path).name}`" for path in recipe.paths) or "Python's standard library"
+        if recipe.init_from is not None:
+            yield "started from", f"`{Path(recipe.init_from).name}`"
     if {"steps", "tokens_seen"} <= figures.keys():
         yield "training", f"{figures['steps']:,} steps, {figures['tokens_seen']:,} targets"
     if run.recipe_file.exists():

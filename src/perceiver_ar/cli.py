@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from perceiver_ar.data.codec import Codec
     from perceiver_ar.evaluation import Evaluation
     from perceiver_ar.generation import Step
+    from perceiver_ar.origin import Origin
     from perceiver_ar.run import Run
 
 USAGE = """usage: perceiver-ar VERB ...
@@ -57,7 +58,17 @@ Perceiver AR on your own files: train, see how good it is, generate.
 perceiver-ar VERB --help has all options and examples."""
 
 
-PATHS = ("out", "run", "checkpoint", "prompt_file", "soundfont", "data.tokenizer", "data.audio_weights", "settings")
+PATHS = (
+    "out",
+    "run",
+    "checkpoint",
+    "init_from",
+    "prompt_file",
+    "soundfont",
+    "data.tokenizer",
+    "data.audio_weights",
+    "settings",
+)
 """Options that name a file or folder; ~ is the home directory, as in the paths to train on."""
 
 set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
@@ -235,7 +246,8 @@ def train_verb(argv: list[str]) -> None:
         "  perceiver-ar train src/ --out runs/code --model.context_length 8192 --model.dim 256 --model.num_heads 4\n"
         "  perceiver-ar train stories.parquet --data.column story --out runs/stories     (a document each row)\n"
         "  perceiver-ar train --out runs/python --max_time 5m      (Python's own source)\n"
-        "  perceiver-ar train --out runs/books --resume            (go on where it stopped)",
+        "  perceiver-ar train --out runs/books --resume            (go on where it stopped)\n"
+        "  perceiver-ar train letters/ --init_from runs/books --out runs/letters --max_time 10m      (fine-tune a run)",
     )
     add_paths(
         parser,
@@ -263,6 +275,10 @@ def train_verb(argv: list[str]) -> None:
             raise InputError("--resume needs the run to go on with: give --out RUN")
         if preset is not None:
             raise InputError("--resume goes on with the same model, so --preset changes nothing: leave it out")
+        if option_value(argv, "--init_from") is not None:
+            raise InputError(
+                "--resume goes on with the run's own weights, so --init_from changes nothing: leave it out"
+            )
         run = Run.open(os.path.expanduser(out))
         run.recipe()  # says clearly what is wrong with it, if anything is
         argv = ["--config", str(run.recipe_file), *argv]
@@ -276,6 +292,10 @@ def train_verb(argv: list[str]) -> None:
     for group, before in BEFORE.items():
         if "--resume" in argv or names_all(group, from_files.get(group)):
             parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})
+    init_from = option_value(argv, "--init_from") or from_files.get("init_from")
+    origin = open_origin(init_from, preset) if isinstance(init_from, str) and "--resume" not in argv else None
+    if origin is not None:
+        parser.set_defaults(origin.settings())  # so that settings that differ are settings that were given
     for name in ("preset", "resume", "find_batch"):
         if from_files.get(name):
             raise InputError(f"the --config file sets {name}, which only the command line can: give --{name} there")
@@ -290,12 +310,23 @@ def train_verb(argv: list[str]) -> None:
     # The parser does not take positional arguments from files.
     settings["paths"] = names(settings["paths"] or from_files.get("paths"))
     recipe = Recipe(**settings)
+    if origin is not None:
+        origin.check(recipe)
 
     from perceiver_ar.training import train
 
     summary = train(recipe, resume=resume, find_batch=find_batch)
     if summary:  # of several processes the first one has it
         print(json.dumps(summary, indent=2))
+
+
+def open_origin(path: str, preset: str | None) -> "Origin":
+    """The trained run that `--init_from` names."""
+    from perceiver_ar.origin import Origin
+
+    if preset is not None:
+        raise InputError("--init_from takes the network of a run, so --preset changes nothing: leave out one of them")
+    return Origin.open(os.path.expanduser(path))
 
 
 def option_value(argv: list[str], option: str) -> str | None:
@@ -852,6 +883,8 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
     recipe, summary = run.recipe() if run.recipe_file.exists() else None, run.summary()
     if recipe is not None:
         yield "trained_on", list(recipe.paths) or ["Python's standard library"]
+        if recipe.init_from is not None:
+            yield "started_from", recipe.init_from
         yield "finished", summary is not None
     if codec is not None:
         yield "codec", codec

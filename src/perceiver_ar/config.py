@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -607,6 +608,12 @@ class TrainerConfig:
         return self.strategy == "fsdp" and self.devices > 1
 
 
+@cache
+def default_network() -> PerceiverARConfig:
+    """`Recipe.model` if it is left out, always the same object: so init_from can tell it from equal settings given."""
+    return PerceiverARConfig()
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The complete settings of a run: training one again reproduces it."""
@@ -617,6 +624,10 @@ class Recipe:
     """The run directory to make."""
     modality: Literal["auto", "text", "bytes", "midi", "image", "audio", "integers"] = "auto"
     """text: valid UTF-8 only; bytes: any file; auto: what the files are."""
+    init_from: str | None = None
+    """A trained run, or a folder with an exported one, to start from: its weights, network and tokens (codec). They
+    cannot be changed, but for model.context_length (unless positions are learned), num_latents and dropout.
+    None: train from scratch."""
     max_time: str | None = None
     """How long to train, such as 90s, 5m or 1h30m; the learning rate falls accordingly. none: as long as max_steps
     take, where a --config file says something else."""
@@ -624,7 +635,7 @@ class Recipe:
     """How many optimizer steps to train. With neither: 10 minutes."""
     seed: int = 0
     """Seed of the split, the weights and the order of the windows."""
-    model: PerceiverARConfig = field(default_factory=PerceiverARConfig)
+    model: PerceiverARConfig = field(default_factory=default_network)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -632,6 +643,7 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_types(self)
         require(self.out != "", "out is missing: name the run directory to make, as in --out runs/mine")
+        require(self.init_from != "", "init_from is empty: name a trained run, or leave it out")
         require(self.max_steps is None or self.max_steps >= 1, f"max_steps is {self.max_steps}: it must be at least 1")
         require(
             self.modality in ("auto", "text") or (self.data.tokenizer is None and self.data.bpe_vocab_size is None),
@@ -691,8 +703,8 @@ class Recipe:
             if unknown := sorted(given - known):
                 words = unknown_words(unknown, known)
                 raise InputError(f"unknown settings {words}: is this a recipe of perceiver-ar?")
-            parts = {name: group(**settings.get(name) or {}) for name, group in groups.items()}
-            return cls(**{**settings, **parts})
+            parts = {name: group(**settings[name]) for name, group in groups.items() if settings.get(name)}
+            return cls(**{name: value for name, value in settings.items() if name not in groups}, **parts)
         except (InputError, TypeError) as error:
             raise InputError(f"{where}: {error}") from None
 

@@ -65,6 +65,7 @@ def write_report(run: Run, summary: Mapping[str, Any]) -> Path:
         subtitle=escape(
             f"{summary['parameters']:,} parameters, context {sizes.get('context_length', 0):,}, "
             f"{sizes.get('num_latents', 0):,} latents"
+            + (f", started from {general['init_from']}" if general.get("init_from") else "")
         ),
         facts="\n".join(f"<div><b>{value}</b><span>{escape(name)}</span></div>" for name, value in facts(summary)),
         pictures="\n".join(

@@ -8,6 +8,7 @@ metrics.csv, tensorboard/           what was measured on the way
 tracker_id, wandb/                  what a tracker calls the run, and what W&B keeps of it, where there is one
 samples/, plots/, report.html       what it writes, pictures, and all of it on one page
 tokens/, checkpoints/               only for resuming
+checkpoints/initial/                what it starts from (init_from), until it is finished
 """
 
 import json
@@ -49,6 +50,7 @@ class Run:
         self.plots = self.path / "plots"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.initial = self.checkpoints / "initial"
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -101,6 +103,9 @@ class Run:
     def remove_prepared(self, codec: Codec | None) -> None:
         """Removes what preparing a new run has made, and nothing that somebody else has put there."""
         shutil.rmtree(self.tokens, ignore_errors=True)
+        shutil.rmtree(self.initial, ignore_errors=True)
+        with suppress(OSError):  # there is none, or others are in it
+            self.checkpoints.rmdir()
         for pattern in ("recipe.yaml", "codec.json", *(codec.files if codec else ())):
             for file in list(self.path.glob(pattern)):
                 file.unlink(missing_ok=True)

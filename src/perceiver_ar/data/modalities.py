@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from perceiver_ar.config import DataConfig
 from perceiver_ar.data.codec import Codec
@@ -104,6 +105,32 @@ def make_codec(modality: str, data: DataConfig, sources: Sequence[Source]) -> Co
         print(f"training a tokenizer of {data.bpe_vocab_size:,} tokens", file=sys.stderr)
         return train_bpe(read_text(sources, max_bytes=BPE_BYTES), data.bpe_vocab_size)
     return BytesCodec(text=modality != "bytes")
+
+
+def codec_settings(codec: Codec) -> dict[str, Any]:
+    """The settings that `make_codec` makes such a codec from, by their names in a recipe, such as "data.image_size".
+
+    What a codec has learned from data (a tokenizer, a palette, classes) is not in them.
+    """
+    own = codec.settings()
+    match codec.name:
+        case "bytes":
+            return {"modality": "text" if own["text"] else "bytes"}
+        case "performance":
+            return {"modality": "midi", "data.midi_tokens": "performance"}
+        case "miditok":
+            return {"modality": "midi", "data.midi_tokens": own["kind"]}
+        case "image":
+            colours = {"data.image_colours": own["colours"], "data.classes": bool(own["classes"])}
+            colours |= {"data.palette_size": len(own["palette"])} if own["palette"] else {}
+            return {"modality": "image", "data.image_size": (own["rows"], own["columns"]), **colours}
+        case "mulaw":
+            return {"modality": "audio", "data.audio_codec": "mulaw", "data.sample_rate": own["sample_rate"]}
+        case "neural":
+            return {"modality": "audio", "data.audio_codec": own["kind"], "data.codebooks": own["codebooks"]}
+        case "integers":
+            return {"modality": "integers"}
+    return {"modality": "text"}
 
 
 def official_split(sources: Sequence[Source]) -> tuple[list[Source], list[Source], str] | None:

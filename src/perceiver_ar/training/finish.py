@@ -1,5 +1,6 @@
 """The end of a run: the last evaluation and sample, pictures, the report, and the summary."""
 
+import shutil
 from typing import Any
 
 from perceiver_ar.data.tokens import TokenFile
@@ -49,6 +50,7 @@ def finish(prepared: Prepared, training: Training, model: PerceiverAR, track: Tr
     draw_loss(run, last, references, tokens_per_byte)
     track({name: value for name, value in summary.items() if isinstance(value, (int, float))}, training.step)
     report = write_report(run, summary)
+    shutil.rmtree(run.initial, ignore_errors=True)
     run.write_summary(summary)
     say(f"report: {report}")
     return summary

@@ -4,7 +4,6 @@ import shlex
 
 import torch
 
-from perceiver_ar.config import Recipe
 from perceiver_ar.errors import InputError
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.optim import lr_factor
@@ -28,9 +27,9 @@ def fit(prepared: Prepared, track: Track) -> Training | None:
         InputError: too little memory, or training diverged.
     """
     recipe, first = prepared.recipe, prepared.resources.rank == 0
-    model = make_model(recipe)
     checkpoints = Checkpoints(prepared.run.checkpoints, recipe.trainer.keep_best)
     found = newest(checkpoints)
+    model = make_model(prepared, begins=found is None)
     announce(prepared, model, resuming=found is not None)
     request, stop = StopRequest(), False
     go_on = f"perceiver-ar train --out {shlex.quote(str(prepared.run.path))} --resume"
@@ -79,10 +78,16 @@ def run_steps(
     return False
 
 
-def make_model(recipe: Recipe) -> PerceiverAR:
-    """The network with its initial weights. Raises InputError if they do not fit into memory."""
+def make_model(prepared: Prepared, begins: bool) -> PerceiverAR:
+    """The network with its initial weights, or with those of `init_from` if training begins.
+
+    Raises InputError if they do not fit into memory.
+    """
+    recipe = prepared.recipe
     torch.manual_seed(recipe.seed % 2**63)
     try:
+        if begins and recipe.init_from is not None:
+            return PerceiverAR.from_pretrained(prepared.run.initial).train()
         return PerceiverAR(recipe.model)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -105,5 +110,5 @@ def announce(prepared: Prepared, model: PerceiverAR, resuming: bool) -> None:
         + f", {FABRIC_PRECISIONS[settings.precision]}"
         + (f", {devices} devices" if devices > 1 else "")
         + (f", {settings.prefix_ranks} to a prefix" if settings.prefix_ranks > 1 else "")
-        + (", resuming" if resuming else "")
+        + (", resuming" if resuming else f", from {recipe.init_from}" if recipe.init_from else "")
     )

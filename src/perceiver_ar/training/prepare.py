@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from perceiver_ar.data.tokens import prepare as tokenise
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import TEMPORARY
 from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.origin import Origin, fill_in
 from perceiver_ar.run import Run
 from perceiver_ar.training.checkpoints import Checkpoints
 from perceiver_ar.training.console import ending_on_signals, say
@@ -50,6 +52,7 @@ def prepare(run: Run, recipe: Recipe, resources: Resources, resume: bool, find_b
         with ending_on_signals():
             return prepare_first(run, with_trainer(recipe, precision=precision), resources, resume, find_batch)
     wait_for_first(run)
+    recipe = with_settings_taken(recipe, run.recipe())
     first = run.recipe().trainer  # what was measured there
     precision = first.precision if recipe.trainer.precision == "auto" else recipe.trainer.precision
     recipe = with_trainer(recipe, precision=choose_precision(precision, resources.device))
@@ -60,6 +63,8 @@ def prepare(run: Run, recipe: Recipe, resources: Resources, resume: bool, find_b
 
 def prepare_first(run: Run, recipe: Recipe, resources: Resources, resume: bool, find_batch: bool) -> Prepared:
     check_tracker(recipe.trainer.tracker)
+    if not resume and recipe.init_from is not None:
+        recipe = Origin.open(recipe.init_from).complete(recipe)
     if not resume and run.is_taken():
         raise InputError(f"{run.path} already exists: give another --out, go on with --resume, or remove it")
     if resume:
@@ -69,6 +74,7 @@ def prepare_first(run: Run, recipe: Recipe, resources: Resources, resume: bool, 
     try:
         if not resume:  # first, so that a run killed at any later moment can be resumed
             run.write_recipe(recipe)
+        copy_origin(run, recipe)
         prepared = with_tokens(run, recipe, resources)
         if find_batch:
             prepared = replace(prepared, recipe=with_largest_micro_batch(prepared.recipe, resources))
@@ -86,6 +92,18 @@ def with_tokens(run: Run, recipe: Recipe, resources: Resources) -> Prepared:
     tokens, held_out, codec = prepare_tokens(run, recipe)
     recipe = replace(recipe, model=codec.fit(recipe.model))
     return Prepared(run, recipe, resources, make_windows(tokens, recipe, codec), held_out, codec)
+
+
+def copy_origin(run: Run, recipe: Recipe) -> None:
+    """Copies what the run starts from into it, unless that was done before or training has begun."""
+    if recipe.init_from is None or run.initial.exists() or Checkpoints(run.checkpoints).all():
+        return
+    Origin.open(recipe.init_from).write(recipe.model, run.initial)
+
+
+def with_settings_taken(recipe: Recipe, of: Recipe) -> Recipe:
+    """With the settings of `of` that init_from decides."""
+    return recipe if recipe.init_from is None else replace(recipe, model=of.model, modality=of.modality, data=of.data)
 
 
 def with_trainer(recipe: Recipe, **settings: Any) -> Recipe:
@@ -122,7 +140,7 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     if modality in ("midi", "audio") and not ruled and (split := official_split(sources)):
         sources, held_out_sources, line = split
         say(line)
-    codec = make_codec(modality, data, sources)
+    codec = load_codec(run.initial) if recipe.init_from is not None else make_codec(modality, data, sources)
     tokens, validation = tokenise(
         sources,
         codec,
@@ -189,9 +207,12 @@ def with_largest_micro_batch(recipe: Recipe, resources: Resources) -> Recipe:
 def check_resumable(run: Run, recipe: Recipe) -> Recipe:
     """The recipe so far. Raises InputError unless there is one and `recipe` keeps all that its steps depend on."""
     before = Run.open(run.path).recipe()
+    if recipe.init_from is not None:
+        data = before.data if recipe.modality == "auto" else recipe.data  # a recipe.yaml has all that was taken
+        recipe = fill_in(recipe, before.model, before.modality, data)
     if (run.path / "codec.json").exists():
         recipe = replace(recipe, model=load_codec(run.path).fit(recipe.model))
-    fixed = ("paths", "modality", "seed", "model", "data", "optim")
+    fixed = ("paths", "modality", "init_from", "seed", "model", "data", "optim")
     fixed += ("trainer.batch_size", "trainer.blocks", "trainer.short_prefix", "trainer.prefix_growth")
     was, now = flat(before.to_dict()), flat(recipe.to_dict())
     if recipe.blocks == before.blocks:
@@ -218,7 +239,8 @@ def check_weights_have_a_checkpoint(run: Run) -> None:
     if run.summary_file.exists() or not begun:
         raise InputError(
             f"{run.path} holds a trained model but no checkpoint to go on from, and training from the start would "
-            f"overwrite it: put {run.checkpoints} back, or start a new run in another --out"
+            f"overwrite it: put {run.checkpoints} back, or start a new run from its weights with "
+            f"--init_from {shlex.quote(str(run.path))} and another --out"
         )
     run.weights_file.unlink()
 

@@ -12,7 +12,7 @@ from perceiver_ar.training.console import say
 from perceiver_ar.training.finish import finish
 from perceiver_ar.training.loop import fit
 from perceiver_ar.training.memory import keep_freed_memory
-from perceiver_ar.training.prepare import check_resumable, goes_further, prepare, with_trainer
+from perceiver_ar.training.prepare import check_resumable, goes_further, prepare, with_settings_taken, with_trainer
 from perceiver_ar.training.resources import resolve
 from perceiver_ar.training.tracking import tracking
 
@@ -45,6 +45,7 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
         before = check_resumable(run, recipe)
         if recipe.trainer.precision == "auto":
             recipe = with_trainer(recipe, precision=before.trainer.precision)
+        recipe = with_settings_taken(recipe, before)
         if (summary := run.summary()) is not None and not goes_further(recipe, before):
             say(
                 f"{run.path} is finished ({summary['steps']} steps), so there is nothing to do. "

@@ -1,0 +1,156 @@
+"""Where a run starts that is not trained from scratch: the weights, the network and the codec of a trained one.
+
+`Recipe.init_from` names that run. Its own copy of what it takes (`Run.initial`) makes the new run independent of it.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from perceiver_ar.config import DataConfig, PerceiverARConfig, Recipe, default_network
+from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.modalities import codec_settings
+from perceiver_ar.data.text import TokenizerCodec
+from perceiver_ar.errors import InputError, require
+from perceiver_ar.files import atomic_directory
+from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.run import Run
+
+FREE = ("context_length", "num_latents", "prefix_dropout", "attention_dropout", "mlp_dropout", "prefix_chunk")
+"""Settings of a network that its weights do not depend on."""
+CODEC = ("tokenizer", "bpe_vocab_size", "midi_tokens", "image_size", "image_colours", "palette_size", "classes",
+         "audio_codec", "sample_rate", "audio_weights", "codebooks")  # fmt: skip
+"""Settings of `DataConfig` that say which codec to make."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a new run takes from a trained one."""
+
+    path: str
+    network: PerceiverARConfig
+    codec: Codec
+    recipe: Recipe | None
+    """How it was trained. None: it does not say, as an export or a converted checkpoint."""
+
+    @classmethod
+    def open(cls, path: str) -> Self:
+        """Reads all but the weights. Raises InputError if there is no run, or a part of it is missing or damaged."""
+        require(
+            Path(path).exists(),
+            f"init_from is {path!r}, and there is no such run: check the path; of a run on the Hugging Face Hub, first "
+            "make a folder with `hf download OWNER/NAME --local-dir NAME`",
+        )
+        run = Run.open(path)
+        network, codec = PerceiverARConfig.load(run.path), run.codec()
+        if (
+            network.rotary and network.rotary_base is None
+        ):  # a longer context leaves the angles of positions as they are
+            network = network.replace(rotary_base=float(network.context_length))
+        fitting = codec.fit(network)
+        wrong = [f"{name} {value!r}" for name, value in vars(network).items() if value != getattr(fitting, name)]
+        require(
+            not wrong,
+            f"init_from is {path!r}, whose codec.json does not go with {', '.join(wrong)} in its config.json: take "
+            "both files from the same run",
+        )
+        return cls(path, network, codec, run.recipe() if run.recipe_file.exists() else None)
+
+    def settings(self) -> dict[str, Any]:
+        """All settings that a recipe takes, by names such as "model.dim"."""
+        data = {f"data.{name}": getattr(DataConfig(), name) for name in CODEC} | codec_settings(self.codec)
+        return data | {f"model.{name}": value for name, value in vars(self.network).items()}
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """`recipe` with the settings taken that it leaves out: a whole network, or settings of data at their defaults.
+
+        Raises InputError as `check`.
+        """
+        settings = self.settings()
+        data = replace(DataConfig(), **{name: settings[f"data.{name}"] for name in CODEC})
+        recipe = fill_in(recipe, self.network, settings["modality"], data)
+        self.check(recipe)
+        return recipe
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises InputError if `recipe` contradicts what is taken, or is to be made in the same place."""
+        require(
+            os.path.realpath(self.path) != os.path.realpath(recipe.out),
+            f"init_from and out are both {recipe.out}: give the new run another --out; to train the same one further, "
+            "use --resume",
+        )
+        if changes := list(self._changes(recipe)):
+            names = ", ".join(name for name, _ in changes)
+            raise InputError(
+                f"init_from takes network and codec of {self.path}, but {'; '.join(text for _, text in changes)}: "
+                f"leave out {names} or give what it has, or train from scratch without init_from"
+            )
+
+    def _changes(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
+        """Settings of `recipe` that contradict: their names, and a phrase that says what they are and should be."""
+        taken, model = self.settings(), recipe.model
+        free = set(FREE) - self._fixed().keys()
+        for name in (entry.name for entry in fields(model) if entry.name not in free):
+            asked, own = getattr(model, name), taken[f"model.{name}"]
+            if name == "rotary_base" and asked is None and model.context_length == own:
+                continue
+            if asked != own:
+                why = f", {self._fixed()[name]}" if name in self._fixed() else ""
+                yield f"model.{name}", f"model.{name} is {asked!r} where it has {own!r}{why}"
+        for name in ("modality", *(f"data.{name}" for name in CODEC)):
+            asked, own = _value(recipe, name), taken[name]
+            before = own if self.recipe is None else _value(self.recipe, name)
+            if asked not in (own, before, None, "auto") and not self._same_tokenizer(name, asked):
+                yield name, f"{name} is {asked!r} where it has {self._tokenizer() if own is None else repr(own)}"
+
+    def _fixed(self) -> dict[str, str]:
+        """Those of FREE that this network fixes all the same, and why."""
+        fixed = {}
+        if self.network.position_table != "none":
+            fixed["context_length"] = f"with a {self.network.position_table} position table of that length"
+        if self.codec.document_length is not None:
+            fixed["context_length"] = "the values of a picture"
+        if self.network.learned_queries == "each":
+            fixed["num_latents"] = "each with a learned query"
+        return fixed
+
+    def _tokenizer(self) -> str:
+        is_one = isinstance(self.codec, TokenizerCodec)
+        return f"a tokenizer of {self.codec.vocab_size:,} ids" if is_one else "no tokenizer"
+
+    def _same_tokenizer(self, name: str, asked: Any) -> bool:
+        if not isinstance(self.codec, TokenizerCodec):
+            return False
+        if name == "data.bpe_vocab_size":
+            return asked == self.codec.vocab_size
+        other = TokenizerCodec.from_file(asked) if name == "data.tokenizer" else None
+        return other is not None and other.tokenizer.to_str() == self.codec.tokenizer.to_str()
+
+    def write(self, network: PerceiverARConfig, directory: Path) -> None:
+        """Writes the weights, as those of `network`, and the codec into a new `directory`, all of it or nothing.
+
+        Raises InputError if the weights are missing or damaged.
+        """
+        with atomic_directory(directory) as folder:
+            model = PerceiverAR(network)
+            model.load_tensors(PerceiverAR.from_pretrained(self.path).stored_tensors(), where=self.path)
+            model.save_pretrained(folder)
+            save_codec(self.codec, folder)
+
+
+def fill_in(recipe: Recipe, network: PerceiverARConfig, modality: str, data: DataConfig) -> Recipe:
+    """`recipe` with the network, the modality and the codec's settings given here where it leaves them out."""
+    model = network if recipe.model is default_network() else recipe.model
+    left_out = [name for name in CODEC if getattr(recipe.data, name) == getattr(DataConfig(), name)]
+    return replace(
+        recipe,
+        model=model.replace(vocab_size=network.vocab_size),  # which training sets in any case
+        modality=modality if recipe.modality == "auto" else recipe.modality,
+        data=replace(recipe.data, **{name: getattr(data, name) for name in left_out}),
+    )
+
+
+def _value(recipe: Recipe, name: str) -> Any:
+    return getattr(recipe.data, name.removeprefix("data.")) if name.startswith("data.") else getattr(recipe, name)
