@@ -360,7 +360,7 @@ class PerceiverAR(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", 
             latents = self.latent_embed(torch.arange(self.config.latents_per_position, device=h.device))
             u = u + latents.repeat(B // self.config.latents_per_position, 1)[:, None]
         for layer in self.query_mlp:
-            u = activate(layer(u), self.config.activation)
+            u = activate(layer(u), self.config.query_mlp_activation or self.config.activation)
         return u
 
     def repeat_rows(
@@ -601,6 +601,8 @@ class MLP(nn.Module):
 def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "relu2":
         return F.relu(x).square()
+    if activation == "relu":
+        return F.relu(x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
