@@ -23,6 +23,7 @@ from perceiver_ar.compat.weights import (
     read_dill,
     read_npz,
     rotated_channels,
+    say_left_out,
     to_ours,
 )
 from perceiver_ar.config import PerceiverARConfig
@@ -119,10 +120,13 @@ def read_params(path: Path) -> dict[str, Tensor]:
             raise InputError(f"{path} has no params of haiku modules: it is not of google-research/perceiver-ar")
         flat = {f"{module}/{name}": array.value if hasattr(array, "value") else array
                 for module, group in params.items() for name, array in group.items()}  # fmt: skip
+    others = [name for name in flat if not name.startswith("perceiver_ar/")]
+    flat = {name: array for name, array in flat.items() if name not in others}
     if wrong := [name for name, array in flat.items() if not isinstance(array, np.ndarray) or array.dtype.kind != "f"]:
         raise InputError(f"{path}: {wrong[0]} is no array of numbers")
     if any(name not in flat or flat[name].ndim != 2 for name in (f"{ROOT}embed/embeddings", f"{ROOT}logits/w")):
         raise InputError(f"{path} has no {ROOT}embed or {ROOT}logits: it is not of google-research/perceiver-ar")
+    say_left_out(others, str(path))
     tensors = {name: torch.from_numpy(array) for name, array in flat.items()}
     return {name: tensor.T if name.endswith("/w") else tensor for name, tensor in tensors.items()}
 
