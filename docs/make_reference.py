@@ -11,7 +11,7 @@ import re
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 
@@ -80,7 +80,7 @@ def shown(value: Any) -> str:
 
 def values(kind: type, name: str, hint: Any) -> str:
     """Which values a setting takes: its type or choices, and what the settings themselves say of other values."""
-    members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     bounds = [refusal(kind, name, value) for value in (-1, 10**9)] if {int, float} & {*members, *get_args(hint)} else []
     return ", ".join([" or ".join(map(type_words, members)), *dict.fromkeys(filter(None, bounds))])
 

@@ -74,10 +74,10 @@ def naive_logits(
         x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[f"{name}.weight"]
         return x + weights[f"{name}.bias"] if config.norm == "layernorm" else x
 
-    def activate(x: Tensor) -> Tensor:
-        if config.activation == "relu2":
-            return torch.where(x > 0, x * x, 0.0)
-        if config.activation == "gelu":
+    def activate(x: Tensor, name: str = config.activation) -> Tensor:
+        if name in ("relu", "relu2"):
+            return torch.where(x > 0, x if name == "relu" else x * x, 0.0)
+        if name == "gelu":
             return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
         return x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -132,7 +132,7 @@ def naive_logits(
     if K > 1:
         u = u.repeat_interleave(K, 1) + weights["latent_embed.weight"].repeat(T - P, 1)
     for i in range(config.query_mlp_layers):
-        u = activate(linear(u, f"query_mlp.{i}"))
+        u = activate(linear(u, f"query_mlp.{i}"), config.query_mlp_activation or config.activation)
     latents_at = positions[:, P:].repeat_interleave(K, 1) + config.query_position_offset
 
     def cross_layer(u: Tensor, i: int) -> Tensor:
@@ -243,7 +243,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> PerceiverARConfig:
         "cross_layers": tuple(sorted(draw(st.lists(st.integers(0, num_layers), min_size=0, max_size=3)))),
         "norm": draw(st.sampled_from(["rmsnorm", "layernorm"])),
         "qk_norm": draw(st.booleans()),
-        "activation": draw(st.sampled_from(["relu2", "gelu", "gelu_tanh"])),
+        "activation": draw(st.sampled_from(["relu2", "relu", "gelu", "gelu_tanh"])),
         "final_norm": draw(st.booleans()),
         "tie_embeddings": same_width and draw(st.booleans()),
         "attention_bias": draw(st.booleans()),

@@ -135,6 +135,7 @@ def test_another_kind_of_model_is_refused_by_name() -> None:
         ),
         ({"embed_dim": 64, "query_proj": True, "tie_embeddings": True}, ["embed_dim 64", "tie_embeddings"]),
         ({"query_mlp_layers": -1}, ["query_mlp_layers is -1", "not be negative"]),
+        ({"query_mlp_activation": "swish"}, ["query_mlp_activation is 'swish'", "must be 'relu2' or 'relu' or 'gelu'"]),
         ({"learned_queries": "shared", "query_proj": True}, ["learned_queries is 'shared'", "query_proj"]),
         ({"latents_per_position": 0}, ["latents_per_position is 0", "at least 1"]),
         ({"latents_per_position": 2, "latent_keys": "query"}, ["latents_per_position is 2", "latent_keys 'context'"]),

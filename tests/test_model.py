@@ -134,6 +134,7 @@ ONE_SETTING = [
     {"norm": "rmsnorm"},
     {"qk_norm": False},
     {"qk_norm": False, "norm": "rmsnorm"},
+    {"activation": "relu"},
     {"activation": "gelu"},
     {"activation": "gelu_tanh"},
     {"final_norm": False},
@@ -160,6 +161,7 @@ ONE_SETTING = [
     {"query_proj": True},
     {"query_proj": True, "embed_dim": 10},
     {"query_proj": True, "query_mlp_layers": 2},
+    {"query_proj": True, "query_mlp_layers": 2, "query_mlp_activation": "relu"},
     {"learned_queries": "shared"},
     {"learned_queries": "each"},
     {"learned_queries": "each", "embed_dim": 10},
@@ -199,7 +201,7 @@ GOOGLES = [
     {"learned_queries": "shared", "query_proj": False, "query_mlp_layers": 1, "latents_per_position": 2,
      "latent_keys": "context"},
     {"latents_per_position": 3, "latent_keys": "context"},
-    {"positions_from_end": True, "query_mlp_layers": 2},
+    {"positions_from_end": True, "query_mlp_layers": 2, "query_mlp_activation": "gelu"},
 ]  # fmt: skip
 
 

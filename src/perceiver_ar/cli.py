@@ -762,6 +762,7 @@ def convert_verb(argv: list[str]) -> None:
 
     from importlib import import_module
 
+    from perceiver_ar.compat.weights import LeftOut
     from perceiver_ar.data.codec import save_codec
     from perceiver_ar.files import atomic_directory
     from perceiver_ar.run import Run
@@ -769,7 +770,11 @@ def convert_verb(argv: list[str]) -> None:
     if Run(args.out).is_taken():
         raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
     read = import_module(f"perceiver_ar.compat.{args.format}").read
-    model, codec = read(Path(args.checkpoint), **{name: args[name] for name in own})
+    with warnings.catch_warnings(record=True) as notices:
+        warnings.simplefilter("always", LeftOut)
+        model, codec = read(Path(args.checkpoint), **{name: args[name] for name in own})
+    for notice in notices:
+        print(notice.message, file=sys.stderr)
     with atomic_directory(args.out) as directory:
         model.save_pretrained(directory)
         if codec is not None:

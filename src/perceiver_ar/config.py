@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -71,8 +71,8 @@ class PerceiverARConfig:
     """Pre-normalisation of every block."""
     qk_norm: bool = True
     """Normalise queries and keys per head, in the manner of `norm` but without weights, before the rotation."""
-    activation: Literal["relu2", "gelu", "gelu_tanh"] = "relu2"
-    """Feed-forward activation: squared ReLU, exact GELU, or its tanh form."""
+    activation: Literal["relu2", "relu", "gelu", "gelu_tanh"] = "relu2"
+    """Feed-forward activation: squared ReLU, ReLU, exact GELU, or its tanh form."""
     final_norm: bool = True
     """Normalise the latents before the logits."""
     tie_embeddings: bool = False
@@ -120,6 +120,8 @@ class PerceiverARConfig:
     """A linear layer with bias from embeddings to the first latents (google)."""
     query_mlp_layers: int = 0
     """Linear layers, each followed by the activation, that the first latents go through (google)."""
+    query_mlp_activation: Literal["relu2", "relu", "gelu", "gelu_tanh"] | None = None
+    """Activation of these layers, if not `activation`."""
     learned_queries: Literal["none", "shared", "each"] = "none"
     """First latents that are learned, not read from the tokens: one for all, or one each of num_latents (google)."""
     latents_per_position: int = 1
@@ -785,8 +787,10 @@ def _check_types(settings: Any, group: str = "") -> None:
         if isinstance(value, (list, tuple)):
             value = tuple(value)
             object.__setattr__(settings, name, value)
-        choices = " or ".join(repr(choice) for choice in get_args(kind)) if get_origin(kind) is Literal else ""
-        words = choices or (str(kind) if get_args(kind) else kind.__name__)
+        choices = [
+            choice for part in (kind, *get_args(kind)) if get_origin(part) is Literal for choice in get_args(part)
+        ]
+        words = " or ".join(map(repr, choices)) or (str(kind) if get_args(kind) else kind.__name__)
         require(_fits(value, kind), f"{group}{name} is {value!r}: it must be {words}")
 
 
@@ -797,7 +801,7 @@ def _fits(value: Any, kind: Any) -> bool:
         kinds = [part for part in get_args(kind) if part is not Ellipsis]
         kinds = kinds * len(value) if Ellipsis in get_args(kind) and isinstance(value, tuple) else kinds
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in (UnionType, Union):
         return any(_fits(value, choice) for choice in get_args(kind))
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from recorded import FLOAT32, GOLDEN, assert_close
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, Run
@@ -255,6 +255,54 @@ def test_settings_that_do_not_fit_are_refused(
 def test_options_of_another_format_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["convert", "krasserm", FILES / "krasserm/clm_safetensors", "--out", tmp_path / "run", "--heads", "2"]
     assert_refused(capsys, argv, "--heads is no option of krasserm")
+
+
+def test_a_safetensors_file_of_lucidrains_is_read(tmp_path: Path) -> None:
+    state = torch.load(FILES / "lucidrains/model.pt", weights_only=True)
+    save_file({f"net.{name}": tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    model = lucidrains.load_lucidrains(tmp_path / "model.safetensors", cross_attn_seq_len=20, heads=2)
+    data = expected("lucidrains")
+    assert_close(model(data["tokens"]), data["logits"], FLOAT32)
+
+
+def test_a_safetensors_file_without_settings_is_refused_as_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = shutil.copy(FILES / "krasserm/clm_safetensors/model.safetensors", tmp_path / "clm.safetensors")
+    assert_refused(capsys, ["convert", "krasserm", file, "--out", tmp_path / "run"], "no hyper_parameters")
+
+
+def more_in(form: str, folder: Path) -> tuple[Path, str]:
+    """A checkpoint with more than the network in it, and the names of that."""
+    if form == "lucidrains":
+        state = torch.load(FILES / "lucidrains/model.pt", weights_only=True)
+        state = {f"ema_model.{name}": tensor for name, tensor in state.items()}
+        more = {"step": torch.tensor(3), "criterion.weight": torch.ones(5)}
+        torch.save({"ema": state | more, "best": np.float64(1.5), "optimizer": {}}, folder / "file.pt")
+        return folder / "file.pt", "step, criterion.weight"
+    if form == "krasserm":
+        checkpoint = torch.load(FILES / "krasserm/lightning/clm_cli_weights_only.ckpt", weights_only=True)
+        checkpoint["state_dict"]["loss.weight"] = torch.ones(3)
+        settings = checkpoint["hyper_parameters"]
+        settings["vocab_size"] = np.int64(settings["vocab_size"])
+        torch.save(checkpoint, folder / "file.ckpt")
+        return folder / "file.ckpt", "loss.weight"
+    params = dict(np.load(FILES / "google/params.npz"))
+    np.savez(folder / "file.npz", **params, **{"critic/linear/w": np.ones((2, 2)), "global_step": np.int64(3)})
+    return folder / "file.npz", "critic/linear/w, global_step"
+
+
+@pytest.mark.parametrize("form", ASKED)
+def test_what_is_no_part_of_the_network_is_left_out_and_named(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], runs: Callable[..., Path]
+) -> None:
+    file, names = more_in(form, tmp_path)
+    plain = {"lucidrains": "lucidrains/model.pt", "krasserm": "krasserm/clm_safetensors", "google": "google/params.npz"}
+    run = runs(plain[form])
+    capsys.readouterr()
+    assert convert(file, tmp_path / "run", form) == 0
+    assert f"{file}: left out {names}, not weights of the network\n" in capsys.readouterr().err
+    assert content(tmp_path / "run") == content(run)
 
 
 @pytest.mark.parametrize("prefix", ["net.", "module.net.", "_orig_mod.", "_orig_mod.module."])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from perceiver_ar.compat.google import from_trailing_zeros, names, network
 from perceiver_ar.compat.weights import to_theirs
+from perceiver_ar.errors import InputError
 from perceiver_ar.generation import stream
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import next_token_loss
@@ -48,7 +49,7 @@ def test_every_recorded_case_is_compared_but_those_with_their_cache() -> None:
     recorded = {(name, case) for name, golden in FILES.items() for case in golden.cases()}
     cached = {(name, case) for name, case in recorded if case.startswith("sample_cached")}
     assert recorded == {*FORWARD, *LOSSES, *UNCACHED} | cached
-    assert (len(FORWARD), len(LOSSES), len(UNCACHED), len(cached)) == (39, 3, 2, 3)
+    assert (len(FORWARD), len(LOSSES), len(UNCACHED), len(cached)) == (42, 3, 2, 3)
 
 
 @pytest.mark.parametrize(("name", "case"), FORWARD)
@@ -58,6 +59,14 @@ def test_logits_equal_theirs(name: str, case: str) -> None:
     assert_close(golden.logits(case, golden.model(case))[valid], data["out/logits"][valid], FLOAT32)
     exact = golden.logits(case, golden.model(case, torch.float64))
     assert_close(exact[valid], data["out/logits_f64"][valid], FLOAT64)
+
+
+@pytest.mark.parametrize("name", ["activation_name", "initial_query_embed_activation_name"])
+def test_other_activations_are_refused_by_name_where_they_are_used(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is 'elu': only sq_relu, gelu, relu are computed here"):
+        network(FILES["q_mlp"].parameters(), {**FILES["q_mlp"].arguments, name: "elu"}, "recorded")
+    unused = {**FILES["rotary"].arguments, "initial_query_embed_activation_name": "elu"}
+    assert network(FILES["rotary"].parameters(), unused, "recorded").config.query_mlp_layers == 0
 
 
 @pytest.mark.parametrize(("name", "case"), cases(FILES, "hidden/self_attention_x"))

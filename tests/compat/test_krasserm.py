@@ -1,12 +1,18 @@
 """Our network computes what perceiver-io's causal sequence model computes: its recorded results, see recorded.py."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from recorded import FLOAT32, FLOAT64, Golden, assert_close, cases
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.parametrizations import weight_norm
 
-from perceiver_ar.compat.krasserm import names, network
+from perceiver_ar.compat.krasserm import load_krasserm, names, network, save_krasserm, to_config
 from perceiver_ar.compat.weights import to_theirs
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.errors import InputError
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import IGNORE, next_token_loss
 
@@ -29,7 +35,7 @@ class Package(Golden):
         return keywords
 
 
-FILES = {name: Package.load(f"krasserm/{name}") for name in ("abs", "rel", "abs_allrot", "rel_onerot")}
+FILES = {name: Package.load(f"krasserm/{name}") for name in ("abs", "rel", "abs_allrot", "abs_oddrot", "rel_onerot")}
 LEAKY = {("abs", "pad_into_latents"), ("abs", "loss_left_pad")}  # padding reaches the latents
 FORWARD = [case for case in cases(FILES, "logits") if case not in LEAKY]
 LOSSES = [case for case in cases(FILES, "loss") if case not in LEAKY]
@@ -39,7 +45,7 @@ GENERATION = [case for case in cases(FILES, "step_logits") if "teacher" not in c
 def test_every_recorded_case_is_compared() -> None:
     recorded = {(name, case) for name, golden in FILES.items() for case in golden.cases()}
     assert recorded == {*FORWARD, *LOSSES, *LEAKY, *cases(FILES, "step_logits")}
-    assert (len(FORWARD), len(LOSSES), len(LEAKY), len(cases(FILES, "step_logits"))) == (18, 1, 2, 12)
+    assert (len(FORWARD), len(LOSSES), len(LEAKY), len(cases(FILES, "step_logits"))) == (20, 1, 2, 12)
 
 
 @pytest.mark.parametrize(("name", "case"), FORWARD)
@@ -52,6 +58,37 @@ def test_logits_equal_the_packages(name: str, case: str) -> None:
     if "out/logits_f64" in data:
         exact = golden.model(torch.float64)(data["in/tokens"], golden.prefix_len(case), **golden.keywords(case))
         assert_close(exact, data["out/logits_f64"], FLOAT64)
+
+
+def test_heads_with_an_odd_number_of_frequencies_go_out_as_they_came(tmp_path: Path) -> None:
+    golden = FILES["abs_oddrot"]
+    model = golden.model()
+    save_krasserm(model, tmp_path)
+    saved, recorded = load_file(tmp_path / "model.safetensors"), golden.parameters()
+    assert saved.keys() == {f"backend_model.{name}" for name in recorded}
+    assert all(torch.equal(saved[f"backend_model.{name}"], tensor) for name, tensor in recorded.items())
+    assert load_krasserm(tmp_path).config == model.config
+
+
+def test_odd_heads_that_the_package_fails_on_are_refused_by_name() -> None:
+    settings = {**FILES["abs_oddrot"].arguments, "num_channels": 10, "abs_pos_emb": False}
+    with pytest.raises(InputError, match="heads of 5 channels without abs_pos_emb: perceiver-io fails on an odd"):
+        to_config(settings)
+
+
+def test_a_model_that_turns_fewer_channels_than_the_package_is_not_exported(tmp_path: Path) -> None:
+    config = PerceiverARConfig.preset("krasserm", vocab_size=9, context_length=8, num_latents=4, dim=20, num_heads=2)
+    with pytest.raises(InputError, match=r"cannot compute .*: rotary_fraction is 0\.4, not 0\.6, rotary_base is 10000"):
+        save_krasserm(PerceiverAR(config), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_something_inside_is_not_exported(tmp_path: Path) -> None:
+    model = FILES["rel_onerot"].model()
+    weight_norm(model.get_submodule("self_attention.0.out_proj"))
+    with pytest.raises(InputError, match=r"the model holds adapters, .*out_proj\.parametrizations.*: merge them into"):
+        save_krasserm(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_padding_that_reaches_the_latents_changes_nothing_where_the_package_leaks() -> None:

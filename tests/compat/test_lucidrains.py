@@ -12,8 +12,17 @@ import pytest
 import torch
 from recorded import FLOAT32, FLOAT64, Golden, assert_close, cases
 from torch import Tensor
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
-from perceiver_ar.compat.lucidrains import AutoregressiveWrapper, PerceiverAR, package_names
+from perceiver_ar.compat.lucidrains import (
+    AutoregressiveWrapper,
+    PerceiverAR,
+    load_lucidrains,
+    package_names,
+    save_lucidrains,
+)
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.network.heads import rotary_tables
@@ -27,7 +36,7 @@ class Package(Golden):
         return net.to(dtype).eval()
 
 
-FILES = {name: Package.load(f"lucidrains/{name}") for name in ("base", "perceive2", "widehead", "train20")}
+FILES = {name: Package.load(f"lucidrains/{name}") for name in ("base", "perceive2", "widehead", "oddhead", "train20")}
 BASE = FILES["base"]
 SMALL = {"num_tokens": 7, "dim": 8, "depth": 1, "max_seq_len": 12, "cross_attn_seq_len": 5, "dim_head": 32, "heads": 2}
 
@@ -42,7 +51,7 @@ def test_every_recorded_case_is_compared() -> None:
     recorded = set().union(*(golden.cases() for golden in FILES.values()))
     compared = {case for output in ("logits", "loss", "tokens") for _, case in cases(FILES, output)}
     assert recorded == compared
-    assert len(cases(FILES, "logits")) == 11
+    assert len(cases(FILES, "logits")) == 12
     assert len(cases(FILES, "loss")) == 5
     assert len(cases(FILES, "tokens")) == 3
 
@@ -204,15 +213,103 @@ def test_wrong_names_and_shapes_are_errors(wrapped: bool) -> None:
     prefix = "net." if wrapped else ""
     good = {prefix + key: tensor for key, tensor in BASE.parameters().items()}
     missing = {key: tensor for key, tensor in good.items() if not key.endswith("to_logits.weight")}
-    with pytest.raises(RuntimeError, match=r"Missing key.*head\.weight"):
+    with pytest.raises(RuntimeError, match=rf'Missing key.* "{prefix}to_logits\.weight"\. $'):
         module.load_state_dict(missing)
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*layers\.2\.0\.norm\.weight"):
-        module.load_state_dict({**good, prefix + "layers.2.0.norm.weight": torch.ones(32)})
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    for name in ("layers.2.0.norm.weight", "layers.1.0.norm.colour", "colour"):
+        with pytest.raises(RuntimeError, match=rf'Unexpected key.* "{prefix}{name}"\. $'):
+            module.load_state_dict({**good, prefix + name: torch.ones(32)})
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {prefix}token_emb\.weight: "):
         module.load_state_dict({**good, prefix + "token_emb.weight": torch.ones(37, 31)})
-    report = module.load_state_dict(missing, strict=False)
-    assert len(report.missing_keys) == 1
-    assert report.unexpected_keys == []
+    # Heads of another size, where no weight tells.
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {prefix}rotary_pos_emb\.inv_freq: \(9,\) .* \(16,\)"):
+        module.load_state_dict({**good, prefix + "rotary_pos_emb.inv_freq": torch.ones(9)})
+    report = module.load_state_dict({**missing, prefix + "layers.1.0.colour": torch.ones(1)}, strict=False)
+    assert report.missing_keys == [f"{prefix}to_logits.weight"]
+    assert report.unexpected_keys == [f"{prefix}layers.1.0.colour"]
+
+
+class Adapter(torch.nn.Module):
+    """Holds the layer that it replaces, as peft's adapters do."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.LazyLinear(64, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_A["default"](x)
+
+
+def adapt(net: PerceiverAR) -> None:
+    layer = net.model.get_submodule("cross_attention.0")
+    layer.q_proj = Adapter(layer.get_submodule("q_proj"))
+
+
+INSIDE: dict[str, tuple[Callable[[PerceiverAR], object], list[str]]] = {
+    "weight_norm": (
+        lambda net: weight_norm(net.model.get_submodule("cross_attention.0.q_proj")),
+        ["perceive_layers.0.0.to_q.parametrizations.weight.original0",
+         "perceive_layers.0.0.to_q.parametrizations.weight.original1"],
+    ),
+    "pruning": (
+        lambda net: prune.random_unstructured(net.model.get_submodule("self_attention.0.mlp.up_proj"), "weight", 0.5),
+        ["layers.0.1.1.weight_orig", "layers.0.1.1.weight_mask"],
+    ),
+    "parametrized embedding": (
+        lambda net: register_parametrization(net.model.embed, "weight", torch.nn.Tanh()),
+        ["token_emb.parametrizations.weight.original"],
+    ),
+    "adapter": (  # whose makers look for its keys by the names of modules
+        adapt,
+        ["model.cross_attention.0.q_proj.base_layer.weight", "model.cross_attention.0.q_proj.lora_A.default.weight"],
+    ),
+    "torch.compile": (lambda net: setattr(net, "model", torch.compile(net.model, backend="eager")), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("inside", INSIDE)
+def test_what_is_put_into_the_network_is_saved_with_it_and_loaded(inside: str, wrapped: bool) -> None:
+    change, own = INSIDE[inside]
+    tokens, prefix = torch.randint(7, (2, 12)), "net." if wrapped else ""
+    nets = [random_net() for _ in range(2)]
+    plain = {prefix + name for name in nets[0].state_dict()}
+    for net in nets:
+        change(net)
+        net(tokens)  # the adapter's shape
+    first, second = (AutoregressiveWrapper(net) if wrapped else net for net in nets)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    saved = first.state_dict()
+    assert {name for name in saved if name not in plain} == {prefix + name for name in own}
+    assert len(plain - set(saved)) == bool(own)
+    assert str(second.load_state_dict(saved)) == "<All keys matched successfully>"
+    assert torch.equal(nets[1](tokens), nets[0](tokens))
+
+
+@pytest.mark.parametrize("inside", [name for name, (_, own) in INSIDE.items() if own])
+def test_a_network_with_something_inside_is_not_exported(inside: str, tmp_path: Path) -> None:
+    net = random_net()
+    INSIDE[inside][0](net)
+    net(torch.randint(7, (2, 12)))
+    with pytest.raises(InputError, match=r"the model holds adapters, parametrizations or pruning .*merge them into"):
+        save_lucidrains(net.model, tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_with_an_odd_number_of_frequencies_go_out_as_they_came(tmp_path: Path) -> None:
+    golden = FILES["oddhead"]
+    recorded = golden.parameters()
+    torch.save(recorded, tmp_path / "in.pt")
+    model = load_lucidrains(tmp_path / "in.pt", cross_attn_seq_len=12, heads=1)
+    data = golden.case("full")
+    assert_close(model(data["in/tokens"], 12), data["out/logits"], FLOAT32)
+    arguments = save_lucidrains(model, tmp_path / "out.pt")
+    assert arguments.items() <= golden.arguments.items()
+    saved = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert list(saved) == list(recorded)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in recorded.items())
 
 
 def test_an_optimizer_state_of_the_package_continues_here() -> None:
@@ -300,14 +397,15 @@ def test_a_query_that_a_mask_leaves_without_keys_does_not_see_the_future() -> No
     assert torch.equal(net(tokens, prefix_mask=mask)[:, :3], before)
 
 
-@pytest.mark.parametrize("dim_head", [1, 7, 8, 31, 32, 33, 63, 64, 65, 80])
+@pytest.mark.parametrize("dim_head", [1, 7, 8, 31, 32, 33, 63, 64, 65, 66, 67, 80])
 def test_heads_of_any_size_work_and_small_ones_are_rotated_whole(dim_head: int) -> None:
     net = random_net(dim_head=dim_head)
     assert net(torch.randint(7, (2, 12))).isfinite().all()
-    assert net.rotary_dim == (dim_head if dim_head <= 32 else max(32, dim_head // 2))
     rotary = rotary_tables(net.model.config, torch.arange(12)[None], cross=True, dtype=torch.float32)
     assert rotary is not None
-    assert rotary[0].shape[-1] == net.rotary_dim // 2 * 2
+    pairs = dim_head // 2 if dim_head < 32 else (max(32, dim_head // 2) + 1) // 2
+    assert rotary[0].shape[-1] == 2 * pairs
+    assert net.state_dict()["rotary_pos_emb.inv_freq"].shape == (pairs,)
 
 
 def test_bfloat16_positions_do_not_collapse() -> None:

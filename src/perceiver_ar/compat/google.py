@@ -23,6 +23,7 @@ from perceiver_ar.compat.weights import (
     read_dill,
     read_npz,
     rotated_channels,
+    say_left_out,
     to_ours,
 )
 from perceiver_ar.config import PerceiverARConfig
@@ -67,7 +68,7 @@ IN_THE_WEIGHTS = {  # or without effect on the function of weights and tokens
     *("cross_attention_head_group_size", "dropout_prob", "encoder_dropout_prob", "latent_dropout_prob"),
     *("experiment", "final_layer_init_zeros", "train_input_positions", "z_pos_enc_init_scale"),
 }
-ACTIVATIONS = {"sq_relu": "relu2", "gelu": "gelu_tanh"}
+ACTIVATIONS = {"sq_relu": "relu2", "gelu": "gelu_tanh", "relu": "relu"}
 ROOT = "perceiver_ar/~/"
 
 
@@ -120,10 +121,13 @@ def read_params(path: Path) -> dict[str, Tensor]:
             raise InputError(f"{path} has no params of haiku modules: it is not of google-research/perceiver-ar")
         flat = {f"{module}/{name}": array.value if hasattr(array, "value") else array
                 for module, group in params.items() for name, array in group.items()}  # fmt: skip
+    others = [name for name in flat if not name.startswith("perceiver_ar/")]
+    flat = {name: array for name, array in flat.items() if name not in others}
     if wrong := [name for name, array in flat.items() if not isinstance(array, np.ndarray) or array.dtype.kind != "f"]:
         raise InputError(f"{path}: {wrong[0]} is no array of numbers")
     if any(name not in flat or flat[name].ndim != 2 for name in (f"{ROOT}embed/embeddings", f"{ROOT}logits/w")):
         raise InputError(f"{path} has no {ROOT}embed or {ROOT}logits: it is not of google-research/perceiver-ar")
+    say_left_out(others, str(path))
     tensors = {name: torch.from_numpy(array) for name, array in flat.items()}
     return {name: tensor.T if name.endswith("/w") else tensor for name, tensor in tensors.items()}
 
@@ -182,11 +186,11 @@ def to_config(params: Mapping[str, Tensor], given: Mapping[str, Any], where: str
     after = sorted(of["additional_cross_attend_after_layers"] or ())
     if len(after) != max(more, 0):
         raise InputError(f"{where} has {len(cross)} cross-attention layers, not {len(after)} additional ones")
-    for name in ("activation_name", "initial_query_embed_activation_name"):
+    activation_names = ["activation_name"] + ["initial_query_embed_activation_name"] * (len(queries) > 1)
+    for name in activation_names:
         if of[name] not in ACTIVATIONS:
-            raise InputError(f"{name} is {of[name]!r}: only {' and '.join(ACTIVATIONS)} are here")
-    if len(queries) > 1 and of["activation_name"] != of["initial_query_embed_activation_name"]:
-        raise InputError("initial_query_embed_activation_name differs from activation_name: that is not here")
+            raise InputError(f"{name} is {of[name]!r}: only {', '.join(ACTIVATIONS)} are computed here")
+    activation, *query_activation = [ACTIVATIONS[of[name]] for name in activation_names]
     if of["mask_style"] != "final_block":
         raise InputError(f"mask_style is {of['mask_style']!r}: only 'final_block' is here")
 
@@ -220,10 +224,11 @@ def to_config(params: Mapping[str, Tensor], given: Mapping[str, Any], where: str
             num_heads=of["num_transformer_heads"] or 1,
             mlp_ratio=ratio(own) or ratio(cross) or 1.0,
             cross_layers=(0,) * (len(cross) - len(after)) + tuple(i + 1 for i in after),
-            activation=ACTIVATIONS[of["activation_name"]],
+            activation=activation,
             query_residual=of["encoder_use_query_residual"],
             query_proj=learned is None,
             query_mlp_layers=max(0, len(queries) - 1),
+            query_mlp_activation=next((name for name in query_activation if name != activation), None),
             learned_queries="none" if learned is None else "shared" if len(learned) == 1 else "each",
             latents_per_position=K,
             embed_dim=None if E == D else E,

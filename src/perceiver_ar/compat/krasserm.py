@@ -20,9 +20,10 @@ from perceiver_ar.compat.weights import (
     from_interleaved,
     inverse_frequencies,
     listed,
-    read_safetensors,
+    plain_tensors,
     read_torch,
     refuse_differences,
+    rotary_settings,
     rotated_channels,
     to_ours,
     to_theirs,
@@ -31,7 +32,7 @@ from perceiver_ar.compat.weights import (
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import OffsetBytesCodec
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import write_text
 from perceiver_ar.network.model import PerceiverAR
 
@@ -85,7 +86,7 @@ def read(path: Path) -> tuple[PerceiverAR, Codec | None]:
         if not files:
             raise InputError(f"{directory} has neither model.safetensors nor pytorch_model.bin: get the weights, too")
         weights = files[0]
-        content = read_safetensors(weights) if weights.suffix == ".safetensors" else read_torch(weights)
+        content = read_torch(weights)
         settings, tokenizer = about["model_config"], about.get("tokenizer_class")
     else:
         weights = path
@@ -131,7 +132,7 @@ def to_config(settings: Mapping[str, Any], where: str = "the settings") -> Perce
         raise InputError(f"{where} does not say {listed(missing)}: it is not of perceiver-io's causal sequence model")
     rotary_layers = of["num_self_attention_rotary_layers"]
     try:
-        return PerceiverARConfig.preset(
+        config = PerceiverARConfig.preset(
             "krasserm",
             vocab_size=of["vocab_size"],
             context_length=of["max_seq_len"],
@@ -146,10 +147,20 @@ def to_config(settings: Mapping[str, Any], where: str = "the settings") -> Perce
             final_norm=of["output_norm"],
             logits_bias=of["output_bias"],
             position_table="learned" if of["abs_pos_emb"] else "none",
-            rotary_fraction=0.5 if of["abs_pos_emb"] else 1.0,
         )
+        C = config.width_head
+        require(
+            of["abs_pos_emb"] or C % 2 == 0,
+            f"heads of {C} channels without abs_pos_emb: perceiver-io fails on an odd number",
+        )
+        return config.replace(**rotary_settings(rotated(config), C))
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def rotated(config: PerceiverARConfig) -> int:
+    """How many channels of a head the package asks to be turned; where that is odd, it turns one more."""
+    return config.width_head // 2 if config.position_table == "learned" else config.width_head
 
 
 def names(config: PerceiverARConfig) -> list[Weight]:
@@ -216,8 +227,8 @@ def save_krasserm(model: PerceiverAR, directory: str | Path) -> dict[str, Any]:
         **WITHOUT_EFFECT,
     }
     refuse_differences(config, to_config(theirs), "perceiver-io")
-    state = to_theirs(names(config), model.stored_tensors())
-    state[INV_FREQ] = inverse_frequencies(rotated_channels(config, config.width_head))
+    state = to_theirs(names(config), plain_tensors(model))
+    state[INV_FREQ] = inverse_frequencies(rotated(config))
     about = {
         "architectures": ["PerceiverCausalLanguageModel"],
         "is_decoder": True,

@@ -17,6 +17,7 @@ equal the package's up to rounding. What the package gets wrong on valid use is 
   survives `filter_thres` in small vocabularies (the package stops at once, divides by zero, draws from nothing).
 """
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,8 +28,10 @@ from perceiver_ar.compat.weights import (
     Weight,
     find_state,
     inverse_frequencies,
+    plain_tensors,
     read_torch,
     refuse_differences,
+    rotary_settings,
     to_ours,
 )
 from perceiver_ar.config import PerceiverARConfig
@@ -89,7 +92,7 @@ class PerceiverAR(nn.Module):
                 "the prefix must be shorter than the sequence"
             )
         self.max_seq_len, self.cross_attn_seq_len = max_seq_len, cross_attn_seq_len
-        self.rotary_dim = min(dim_head, max(32, dim_head // 2))
+        self.rotary_dim = max(32, dim_head // 2) if dim_head >= 32 else dim_head // 2 * 2
         config = PerceiverARConfig.preset(
             "lucidrains",
             vocab_size=num_tokens,
@@ -101,14 +104,16 @@ class PerceiverAR(nn.Module):
             head_dim=dim_head,
             mlp_ratio=ff_mult,
             cross_layers=(0,) * perceive_depth,
-            rotary_fraction=self.rotary_dim / dim_head,
+            **rotary_settings(self.rotary_dim, dim_head),
             attention_dropout=dropout,
             mlp_dropout=dropout,
             prefix_dropout=cross_attn_dropout,
         )
         self.model = network.PerceiverAR(config)
         self.register_state_dict_post_hook(_to_package_names)
+        self.loading: tuple[str, list[str]] = ("", [])  # between the next two: prefix, and torch's errors
         self.register_load_state_dict_pre_hook(_from_package_names)
+        self.register_load_state_dict_post_hook(_say_package_names)
 
     def forward(
         self,
@@ -241,19 +246,64 @@ def package_names(config: PerceiverARConfig) -> dict[str, str]:
 _INV_FREQ = "rotary_pos_emb.inv_freq"
 
 
+def _modules(net: "PerceiverAR") -> dict[str, str]:
+    """Our modules by the package's names."""
+    root = "model._orig_mod" if hasattr(net.model, "_orig_mod") else "model"  # of torch.compile
+    names = package_names(net.model.config)
+    return {theirs.rpartition(".")[0]: f"{root}.{ours.rpartition('.')[0]}" for theirs, ours in names.items()}
+
+
+def _renamed(name: str, modules: dict[str, str]) -> str:
+    """The name of a tensor with its module renamed, also where torch parametrizes or prunes the tensor.
+
+    What else is put into a module, such as peft's adapters, keeps the name by which its makers look for it.
+    """
+    module = name.partition(".parametrizations.")[0]
+    module = name.rpartition(".")[0] if module == name else module
+    return modules[module] + name.removeprefix(module) if module in modules else name
+
+
 def _to_package_names(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
-    owner = cast(PerceiverAR, module)
-    for theirs, ours in package_names(owner.model.config).items():
-        state[prefix + theirs] = state.pop(f"{prefix}model.{ours}")
-        if theirs == "pos_emb.weight":  # a buffer there, recomputed from the settings here
-            state[prefix + _INV_FREQ] = inverse_frequencies(owner.rotary_dim)
+    net = cast(PerceiverAR, module)
+    modules = {ours: theirs for theirs, ours in _modules(net).items()}
+    for name in [name.removeprefix(prefix) for name in state if name.startswith(f"{prefix}model.")]:
+        theirs = _renamed(name, modules)
+        if not theirs.startswith(("token_emb.", "pos_emb.")):  # a buffer there, recomputed from the settings here
+            state.setdefault(prefix + _INV_FREQ, inverse_frequencies(net.rotary_dim))
+        state[prefix + theirs] = state.pop(prefix + name)
 
 
-def _from_package_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *_args: Any) -> None:
-    for theirs, ours in package_names(cast(PerceiverAR, module).model.config).items():
-        if prefix + theirs in state:
-            state[f"{prefix}model.{ours}"] = state.pop(prefix + theirs)
-    state.pop(prefix + _INV_FREQ, None)
+def _from_package_names(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    prefix: str,
+    _metadata: Any,
+    _strict: bool,
+    _missing: list[str],
+    _unexpected: list[str],
+    errors: list[str],
+) -> None:
+    net = cast(PerceiverAR, module)
+    modules = _modules(net)
+    frequencies, expected = state.pop(prefix + _INV_FREQ, None), inverse_frequencies(net.rotary_dim)
+    if frequencies is not None and frequencies.shape != expected.shape:
+        errors.append(
+            f"size mismatch for {prefix}{_INV_FREQ}: {tuple(frequencies.shape)} in the checkpoint, "
+            f"{tuple(expected.shape)} for dim_head {net.model.config.width_head}."
+        )
+    for name in [name.removeprefix(prefix) for name in state if name.startswith(prefix)]:
+        state[prefix + _renamed(name, modules)] = state.pop(prefix + name)
+    net.loading = prefix, errors
+
+
+def _say_package_names(module: nn.Module, incompatible: Any) -> None:
+    """After loading: what was missing, unexpected or of a wrong shape goes by the package's names."""
+    net = cast(PerceiverAR, module)
+    (prefix, errors), net.loading = net.loading, ("", [])
+    modules = {ours: theirs for theirs, ours in _modules(net).items()}
+    ours = re.compile(rf"(?<![\w.]){re.escape(prefix)}(model\.[\w.]+)")
+    for texts in (incompatible.missing_keys, incompatible.unexpected_keys, errors):
+        texts[:] = [ours.sub(lambda found: prefix + _renamed(found[1], modules), text) for text in texts]
 
 
 def load_lucidrains(
@@ -262,8 +312,9 @@ def load_lucidrains(
     """The network in a checkpoint of `perceiver-ar-pytorch`, in evaluation mode.
 
     Args:
-        path: what `torch.save` wrote: a state dict of PerceiverAR or AutoregressiveWrapper, alone or as an entry of a
-            training checkpoint, with any prefix before its names.
+        path: what `torch.save` or safetensors wrote: a state dict of PerceiverAR or AutoregressiveWrapper, alone or
+            somewhere in a training checkpoint, with any prefix before its names. Tensors beside it that are not of the
+            network are left out, and a warning names them.
         cross_attn_seq_len: the prefix length, which no weight tells.
         heads: of attention; only needed where the weights leave a choice (512 may be 8 heads of 64 or 16 of 32).
 
@@ -317,7 +368,6 @@ def package_arguments(
         asked.append(f"cross_attn_seq_len (the prefix length, below its max_seq_len {length})")
     if asked or heads is None or cross_attn_seq_len is None:
         raise InputError(f"{where} does not tell everything: give {' and '.join(asked)}")
-    refuse_odd_heads(inner // heads)
     return {
         "num_tokens": shape("token_emb.weight", 0),
         "dim": dim,
@@ -331,14 +381,6 @@ def package_arguments(
             name.startswith("perceive_layers.") and name.endswith(".0.to_q.weight") for name in state
         ),
     }
-
-
-def refuse_odd_heads(dim_head: int) -> None:
-    if dim_head < 32 or max(32, dim_head // 2) % 2:
-        raise InputError(
-            f"heads of {dim_head} channels: perceiver-ar-pytorch needs 32 or more, and turns an odd number of these, "
-            "which is not done here"
-        )
 
 
 def save_lucidrains(model: network.PerceiverAR, file: str | Path) -> dict[str, Any]:
@@ -357,13 +399,13 @@ def save_lucidrains(model: network.PerceiverAR, file: str | Path) -> dict[str, A
         "dim_head": config.width_head,
         "heads": config.num_heads,
         "cross_attn_dropout": config.prefix_dropout,
-        "ff_mult": int(config.mlp_ratio) if config.mlp_ratio.is_integer() else config.mlp_ratio,
+        "ff_mult": int(config.mlp_ratio) if config.mlp_ratio % 1 == 0 else config.mlp_ratio,
         "perceive_depth": len(config.cross_layers),
     }
-    refuse_odd_heads(config.width_head)
+    require(config.width_head >= 32, f"heads of {config.width_head} channels: perceiver-ar-pytorch needs 32 or more")
     net = PerceiverAR(**arguments)
     refuse_differences(config, net.model.config, "perceiver-ar-pytorch")
-    net.model.load_state_dict(model.state_dict())
+    net.model.load_state_dict(plain_tensors(model))
     with atomic_path(file) as temporary, open(temporary, "wb") as stream:  # a stream: no file name goes into the file
         torch.save(net.state_dict(), stream)
     return arguments

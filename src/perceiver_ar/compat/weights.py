@@ -8,7 +8,9 @@ names that such files use, and refuses every other name.
 import dataclasses
 import io
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path
+from perceiver_ar.network.model import PerceiverAR
 
 MANY = 8
 """How many names an error lists before it only counts."""
@@ -39,19 +42,27 @@ class Weight(NamedTuple):
 
 
 def to_ours(weights: Iterable[Weight], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Their tensors under our names. Raises InputError that lists, in their names, what is missing or unknown."""
+    """Their tensors under our names. Raises InputError that lists, in their names, what is missing or unknown.
+
+    Warns of unknown integers: they are counters, not weights.
+    """
     weights = list(weights)
     expected = [name for weight in weights for name in weight.theirs]
     missing = [name for name in expected if name not in tensors]
-    unknown = sorted(set(tensors) - set(expected))
+    others = sorted(set(tensors) - set(expected))
+    counters = [name for name in others if not tensors[name].is_floating_point()]
+    unknown = [name for name in others if name not in counters]
     if missing or unknown:
         parts = [f"{what}: {listed(names)}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
         raise InputError(f"{where} does not hold the weights that its settings ask for: {'; '.join(parts)}")
+    say_left_out(counters, where)
     ours = {}
     for weight in weights:
         parts = []
         for name, order in zip(weight.theirs, weight.orders(), strict=True):
             tensor = tensors[name]
+            if not tensor.is_floating_point():
+                raise InputError(f"{where}: {name} is of {tensor.dtype}: weights must be floating-point numbers")
             if order is not None and len(tensor) != len(order):
                 raise InputError(f"{where}: {name} has {len(tensor)} rows, its settings ask for {len(order)}")
             parts.append(tensor if order is None else tensor[order])
@@ -59,6 +70,17 @@ def to_ours(weights: Iterable[Weight], tensors: Mapping[str, Tensor], where: str
             raise InputError(f"{where}: {' and '.join(weight.theirs)} have different widths")
         ours[weight.ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return ours
+
+
+def plain_tensors(model: PerceiverAR) -> dict[str, Tensor]:
+    """What to write for others. Raises InputError where some weights are made of others."""
+    tensors = model.stored_tensors()
+    if replaced := [name for name in tensors if REPLACED.search(name)]:
+        raise InputError(
+            f"the model holds adapters, parametrizations or pruning ({listed(replaced)}): merge them into its weights, "
+            "by peft's merge_and_unload, parametrize.remove_parametrizations or prune.remove"
+        )
+    return tensors
 
 
 def to_theirs(weights: Iterable[Weight], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,6 +114,15 @@ def inverse_frequencies(rotated: int) -> Tensor:
     return 1.0 / (10000 ** (torch.arange(0, rotated, 2).float() / rotated))
 
 
+def rotary_settings(rotated: int, head_dim: int) -> dict[str, float]:
+    """Our settings for `inverse_frequencies(rotated)` on heads of `head_dim` channels.
+
+    An odd number has (rotated + 1) / 2 frequencies, so these implementations turn one channel more.
+    """
+    turned = rotated + rotated % 2
+    return {"rotary_fraction": turned / head_dim, "rotary_base": 10000.0 ** (turned / rotated) if rotated else 10000.0}
+
+
 def refuse_differences(ours: PerceiverARConfig, theirs: PerceiverARConfig, package: str) -> None:
     """Raises InputError naming the settings in which the function of `ours` differs from the nearest of `package`."""
     one, other = (_function(config) for config in (ours, theirs))
@@ -108,43 +139,104 @@ def _function(config: PerceiverARConfig) -> dict[str, Any]:
         "cross_head_dim": config.width_head_cross,
         "cross_mlp_ratio": config.cross_mlp_ratio or config.mlp_ratio,
         "index_dims": config.table_sizes,
+        "rotary_fraction": rotated_channels(config, config.width_head) / config.width_head,
         "rotary_base": config.context_length if config.rotary_base is None else config.rotary_base,
         "rotary_layers": config.num_layers
         if config.rotary_layers is None
         else min(config.rotary_layers, config.num_layers),
     }
-    for name in ("prefix_chunk", "prefix_dropout", "attention_dropout", "mlp_dropout", "init"):
+    without = "prefix_chunk", "prefix_dropout", "attention_dropout", "mlp_dropout", "init", "query_mlp_activation"
+    for name in without:
         del settings[name]
     return settings
+
+
+class LeftOut(UserWarning):
+    """Names what a checkpoint holds beside the network, and what is therefore not read."""
+
+
+def say_left_out(names: Sequence[str], where: str) -> None:
+    if names:
+        warnings.warn(f"{where}: left out {listed(names)}, not weights of the network", LeftOut, stacklevel=5)
+
+
+WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing put into names, before any module's."""
+REPLACED = re.compile(
+    r"\.(?:parametrizations|base_layer|modules_to_save)\.|\.lora_|\.(?:weight|bias)_(?:g|v|orig|mask)$"
+)
+"""Names that weights have where adapters, parametrizations or pruning make them of others."""
+OPTIMIZER = re.compile(r"(?:^|[^a-z])optim(?:izer)?s?(?:$|[^a-z])", re.IGNORECASE)
+
+
+class Found(NamedTuple):
+    """A state dict in a file."""
+
+    depth: int
+    place: str
+    """The keys that lead to the mapping it is in."""
+    tensors: dict[str, Tensor]
+    """By their names without the prefix."""
+    others: list[str]
+    """What else is in the mapping."""
 
 
 def find_state(content: Any, marker: str, package: str, where: str) -> dict[str, Tensor]:
     """The state dict in what `torch.save` saved, without the prefix before its parameter `marker`.
 
-    It may be the whole content or an entry of it, and its names may have any prefix (net., module., _orig_mod.).
+    It may be the whole content, an entry, or lie deeper where no entry is one; its names may have any prefix (net.,
+    module., ema_model.). Warns of tensors beside it without the prefix: a criterion, counters of an average.
 
     Raises:
-        InputError: there is none, or more than one.
+        InputError: there is none, or more than one, or some of its weights are made of others.
     """
-    found: dict[str, dict[str, Tensor]] = {}
-    nested = {f"{key}: ": value for key, value in content.items()} if isinstance(content, Mapping) else {}
-    for place, state in {"": content, **nested}.items():
-        if isinstance(state, Mapping):
-            for name in state:
-                if isinstance(name, str) and name.endswith(marker) and isinstance(state[name], Tensor):
-                    prefix = name.removesuffix(marker)
-                    # What is no tensor (optimizers, counters beside a bare state dict) has nothing to do with weights.
-                    found[place + name] = {
-                        str(key).removeprefix(prefix): tensor
-                        for key, tensor in state.items()
-                        if isinstance(tensor, Tensor)
-                    }
+    found: dict[str, Found] = {}
+    mappings = list(_mappings(content))
+    for depth, place, mapping in mappings:
+        # What is no tensor has nothing to do with weights.
+        tensors = {WRAPPERS.sub("", str(name)): x for name, x in mapping.items() if isinstance(x, Tensor)}
+        for name in tensors:
+            prefix = name.removesuffix(marker)
+            if f".{name}".endswith(f".{marker}") and not OPTIMIZER.search(place + prefix):
+                own = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+                others = [key for key in tensors if not key.startswith(prefix)]
+                found[place + name] = Found(max(depth, 1), place, own, others)
+    highest = min((state.depth for state in found.values()), default=0)
+    found = {name: state for name, state in found.items() if state.depth == highest}
+    searched = [state.tensors for state in found.values()] or [mapping for _, _, mapping in mappings]
+    if replaced := [name for names in searched for name in map(str, names) if REPLACED.search(name)]:
+        raise InputError(
+            f"{where} holds weights that adapters, parametrizations or pruning make of others ({listed(replaced)}): "
+            "merge them where it was written, then save the state dict"
+        )
+    if not found and any(OPTIMIZER.search(place) or "param_groups" in mapping for _, place, mapping in mappings):
+        raise InputError(f"{where} holds an optimizer's state and no {marker}: give the file with the model's weights")
     if not found:
         raise InputError(f"{where} has no {marker}, so it is not of {package}")
-    if len(found) > 1:
+    state, *more = found.values()
+    if not all(other.place == state.place and _equal(other.tensors, state.tensors) for other in more):
         raise InputError(f"{where} holds several models ({listed(list(found))}): save the one you mean alone")
-    [state] = found.values()
-    return state
+    say_left_out(state.others, where)
+    return state.tensors
+
+
+def _mappings(content: Any) -> Iterator[tuple[int, str, Mapping[Any, Any]]]:
+    """Every mapping in `content`, itself included, with its depth and the keys that lead to it."""
+    waiting, seen = [(0, "", content)], set[int]()
+    for depth, place, value in waiting:
+        if isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+            waiting += [(depth + 1, f"{place}{key}: ", entry) for key, entry in entries]
+            if isinstance(value, Mapping):
+                yield depth, place, value
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two prefixes in a state dict are of one module."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
 
 
 def listed(names: Sequence[str]) -> str:
@@ -177,17 +269,23 @@ class StandIn:
 
 
 def read_torch(path: Path, stand_ins: str | None = None) -> Any:
-    """What `torch.save` wrote, read by torch's restricted reader. Objects of the package `stand_ins` become `StandIn`s.
+    """What `torch.save` or safetensors wrote, the former read by torch's restricted reader.
+
+    numpy's scalars become numbers; what else is `HARMLESS`, and objects of the package `stand_ins`, `StandIn`s.
 
     Raises:
         InputError: missing, damaged, not a torch file, or it needs code to run; the message names that code.
     """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     with open(existing_file(path), "rb") as file:
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         except Exception:  # not a zip file: the oldest torch files, or none at all, as the reader will say
-            foreign = []
-        known = [name for name in foreign if stand_ins is not None and name.startswith(f"{stand_ins}.")]
+            foreign = list(HARMLESS)
+        known = {name: HARMLESS[name] for name in foreign if name in HARMLESS}
+        if stand_ins is not None:
+            known |= {name: StandIn for name in foreign if name.startswith(f"{stand_ins}.")}
         if refused := sorted(set(foreign) - set(known)):
             raise InputError(
                 f"{path} holds Python objects that only code could rebuild ({listed(refused)}), and code in files is "
@@ -195,7 +293,7 @@ def read_torch(path: Path, stand_ins: str | None = None) -> Any:
             )
         file.seek(0)
         try:
-            with torch.serialization.safe_globals([(StandIn, name) for name in known]):
+            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in known.items()]):
                 return torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # torch's own words would advise to run the code
             raise InputError(
@@ -263,8 +361,11 @@ class _DType:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.order = state[1]
 
+    def is_number(self) -> bool:
+        return isinstance(self.name, str) and self.name.lstrip("<>=|") in _NUMBERS
+
     def real(self) -> np.dtype:
-        if not isinstance(self.name, str) or self.name.lstrip("<>=|") not in _NUMBERS:
+        if not self.is_number():
             raise InputError(f"holds arrays of {self.name!r}: only numbers are read")
         return np.dtype(self.name).newbyteorder(self.order if self.order in ("<", ">") else "=")
 
@@ -276,6 +377,11 @@ def _from_buffer(data: Any, dtype: _DType, shape: tuple[int, ...], order: str) -
     array = _Array()
     array.value = np.frombuffer(bytes(data), dtype.real()).reshape(shape, order="F" if order == "F" else "C").copy()
     return array
+
+
+def _scalar(dtype: _DType, data: Any) -> Any:
+    """Stand-in of what makes numpy's scalars: plain numbers."""
+    return np.frombuffer(data, dtype.real())[0].item() if dtype.is_number() else StandIn()
 
 
 def _reconstruct(*_args: Any) -> _Array:
@@ -303,6 +409,21 @@ class _Mapping(dict[Any, Any]):
     """Stand-in of haiku's FlatMapping."""
 
 
+HARMLESS: dict[str, Any] = {
+    # What files of torch hold beside weights (numbers, random states, options), and what takes its place.
+    "numpy.core.multiarray.scalar": _scalar,  # numpy 1
+    "numpy._core.multiarray.scalar": _scalar,  # numpy 2
+    "numpy.dtype": _DType,
+    "numpy.core.multiarray._reconstruct": StandIn,
+    "numpy._core.multiarray._reconstruct": StandIn,
+    "numpy.ndarray": StandIn,
+    "argparse.Namespace": StandIn,
+    "pathlib.PosixPath": StandIn,
+    "pathlib.WindowsPath": StandIn,
+    "pathlib._local.PosixPath": StandIn,  # Python 3.13
+}
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Knows the names below, all of them functions and classes of this file, and no other."""
 
@@ -311,6 +432,8 @@ class _ArrayUnpickler(pickle.Unpickler):
         ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # numpy 2
         ("numpy.core.numeric", "_frombuffer"): _from_buffer,  # the same in pickle protocol 5
         ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+        ("numpy.core.multiarray", "scalar"): _scalar,
+        ("numpy._core.multiarray", "scalar"): _scalar,
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _DType,
         ("jax._src.array", "_reconstruct_array"): _reconstruct_array,

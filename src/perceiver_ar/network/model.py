@@ -238,7 +238,7 @@ class PerceiverAR(StoredModule):
             latents = self.latent_embed(torch.arange(self.config.latents_per_position, device=h.device))
             u = u + latents.repeat(B // self.config.latents_per_position, 1)[:, None]
         for layer in self.query_mlp:
-            u = activate(layer(u), self.config.activation)
+            u = activate(layer(u), self.config.query_mlp_activation or self.config.activation)
         return u
 
     def apply_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
@@ -341,8 +341,8 @@ class MLP(nn.Module):
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    if activation == "relu2":
-        return F.relu(x).square()
+    if activation in ("relu", "relu2"):
+        return F.relu(x) if activation == "relu" else F.relu(x).square()
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
