@@ -20,6 +20,7 @@ BELOW_THE_TASKS = NETWORK | {
     "windows",
     "sampling",
     "compiled",
+    "decoder",
     "generation",
     "quantization",
     "optim",
@@ -45,13 +46,14 @@ MAY_IMPORT = {
     "windows": BOTTOM | {"config"},
     "sampling": BOTTOM,
     "compiled": BOTTOM | {"cache", "model"},
-    "generation": NETWORK | {"windows", "sampling", "compiled"},
+    "decoder": NETWORK | {"windows", "sampling", "compiled"},
+    "generation": NETWORK | {"windows", "sampling", "decoder"},
     "quantization": {"data"},
     "optim": {"errors", "config"},
     "costs": BOTTOM | {"config"},
     "data": BOTTOM | {"config"},
     "run": NETWORK | {"data", "lock"},
-    "compat": BOTTOM | {"config", "model", "objective", "sampling", "windows", "generation", "data"},
+    "compat": BOTTOM | {"config", "model", "objective", "sampling", "windows", "decoder", "generation", "data"},
     "evaluation": BELOW_THE_TASKS,
     "plots": BOTTOM | {"config", "evaluation"},
     "checkpoints": BOTTOM,
@@ -63,7 +65,9 @@ MAY_IMPORT = {
     "memory": set[str](),
     "training": BELOW_THE_TASKS | {"memory", "checkpoints", "trouble", "report", "tracking", "evaluation", "plots"},
     "huggingface": BELOW_THE_TASKS,
-    "cli": BELOW_THE_TASKS | {"trouble", "compat", "card", "onnx", "evaluation", "plots", "training", "huggingface"},
+    "serving": BELOW_THE_TASKS | {"evaluation"},
+    "cli": BELOW_THE_TASKS
+    | {"trouble", "compat", "card", "onnx", "evaluation", "plots", "training", "huggingface", "serving"},
     "__main__": {"cli"},
 }
 
@@ -79,6 +83,11 @@ ONLY_IN = {
     "matplotlib": "plots",
     "datasets": "data",
     "torchao": "quantization",
+    "fastapi": "serving",
+    "starlette": "serving",
+    "uvicorn": "serving",
+    "prometheus_client": "serving",
+    "pydantic": "serving",
 }
 WITHOUT_TORCH = {"errors", "files", "lock", "config", "costs", "windows", "tracking"}
 

@@ -14,7 +14,7 @@ from perceiver_ar.huggingface.tokenizer import codec_tokenizer
 
 MODULE = "modeling_perceiver_ar"
 SOURCES = ["errors", "files", "config", "attention", "heads", "inputs", "streaming", "cache", "windows", "sampling",
-           "objective", "model", "compiled", "generation", "huggingface/modeling"]  # fmt: skip
+           "objective", "model", "compiled", "decoder", "generation", "huggingface/modeling"]  # fmt: skip
 """What the model is made of, each after those that it imports."""
 
 
