@@ -5,11 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import randomize
 
 from perceiver_ar.cli import main
-from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.data.codec import save_codec
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.evaluation import evaluate
 from perceiver_ar.generation import generate
@@ -31,57 +26,13 @@ pytest.importorskip("fastapi", reason="needs perceiver-ar[serve]")
 openai = pytest.importorskip("openai", reason="needs the client openai")
 httpx = pytest.importorskip("httpx2", reason="needs httpx2, which openai brings")
 
-from perceiver_ar.serving.server import listen, load, web_server  # noqa: E402
-
 http = httpx.Client(timeout=60)
-CONFIG: dict[str, Any] = {
-    "vocab_size": 256,
-    "context_length": 64,
-    "num_latents": 16,
-    "dim": 16,
-    "num_layers": 2,
-    "num_heads": 2,
-}
-
-
-@contextmanager
-def serving(run: Path, **options: Any) -> Iterator[str]:
-    """The server's address."""
-    service = load(run, **options)
-    server, listening = web_server(service), listen("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        listening.close()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _connections_are_closed() -> Iterator[None]:
     yield
     http.close()
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runs") / "tiny"
-    randomize(PerceiverAR(PerceiverARConfig(**CONFIG)), seed=1).save_pretrained(path)
-    save_codec(BytesCodec(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(run: Path) -> PerceiverAR:
-    return PerceiverAR.from_pretrained(run)
-
-
-@pytest.fixture(scope="module")
-def url(run: Path) -> Iterator[str]:
-    with serving(run, slots=4) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +291,7 @@ def test_rows_of_clients_that_go_away_end(url: str, stream: bool) -> None:
     until(lambda: rows_running(url) == 0, "the rows still run")
 
 
-def test_a_full_queue_says_when_to_come_again(run: Path) -> None:
+def test_a_full_queue_says_when_to_come_again(serving: Any, run: Path) -> None:
     with serving(run, slots=1) as url:
         body = {"prompt": ["a"] * 128, "max_tokens": 1_000_000, "stream": True}
         with http.stream("POST", f"{url}/v1/completions", json=body):
@@ -354,7 +305,7 @@ def test_a_full_queue_says_when_to_come_again(run: Path) -> None:
 # Keys and hosts
 
 
-def test_a_key_covers_everything_but_health(run: Path) -> None:
+def test_a_key_covers_everything_but_health(serving: Any, run: Path) -> None:
     with serving(run, api_key="a secret") as url:
         assert http.get(f"{url}/health").json() == {"status": "ok"}
         for path in (

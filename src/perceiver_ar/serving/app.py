@@ -8,11 +8,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict
@@ -35,6 +36,12 @@ MAX_BODY = 16 * 2**20
 BODY_SECONDS = 60.0
 RETRY_SECONDS = 5
 PING_SECONDS = 15.0
+PAGE = Path(__file__).with_name("page.html")
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The page loads nothing from elsewhere, and is in no frame of others."""
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +123,11 @@ def create_app(service: Service) -> FastAPI:
         finally:
             completion.cancel()
         return Response(status_code=499) if answer is None else JSONResponse(answer)  # 499: as nginx; nobody reads it
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+        return FileResponse(PAGE, media_type="text/html", headers=headers)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
