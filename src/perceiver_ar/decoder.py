@@ -140,6 +140,8 @@ class Row:
             InputError: no id may come next, or `allowed_next` does not give a mask.
         """
         sampling, settings = self.settings.sampling, self.settings
+        if settings.plain:
+            return logits
         if sampling.repetition_penalty != 1.0:
             seen = torch.zeros(len(logits), dtype=torch.bool)
             seen[list(self.seen)] = True
@@ -185,15 +187,10 @@ def draw(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], Tensor]:
         InputError: the logits are not finite, or a row may not go on with any id.
     """
     exact = logits.cpu().double()  # what a seed gives does not depend on the device
-    require(
-        bool(exact.amax(-1).isfinite().all()),
-        "the model's weights give NaN or infinite logits: use weights from before training diverged, or "
-        "train at a lower rate",
-    )
+    require_finite(exact)
     adjusted = exact
     if not all(row.settings.plain for row in rows):
-        pairs = zip(rows, exact, strict=True)
-        adjusted = torch.stack([one if row.settings.plain else row.adjust(one) for row, one in pairs])
+        adjusted = torch.stack([row.adjust(one) for row, one in zip(rows, exact, strict=True)])
     tokens = [0] * len(rows)
     alike: dict[Sampling, list[int]] = {}
     for r, row in enumerate(rows):
@@ -203,6 +200,15 @@ def draw(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], Tensor]:
         for r, token in zip(members, drawn, strict=True):
             tokens[r] = token
     return tokens, exact.log_softmax(-1)
+
+
+def require_finite(logits: Tensor) -> None:
+    """Raises InputError unless every row of logits (B, V) has a finite largest one."""
+    require(
+        bool(logits.amax(-1).isfinite().all()),
+        "the model's weights give NaN or infinite logits: use weights from before training diverged, or "
+        "train at a lower rate",
+    )
 
 
 def _kind(value: Any) -> str:

@@ -219,11 +219,28 @@ def test_a_job_that_takes_too_long_ends() -> None:
         assert heard(one).ends == {0: "late"}
 
 
+def test_a_row_that_cannot_go_on_fails_alone() -> None:
+    def stuck_at_three(ids: Tensor) -> Tensor:
+        return torch.full((11,), len(ids) < 3)
+
+    with running(MODEL, slots=4) as engine:
+        stuck = Job(torch.tensor([1]), RowSettings(allowed_next=stuck_at_three, max_new_tokens=9), [0, 1], Heard())
+        several = [job([4], 40), stuck, job([5], 40)]
+        engine.submit(several)
+        with pytest.raises(InputError, match="cannot go on after 3 tokens"):
+            heard(stuck).wait(2)
+        for one in several[::2]:
+            assert heard(one).wait(1) == generate(MODEL, one.prompt, 40, seed=0).tolist()
+
+
 def test_after_a_failure_the_next_job_is_served() -> None:
+    def broken(ids: Tensor) -> Tensor:
+        raise RuntimeError("broken")
+
     with running(MODEL, slots=2) as engine:
-        wrong = Job(torch.tensor([1]), RowSettings(allowed_next=lambda ids: ids, max_new_tokens=3), [0], Heard())  # type: ignore[arg-type]
+        wrong = Job(torch.tensor([1]), RowSettings(allowed_next=broken, max_new_tokens=3), [0], Heard())
         engine.submit([wrong])
-        with pytest.raises(InputError, match="allowed_next gave"):
+        with pytest.raises(RuntimeError, match="broken"):
             heard(wrong).wait(1)
         one = job([5], 9)
         engine.submit([one])

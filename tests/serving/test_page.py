@@ -47,14 +47,14 @@ def test_a_text_is_continued_stopped_undone_and_retried(
 
     text, status = page.get_by_role("textbox", name="Text to go on from"), page.get_by_role("status")
     text.click()
-    page.keyboard.type("Once\nupon")
+    page.keyboard.type("Once\nupon\n")
     page.get_by_label("Seed").fill("3")
     page.get_by_role("slider", name="Length").fill("32")
     page.get_by_role("slider", name="Temperature").fill("1")
     page.get_by_role("slider", name="Top-p").fill("1")
 
     def expected(seed: int) -> str:
-        ids = generate(model, [[0, *b"Once\nupon"]], 32, seed=seed, stop_tokens=[0])[0]
+        ids = generate(model, [[0, *b"Once\nupon\n"]], 32, seed=seed, stop_tokens=[0])[0]
         return BytesCodec().decode(ids.numpy()).decode(errors="replace")
 
     page.get_by_role("button", name="Continue").click()
@@ -69,7 +69,7 @@ def test_a_text_is_continued_stopped_undone_and_retried(
     assert text.locator("span").text_content() == expected(4)
 
     page.get_by_role("button", name="Undo").click()
-    assert text.text_content() == "Once\nupon"
+    assert text.text_content() == "Once\nupon\n"
 
     page.get_by_role("slider", name="Length").fill("1024")
     page.get_by_label("Seed").fill("")

@@ -1,6 +1,7 @@
 """A real server on loopback, and real clients."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -404,3 +405,15 @@ def test_metrics_count(url: str, client: Any) -> None:
     assert 'perceiver_ar_requests_total{path="/v1/completions",status="200"}' in lines
     assert "perceiver_ar_slots 4.0" in lines
     assert "perceiver_ar_first_token_seconds_count" in lines
+
+
+def test_what_the_page_in_the_docs_shows_runs(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/serve.md").read_text()
+    page = page.replace("http://127.0.0.1:8000", url).replace('"books"', '"tiny"')
+    [code] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    variables: dict[str, Any] = {}
+    exec(compile(code, "serve.md", "exec"), variables)
+    variables["client"].close()
+    assert "nats" in capsys.readouterr().out
+    [body] = re.findall(r"-d '(.*?)'", page)
+    assert http.post(f"{url}/v1/completions", json=json.loads(body)).json()["choices"][0]["text"]

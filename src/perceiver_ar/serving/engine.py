@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from perceiver_ar.decoder import Row, RowSettings, draw
+from perceiver_ar.decoder import Row, RowSettings, draw, require_finite
 from perceiver_ar.errors import InputError
 from perceiver_ar.evaluation import windows
 from perceiver_ar.model import PerceiverAR
@@ -276,7 +276,15 @@ class Engine:
         rows = list(self._decoder.rows)
         if not rows:
             return
-        tokens, logprobs = draw(rows, self._decoder.next_logits())
+        logits = self._decoder.next_logits()
+        try:
+            tokens, logprobs = draw(rows, logits)
+        except InputError:  # nothing has been drawn yet
+            logits = logits[self._fail_stuck(rows, logits)]
+            rows = list(self._decoder.rows)
+            if not rows:
+                return
+            tokens, logprobs = draw(rows, logits)
         self._decoder.add(tokens)
         unwanted = []
         for row, token, all_logprobs in zip(rows, tokens, logprobs, strict=True):
@@ -287,6 +295,23 @@ class Engine:
             elif not more:
                 unwanted.append(row)
         self._remove(unwanted)
+
+    def _fail_stuck(self, rows: list[Row], logits: Tensor) -> list[int]:
+        """Removes the rows that cannot go on after these logits, and those of the same jobs. Returns the places that
+        the logits of the others had, in the order that the decoder's rows have now."""
+        stuck = dict[int, Exception]()
+        for row, one in zip(rows, logits.cpu().double(), strict=True):
+            try:
+                require_finite(one[None])
+                row.adjust(one)
+            except InputError as error:
+                stuck[id(self._running[row.index][0])] = error
+        failed = {id(job): job for job, _ in self._running.values() if id(job) in stuck}
+        self._remove([row for row in rows if id(self._running[row.index][0]) in stuck])
+        for number, job in failed.items():
+            job.listener.failed(stuck[number])
+        places = {id(row): place for place, row in enumerate(rows)}
+        return [places[id(row)] for row in self._decoder.rows]
 
     def _fail(self, error: Exception) -> None:
         """What runs, or on closing also what waits, ends with an error; what comes later begins anew."""
