@@ -650,23 +650,14 @@ def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
 
 def what_to_draw(codec: "Codec", document: list[int], args: argparse.Namespace) -> tuple[list[int], int, int]:
     """The prompt, how many tokens to draw after it, and how often."""
-    keep = args.keep
-    if keep is not None and not (keep > 0 and math.isfinite(keep)):
-        raise InputError(f"--keep is {keep:g}: give a number of tokens, or a share of them below 1")
-    if keep is None and codec.document_length is not None and len(document) == codec.document_length:
-        keep = 0.5
-    if keep is not None:
-        start = len(codec.start())
-        document = document[: start + round(keep * (len(document) - start) if keep < 1 else keep)]
-    count, samples = args.max_new_tokens, args.samples
-    if codec.document_length is not None:
-        rest = codec.document_length - len(document)
-        count = rest if count is None else min(count, rest)
-    if samples is None:
-        samples = 1 if codec.document_length is None else 4
+    from perceiver_ar.data.codec import prompt_and_count
+
+    if args.keep is not None and not (args.keep > 0 and math.isfinite(args.keep)):
+        raise InputError(f"--keep is {args.keep:g}: give a number of tokens, or a share of them below 1")
+    samples = (1 if codec.document_length is None else 4) if args.samples is None else args.samples
     if samples < 1:
         raise InputError(f"--samples is {samples}: it must be at least 1")
-    return document or [0], 256 if count is None else count, samples
+    return *prompt_and_count(codec, document, args.keep, args.max_new_tokens), samples
 
 
 def show_files(

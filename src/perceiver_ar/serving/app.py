@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Protocol
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Form, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
@@ -27,10 +27,12 @@ from perceiver_ar.errors import InputError
 from perceiver_ar.serving.completions import Completion, as_rows
 from perceiver_ar.serving.engine import Busy, Engine
 from perceiver_ar.serving.errors import describe, error_body, error_response
+from perceiver_ar.serving.files import GenerateForm, Generation, Results, media_type
 from perceiver_ar.serving.metrics import Metrics
 from perceiver_ar.serving.protocol import CompletionRequest, Refused, require_unicode
 from perceiver_ar.serving.security import Guard
 from perceiver_ar.serving.text import Vocabulary
+from perceiver_ar.serving.worker import TooMuch, Worker
 
 MAX_BODY = 16 * 2**20
 BODY_SECONDS = 60.0
@@ -52,6 +54,7 @@ class Service:
 
     engine: Engine
     codec: Codec
+    path: Path
     name: str
     api_key: str | None = None
 
@@ -87,12 +90,14 @@ class Events(EventSourceResponse):
 
 def create_app(service: Service) -> FastAPI:
     engine, name = service.engine, service.name
+    worker, results = Worker(service.path), Results()
     vocabulary, metrics, created = Vocabulary(service.codec), Metrics(engine), int(time.time())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(engine.close)
+        await run_in_threadpool(worker.close)
 
     # No pages of documentation: theirs are fetched from elsewhere.
     app = FastAPI(title="perceiver-ar", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -116,13 +121,27 @@ def create_app(service: Service) -> FastAPI:
             raise Refused(f"prompt cannot be read: {str(error).partition(';')[0]}", "prompt") from None
         completion = Completion(body, rows, engine, vocabulary, name, metrics)
         completion.submit()
-        if body.stream:
-            return Events(events(completion.chunks()), completion.cancel)
+        return await answer_with(request, completion, completion.chunks if body.stream else None)
+
+    @app.post("/v1/generate")
+    async def generate(request: Request, form: Annotated[GenerateForm, Form()]) -> Response:
+        generation = Generation(form, service.codec, engine, worker, results)
         try:
-            answer = await unless_gone(request, completion.whole())
-        finally:
-            completion.cancel()
-        return Response(status_code=499) if answer is None else JSONResponse(answer)  # 499: as nginx; nobody reads it
+            await generation.read()
+        except Refused:
+            raise
+        except InputError as error:  # of a file that is no such file, or a damaged one
+            return error_response(422, str(error), param="prompt" if form.file is None else "file")
+        generation.submit()
+        return await answer_with(request, generation, generation.events if form.stream else None)
+
+    @app.get("/v1/files/{key}/{name}")
+    async def file(key: str, name: str) -> Response:
+        content = results.get(key, name)
+        if content is None:
+            raise HTTPException(404, "there is no such file, or not any more")
+        headers = {"Content-Disposition": f'inline; filename="{name}"', "X-Content-Type-Options": "nosniff"}
+        return Response(content, media_type=media_type(name), headers=headers)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -167,11 +186,36 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
+class Work(Protocol):
+    """A request that has been submitted to the engine."""
+
+    async def whole(self) -> dict[str, Any]: ...
+
+    def cancel(self) -> None: ...
+
+
+async def answer_with(
+    request: Request, work: Work, pieces: Callable[[], AsyncIterator[dict[str, Any]]] | None
+) -> Response:
+    """The pieces of an answer as they come, or None: the whole; whoever goes away takes the work along."""
+    if pieces is not None:
+        return Events(events(pieces()), work.cancel)
+    try:
+        answer = await unless_gone(request, work.whole())
+    finally:
+        work.cancel()
+    return Response(status_code=499) if answer is None else JSONResponse(answer)  # 499: as nginx; nobody reads it
+
+
 def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
         status = 404 if error.code == "model_not_found" else 400
         return error_response(status, str(error), param=error.param, code=error.code)
+
+    @app.exception_handler(TooMuch)
+    async def too_much(_: Request, error: TooMuch) -> Response:
+        return error_response(413, "the file takes more memory or time than it may", param="file")
 
     @app.exception_handler(InputError)
     async def wrong_input(_: Request, error: InputError) -> Response:
@@ -210,6 +254,8 @@ async def events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
             yield format_sse_event(data_str=json.dumps(chunk))
     except StopAsyncIteration:
         yield format_sse_event(data_str="[DONE]")
+    except TooMuch:
+        yield format_sse_event(data_str=json.dumps(error_body(413, "the files take more memory or time than they may")))
     except InputError as error:
         yield format_sse_event(data_str=json.dumps(error_body(400, str(error))))
     except Exception:

@@ -81,7 +81,7 @@ def load(
         int8_weights(model)
     engine = Engine(model, slots=slots, max_context=max_context, compile=compile)
     engine.start()
-    return Service(engine, codec, run.path.resolve().name, api_key)
+    return Service(engine, codec, run.path, run.path.resolve().name, api_key)
 
 
 def web_server(service: Service) -> uvicorn.Server:
