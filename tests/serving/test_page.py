@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reference import randomize
+from test_every_modality import write_music
 
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.data.codec import save_codec
+from perceiver_ar.data.midi import PerformanceCodec
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.generation import generate
 from perceiver_ar.model import PerceiverAR
@@ -82,3 +87,34 @@ def test_a_text_is_continued_stopped_undone_and_retried(
     assert trouble == []
     assert all(address.startswith((url, "data:")) for address in asked)
     context.close()
+
+
+def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, tmp_path: Path) -> None:
+    codec, run = PerformanceCodec(), tmp_path / "piano"
+    size: dict[str, Any] = {"context_length": 64, "num_latents": 16, "dim": 16, "num_layers": 1, "num_heads": 2}
+    randomize(PerceiverAR(codec.fit(PerceiverARConfig(vocab_size=codec.vocab_size, **size))), seed=1).save_pretrained(
+        run
+    )
+    save_codec(codec, run)
+    write_music(tmp_path / "prelude.mid", 3)
+    with serving(run) as url:
+        context = browser.new_context(viewport={"width": 1280, "height": 800})
+        page = context.new_page()
+        trouble = list[str]()
+        page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.goto(url)
+        page.get_by_label("A file to go on from; without").set_input_files(tmp_path / "prelude.mid")
+        page.get_by_role("slider", name="Length").fill("32")
+        page.get_by_role("button", name="Continue").click()
+        playwright.expect(page.locator("#status")).to_contain_text("the files stay", timeout=120_000)
+        assert page.evaluate(
+            "async () => { const a = document.querySelector('audio'); a.muted = true; await a.play();"
+            " await new Promise(done => a.ontimeupdate = () => a.currentTime > 0 && done()); return a.duration > 0; }"
+        )
+        with page.expect_download() as download:
+            page.get_by_role("link", name="generated.mid").click()
+        assert download.value.path().read_bytes().startswith(b"MThd")
+        page.screenshot(path=os.environ.get("SCREENSHOTS", str(tmp_path)) + "/piano.png", full_page=True)
+        assert trouble == []
+        context.close()

@@ -40,8 +40,8 @@ RETRY_SECONDS = 5
 PING_SECONDS = 15.0
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "img-src 'self' data:; media-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """The page loads nothing from elsewhere, and is in no frame of others."""
 
@@ -152,6 +152,7 @@ def create_app(service: Service) -> FastAPI:
     async def models() -> dict[str, Any]:
         card = {"id": name, "object": "model", "created": created, "owned_by": "perceiver-ar"}
         card |= {"context_length": engine.context, "writes_text": service.codec.writes_text}
+        card |= {"document_length": service.codec.document_length}
         return {"object": "list", "data": [card]}
 
     @app.get("/health")
