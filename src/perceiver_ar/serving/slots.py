@@ -16,7 +16,9 @@ from perceiver_ar.inputs import reach
 from perceiver_ar.model import PerceiverAR
 
 LATENTS = 128
-"""Latents of a prompt that are computed at once."""
+"""Latents of a prompt that are computed at once, at most."""
+SCORES = 2**22
+"""Latents that are computed at once, times the tokens that each of them reads: about a tenth of a second of a CPU."""
 
 
 class SlotDecoder(Decoder):
@@ -42,16 +44,18 @@ class SlotDecoder(Decoder):
     def free(self) -> int:
         return self.capacity - len(self.rows)
 
-    def prefill(self, row: Row) -> Iterator[None]:
+    def prefill(self, row: Row, piece: int | None = None) -> Iterator[None]:
         """Reads a row's prompt; then it, or rows equal to it, can be admitted. Yields after each piece of the work.
 
-        A new prefill may begin at any time; one that was given up needs no end.
+        piece: latents that are computed at once; None: fewer for longer prompts. A new prefill may begin at any time;
+        one that was given up needs no end.
         """
         ids = row.window_ids(0, row.num_tokens - row.window.start)
         same = zip(ids, self._cached_ids, strict=False) if row.window.start == self._cached_start else ()
         row.kept = min(sum(1 for _ in takewhile(lambda pair: eq(*pair), same)), row.prefix_len)
         self._cached_start, self._cached_ids = row.window.start, ids[: row.kept]
-        for _ in self._fill([row], self.prompt, LATENTS):
+        piece = piece or min(max(SCORES // len(ids), 1), LATENTS)
+        for _ in self._fill([row], self.prompt, piece):
             # Where the model distinguishes roles, keys of latents are no keys of a prefix.
             latents = self.prompt.own.counts[0] if row.config.latent_keys == "query" else 0
             self._cached_ids = ids[: int(self.prompt.cross.counts[0] - latents)]
@@ -90,7 +94,7 @@ class RecomputingSlots(Recomputing):
     def free(self) -> int:
         return self.capacity - len(self.rows)
 
-    def prefill(self, row: Row) -> Iterator[None]:
+    def prefill(self, row: Row, piece: int | None = None) -> Iterator[None]:
         return iter(())
 
     def admit(self, rows: Sequence[Row]) -> None:
