@@ -385,6 +385,15 @@ def test_the_frequency_penalty_counts_what_the_row_has_drawn() -> None:
     assert sum(n > 0 for n in drawn) > 2
 
 
+def test_the_presence_penalty_is_for_what_the_row_has_drawn_however_often() -> None:
+    row, drawn = [3, 3, 3], set[int]()
+    for step in stream(MODEL, [row], max_new_tokens=20, temperature=0.0, presence_penalty=0.9):
+        expected = [x - 0.9 * (index in drawn) for index, x in enumerate(step.logits[0].tolist())]
+        assert int(step.tokens) == expected.index(max(expected))
+        drawn.add(int(step.tokens))
+    assert len(drawn) > 2
+
+
 @pytest.mark.parametrize("num_layers", [0, 1])
 def test_sliding_windows_are_exact_where_latents_know_nothing_of_each_other(num_layers: int) -> None:
     # Keys and values of the first self-attention layer depend on the context alone, and here it drops nothing.
@@ -447,6 +456,7 @@ def test_sliding_rows_give_the_same_alone_and_in_a_batch(fields: dict[str, Any])
         ([[1]], {"stop_sequences": [[1], []]}, "a stop sequence is empty"),
         ([[1]], {"num_samples": 0}, "num_samples is 0"),
         ([[1]], {"frequency_penalty": math.inf}, "frequency_penalty is inf"),
+        ([[1]], {"presence_penalty": math.nan}, "presence_penalty is nan"),
         ([[1]], {"seed": [1, 2]}, "seed has 2 numbers, the prompt 1 rows"),
     ],
 )

@@ -21,6 +21,7 @@ BELOW_THE_TASKS = NETWORK | {
     "windows",
     "sampling",
     "compiled",
+    "decoder",
     "generation",
     "quantization",
     "optim",
@@ -43,14 +44,15 @@ MAY_IMPORT = {
     "windows": BOTTOM | {"config"},
     "sampling": BOTTOM,
     "compiled": NETWORK | {"cache"},
-    "generation": NETWORK | {"cache", "windows", "sampling", "compiled"},
+    "decoder": NETWORK | {"cache", "windows", "sampling", "compiled"},
+    "generation": NETWORK | {"windows", "sampling", "decoder"},
     "quantization": {"data"},
     "optim": {"errors", "config"},
     "costs": BOTTOM | {"config"},
     "data": BOTTOM | {"config"},
     "run": NETWORK | {"data", "lock"},
     "origin": NETWORK | {"data", "run"},
-    "compat": NETWORK | {"objective", "sampling", "windows", "generation", "data"},
+    "compat": NETWORK | {"objective", "sampling", "windows", "decoder", "generation", "data"},
     "evaluation": BELOW_THE_TASKS,
     "plots": BOTTOM | {"config", "evaluation"},
     "onnx": NETWORK | {"cache", "data"},
@@ -58,7 +60,8 @@ MAY_IMPORT = {
     "card": BOTTOM | {"run", "data"},
     "training": BELOW_THE_TASKS | {"report", "evaluation", "plots"},
     "huggingface": BELOW_THE_TASKS,
-    "cli": BELOW_THE_TASKS | {"compat", "card", "onnx", "evaluation", "plots", "training", "huggingface"},
+    "serving": BELOW_THE_TASKS | {"evaluation"},
+    "cli": BELOW_THE_TASKS | {"compat", "card", "onnx", "evaluation", "plots", "training", "huggingface", "serving"},
     "__main__": {"cli"},
 }
 
@@ -72,6 +75,11 @@ ONLY_IN = {
     "matplotlib": "plots",
     "datasets": "data",
     "torchao": "quantization",
+    "fastapi": "serving",
+    "starlette": "serving",
+    "uvicorn": "serving",
+    "prometheus_client": "serving",
+    "pydantic": "serving",
 }
 WITHOUT_TORCH = {"errors", "files", "lock", "config", "costs", "windows"}
 

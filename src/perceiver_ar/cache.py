@@ -103,10 +103,16 @@ class KeysValues:
         return KeysValues(layers, self.room, self.counts[first:last])
 
     def copy_row(self, source: int, target: int) -> None:
-        for layer in self.layers:
-            for x in layer:
-                x[target] = x[source]
-        self.counts[target] = self.counts[source]
+        self.copy_from(self, source, target)
+
+    def copy_from(self, other: "KeysValues", source: int, target: int) -> None:
+        """What row `source` of a cache of equal room holds becomes row `target`."""
+        assert other.room == self.room
+        held = min(int(other.counts[source]), self.room)
+        for layer, theirs in zip(self.layers, other.layers, strict=True):
+            for x, y in zip(layer, theirs, strict=True):
+                x[target, :, :held] = y[source, :, :held]
+        self.counts[target] = other.counts[source]
 
     def select(self, rows: Sequence[int]) -> "KeysValues":
         """Copies of rows, in this order; a row may come several times, or not at all."""
@@ -191,6 +197,14 @@ class Cache:
     def copy_row(self, source: int, target: int) -> None:
         self.cross.copy_row(source, target)
         self.self_attention.copy_row(source, target)
+
+    def copy_from(self, other: "Cache", source: int, target: int) -> None:
+        self.cross.copy_from(other.cross, source, target)
+        self.self_attention.copy_from(other.self_attention, source, target)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for kind in (self.cross, self.self_attention) for layer in kind.layers for x in layer)
 
     def select(self, rows: Sequence[int]) -> "Cache":
         return Cache(self.cross.select(rows), self.self_attention.select(rows))

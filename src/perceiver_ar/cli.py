@@ -50,6 +50,7 @@ Perceiver AR on your own files: train, see how good it is, generate.
   train [PATH...] --out RUN     make a run: a directory with a trained model
   evaluate RUN [PATH...]        bits per byte on files, or on what the run held out
   generate RUN                  let the model write
+  serve RUN                     let programs use it: OpenAI's completions over HTTP, and a page to write on
   info RUN                      what a run is, and what it costs
   convert FORMAT CHECKPOINT --out RUN     another implementation's checkpoint becomes a run
   export FORMAT RUN --out PATH            and back; or for Hugging Face transformers, or as ONNX
@@ -87,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": train_verb,
         "evaluate": evaluate_verb,
         "generate": generate_verb,
+        "serve": serve_verb,
         "info": info_verb,
         "convert": convert_verb,
         "export": export_verb,
@@ -486,6 +488,9 @@ def generate_verb(argv: list[str]) -> None:
     parser.add_argument(
         "--frequency_penalty", type=float, default=0.0, help="taken from a token's logit per earlier use"
     )
+    parser.add_argument(
+        "--presence_penalty", type=float, default=0.0, help="taken from a token's logit once it was used"
+    )
     parser.add_argument("--stop", type=str | None, help="end a text once this was written")
     parser.add_argument("--ignore_end", action="store_true", help="go on where a document ends, with a new one")
     parser.add_argument(
@@ -540,6 +545,7 @@ def generate_verb(argv: list[str]) -> None:
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
         frequency_penalty=args.frequency_penalty,
+        presence_penalty=args.presence_penalty,
         stop_tokens=() if args.ignore_end else codec.separator[-1:],
         refill_latents=args.refill_latents,
         slide=args.slide,
@@ -558,6 +564,40 @@ def generate_verb(argv: list[str]) -> None:
         out = None if args.out is None else Path(args.out)
         out = out and out.with_name(f"{numbered(out.stem, number, samples)}{out.suffix}")
         show_text(codec, steps(seed=seed), count, stop, out)
+
+
+def serve_verb(argv: list[str]) -> None:
+    parser = make_parser(
+        "serve",
+        "RUN",
+        "Serves the model of a run: OpenAI's completions interface at /v1, and a page to write on at /.",
+        "  perceiver-ar serve runs/books                           (this machine only: http://127.0.0.1:8000)\n"
+        "  perceiver-ar serve runs/books --host 0.0.0.0 --api_key KEY --slots 32\n"
+        "  perceiver-ar serve runs/books --config server.yaml      (where `api_key: KEY` is in no list of processes)",
+    )
+    parser.add_argument("run", type=str, help="a run directory")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="an address of this machine; one that others "
+                        "can reach, such as 0.0.0.0, needs --api_key")  # fmt: skip
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--api_key", type=str | None, help="what every request must send, but those to /health")
+    parser.add_argument("--slots", type=int, default=8, help="texts that are drawn at the same time; others wait")
+    parser.add_argument("--max_context", type=int | None, help="tokens of context of each; fewer take less memory "
+                        "(default: the model's)")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="half a minute first, then faster tokens")
+    parser.add_argument("--precision", choices=["32", "bf16", "int8"], default="32", help="of weights and computation; "
+                        "int8 needs the extra [int8]")  # fmt: skip
+    parser.add_argument("--device", type=str | None, help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    args = parse(parser, argv)
+
+    from perceiver_ar.data.codec import missing_extra
+
+    try:
+        from perceiver_ar.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise missing_extra("serve", error) from None
+    options = args.as_dict()
+    options.pop("config")
+    serve(options.pop("run"), **options)
 
 
 def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, out: Path | None) -> None:
@@ -641,23 +681,14 @@ def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
 
 def what_to_draw(codec: "Codec", document: list[int], args: argparse.Namespace) -> tuple[list[int], int, int]:
     """The prompt, how many tokens to draw after it, and how often."""
-    keep = args.keep
-    if keep is not None and not (keep > 0 and math.isfinite(keep)):
-        raise InputError(f"--keep is {keep:g}: give a number of tokens, or a share of them below 1")
-    if keep is None and codec.document_length is not None and len(document) == codec.document_length:
-        keep = 0.5
-    if keep is not None:
-        start = len(codec.start())
-        document = document[: start + round(keep * (len(document) - start) if keep < 1 else keep)]
-    count, samples = args.max_new_tokens, args.samples
-    if codec.document_length is not None:
-        rest = codec.document_length - len(document)
-        count = rest if count is None else min(count, rest)
-    if samples is None:
-        samples = 1 if codec.document_length is None else 4
+    from perceiver_ar.data.codec import prompt_and_count
+
+    if args.keep is not None and not (args.keep > 0 and math.isfinite(args.keep)):
+        raise InputError(f"--keep is {args.keep:g}: give a number of tokens, or a share of them below 1")
+    samples = (1 if codec.document_length is None else 4) if args.samples is None else args.samples
     if samples < 1:
         raise InputError(f"--samples is {samples}: it must be at least 1")
-    return document or [0], 256 if count is None else count, samples
+    return *prompt_and_count(codec, document, args.keep, args.max_new_tokens), samples
 
 
 def show_files(

@@ -30,6 +30,7 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         t, k, p, m = self.temperature, self.top_k, self.top_p, self.min_p
@@ -44,10 +45,13 @@ class Sampling:
             0 < self.repetition_penalty < math.inf,
             f"repetition_penalty is {self.repetition_penalty}: it must be more than 0, where 1 changes nothing",
         )
-        require(
-            math.isfinite(self.frequency_penalty),
-            f"frequency_penalty is {self.frequency_penalty}: it must be finite, where 0 changes nothing",
-        )
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            require(math.isfinite(value), f"{name} is {value}: it must be finite, where 0 changes nothing")
+
+    @property
+    def penalises(self) -> bool:
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
     def draw(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
         """One id for each row of (B, V), after penalties; each row from its own generator."""

@@ -37,9 +37,10 @@ from perceiver_ar.compat.weights import (
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import BytesCodec
+from perceiver_ar.decoder import Decoder, Row, RowSettings
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
-from perceiver_ar.generation import Decoder, Row, evaluation_mode, prompt_rows
+from perceiver_ar.generation import evaluation_mode, prompt_rows
 from perceiver_ar.network import model as network
 from perceiver_ar.objective import next_token_loss
 from perceiver_ar.sampling import Sampling, keep_top_k, sample
@@ -197,7 +198,7 @@ class AutoregressiveWrapper(nn.Module):
                     if decoder is None:
                         decoder = self.decoder(out, self.max_seq_len - out.shape[1])
                     else:
-                        decoder.add(out[:, -1].tolist(), ())
+                        decoder.add(out[:, -1].tolist())
                     logits = decoder.next_logits()
                 else:
                     logits = self.net(out[:, -self.max_seq_len :], **kwargs)[:, -1]
@@ -214,8 +215,8 @@ class AutoregressiveWrapper(nn.Module):
     def decoder(self, tokens: Tensor, more: int) -> Decoder:
         """Behind the prefix all tokens (B, T) are latents, and so will be `more` that come."""
         config, rows = self.net.model.config, prompt_rows(tokens, self.net.model.config.vocab_size)
-        schedule = Schedule(prompt_latents=tokens.shape[1] - self.net.cross_attn_seq_len)
-        rows = [Row(r, row, config, schedule=schedule) for r, row in enumerate(rows)]
+        settings = RowSettings(schedule=Schedule(prompt_latents=tokens.shape[1] - self.net.cross_attn_seq_len))
+        rows = [Row(r, row, config, settings) for r, row in enumerate(rows)]
         return Decoder(self.net.model, rows, 1, more)
 
 

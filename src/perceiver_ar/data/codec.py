@@ -178,6 +178,22 @@ class Codec(ABC):
         return cls(**settings)
 
 
+def prompt_and_count(codec: Codec, document: list[int], keep: float | None, count: int | None) -> tuple[list[int], int]:
+    """The first `keep` tokens of a document behind its start (a share of them below 1), and how many to draw after.
+
+    None: all of it, of a whole picture half; 256 tokens, or the rest of a picture.
+    """
+    if keep is None and codec.document_length is not None and len(document) == codec.document_length:
+        keep = 0.5
+    if keep is not None:
+        start = len(codec.start())
+        document = document[: start + round(keep * (len(document) - start) if keep < 1 else keep)]
+    if codec.document_length is not None:
+        rest = codec.document_length - len(document)
+        count = rest if count is None else min(count, rest)
+    return document or [0], 256 if count is None else count
+
+
 def check_positive(**settings: int) -> None:
     """Raises ValueError, naming it, for a setting that is no whole number from 1 on."""
     for name, value in settings.items():

@@ -15,7 +15,7 @@ from perceiver_ar.huggingface.tokenizer import codec_tokenizer
 MODULE = "modeling_perceiver_ar"
 NETWORK = ["kernels", "attention", "heads", "inputs", "streaming", "prefix", "init", "weights", "model"]
 SOURCES = ["errors", "files", "config", *(f"network/{name}" for name in NETWORK), "cache", "windows", "sampling",
-           "objective", "compiled", "generation", "huggingface/modeling"]  # fmt: skip
+           "objective", "compiled", "decoder", "generation", "huggingface/modeling"]  # fmt: skip
 """What the model is made of, each after those that it imports."""
 
 

@@ -26,8 +26,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.hub import cached_file
 
 from perceiver_ar.config import BEFORE, MODEL_TYPE, PerceiverARConfig
+from perceiver_ar.decoder import Decoder, Recomputing, Row
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.generation import Decoder, Recomputing, Row, prompt_rows
+from perceiver_ar.generation import prompt_rows
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import IGNORE
 from perceiver_ar.windows import blocks
@@ -177,7 +178,7 @@ class PerceiverARCache(transformers_caches.Cache):
                 self.decoder.reserve(max(counts) + T)
             logits = []
             for column in prompt_rows(tokens.T, network.config.vocab_size):
-                self.decoder.add(column.tolist(), ())
+                self.decoder.add(column.tolist())
                 logits.append(self.decoder.next_logits())
         self.length = total
         return torch.stack(logits, dim=1)

@@ -1,0 +1,394 @@
+"""Rows and the decoder that continues them: windows over cached keys and values (windows.py, cache.py).
+
+Each step computes one latent per row; where a row's window refills, its other latents are computed anew before, over
+the same prefix. (Networks whose latents change when tokens follow are computed anew for every token:
+`config.cacheable`.) Rows know nothing of each other, so a row gives the same tokens alone and in any batch.
+
+Shapes: B rows, T tokens of a row so far, V vocabulary.
+"""
+
+import copy
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby, islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_ar.cache import Cache
+from perceiver_ar.compiled import NextLogits, compile_and_run, compiled_step, next_logits
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.errors import require
+from perceiver_ar.network.inputs import NOTHING, reach
+from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.sampling import LogitsProcessor, Sampling, penalise_repetition
+from perceiver_ar.windows import Schedule, longest_context, next_window
+
+READ = 4096
+"""Prefix tokens whose keys and values are made at once, over all rows: their activations are all beside the cache."""
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """How one row is continued; `generation.stream` explains the settings."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    allowed_next: Callable[[Tensor], Tensor] | None = None
+    stops: tuple[tuple[int, ...], ...] = ()
+    """The row ends when its output ends with one of these sequences of ids."""
+    max_new_tokens: int | None = None
+    """None: no limit, for callers that count themselves."""
+    schedule: Schedule = field(default_factory=Schedule)
+
+    @property
+    def plain(self) -> bool:
+        """Whether logits are drawn from as they are, but for temperature and filters."""
+        return not (self.sampling.penalises or self.needs_ids)
+
+    @property
+    def needs_ids(self) -> bool:
+        """Whether something looks at all ids of the row so far."""
+        return bool(self.logits_processors or self.allowed_next)
+
+
+class Row:
+    """A row: its settings, its window and counts of its ids, and the whole history only if its settings need it."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Tensor,
+        config: PerceiverARConfig,
+        settings: RowSettings | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """prompt: (T,). config: the network's, or the same with a shorter context_length. generator: None where others
+        draw."""
+        longest = longest_context(config)
+        self.index, self.config, self.settings = index, config, settings or RowSettings()
+        self.generator = generator or torch.Generator()
+        self.num_tokens = len(prompt)
+        self.ids = deque(prompt[-longest:].tolist(), maxlen=longest)
+        self.seen, self.drawn = set(prompt.bincount().nonzero()[:, 0].tolist()), Counter[int]()
+        room = self.settings.max_new_tokens
+        self.history = nn.functional.pad(prompt.cpu(), (0, room or 0)) if self.settings.needs_ids else None
+        self.ending: deque[int] = deque()
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self.window = next_window(config, None, self.num_tokens, self.settings.schedule)
+        self.kept, self.dropped = 0, 0
+        """Of the cached context: how many positions hold after a refill, behind how many that left the window."""
+
+    @property
+    def origin(self) -> int:
+        """The token at position 0. Rotations only know differences, so without tables it can stay where it is."""
+        return self.window.start if self.config.table_sizes else 0
+
+    @property
+    def prefix_len(self) -> int:
+        return self.num_tokens - self.window.start - self.window.num_latents
+
+    def last_ids(self, n: int) -> list[int]:
+        """The last n ids, oldest first; NOTHING in front of the window."""
+        inside = min(n, self.num_tokens - self.window.start)
+        return [NOTHING] * (n - inside) + list(islice(reversed(self.ids), inside))[::-1]
+
+    def window_ids(self, first: int, last: int) -> list[int]:
+        """Ids first ... last - 1 of the window; NOTHING in front of it."""
+        start = len(self.ids) - (self.num_tokens - self.window.start)
+        return [NOTHING] * -min(first, 0) + list(islice(self.ids, start + max(first, 0), start + last))
+
+    def add(self, token: int) -> bool:
+        """One more token, and the window for the next; False where the row ends, which `finish_reason` explains."""
+        if self.history is not None:
+            self.history[self.num_tokens] = token
+        self.num_tokens += 1
+        self.ids.append(token)
+        self.seen.add(token)
+        self.drawn[token] += 1
+        if stops := self.settings.stops:
+            self.ending.append(token)
+            if any(tuple(islice(self.ending, max(0, len(self.ending) - len(stop)), None)) == stop for stop in stops):
+                self.finish_reason = "stop"
+                return False
+            if len(self.ending) >= max(map(len, stops)):
+                self.ending.popleft()
+        if self.drawn.total() == self.settings.max_new_tokens:
+            self.finish_reason = "length"
+            return False
+        before, self.window = (
+            self.window,
+            next_window(self.config, self.window, self.num_tokens, self.settings.schedule),
+        )
+        if self.window.refill:
+            # All but the newest token are cached; the keys of those that were latents may have come from elsewhere.
+            true = self.num_tokens - 1 - before.start
+            true -= before.num_latents if self.config.latent_keys == "query" else 0
+            self.dropped = self.window.start - before.start
+            moved = self.dropped > 0 and self.config.table_sizes
+            self.kept = 0 if moved else min(max(true - self.dropped, 0), self.prefix_len)
+        return True
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """Logits (V,) after penalties, processors and what is allowed.
+
+        Raises:
+            InputError: no id may come next, or `allowed_next` does not give a mask.
+        """
+        sampling, settings = self.settings.sampling, self.settings
+        if settings.plain:
+            return logits
+        if sampling.repetition_penalty != 1.0:
+            seen = torch.zeros(len(logits), dtype=torch.bool)
+            seen[list(self.seen)] = True
+            logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
+        if sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0:
+            times = torch.zeros_like(logits)
+            times[list(self.drawn)] = torch.tensor(list(self.drawn.values()), dtype=times.dtype)
+            logits = logits - sampling.frequency_penalty * times - sampling.presence_penalty * (times > 0)
+        if self.history is not None:
+            ids = self.history[: self.num_tokens]
+            for processor in settings.logits_processors:
+                logits = processor(ids[None], logits[None])[0]
+            if settings.allowed_next is not None:
+                allowed = settings.allowed_next(ids)
+                require(
+                    isinstance(allowed, Tensor) and allowed.dtype == torch.bool and allowed.shape == logits.shape,
+                    f"allowed_next gave {_kind(allowed)}: it must give a bool tensor ({len(logits)},), one for each id",
+                )
+                logits = logits.masked_fill(~allowed.cpu(), float("-inf"))
+            best = float(logits.amax())
+            require(
+                math.isfinite(best),
+                f"row {self.index} cannot go on after {len(ids)} tokens: logits_processors and allowed_next leave "
+                f"{'NaN' if math.isnan(best) else 'no id that may come next'}",
+            )
+        return logits
+
+    def fork(self) -> "Row":
+        """The same row, to go on with other tokens."""
+        row = copy.copy(self)
+        for name in ("ids", "seen", "drawn", "ending"):
+            setattr(row, name, copy.copy(getattr(self, name)))
+        row.history = None if self.history is None else self.history.clone()
+        return row
+
+
+def draw(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], Tensor]:
+    """The next id of each row, by its own settings and from its own generator, given its logits (rows, V).
+
+    Also the log-probabilities (rows, V) under the logits, float64 on the CPU.
+
+    Raises:
+        InputError: the logits are not finite, or a row may not go on with any id.
+    """
+    exact = logits.cpu().double()  # what a seed gives does not depend on the device
+    require_finite(exact)
+    adjusted = exact
+    if not all(row.settings.plain for row in rows):
+        adjusted = torch.stack([row.adjust(one) for row, one in zip(rows, exact, strict=True)])
+    tokens = [0] * len(rows)
+    alike: dict[Sampling, list[int]] = {}
+    for r, row in enumerate(rows):
+        alike.setdefault(row.settings.sampling, []).append(r)
+    for sampling, members in alike.items():
+        drawn = sampling.draw(adjusted[members], [rows[r].generator for r in members])
+        for r, token in zip(members, drawn, strict=True):
+            tokens[r] = token
+    return tokens, exact.log_softmax(-1)
+
+
+def require_finite(logits: Tensor) -> None:
+    """Raises InputError unless every row of logits (B, V) has a finite largest one."""
+    require(
+        bool(logits.amax(-1).isfinite().all()),
+        "the model's weights give NaN or infinite logits: use weights from before training diverged, or "
+        "train at a lower rate",
+    )
+
+
+def _kind(value: Any) -> str:
+    """A value's type, and its shape if it has one, for messages."""
+    return f"a {value.dtype} tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+class Decoder:
+    """The network over a cache of which every row has a slot. `rows` are those that go on, in the slots' order."""
+
+    def __init__(
+        self,
+        model: PerceiverAR,
+        rows: Sequence[Row],
+        num_samples: int,
+        max_new_tokens: int,
+        compile: bool | Literal["max-autotune"] = False,
+    ) -> None:
+        """rows: every prompt num_samples times in a row; each prompt is read once. compile: see `generation.stream`."""
+        longest = max(row.num_tokens for row in rows) + max_new_tokens
+        if compile:  # one size for many lengths
+            longest = 2 ** (longest - 1).bit_length()
+        context = min(longest_context(model.config), longest)
+        self.model, self.reach = model, reach(model.config)
+        self.rows = list(rows[::num_samples])
+        self.cache = empty_cache(model, len(self.rows), context)
+        self._refill()
+        if num_samples > 1:
+            self.cache = self.cache.select([r // num_samples for r in range(len(rows))])
+            for row in rows:
+                row.window = replace(row.window, refill=False)
+        self.rows = list(rows)
+        self._compile(compile, len(rows))
+
+    def _compile(self, compile: bool | Literal["max-autotune"], slots: int) -> None:
+        """Decides by which function steps are made. A compiled one is for `slots` rows over the cache of now."""
+        self.slots = slots if compile else None
+        """Of a compiled decoder: rows that end keep their slots, as all shapes stay."""
+        if compile:
+            self.cache.fix()
+            self._step = compiled_step(self.model, self.model.device.type, compile == "max-autotune")
+            self._first_step: NextLogits | None = partial(compile_and_run, self._step, tuned=compile == "max-autotune")
+
+    def next_logits(self) -> Tensor:
+        """Logits (rows, V) of each row's next token."""
+        self._refill()
+        tokens = [row.last_ids(self.reach + 1) for row in self.rows]
+        positions = [row.num_tokens - 1 - row.origin for row in self.rows]
+        if self.slots is None:
+            logits = next_logits(self.model, self._tensor(tokens), self._positions(positions, 1), self.cache)
+        else:
+            ended = self.slots - len(self.rows)
+            at = self._tensor(positions + [0] * ended)[:, None]
+            self.cache.aim()
+            step = self._first_step or self._step
+            logits = step(self.model, self._tensor(tokens + [[0] * (self.reach + 1)] * ended), at, self.cache)
+            self._first_step = None
+            logits = logits[: len(self.rows)].clone()  # CUDA graphs write the next ones to the same place
+        self.cache.advance(1)
+        return logits
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Each row's next token. Rows that end with it give up their slots."""
+        self._keep([row.add(token) for row, token in zip(self.rows, tokens, strict=True)])
+
+    def _keep(self, going_on: Sequence[bool]) -> None:
+        """Of each row whether it goes on; else its slot goes to the last row."""
+        for slot in reversed(range(len(self.rows))):
+            if not going_on[slot]:
+                last = len(self.rows) - 1
+                if slot < last:
+                    self.cache.copy_row(last, slot)
+                    self.rows[slot] = self.rows[last]
+                self.rows.pop()
+                if self.slots is None:
+                    self.cache = self.cache.rows(0, last)
+
+    def reserve(self, num_tokens: int) -> None:
+        """Makes room for rows of this length, as far as contexts go."""
+        room, longest = self.cache.cross.room, longest_context(self.model.config)
+        if room < min(num_tokens, longest):
+            self.cache.cross.grow(min(max(num_tokens, 2 * room), longest))
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Row r goes on from where row order[r] is, as beam search has it."""
+        self.rows = [self.rows[source].fork() for source in order]
+        self.cache = self.cache.select(order)
+
+    def _refill(self) -> None:
+        """Computes all latents but the last of every row whose window refills.
+
+        Neighbours of equal lengths go through the network together.
+        """
+
+        def shape(slot: int) -> tuple[int, ...]:
+            row = self.rows[slot]
+            return row.window.refill, row.dropped, row.kept, row.prefix_len, row.window.num_latents
+
+        for (refill, *_, N), group in groupby(range(len(self.rows)), shape):
+            if not refill:
+                continue
+            slots = list(group)
+            for _ in self._fill(self.rows[slots[0] : slots[-1] + 1], self.cache.rows(slots[0], slots[-1] + 1), N):
+                pass
+
+    def _fill(self, rows: Sequence[Row], cache: Cache, piece: int) -> Iterator[None]:
+        """`_refill` for rows of one shape that have all of `cache`. Yields after each piece of the prefix, and of
+        `piece` latents."""
+        row = rows[0]
+        kept, P, N = row.kept, row.prefix_len, row.window.num_latents
+        cache.self_attention.keep(0)
+        cache.cross.keep(kept, row.dropped)
+        if row.dropped and self.reach:  # keys of the first tokens depend on tokens that have left the window
+            cache.cross.keep(0)
+            yield from self._read(rows, cache, 0, min(self.reach, kept))
+            cache.cross.advance(max(0, kept - self.reach))
+        yield from self._read(rows, cache, kept, P)
+        for first in range(P, P + N - 1, piece):
+            last = min(first + piece, P + N - 1)
+            tokens, positions = self._window(rows, first, last)
+            self.model.cached_latents(tokens, positions, cache)
+            cache.advance(last - first)
+            yield
+        for row in rows:
+            row.window = replace(row.window, refill=False)
+
+    def _read(self, rows: Sequence[Row], cache: Cache, first: int, last: int) -> Iterator[None]:
+        """Caches the keys and values of tokens first ... last - 1 of each row's window, behind what the cache holds.
+
+        Yields after each piece.
+        """
+        if first == last:
+            return
+        tokens, positions = self._window(rows, first, last)
+        chunk = max(1, READ // len(rows))
+        for start in range(0, last - first, chunk):
+            part = positions[:, start : start + chunk]
+            self.model.cache_prefix(tokens[:, start : start + part.shape[1] + self.reach], part, cache)
+            cache.cross.advance(part.shape[1])
+            yield
+
+    def _window(self, rows: Sequence[Row], first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Tokens first ... last - 1 of each row's window behind those before them, and their positions."""
+        tokens = [row.window_ids(first - self.reach, last) for row in rows]
+        return self._tensor(tokens), self._positions(
+            [row.window.start + first - row.origin for row in rows], last - first
+        )
+
+    def _positions(self, first: Sequence[int], n: int) -> Tensor:
+        """n positions from each of `first` on: (rows, n), or (1, n) where all are the same."""
+        starts = first[:1] if len(set(first)) == 1 else first
+        return self._tensor(starts)[:, None] + torch.arange(n, device=self.model.device)
+
+    def _tensor(self, ids: Any) -> Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self.model.device)
+
+
+def empty_cache(model: PerceiverAR, rows: int, context: int) -> Cache:
+    """A cache of the type in which the model computes: that of its weights, or of autocast."""
+    device, dtype = model.device, model.embed.weight.dtype
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(device.type)
+    return Cache.empty(model.config, rows, context, dtype, device)
+
+
+class Recomputing:
+    """A decoder without a cache, for networks whose latents change when tokens follow: a forward for every token."""
+
+    def __init__(self, model: PerceiverAR, rows: Sequence[Row]) -> None:
+        self.model, self.rows = model, list(rows)
+
+    def next_logits(self) -> Tensor:
+        device, logits = self.model.device, []
+        for row in self.rows:
+            ids = list(row.ids)[-(row.num_tokens - row.window.start) :]
+            logits.append(self.model.latents(torch.tensor([ids], device=device), row.prefix_len)[:, -1])
+        return self.model.head(torch.cat(logits))
+
+    def add(self, tokens: Sequence[int]) -> None:
+        self.rows = [row for row, token in zip(self.rows, tokens, strict=True) if row.add(token)]
+
+    def reorder(self, order: Sequence[int]) -> None:
+        self.rows = [self.rows[source].fork() for source in order]

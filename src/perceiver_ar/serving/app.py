@@ -1,0 +1,284 @@
+"""The routes. Handlers run on the event loop and never compute: texts are encoded in other threads, the model is the
+engine's."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from fastapi import FastAPI, Form, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, ConfigDict
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.text import END_OF_TEXT
+from perceiver_ar.errors import InputError
+from perceiver_ar.serving.completions import Completion, as_rows
+from perceiver_ar.serving.engine import Busy, Engine
+from perceiver_ar.serving.errors import describe, error_body, error_response
+from perceiver_ar.serving.files import GenerateForm, Generation, Results, media_type
+from perceiver_ar.serving.metrics import Metrics
+from perceiver_ar.serving.protocol import CompletionRequest, Refused, require_unicode
+from perceiver_ar.serving.security import Guard
+from perceiver_ar.serving.text import Vocabulary
+from perceiver_ar.serving.worker import TooMuch, Worker
+
+MAX_BODY = 16 * 2**20
+BODY_SECONDS = 60.0
+RETRY_SECONDS = 5
+PING_SECONDS = 15.0
+PAGE = Path(__file__).with_name("page.html")
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "img-src 'self' data:; media-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The page loads nothing from elsewhere, and is in no frame of others."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served, and under which name."""
+
+    engine: Engine
+    codec: Codec
+    path: Path
+    name: str
+    api_key: str | None = None
+
+
+class TokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tokens: list[int]
+    model: str | None = None
+
+
+class Events(EventSourceResponse):
+    """Server-sent events; `on_end` is called when they end in any way, also before they begin."""
+
+    def __init__(self, content: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+        super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.on_end()
+
+
+def create_app(service: Service) -> FastAPI:
+    engine, name = service.engine, service.name
+    worker, results = Worker(service.path), Results()
+    vocabulary, metrics, created = Vocabulary(service.codec), Metrics(engine), int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(engine.close)
+        await run_in_threadpool(worker.close)
+
+    # No pages of documentation: theirs are fetched from elsewhere.
+    app = FastAPI(title="perceiver-ar", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(
+        Guard, api_key=service.api_key, max_body=MAX_BODY, body_seconds=BODY_SECONDS, answered=metrics.answered
+    )
+    add_error_handlers(app)
+
+    def check_model(model: str | None) -> None:
+        if model not in (None, name):
+            raise Refused(f"there is no model {model!r} here: it is {name!r}", "model", "model_not_found")
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        check_model(body.model)
+        body.check(engine.slots)
+        prompts = body.prompts()
+        try:
+            rows = await run_in_threadpool(as_rows, prompts, vocabulary)
+        except InputError as error:
+            raise Refused(f"prompt cannot be read: {str(error).partition(';')[0]}", "prompt") from None
+        completion = Completion(body, rows, engine, vocabulary, name, metrics)
+        completion.submit()
+        return await answer_with(request, completion, completion.chunks if body.stream else None)
+
+    @app.post("/v1/generate")
+    async def generate(request: Request, form: Annotated[GenerateForm, Form()]) -> Response:
+        generation = Generation(form, service.codec, engine, worker, results)
+        try:
+            await generation.read()
+        except Refused:
+            raise
+        except InputError as error:  # of a file that is no such file, or a damaged one
+            return error_response(422, str(error), param="prompt" if form.file is None else "file")
+        generation.submit()
+        return await answer_with(request, generation, generation.events if form.stream else None)
+
+    @app.get("/v1/files/{key}/{name}")
+    async def file(key: str, name: str) -> Response:
+        content = results.get(key, name)
+        if content is None:
+            raise HTTPException(404, "there is no such file, or not any more")
+        headers = {"Content-Disposition": f'inline; filename="{name}"', "X-Content-Type-Options": "nosniff"}
+        return Response(content, media_type=media_type(name), headers=headers)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+        return FileResponse(PAGE, media_type="text/html", headers=headers)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        card = {"id": name, "object": "model", "created": created, "owned_by": "perceiver-ar"}
+        card |= {"context_length": engine.context, "writes_text": service.codec.writes_text}
+        card |= {"document_length": service.codec.document_length}
+        return {"object": "list", "data": [card]}
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ok" if engine.alive else "stopped"}, 200 if engine.alive else 503)
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        end = None if vocabulary.end is None else END_OF_TEXT
+        names = {"bos_token": end, "eos_token": end, "pad_token": end, "chat_template": None}
+        return {"tokenizer_class": type(service.codec).__name__, "vocab_size": service.codec.vocab_size} | names
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        check_model(body.model)
+        require_unicode(body.prompt, "prompt")
+        tokens = await run_in_threadpool(vocabulary.tokenize, body.prompt, body.add_special_tokens)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": engine.context}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        check_model(body.model)
+        wrong = next((token for token in body.tokens if not 0 <= token < service.codec.vocab_size), None)
+        if wrong is not None:
+            raise Refused(f"tokens has the id {wrong}: they are 0 ... {service.codec.vocab_size - 1}", "tokens")
+        return {"prompt": vocabulary.text(body.tokens)}
+
+    return app
+
+
+class Work(Protocol):
+    """A request that has been submitted to the engine."""
+
+    async def whole(self) -> dict[str, Any]: ...
+
+    def cancel(self) -> None: ...
+
+
+async def answer_with(
+    request: Request, work: Work, pieces: Callable[[], AsyncIterator[dict[str, Any]]] | None
+) -> Response:
+    """The pieces of an answer as they come, or None: the whole; whoever goes away takes the work along."""
+    if pieces is not None:
+        return Events(events(pieces()), work.cancel)
+    try:
+        answer = await unless_gone(request, work.whole())
+    finally:
+        work.cancel()
+    return Response(status_code=499) if answer is None else JSONResponse(answer)  # 499: as nginx; nobody reads it
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        status = 404 if error.code == "model_not_found" else 400
+        return error_response(status, str(error), param=error.param, code=error.code)
+
+    @app.exception_handler(TooMuch)
+    async def too_much(_: Request, error: TooMuch) -> Response:
+        return error_response(413, "the file takes more memory or time than it may", param="file")
+
+    @app.exception_handler(InputError)
+    async def wrong_input(_: Request, error: InputError) -> Response:
+        return error_response(400, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        message, param = describe(error.errors())
+        return error_response(400, message, param=param)
+
+    @app.exception_handler(Busy)
+    async def busy(_: Request, error: Busy) -> Response:
+        message = "more prompts are waiting than this server takes: try again later"
+        return error_response(503, message, headers={"Retry-After": str(RETRY_SECONDS)})
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> Response:
+        return error_response(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def failure(_: Request, error: Exception) -> Response:
+        return error_response(500, "the server has failed to answer this request; its log says why")
+
+
+async def events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """Chunks as server-sent events, with a sign of life while nothing comes, up to [DONE] or an error."""
+    coming: asyncio.Task[dict[str, Any]] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(chunks))
+            done, _ = await asyncio.wait({coming}, timeout=PING_SECONDS)
+            if not done:
+                yield KEEPALIVE_COMMENT
+                continue
+            chunk, coming = coming.result(), None
+            yield format_sse_event(data_str=json.dumps(chunk))
+    except StopAsyncIteration:
+        yield format_sse_event(data_str="[DONE]")
+    except TooMuch:
+        yield format_sse_event(data_str=json.dumps(error_body(413, "the files take more memory or time than they may")))
+    except InputError as error:
+        yield format_sse_event(data_str=json.dumps(error_body(400, str(error))))
+    except Exception:
+        logger.exception("a stream failed")
+        yield format_sse_event(data_str=json.dumps(error_body(500, "the server has failed; its log says why")))
+    finally:
+        if coming is not None:
+            coming.cancel()
+
+
+async def unless_gone(request: Request, answer: Awaitable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The answer; None if the client goes away before. uvicorn does not cancel a request whose client has gone."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(answer), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,244 @@
+"""Completions: what the engine draws becomes text, log-probabilities and the ends of choices."""
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceiver_ar.decoder import RowSettings
+from perceiver_ar.serving.engine import Engine, Finish, Job
+from perceiver_ar.serving.metrics import Metrics
+from perceiver_ar.serving.protocol import CompletionRequest
+from perceiver_ar.serving.text import StoppedText, Vocabulary
+
+
+@dataclass
+class Token:
+    """A token of a text, as `logprobs` shows it."""
+
+    name: str
+    logprob: float | None
+    """None: nothing comes before it."""
+    top: dict[str, float] | None
+    start: int
+    """Bytes of the text before it."""
+    size: int
+    offset: int
+    """Characters of the text before it."""
+
+
+@dataclass
+class Delta:
+    """What is new of a choice."""
+
+    index: int
+    text: str
+    tokens: list[Token] = field(default_factory=list)
+    finish: Finish | None = None
+    drawn: int = 0
+    """Tokens drawn so far."""
+
+    def choice(self, logprobs: bool) -> dict[str, Any]:
+        """As OpenAI writes it."""
+        return {
+            "index": self.index,
+            "text": self.text,
+            "logprobs": {
+                "tokens": [token.name for token in self.tokens],
+                "token_logprobs": [token.logprob for token in self.tokens],
+                "top_logprobs": [token.top for token in self.tokens],
+                "text_offset": [token.offset for token in self.tokens],
+            }
+            if logprobs
+            else None,
+            "finish_reason": self.finish,
+        }
+
+
+class Choice:
+    """The text of one choice while it is drawn. Only the engine's thread uses it."""
+
+    def __init__(self, index: int, vocabulary: Vocabulary, stops: Sequence[bytes], top: int | None) -> None:
+        self.index, self.vocabulary, self.top = index, vocabulary, top
+        self.text = StoppedText(stops)
+        self.tokens = deque[Token]()
+        self.drawn, self.echoed, self.num_bytes, self.num_characters = 0, 0, 0, 0
+
+    def echo(self, tokens: Sequence[int], logprobs: Tensor | None) -> None:
+        """Tokens of the prompt, and the log-probabilities (n, V) of each if something comes before it."""
+        for i, token in enumerate(tokens):
+            self._record(token, None if logprobs is None else logprobs[i])
+            self.echoed += len(self.vocabulary.bytes[token])
+
+    def push(self, token: int, logprobs: Tensor, finish: Finish | None) -> Delta:
+        """One more token, drawn from these log-probabilities (V,)."""
+        self.drawn += 1
+        self._record(token, logprobs)
+        text = self.text.push(self.vocabulary.bytes[token])
+        return self.delta(text, "stop" if self.text.stopped else finish)
+
+    def delta(self, text: str, finish: Finish | None = None) -> Delta:
+        """New text with those of its tokens that it holds whole, or at the end of the choice in part."""
+        if finish is not None:
+            text += self.text.close()
+        shown, ready = self.echoed + self.text.num_bytes, list[Token]()
+        while self.tokens:
+            token = self.tokens[0]
+            if self.text.stopped:
+                wanted = token.start < shown
+            else:
+                wanted = finish is not None or token.start + token.size <= shown
+            if not wanted:
+                break
+            ready.append(self.tokens.popleft())
+        return Delta(self.index, text, ready, finish, self.drawn)
+
+    def _record(self, token: int, logprobs: Tensor | None) -> None:
+        if self.top is None:
+            return
+        data, names = self.vocabulary.bytes[token], self.vocabulary.names
+        begins = [byte & 0xC0 != 0x80 for byte in data]  # a character, in UTF-8
+        offset = self.num_characters - (bool(data) and not begins[0] and self.num_characters > 0)
+        logprob, top = None, None
+        if logprobs is not None:
+            logprob = float(logprobs[token])
+            values, ids = logprobs.topk(min(self.top, len(logprobs)))
+            top = {names[index]: value for index, value in zip(ids.tolist(), values.tolist(), strict=True)}
+            top.setdefault(names[token], logprob)
+        self.tokens.append(Token(names[token], logprob, top, self.num_bytes, len(data), offset))
+        self.num_bytes += len(data)
+        self.num_characters += sum(begins)
+
+
+class Listener:
+    """Passes the results of a job on to the event loop."""
+
+    def __init__(
+        self, results: "asyncio.Queue[Delta | Exception]", choices: Sequence[Choice], echo: str | None, metrics: Metrics
+    ) -> None:
+        self.results, self.choices, self.prompt, self.metrics = results, choices, echo, metrics
+        self.loop, self.latest, self.first = asyncio.get_running_loop(), time.monotonic(), True
+
+    def scored(self, tokens: Sequence[int], logprobs: Tensor | None) -> None:
+        for choice in self.choices:
+            choice.echo(tokens, logprobs)
+
+    def begun(self, last: bool) -> None:
+        for choice in self.choices:
+            if self.prompt is not None or last:
+                self._send(choice.delta(self.prompt or "", "length" if last else None))
+
+    def token(self, sample: int, token: int, logprobs: Tensor, finish: Finish | None) -> bool:
+        if sample == 0:
+            now = time.monotonic()
+            (self.metrics.first_token if self.first else self.metrics.next_token).observe(now - self.latest)
+            self.latest, self.first = now, False
+        self.metrics.generated.inc()
+        delta = self.choices[sample].push(token, logprobs, finish)
+        if delta.text or delta.tokens or delta.finish:
+            self._send(delta)
+        return delta.finish is None
+
+    def out_of_time(self, sample: int) -> None:
+        self._send(self.choices[sample].delta("", "length"))
+
+    def failed(self, error: Exception) -> None:
+        self._send(error)
+
+    def _send(self, result: Delta | Exception) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and with it every connection
+            self.loop.call_soon_threadsafe(self.results.put_nowait, result)
+
+
+class Completion:
+    """One request: its jobs, what comes of them, and the answer in OpenAI's form."""
+
+    def __init__(
+        self, request: CompletionRequest, rows: Sequence[Tensor], engine: Engine, vocabulary: Vocabulary, model: str,
+        metrics: Metrics,
+    ) -> None:  # fmt: skip
+        """rows: the ids of each prompt. Raises Refused for settings that cannot be."""
+        self.request, self.engine, self.metrics = request, engine, metrics
+        self.results = asyncio.Queue[Delta | Exception]()
+        self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
+        self.head["model"] = model
+        self.prompt_tokens = sum(map(len, rows))
+        self.drawn = [0] * (len(rows) * request.samples)
+        self.left = len(self.drawn)
+        """Choices that have not ended."""
+        stops, n = request.stops(), request.samples
+        settings = RowSettings(
+            request.sampling(),
+            allowed_next=vocabulary.codec.constraint(),
+            stops=() if vocabulary.end is None else ((vocabulary.end,),),
+            max_new_tokens=request.count,
+        )
+        self.jobs, texts = list[Job](), request.prompts()
+        for number, (ids, prompt) in enumerate(zip(rows, texts, strict=True)):
+            first = number * n
+            choices = [Choice(first + i, vocabulary, stops, request.top) for i in range(n)]
+            echo = (prompt if isinstance(prompt, str) else vocabulary.text(prompt)) if request.echo else None
+            listener = Listener(self.results, choices, echo, metrics)
+            seeds = [None if request.seed is None else request.seed + first + i for i in range(n)]
+            score = request.top is not None and bool(request.echo)
+            self.jobs.append(Job(ids, settings, seeds if request.count else [], listener, score))
+
+    def submit(self) -> None:
+        """Raises Busy where the queue is too full. `cancel` must follow, whatever happens."""
+        self.engine.submit(self.jobs)
+        self.metrics.prompt_tokens.inc(self.prompt_tokens)
+
+    def cancel(self) -> None:
+        """Whatever has not ended is not wanted any more."""
+        if self.left:
+            self.metrics.gone.inc()
+            self.engine.cancel(self.jobs)
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """What is new, until all choices have ended. Raises what the engine could not do."""
+        while self.left:
+            delta = await self.results.get()
+            if isinstance(delta, Exception):
+                raise delta
+            self.drawn[delta.index] = delta.drawn
+            self.left -= delta.finish is not None
+            yield delta
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer when all has been drawn."""
+        whole = [Delta(index, "") for index in range(len(self.drawn))]
+        async for delta in self.deltas():
+            one = whole[delta.index]
+            one.text += delta.text
+            one.tokens += delta.tokens
+            one.finish = delta.finish
+        return self.head | {"choices": self._choices(whole), "usage": self.usage()}
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """The answer piece by piece."""
+        options = self.request.stream_options
+        with_usage = options is not None and bool(options.include_usage)
+        usage = {"usage": None} if with_usage else {}
+        async for delta in self.deltas():
+            yield self.head | {"choices": self._choices([delta])} | usage
+        if with_usage:
+            yield self.head | {"choices": [], "usage": self.usage()}
+
+    def usage(self) -> dict[str, int]:
+        prompt, drawn = self.prompt_tokens, sum(self.drawn)
+        return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+
+    def _choices(self, deltas: Iterable[Delta]) -> list[dict[str, Any]]:
+        return [delta.choice(self.request.top is not None) for delta in deltas]
+
+
+def as_rows(prompts: Sequence[str] | Sequence[list[int]], vocabulary: Vocabulary) -> list[Tensor]:
+    """The ids (T,) of each prompt; takes long for long texts. Raises InputError for what the codec cannot read."""
+    return [torch.from_numpy(vocabulary.prompt_ids(prompt)) for prompt in prompts]

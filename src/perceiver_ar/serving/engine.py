@@ -1,0 +1,331 @@
+"""The one thread that computes with the model: it reads prompts piece by piece and steps the rows between the pieces.
+
+Jobs wait in a queue, first come first served. A row's tokens are those that `generation.generate` draws for it alone.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from perceiver_ar.decoder import Row, RowSettings, draw, require_finite
+from perceiver_ar.errors import InputError
+from perceiver_ar.evaluation import windows
+from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.serving.slots import slot_decoder
+from perceiver_ar.windows import longest_context
+
+Finish = Literal["stop", "length"]
+
+logger = logging.getLogger(__name__)
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Listener(Protocol):
+    """Who wants a job's results. Called in the engine's thread, so it must be quick."""
+
+    def scored(self, tokens: Sequence[int], logprobs: Tensor | None) -> None:
+        """The prompt's next tokens, and the log-probabilities (n, V) of each; None for the first token of all."""
+        ...
+
+    def begun(self, last: bool) -> None:
+        """The prompt has been read. last: no token is to follow."""
+        ...
+
+    def token(self, sample: int, token: int, logprobs: Tensor, finish: Finish | None) -> bool:
+        """A sample's next token, and the log-probabilities (V,) from which it comes; False: no more of this sample.
+
+        finish: why this is the sample's last token; None: it is not.
+        """
+        ...
+
+    def out_of_time(self, sample: int) -> None:
+        """The sample ends here, because the job took too long."""
+        ...
+
+    def failed(self, error: Exception) -> None:
+        """Nothing more comes of the job."""
+        ...
+
+
+@dataclass(eq=False)
+class Job:
+    """A prompt, and how to go on from it."""
+
+    prompt: Tensor
+    settings: RowSettings
+    seeds: Sequence[int | None]
+    """Of each sample; None: a new one. Without samples the prompt is only scored."""
+    listener: Listener
+    score: bool = False
+    """Whether the listener wants the log-probabilities of the prompt's own tokens."""
+    cancelled: bool = False
+    started: float | None = field(default=None, init=False)
+    """When its prompt began to be read."""
+
+
+class Engine:
+    """Owns the model and its decoder. All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        model: PerceiverAR,
+        *,
+        slots: int,
+        max_context: int | None = None,
+        queue: int = 128,
+        seconds: float = 600.0,
+        compile: bool = False,
+    ) -> None:
+        """
+        slots: rows that run at the same time.
+        max_context: tokens of context of each; None: as many as the model takes.
+        queue: jobs that wait at most.
+        seconds: after this time the rows of a job end.
+        """
+        longest = longest_context(model.config)
+        context = longest if max_context is None else max_context
+        least = model.config.num_latents
+        if not least <= context <= longest:
+            raise InputError(f"max_context is {context}: it must be in {least} ... {longest}, for this model's latents")
+        self.model = model.eval()
+        self.config = model.config if context == longest else model.config.replace(context_length=context)
+        self.slots, self.context, self.queue, self.seconds = slots, context, queue, seconds
+        self._compile = compile
+        self._waiting: deque[Job] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._reading: tuple[Job, Iterator[None]] | None = None
+        self._running: dict[int, tuple[Job, int]] = {}
+        """By a row's index: its job, and which of its samples it is."""
+        self._rows = 0
+        self._ready = threading.Event()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Returns when the first job could begin. Raises what goes wrong on the way, such as a lack of memory."""
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """Ends the thread; what is waiting or running fails."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._closing
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values that it will ever hold."""
+        return self._decoder.nbytes
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """All of these jobs wait from now on, or none: raises Busy where the queue has no room for all."""
+        with self._wake:
+            if self._closing or len(self._waiting) + len(jobs) > self.queue:
+                raise Busy
+            self._waiting.extend(jobs)
+            self._wake.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Nobody wants these any more: they leave the queue now, and their rows before the next step."""
+        with self._wake:
+            for job in jobs:
+                job.cancelled = True
+                if job in self._waiting:
+                    self._waiting.remove(job)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            try:
+                self._decoder = slot_decoder(self.model, self.slots, self.context, self._compile)
+                if self._compile:
+                    self._warm_up()
+            except Exception as error:
+                self._failure = error
+                return
+            finally:
+                self._ready.set()
+            while self._wait_for_work():
+                try:
+                    self._remove_unwanted()
+                    self._read_piece()
+                    self._step()
+                except Exception as error:
+                    self._fail(error)
+        self._fail(RuntimeError("the server is closing"))
+
+    def _warm_up(self) -> None:
+        """Compiles the step: half a minute that no client should wait for."""
+        row = Row(0, torch.zeros(1, dtype=torch.int64), self.config)
+        for _ in self._decoder.prefill(row):
+            pass
+        self._decoder.admit([row])
+        self._decoder.next_logits()
+        self._decoder.clear()
+
+    def _wait_for_work(self) -> bool:
+        """False: there will be none."""
+        with self._wake:
+            while not (self._closing or self._waiting or self._running or self._reading):
+                self._wake.wait()
+            return not self._closing
+
+    def _remove_unwanted(self) -> None:
+        now, removed = time.monotonic(), []
+        for row in self._decoder.rows:
+            job, sample = self._running[row.index]
+            late = job.started is not None and now - job.started > self.seconds
+            if late and not job.cancelled:
+                job.listener.out_of_time(sample)
+            if late or job.cancelled:
+                removed.append(row)
+        self._remove(removed)
+        if self._reading is not None and self._reading[0].cancelled:
+            self._reading = None
+
+    def _remove(self, rows: list[Row]) -> None:
+        if rows:
+            self._decoder.remove(rows)
+            for row in rows:
+                del self._running[row.index]
+
+    def _read_piece(self) -> None:
+        """A piece of the work that comes before the rows of the first job."""
+        if self._reading is None:
+            with self._wake:
+                if not self._waiting or len(self._waiting[0].seeds) > self._decoder.free:
+                    return
+                job = self._waiting.popleft()
+            job.started = time.monotonic()
+            self._reading = job, self._begin(job)
+        job, pieces = self._reading
+        try:
+            next(pieces)
+        except StopIteration:
+            self._reading = None
+        except Exception as error:
+            self._reading = None
+            logger.exception("a prompt could not be read")
+            job.listener.failed(error)
+
+    def _begin(self, job: Job) -> Iterator[None]:
+        """Scores a job's prompt if that is wanted, reads it once, and admits its rows."""
+        if job.score:
+            yield from self._score(job)
+        if not job.seeds:
+            job.listener.begun(last=True)
+            return
+        row = Row(0, job.prompt, self.config, job.settings)
+        yield from self._decoder.prefill(row)
+        rows = []
+        for sample, seed in enumerate(job.seeds):
+            rows.append(row.fork())
+            rows[-1].index, rows[-1].generator = self._rows, torch.Generator()
+            if seed is None:
+                rows[-1].generator.seed()
+            else:
+                rows[-1].generator.manual_seed(seed % 2**64)
+            self._running[self._rows] = job, sample
+            self._rows += 1
+        self._decoder.admit(rows)
+        job.listener.begun(last=False)
+
+    def _score(self, job: Job) -> Iterator[None]:
+        """Log-probabilities of a prompt's tokens in the windows of `evaluation.evaluate`; yields after each."""
+        config, ids = self.config, job.prompt
+        job.listener.scored(ids[:1].tolist(), None)
+        if len(ids) < 2:
+            return
+        latents = min(config.num_latents, config.context_length)
+        for window in windows(len(ids), config.context_length, latents, max(1, latents // 2)):
+            tokens = ids[None, window.start : window.end - 1].to(self.model.device)
+            targets = ids[window.first_target : window.end].tolist()
+            logits = self.model.head(self.model.latents(tokens, window.prefix_len)[0, -len(targets) :])
+            job.listener.scored(targets, logits.float().log_softmax(-1).cpu())
+            yield
+
+    def _step(self) -> None:
+        """One token for each row."""
+        rows = list(self._decoder.rows)
+        if not rows:
+            return
+        logits = self._decoder.next_logits()
+        try:
+            tokens, logprobs = draw(rows, logits)
+        except InputError:  # nothing has been drawn yet
+            logits = logits[self._fail_stuck(rows, logits)]
+            rows = list(self._decoder.rows)
+            if not rows:
+                return
+            tokens, logprobs = draw(rows, logits)
+        self._decoder.add(tokens)
+        unwanted = []
+        for row, token, all_logprobs in zip(rows, tokens, logprobs, strict=True):
+            job, sample = self._running[row.index]
+            more = job.cancelled or job.listener.token(sample, token, all_logprobs, row.finish_reason)
+            if row.finish_reason is not None:
+                del self._running[row.index]
+            elif not more:
+                unwanted.append(row)
+        self._remove(unwanted)
+
+    def _fail_stuck(self, rows: list[Row], logits: Tensor) -> list[int]:
+        """Removes the rows that cannot go on after these logits, and those of the same jobs. Returns the places that
+        the logits of the others had, in the order that the decoder's rows have now."""
+        stuck = dict[int, Exception]()
+        for row, one in zip(rows, logits.cpu().double(), strict=True):
+            try:
+                require_finite(one[None])
+                row.adjust(one)
+            except InputError as error:
+                stuck[id(self._running[row.index][0])] = error
+        failed = {id(job): job for job, _ in self._running.values() if id(job) in stuck}
+        self._remove([row for row in rows if id(self._running[row.index][0]) in stuck])
+        for number, job in failed.items():
+            job.listener.failed(stuck[number])
+        places = {id(row): place for place, row in enumerate(rows)}
+        return [places[id(row)] for row in self._decoder.rows]
+
+    def _fail(self, error: Exception) -> None:
+        """What runs, or on closing also what waits, ends with an error; what comes later begins anew."""
+        if not self._closing:
+            logger.error("a step failed", exc_info=error)
+        jobs = {id(job): job for job, _ in self._running.values()}
+        if self._reading is not None:
+            jobs[id(self._reading[0])] = self._reading[0]
+        if self._closing:
+            with self._wake:
+                jobs |= {id(job): job for job in self._waiting}
+                self._waiting.clear()
+        self._running, self._reading = {}, None
+        self._decoder.clear()
+        for job in jobs.values():
+            if not job.cancelled:
+                job.listener.failed(error)

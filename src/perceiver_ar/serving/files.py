@@ -1,0 +1,196 @@
+"""POST /v1/generate: music, a picture, a recording or numbers go on; what comes of it are files behind links."""
+
+import asyncio
+import mimetypes
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from fastapi import UploadFile
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+from torch import Tensor
+
+from perceiver_ar.data.codec import Codec, prompt_and_count
+from perceiver_ar.decoder import RowSettings
+from perceiver_ar.errors import InputError
+from perceiver_ar.sampling import Sampling
+from perceiver_ar.serving.engine import Engine, Finish, Job
+from perceiver_ar.serving.protocol import Refused
+from perceiver_ar.serving.worker import Worker
+
+EXPIRE_SECONDS = 3600.0
+MAX_RESULTS = 256 * 2**20
+"""Bytes of results that are kept; the oldest go first."""
+EVENT_SECONDS = 0.2
+
+
+class GenerateForm(BaseModel):
+    """Fields of the form; settings are those of `perceiver-ar generate`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    file: UploadFile | None = None
+    prompt: str = ""
+    keep: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    seed: int | None = None
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    stream: bool = False
+
+    def sampling(self) -> Sampling:
+        names = Sampling.__dataclass_fields__
+        try:
+            return Sampling(**{name: getattr(self, name) for name in names})
+        except InputError as error:
+            raise Refused(str(error), str(error).split()[0]) from None
+
+
+class Results:
+    """Files in memory, each set of them under a name that nobody guesses, for an hour at most."""
+
+    def __init__(self) -> None:
+        self._sets: OrderedDict[str, tuple[float, dict[str, bytes]]] = OrderedDict()
+
+    def add(self, files: dict[str, bytes]) -> str:
+        key = secrets.token_urlsafe(16)
+        self._sets[key] = time.monotonic() + EXPIRE_SECONDS, files
+        while len(self._sets) > 1 and sum(map(_size, self._sets.values())) > MAX_RESULTS:
+            self._sets.popitem(last=False)
+        return key
+
+    def get(self, key: str, name: str) -> bytes | None:
+        now = time.monotonic()
+        for old in [other for other, (until, _) in self._sets.items() if until < now]:
+            del self._sets[old]
+        return self._sets[key][1].get(name) if key in self._sets else None
+
+
+def _size(result: tuple[float, dict[str, bytes]]) -> int:
+    return sum(map(len, result[1].values()))
+
+
+class Tokens:
+    """A listener that passes tokens on to the event loop."""
+
+    def __init__(self) -> None:
+        self.loop, self.results = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int | None, bool] | Exception]()
+
+    def scored(self, tokens: object, logprobs: object) -> None: ...
+
+    def begun(self, last: bool) -> None: ...
+
+    def token(self, sample: int, token: int, logprobs: Tensor, finish: Finish | None) -> bool:
+        self._send((sample, token, finish is not None))
+        return True
+
+    def out_of_time(self, sample: int) -> None:
+        self._send((sample, None, True))
+
+    def failed(self, error: Exception) -> None:
+        self._send(error)
+
+    def _send(self, result: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(self.results.put_nowait, result)
+
+
+class Generation:
+    """One request: the prompt's ids, its job, and the files in the end."""
+
+    def __init__(self, form: GenerateForm, codec: Codec, engine: Engine, worker: Worker, results: Results) -> None:
+        self.form, self.codec, self.engine, self.worker, self.results = form, codec, engine, worker, results
+        self.sampling = form.sampling()
+        self.samples = form.n or (1 if codec.document_length is None else min(4, engine.slots))
+        if self.samples > engine.slots:
+            raise Refused(f"n is {self.samples}: this server draws at most {engine.slots} samples together", "n")
+        self.original: np.ndarray | None = None
+        self.jobs: list[Job] = []
+        self.left = 0
+
+    async def read(self) -> None:
+        """Makes the prompt of the file. Raises InputError for one that cannot be read, TooMuch."""
+        form, file = self.form, self.form.file
+        if file is not None and form.prompt:
+            raise Refused("prompt and file are both given: choose one", "prompt")
+        if file is None:
+            document = self.codec.start(form.prompt).tolist()
+        else:
+            self.original = await run_in_threadpool(self.worker.encode, await file.read())
+            document = self.original.tolist()
+        self.prompt, count = prompt_and_count(self.codec, document, form.keep, form.max_new_tokens)
+        if count < 1:
+            raise Refused("keep leaves nothing to draw: the picture is whole", "keep")
+        self.rows = [list(self.prompt) for _ in range(self.samples)]
+        separator = self.codec.separator[-1:]
+        settings = RowSettings(
+            self.sampling,
+            allowed_next=self.codec.constraint(),
+            stops=(separator,) if separator else (),
+            max_new_tokens=count,
+        )
+        seeds = [None if form.seed is None else form.seed + sample for sample in range(self.samples)]
+        self.listener = Tokens()
+        self.jobs = [Job(torch.tensor(self.prompt), settings, seeds, self.listener)]
+
+    def submit(self) -> None:
+        """Raises Busy. `cancel` must follow."""
+        self.engine.submit(self.jobs)
+        self.left = self.samples
+
+    def cancel(self) -> None:
+        if self.left:
+            self.engine.cancel(self.jobs)
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        """Tokens as they come, some at a time, and at the end the links."""
+        new: dict[int, list[int]] = {}
+        shown = time.monotonic()
+        while self.left:
+            result = await self.listener.results.get()
+            if isinstance(result, Exception):
+                raise result
+            sample, token, last = result
+            if token is not None:
+                self.rows[sample].append(token)
+                new.setdefault(sample, []).append(token)
+            self.left -= last
+            if new and (not self.left or time.monotonic() - shown > EVENT_SECONDS):
+                yield {"type": "tokens", "samples": [{"index": i, "ids": ids} for i, ids in sorted(new.items())]}
+                new, shown = {}, time.monotonic()
+        yield {"type": "done", **await self._links()}
+
+    async def whole(self) -> dict[str, Any]:
+        """What the last event says."""
+        last: dict[str, Any] = {}
+        async for event in self.events():
+            last = event
+        return last
+
+    async def _links(self) -> dict[str, Any]:
+        rows = [np.array(row, dtype=np.int64) for row in self.rows]
+        files = await run_in_threadpool(self.worker.show, rows, len(self.prompt), self.original)
+        key = self.results.add(files)
+        links = [
+            {"name": name, "url": f"/v1/files/{key}/{name}", "bytes": len(content), "media_type": media_type(name)}
+            for name, content in files.items()
+        ]
+        drawn = sum(len(row) - len(self.prompt) for row in self.rows)
+        usage = {"prompt_tokens": len(self.prompt), "completion_tokens": drawn}
+        return {"files": links, "expires_in": int(EXPIRE_SECONDS), "usage": usage}
+
+
+def media_type(name: str) -> str:
+    return mimetypes.guess_type(name)[0] or "application/octet-stream"

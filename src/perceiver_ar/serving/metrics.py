@@ -1,0 +1,40 @@
+"""What GET /metrics shows, in Prometheus' text form."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from perceiver_ar.serving.engine import Engine
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """Counts of one server; several in one process do not mix."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "perceiver_ar_requests", "Requests answered, by path and status.", ["path", "status"], registry=registry
+        )
+        self.prompt_tokens = Counter("perceiver_ar_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.generated = Counter("perceiver_ar_generated_tokens", "Tokens drawn.", registry=registry)
+        self.gone = Counter("perceiver_ar_disconnects", "Requests whose client went away.", registry=registry)
+        self.first_token = Histogram(
+            "perceiver_ar_first_token_seconds", "From a request to its first token.", buckets=SECONDS, registry=registry
+        )
+        self.next_token = Histogram(
+            "perceiver_ar_next_token_seconds", "From token to token of a row.", buckets=SECONDS, registry=registry
+        )
+        gauges = {
+            "rows_running": ("Rows that run.", lambda: engine.running),
+            "prompts_waiting": ("Prompts in the queue.", lambda: engine.waiting),
+            "slots": ("Rows that can run at the same time.", lambda: engine.slots),
+        }
+        for name, (text, value) in gauges.items():
+            Gauge(f"perceiver_ar_{name}", text, registry=registry).set_function(value)
+
+    def answered(self, path: str, status: int) -> None:
+        """Paths that do not exist are one, as anybody can make up more of them."""
+        self.requests.labels("other" if status == 404 else path, status).inc()
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,138 @@
+"""The body of POST /v1/completions. What cannot be done is refused, with the name of the field."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+
+from perceiver_ar.errors import InputError
+from perceiver_ar.sampling import Sampling, is_whole
+
+MAX_PROMPTS = 128
+MAX_LOGPROBS = 100
+MAX_STOPS, MAX_STOP = 16, 1000
+
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+class Refused(InputError):
+    """What is wrong with a request, and with which of its fields."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class CompletionRequest(BaseModel):
+    """Fields of OpenAI's completions with their meanings, and `top_k`, `min_p`, `repetition_penalty`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: Annotated[Prompt, SkipValidation]  # `prompts` checks it: pydantic would report a mistake of every element
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=0, le=1_000_000)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    n: int | None = Field(None, ge=1)
+    best_of: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | Literal[False] | None = None
+    echo: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    suffix: str | None = None
+    user: str | None = None
+    """Accepted, as it changes nothing."""
+
+    @property
+    def samples(self) -> int:
+        return self.n or 1
+
+    @property
+    def count(self) -> int:
+        """Tokens to draw at most; OpenAI's default."""
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens come with each token; None: no log-probabilities are wanted."""
+        return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)
+
+    def check(self, slots: int) -> None:
+        """Raises Refused for what this server does not do. Values that change nothing are accepted."""
+        neutral: dict[str, Callable[[Any], bool]] = {
+            "best_of": lambda value: value in (1, self.samples),
+            "suffix": lambda value: value == "",
+            "logit_bias": lambda value: value == {},
+        }
+        for name, changes_nothing in neutral.items():
+            value = getattr(self, name)
+            if value is not None and not changes_nothing(value):
+                raise Refused(f"{name} is not supported: leave it out", name)
+        if self.samples > slots:
+            raise Refused(f"n is {self.n}: this server draws at most {slots} samples at the same time", "n")
+        if self.stream_options is not None and not self.stream:
+            raise Refused("stream_options is for streams: leave it out, or set stream", "stream_options")
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Texts, or rows of ids that may lie outside of the vocabulary. Raises Refused for anything else."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and is_whole(prompt[0])):
+            prompt = [prompt]
+        if not isinstance(prompt, list) or not prompt:
+            raise Refused("prompt must be a text, a list of texts, a list of ids or a list of lists of ids", "prompt")
+        if len(prompt) > MAX_PROMPTS:
+            raise Refused(f"prompt is a list of {len(prompt)}: give at most {MAX_PROMPTS} in one request", "prompt")
+        texts = all(isinstance(one, str) for one in prompt)
+        if not texts and not all(isinstance(one, list) and all(map(is_whole, one)) for one in prompt):
+            raise Refused("prompt must hold texts alone, or whole numbers alone", "prompt")
+        for text in prompt if texts else ():
+            require_unicode(text, "prompt")
+        return prompt
+
+    def stops(self) -> list[bytes]:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP for stop in stops):
+            raise Refused(f"stop must be at most {MAX_STOPS} texts of at most {MAX_STOP} characters", "stop")
+        return [require_unicode(stop, "stop") for stop in stops if stop]
+
+    def sampling(self) -> Sampling:
+        """Raises Refused for numbers that cannot be."""
+
+        def value(number: float | None, default: float) -> float:
+            return default if number is None else number
+
+        try:
+            return Sampling(
+                temperature=value(self.temperature, 1.0),
+                top_k=None if self.top_k in (0, -1) else self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                repetition_penalty=value(self.repetition_penalty, 1.0),
+                frequency_penalty=value(self.frequency_penalty, 0.0),
+                presence_penalty=value(self.presence_penalty, 0.0),
+            )
+        except InputError as error:
+            raise Refused(str(error), str(error).split()[0]) from None
+
+
+def require_unicode(text: str, param: str) -> bytes:
+    """A text as UTF-8. Raises Refused for half of a surrogate pair, which JSON can hold."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise Refused(f"{param} is not Unicode text: it has half of a surrogate pair", param) from None

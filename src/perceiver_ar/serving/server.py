@@ -1,0 +1,119 @@
+"""From a run to a server that listens."""
+
+import copy
+import ipaddress
+import logging
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import uvicorn
+from uvicorn.config import LOGGING_CONFIG
+
+from perceiver_ar.errors import InputError, require
+from perceiver_ar.quantization import int8_weights
+from perceiver_ar.run import Run
+from perceiver_ar.serving.app import Service, create_app
+from perceiver_ar.serving.engine import Engine
+
+SHUTDOWN_SECONDS = 30
+"""How long requests that run may go on after SIGTERM."""
+
+
+def serve(
+    path: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    slots: int = 8,
+    max_context: int | None = None,
+    compile: bool = False,
+    precision: str = "32",
+    device: str | None = None,
+) -> None:
+    """Serves a run until SIGINT or SIGTERM.
+
+    Raises:
+        InputError: settings that cannot be, no key where others could reach the server, an address in use.
+    """
+    require(api_key is None or api_key.strip() != "", "api_key is empty: give a key that nobody guesses")
+    require(
+        api_key is not None or is_loopback(host),
+        f"host is {host}, which others can reach: give --api_key, which every request then needs",
+    )
+    require(slots >= 1, f"slots is {slots}: it must be at least 1")
+    listening = listen(host, port)
+    with listening:
+        service = load(path, api_key, slots, max_context, compile, precision, device)
+        place, number = listening.getsockname()[:2]
+        url = f"http://{f'[{place}]' if ':' in place else place}:{number}"
+        engine = service.engine
+        print(
+            f"{service.name} on {engine.model.device}: {slots} slots of {engine.context:,} tokens, "
+            f"{engine.nbytes / 2**20:,.0f} MiB of keys and values\n{url}",
+            file=sys.stderr,
+            flush=True,
+        )
+        web_server(service).run(sockets=[listening])
+
+
+def load(
+    path: str | Path,
+    api_key: str | None = None,
+    slots: int = 8,
+    max_context: int | None = None,
+    compile: bool = False,
+    precision: str = "32",
+    device: str | None = None,
+) -> Service:
+    """A run in memory, its engine started."""
+    run = Run.open(path)
+    model, codec = run.model(), run.codec()
+    try:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device is {device}, which does not work here ({str(error).splitlines()[0]})") from None
+    if precision != "32":
+        model = model.to(torch.bfloat16)
+    if precision == "int8":
+        int8_weights(model)
+    engine = Engine(model, slots=slots, max_context=max_context, compile=compile)
+    engine.start()
+    return Service(engine, codec, run.path, run.path.resolve().name, api_key)
+
+
+def web_server(service: Service) -> uvicorn.Server:
+    settings = uvicorn.Config(
+        create_app(service),
+        log_config=logging_to_stderr(),
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        server_header=False,
+    )
+    return uvicorn.Server(settings)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises InputError where that is not possible."""
+    require(0 <= port <= 65535, f"port is {port}: it must be in 0 ... 65535")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise InputError(f"cannot listen on {host}, port {port} ({error.strerror}): choose another") from None
+
+
+def logging_to_stderr() -> dict[str, object]:
+    """uvicorn's messages and ours, none of which holds a prompt."""
+    settings = copy.deepcopy(LOGGING_CONFIG)
+    settings["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    settings["loggers"]["perceiver_ar"] = {"handlers": ["default"], "level": logging.getLevelName(logging.INFO)}
+    return settings

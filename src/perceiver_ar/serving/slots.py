@@ -1,0 +1,117 @@
+"""A running decoder whose rows come and go: each has a slot of its own, and begins and ends when it will.
+
+A new row is a refill. Its prompt is read beside the running rows, piece by piece, so that they go on between pieces.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from operator import eq
+from typing import Literal
+
+import torch
+
+from perceiver_ar.cache import Cache
+from perceiver_ar.decoder import Decoder, Recomputing, Row, empty_cache
+from perceiver_ar.network.inputs import reach
+from perceiver_ar.network.model import PerceiverAR
+
+LATENTS = 128
+"""Latents of a prompt that are computed at once, at most."""
+SCORES = 2**22
+"""Latents that are computed at once, times the tokens that each of them reads: about a tenth of a second of a CPU."""
+
+
+class SlotDecoder(Decoder):
+    """A `Decoder` with room for `slots` rows of at most `context` cached tokens each.
+
+    The prompt that was read last stays in memory: a prompt that begins with the same tokens is read from there on.
+    """
+
+    def __init__(
+        self, model: PerceiverAR, slots: int, context: int, compile: bool | Literal["max-autotune"] = False
+    ) -> None:
+        self.model, self.reach = model, reach(model.config)
+        self.capacity = slots
+        self.rows: list[Row] = []
+        self.prompt, self.all = empty_cache(model, 1, context), empty_cache(model, slots, context)
+        self.cache = self.all
+        self.nbytes = self.prompt.nbytes + self.all.nbytes
+        self._compile(compile, slots)
+        self._cached_start, self._cached_ids = 0, list[int]()
+        """Which tokens the keys and values in `prompt` are of: ids of a window, and where in the row it starts."""
+
+    @property
+    def free(self) -> int:
+        return self.capacity - len(self.rows)
+
+    def prefill(self, row: Row, piece: int | None = None) -> Iterator[None]:
+        """Reads a row's prompt; then it, or rows equal to it, can be admitted. Yields after each piece of the work.
+
+        piece: latents that are computed at once; None: fewer for longer prompts. A new prefill may begin at any time;
+        one that was given up needs no end.
+        """
+        ids = row.window_ids(0, row.num_tokens - row.window.start)
+        same = zip(ids, self._cached_ids, strict=False) if row.window.start == self._cached_start else ()
+        row.kept = min(sum(1 for _ in takewhile(lambda pair: eq(*pair), same)), row.prefix_len)
+        self._cached_start, self._cached_ids = row.window.start, ids[: row.kept]
+        piece = piece or min(max(SCORES // len(ids), 1), LATENTS)
+        for _ in self._fill([row], self.prompt, piece):
+            # Where the model distinguishes roles, keys of latents are no keys of a prefix.
+            latents = self.prompt.self_attention.counts[0] if row.config.latent_keys == "query" else 0
+            self._cached_ids = ids[: int(self.prompt.cross.counts[0] - latents)]
+            yield
+
+    def admit(self, rows: Sequence[Row]) -> None:
+        """Rows equal to the one that was prefilled last take part from the next step on."""
+        assert len(rows) <= self.free
+        for row in rows:
+            self.all.copy_from(self.prompt, 0, len(self.rows))
+            self.rows.append(row)
+        self._view()
+
+    def remove(self, rows: Sequence[Row]) -> None:
+        """Their slots are free."""
+        self._keep([all(row is not other for other in rows) for row in self.rows])
+
+    def clear(self) -> None:
+        """Removes everything, also the prompt: after a failure nobody knows what the cache holds."""
+        self.rows, self._cached_ids = [], []
+        self._view()
+
+    def _view(self) -> None:
+        if self.slots is None:
+            self.cache: Cache = self.all.rows(0, len(self.rows))
+
+
+class RecomputingSlots(Recomputing):
+    """The same for networks without a cache."""
+
+    def __init__(self, model: PerceiverAR, slots: int) -> None:
+        super().__init__(model, [])
+        self.capacity, self.nbytes = slots, 0
+
+    @property
+    def free(self) -> int:
+        return self.capacity - len(self.rows)
+
+    def prefill(self, row: Row, piece: int | None = None) -> Iterator[None]:
+        return iter(())
+
+    def admit(self, rows: Sequence[Row]) -> None:
+        self.rows += rows
+
+    def remove(self, rows: Sequence[Row]) -> None:
+        self.rows = [row for row in self.rows if all(row is not other for other in rows)]
+
+    def clear(self) -> None:
+        self.rows = []
+
+
+def slot_decoder(
+    model: PerceiverAR, slots: int, context: int, compile: bool | Literal["max-autotune"] = False
+) -> SlotDecoder | RecomputingSlots:
+    """The decoder that suits a network. Call and use it under `torch.inference_mode()`, always in one thread."""
+    assert torch.is_inference_mode_enabled() and not model.training
+    if model.config.cacheable:
+        return SlotDecoder(model, slots, context, compile)
+    return RecomputingSlots(model, slots)

@@ -1,0 +1,99 @@
+"""Text in and out: a codec's ids as bytes and names, and bytes as text that ends at a stop.
+
+Stops are bytes, as a tokenizer may write them in many ways and a character may come in several tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.text import END_OF_TEXT, Utf8Stream
+from perceiver_ar.errors import require
+
+
+class Vocabulary:
+    """What ids mean as text. Ids of a codec that does not write text are words: "60 388 12"."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        ids = range(codec.vocab_size)
+        if codec.writes_text:
+            self.bytes = [codec.decode([index]) for index in ids]
+        else:
+            self.bytes = [f"{index} ".encode() for index in ids]
+        self.names = [self._name(index) for index in ids]
+        """Text of each id, no two alike; "bytes:\\\\xe2\\\\x82" for parts of a character, as OpenAI names them."""
+        taken = set[str]()
+        for index, name in enumerate(self.names):
+            self.names[index] = f"{name}<|{index}|>" if name in taken else name
+            taken.add(self.names[index])
+        self.end = codec.separator[-1] if codec.separator else None
+        """The id that ends a document."""
+
+    def _name(self, index: int) -> str:
+        if self.codec.separator and index == self.codec.separator[-1]:
+            return END_OF_TEXT
+        data = self.bytes[index]
+        try:
+            return data.decode() if data else f"<|{index}|>"
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> np.ndarray:
+        """The ids to go on from: of a text as the start of a document; ids as they are.
+
+        Raises:
+            InputError: text that the codec cannot read, ids outside of the vocabulary, or none.
+        """
+        if isinstance(prompt, str):
+            ids = self.codec.start(prompt)
+            return ids.astype(np.int64) if len(ids) else np.zeros(1, np.int64)
+        require(len(prompt) > 0, "prompt has no ids: give at least one")
+        wrong = next((i for i in prompt if not 0 <= i < self.codec.vocab_size), None)
+        require(wrong is None, f"prompt has the id {wrong}: this model's are 0 ... {self.codec.vocab_size - 1}")
+        return np.array(prompt, dtype=np.int64)
+
+    def tokenize(self, text: str, start: bool) -> list[int]:
+        """Ids of a text, behind those that begin a document if `start`; the name of a document's end is that id."""
+        if text == END_OF_TEXT and self.end is not None:
+            return [self.end]
+        return self.codec.start(text).tolist()[0 if start else len(self.codec.separator) :]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return b"".join(self.bytes[index] for index in ids).decode(errors="replace")
+
+
+class StoppedText:
+    """Bytes that come piecemeal -> text up to the first stop.
+
+    Held back are only the beginning of a character, and what may still become a stop.
+    """
+
+    def __init__(self, stops: Sequence[bytes] = ()) -> None:
+        self.stops = [stop for stop in stops if stop]
+        self.stopped = False
+        self.num_bytes = 0
+        """Bytes that have become text, or the beginning of a character."""
+        self._held = b""
+        self._text = Utf8Stream()
+
+    def push(self, data: bytes) -> str:
+        """The text that is certain now. The stop that is complete first counts, of several the longest."""
+        held = self._held + data
+        found = [(at + len(stop), at) for stop in self.stops if (at := held.find(stop)) >= 0]
+        if found:
+            self.stopped, keep = True, min(found)[1]
+        else:
+            longest = min(len(held), max((len(stop) - 1 for stop in self.stops), default=0))
+            tails = (n for n in range(longest, 0, -1) if any(stop.startswith(held[-n:]) for stop in self.stops))
+            keep = len(held) - next(tails, 0)
+        self._held = b"" if self.stopped else held[keep:]
+        self.num_bytes += keep
+        return self._text.push(held[:keep])
+
+    def close(self) -> str:
+        """The rest of a text that ends without a stop, or before one."""
+        held, self._held = self._held, b""
+        self.num_bytes += len(held)
+        return self._text.push(held) + self._text.close()

@@ -1,0 +1,118 @@
+"""Files go on over HTTP as `generate` and the codec would continue them; what is no file of the kind harms nobody."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference import randomize
+from test_every_modality import write_music, write_picture
+
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.image import ImageCodec
+from perceiver_ar.data.integers import IntegerCodec
+from perceiver_ar.data.midi import PerformanceCodec
+from perceiver_ar.generation import generate
+from perceiver_ar.network.model import PerceiverAR
+
+pytest.importorskip("fastapi", reason="needs perceiver-ar[serve]")
+httpx = pytest.importorskip("httpx2", reason="needs httpx2")
+
+Made = Callable[[Codec], tuple[Path, PerceiverAR]]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    """Makes a run with a codec, and its model."""
+
+    def make(codec: Codec) -> tuple[Path, PerceiverAR]:
+        config = PerceiverARConfig(
+            vocab_size=codec.vocab_size, context_length=64, num_latents=16, dim=16, num_layers=1, num_heads=2
+        )
+        path = tmp_path / "run"
+        randomize(PerceiverAR(codec.fit(config)), seed=1).save_pretrained(path)
+        save_codec(codec, path)
+        return path, PerceiverAR.from_pretrained(path)
+
+    return make
+
+
+def test_music_goes_on_and_its_files_are_behind_links(serving: Any, made: Made, tmp_path: Path) -> None:
+    codec = PerformanceCodec()
+    run, model = made(codec)
+    write_music(tmp_path / "prelude.mid", 3)
+    data = (tmp_path / "prelude.mid").read_bytes()
+    with serving(run, slots=2) as url, httpx.Client(base_url=url, timeout=120) as http:
+        form = {"keep": "20", "max_new_tokens": "30", "n": "2", "seed": "5", "stream": "true", "temperature": "0.9"}
+        with http.stream("POST", "/v1/generate", data=form, files={"file": ("../../x.mid", data)}) as answer:
+            assert answer.status_code == 200
+            events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+        prompt = [*codec.separator, *codec.encode(data).tolist()][: len(codec.start()) + 20]
+        expected = generate(
+            model, [prompt], 30, num_samples=2, seed=5, temperature=0.9, allowed_next=codec.constraint(),
+            stop_tokens=codec.separator[-1:],
+        )  # fmt: skip
+        for index in range(2):
+            drawn = [
+                token
+                for event in events[:-1]
+                for sample in event["samples"]
+                if sample["index"] == index
+                for token in sample["ids"]
+            ]
+            assert drawn == expected[index, : len(drawn)].tolist()
+        files = {file["name"]: http.get(file["url"]) for file in events[-1]["files"]}
+        assert {Path(name).suffix for name in files} == {".mid", ".png", ".wav"}
+        assert files["generated-1.mid"].content == codec.decode(np.array([*prompt, *expected[0].tolist()]))
+        assert files["generated-1.mid"].headers["content-type"].startswith("audio/")
+        for name in ("nothing", "..%2Fmodel.safetensors", "%2Fetc%2Fpasswd"):
+            link = events[-1]["files"][0]["url"].rpartition("/")[0]
+            assert http.get(f"{link}/{name}").status_code == 404
+        wrong = http.post("/v1/generate", files={"file": ("x.mid", b"no music")})
+        assert wrong.status_code == 422
+        assert wrong.json()["error"]["param"] == "file"
+
+
+def test_a_picture_is_completed(serving: Any, made: Made, tmp_path: Path) -> None:
+    codec = ImageCodec(4, 4, "grey")
+    run, _ = made(codec)
+    write_picture(tmp_path / "cat.png", 1)
+    with serving(run) as url, httpx.Client(base_url=url, timeout=120) as http:
+        files = {"file": ("cat.png", (tmp_path / "cat.png").read_bytes())}
+        answer = http.post("/v1/generate", data={"seed": "0"}, files=files).json()
+        assert [file["name"] for file in answer["files"]] == [*(f"generated-{n}.png" for n in range(1, 5)),
+                                                               "generated-grid.png"]  # fmt: skip
+        assert answer["usage"]["completion_tokens"] == 4 * 8
+        assert http.get(answer["files"][0]["url"]).content.startswith(b"\x89PNG")
+
+
+def test_files_that_lie_are_refused_and_the_server_lives(serving: Any, made: Made) -> None:
+    run, model = made(IntegerCodec(9))
+    lying, honest = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(lying, {"descr": "|u1", "fortran_order": False, "shape": (10**13,)})
+    np.save(honest, np.arange(5, dtype=np.uint8))
+    with serving(run) as url, httpx.Client(base_url=url, timeout=120) as http:
+        for data in (lying.getvalue(), b"\x93NUMPY", b""):
+            assert http.post("/v1/generate", files={"file": ("x.npy", data)}).status_code in (413, 422)
+        for form, param in (
+            ({"keep": "0"}, "keep"),
+            ({"n": "9"}, "n"),
+            ({"temperature": "-1"}, "temperature"),
+            ({"soundfont": "/etc/passwd"}, "soundfont"),
+        ):
+            answer = http.post("/v1/generate", data=form)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == param
+        form = {"max_new_tokens": "4", "seed": "1"}
+        answer = http.post("/v1/generate", data=form, files={"file": ("x.npy", honest.getvalue())}).json()
+        [link] = answer["files"]
+        codec = IntegerCodec(9)
+        prompt = [*codec.separator, *range(5)]
+        drawn = generate(model, [prompt], 4, seed=1, allowed_next=codec.constraint(), stop_tokens=codec.separator[-1:])
+        expected = codec.decode(torch.cat([torch.tensor(prompt), drawn[0]]).numpy())
+        assert http.get(link["url"]).content == expected

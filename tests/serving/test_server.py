@@ -1,0 +1,419 @@
+"""A real server on loopback, and real clients."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from perceiver_ar.cli import main
+from perceiver_ar.data.text import BytesCodec
+from perceiver_ar.evaluation import evaluate
+from perceiver_ar.generation import generate
+from perceiver_ar.network.model import PerceiverAR
+
+pytest.importorskip("fastapi", reason="needs perceiver-ar[serve]")
+openai = pytest.importorskip("openai", reason="needs the client openai")
+httpx = pytest.importorskip("httpx2", reason="needs httpx2, which openai brings")
+
+http = httpx.Client(timeout=60)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _connections_are_closed() -> Iterator[None]:
+    yield
+    http.close()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def text(model: PerceiverAR, prompt: str, count: int, **settings: Any) -> str:
+    """What `generate` gives for a prompt, the start of a document before it."""
+    ids = generate(model, [[0, *prompt.encode()]], count, stop_tokens=[0], **settings)
+    return BytesCodec().decode(ids[0].numpy()).decode(errors="replace")
+
+
+def until(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def rows_running(url: str) -> float:
+    lines = http.get(f"{url}/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("perceiver_ar_rows_running "))
+
+
+# Completions
+
+
+def test_a_completion_is_what_generate_draws(client: Any, model: PerceiverAR) -> None:
+    answer = client.completions.create(model="tiny", prompt="Once", max_tokens=20, seed=3, temperature=0.7)
+    assert answer.choices[0].text == text(model, "Once", 20, seed=3, temperature=0.7)
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    assert answer.usage.prompt_tokens == 5
+    assert answer.usage.completion_tokens <= 20
+    assert answer.object == "text_completion"
+
+
+def test_a_stream_is_the_same_in_pieces_under_one_id(client: Any, model: PerceiverAR) -> None:
+    options = {"include_usage": True}
+    stream = client.completions.create(
+        model="tiny", prompt="Once", max_tokens=20, seed=4, n=2, stream=True, stream_options=options
+    )
+    chunks = list(stream)
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens <= 40
+    for index in range(2):
+        pieces = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+        assert "".join(piece.text for piece in pieces) == text(model, "Once", 20, seed=4 + index)
+        assert [piece.finish_reason is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+
+
+def test_a_stream_ends_with_done(url: str) -> None:
+    body = {"prompt": "a", "max_tokens": 3, "stream": True}
+    with http.stream("POST", f"{url}/v1/completions", json=body) as answer:
+        events = [line for line in answer.iter_lines() if line]
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert events[-1] == "data: [DONE]"
+    assert all(event.startswith("data: {") for event in events[:-1])
+
+
+def test_prompts_are_texts_or_ids_one_or_several(client: Any, model: PerceiverAR) -> None:
+    ids = [[0, 72, 105], [0, 72, 111]]
+    texts = [text(model, "Hi", 9, seed=1), text(model, "Ho", 9, seed=2)]
+    for prompt in (["Hi", "Ho"], ids):
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=9, seed=1)
+        assert [choice.text for choice in sorted(answer.choices, key=lambda choice: choice.index)] == texts
+    answer = client.completions.create(model="tiny", prompt=ids[0], max_tokens=9, seed=1)
+    assert answer.choices[0].text == texts[0]
+
+
+def test_sampling_is_of_each_request(client: Any, model: PerceiverAR) -> None:
+    ours = {"top_k": 9, "min_p": 0.01, "repetition_penalty": 1.2}
+    theirs = {"top_p": 0.9, "temperature": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.5}
+    answer = client.completions.create(model="tiny", prompt="x", max_tokens=30, seed=5, extra_body=ours, **theirs)
+    assert answer.choices[0].text == text(model, "x", 30, seed=5, **ours, **theirs)
+
+
+def test_a_text_ends_before_its_stop(client: Any, model: PerceiverAR) -> None:
+    whole = generate(model, [[0, 120]], 30, seed=6)[0].tolist()
+    at = next(i for i in range(5, 30) if whole[i] < 128 and whole[i] not in whole[:i])
+    stop = chr(whole[at])
+    for stream in (False, True):
+        answer = client.completions.create(
+            model="tiny", prompt="x", max_tokens=30, seed=6, stop=["never", stop], stream=stream
+        )
+        choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+        assert "".join(choice.text for choice in choices) == bytes(whole[:at]).decode(errors="replace")
+        assert choices[-1].finish_reason == "stop"
+
+
+def test_log_probabilities_are_of_the_tokens_drawn(client: Any, model: PerceiverAR) -> None:
+    answer = client.completions.create(model="tiny", prompt="x", max_tokens=12, seed=7, logprobs=7)
+    logprobs, vocabulary = answer.choices[0].logprobs, BytesCodec()
+    assert len(logprobs.tokens) == answer.usage.completion_tokens
+    ids = generate(model, [[0, 120]], 12, seed=7)[0].tolist()
+    row = [0, 120]
+    for i, token in enumerate(ids[: len(logprobs.tokens)]):
+        with torch.no_grad():
+            expected = model(torch.tensor([row[-16:]]))[0, -1].double().log_softmax(-1)
+        assert logprobs.token_logprobs[i] == pytest.approx(float(expected[token]), abs=1e-4)
+        assert 7 <= len(logprobs.top_logprobs[i]) <= 8
+        assert logprobs.top_logprobs[i][logprobs.tokens[i]] == logprobs.token_logprobs[i]
+        row.append(token)
+    assert vocabulary.decode(ids[:1]) in (logprobs.tokens[0].encode(), vocabulary.decode(ids[:1]))
+
+
+def test_an_echo_scores_the_prompt_as_evaluate_does(client: Any, model: PerceiverAR) -> None:
+    prompt = "A prompt that is longer than the context of this model, so that windows move: " * 2
+    answer = client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=1, echo=True, logprobs=1, temperature=0, seed=1234
+    )
+    logprobs = answer.choices[0].logprobs
+    assert answer.choices[0].text.startswith(prompt)
+    assert logprobs.token_logprobs[0] is None
+    ids = [0, *prompt.encode()]
+    expected = evaluate(model, torch.tensor(ids)).nats_per_token
+    assert -sum(logprobs.token_logprobs[1:-1]) / (len(ids) - 1) == pytest.approx(expected, abs=1e-5)
+    offsets = logprobs.text_offset[1:-1]
+    assert [prompt[offset] for offset in offsets] == logprobs.tokens[1:-1]
+    only = client.completions.create(model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=1)
+    assert only.choices[0].logprobs.token_logprobs == logprobs.token_logprobs[:-1]
+    assert only.choices[0].text == prompt
+    assert only.usage.completion_tokens == 0
+
+
+def test_under_load_every_text_is_that_of_generate_alone(url: str, model: PerceiverAR) -> None:
+    def one(number: int) -> tuple[str, str]:
+        prompt, count, temperature = "abc "[: number % 5] * number, 5 + 9 * (number % 4), 0.5 + number / 10
+        asked = {"max_tokens": count, "temperature": temperature, "seed": number}
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=9) as client:
+            if number % 3 == 2:  # goes away in the middle
+                most = asked | {"max_tokens": 500}
+                with client.completions.create(model="tiny", prompt=prompt, stream=True, **most) as gone:
+                    next(iter(gone))
+            stream = client.completions.create(model="tiny", prompt=prompt, stream=True, **asked)
+            found = "".join(chunk.choices[0].text for chunk in stream)
+        return found, text(model, prompt, count, temperature=temperature, seed=number)
+
+    with ThreadPoolExecutor(8) as pool:
+        for found, expected in pool.map(one, range(12)):
+            assert found == expected
+
+
+# What is not served
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logit_bias", {"50256": -100}),
+        ("suffix", "end"),
+        ("best_of", 3),
+        ("n", 5),
+        ("messages", []),
+        ("prompt", []),
+        ("prompt", ["a", 1]),
+        ("prompt", [256]),
+        ("prompt", [[0], []]),
+        ("prompt", "\ud800"),
+        ("prompt", "\x00"),
+        ("prompt", None),
+        ("stop", ["a"] * 17),
+        ("max_tokens", -1),
+        ("max_tokens", "9"),
+        ("temperature", -1),
+        ("temperature", 1e999),
+        ("top_p", 0),
+        ("top_k", -2),
+        ("logprobs", 101),
+        ("stream_options", {"include_usage": True}),
+        ("repetition_penalty", 0),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(url: str, field: str, value: Any) -> None:
+    body = {"prompt": "a", field: value}
+    headers = {"Content-Type": "application/json"}
+    answer = http.post(f"{url}/v1/completions", content=json.dumps(body), headers=headers)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == field
+    assert field in error["message"]
+
+
+def test_neutral_values_of_clients_are_accepted(url: str) -> None:
+    neutral = {
+        **dict.fromkeys(("stop", "seed", "logprobs", "top_p", "max_tokens", "suffix", "logit_bias", "stream_options")),
+        "n": 1,
+        "best_of": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+        "stream": False,
+        "echo": False,
+        "top_k": -1,
+        "min_p": 0,
+        "repetition_penalty": 1,
+        "user": "somebody",
+        "temperature": 1,
+    }
+    answer = http.post(f"{url}/v1/completions", json={"prompt": "a", "model": "tiny", **neutral})
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] <= 16
+
+
+def test_errors_have_one_form(url: str, client: Any) -> None:
+    post = f"{url}/v1/completions"
+    for answer, status in (
+        (http.get(f"{url}/nothing"), 404),
+        (http.get(post), 405),
+        (http.post(post, content=b"{", headers={"Content-Type": "application/json"}), 400),
+        (http.post(post, content=b"[" * 100_000, headers={"Content-Type": "application/json"}), 400),
+        (http.post(post, content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"}), 400),
+        (http.post(post, json={"prompt": "a", "model": "other"}), 404),
+        (http.post(post, content=b" " * (16 * 2**20 + 1)), 413),
+        (http.post(post, content=iter([b" " * 2**20] * 17), headers={"Content-Type": "application/json"}), 413),
+    ):
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+    with pytest.raises(openai.NotFoundError, match="no model"):
+        client.completions.create(model="other", prompt="a")
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = ("prompt", "max_tokens", "n", "stop", "seed", "logprobs", "echo", "stream", "temperature", "top_p", "top_k")
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["/v1/completions", "/tokenize", "/detokenize"]), st.dictionaries(st.sampled_from(FIELDS), anything)
+)
+def test_whatever_is_sent_is_answered(url: str, path: str, fields: dict[str, Any]) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 1, **fields})
+    answer = http.post(f"{url}{path}", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (200, 400)
+    assert http.get(f"{url}/health").status_code == 200
+
+
+# Who goes away, and who comes when there is no room
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_rows_of_clients_that_go_away_end(url: str, stream: bool) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 1_000_000, "n": 3, "stream": stream}).encode()
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        until(lambda: rows_running(url) >= 1, "the rows do not run")
+    until(lambda: rows_running(url) == 0, "the rows still run")
+
+
+def test_a_full_queue_says_when_to_come_again(serving: Any, run: Path) -> None:
+    with serving(run, slots=1) as url:
+        body = {"prompt": ["a"] * 128, "max_tokens": 1_000_000, "stream": True}
+        with http.stream("POST", f"{url}/v1/completions", json=body):
+            until(lambda: rows_running(url) == 1, "no row runs")
+            answer = http.post(f"{url}/v1/completions", json={"prompt": ["a"] * 2})
+            assert answer.status_code == 503
+            assert int(answer.headers["retry-after"]) > 0
+            assert answer.json()["error"]["type"] == "server_error"
+
+
+# Keys and hosts
+
+
+def test_a_key_covers_everything_but_health(serving: Any, run: Path) -> None:
+    with serving(run, api_key="a secret") as url:
+        assert http.get(f"{url}/health").json() == {"status": "ok"}
+        for path in (
+            "/",
+            "/v1/models",
+            "/metrics",
+            "/tokenizer_info",
+            "/openapi.json",
+            "/nothing",
+            "/health/",
+            "//health",
+        ):
+            for given in (None, "Bearer wrong", "Basic !", "Basic eA==", "a secret", "Bearer \xe9"):
+                headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+                assert http.get(f"{url}{path}", headers=headers).status_code == 401
+        assert http.get(f"{url}/v1/models", headers={"Host": "anything", "Authorization": "Bearer a secret"}).is_success
+        assert http.get(f"{url}/v1/models", auth=("", "a secret")).is_success
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="a secret", max_retries=0) as client:
+            assert [card.id for card in client.models.list()] == ["tiny"]
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError, match="key is missing or wrong"),
+        ):
+            client.models.list()
+
+
+def test_without_a_key_only_local_names_are_answered_and_no_other_origin(url: str) -> None:
+    for host, status in (
+        ("localhost:1", 200),
+        ("[::1]:1", 200),
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+    ):
+        assert http.get(f"{url}/v1/models", headers={"Host": host}).status_code == status
+    answer = http.get(f"{url}/v1/models", headers={"Origin": "http://evil.example"})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+# The command
+
+
+def test_sigterm_lets_a_stream_end(run: Path) -> None:
+    command = [sys.executable, "-m", "perceiver_ar", "serve", str(run), "--port", "0", "--slots", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first, address = process.stderr.readline(), process.stderr.readline().strip()
+        assert first.startswith("tiny on cpu: 1 slots of 64 tokens, ")
+        body = {"prompt": "secret prompt", "max_tokens": 300, "stream": True, "seed": 0}
+        with http.stream("POST", f"{address}/v1/completions", json=body) as answer:
+            lines = (line for line in answer.iter_lines() if line)
+            seen = [next(lines)]
+            process.send_signal(signal.SIGTERM)
+            seen += lines
+        assert seen[-1] == "data: [DONE]"
+        log = process.stderr.read()
+    assert "secret" not in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--host", "0.0.0.0"], "give --api_key"),
+        (["--api_key", ""], "api_key is empty"),
+        (["--slots", "0"], "slots is 0"),
+        (["--max_context", "15"], "max_context is 15"),
+        (["--port", "70000"], "port is 70000"),
+        (["--host", "192.0.2.1", "--api_key", "x"], "cannot listen on 192.0.2.1"),
+        (["--device", "nowhere"], "device is nowhere"),
+    ],
+)
+def test_what_cannot_be_served_is_said(
+    run: Path, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
+) -> None:
+    assert main(["serve", str(run), "--port", "0", *options]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+# Tokens
+
+
+def test_the_tokenizer_is_the_codec(url: str) -> None:
+    found = http.post(f"{url}/tokenize", json={"prompt": "hé"}).json()
+    assert found["tokens"] == [0, *"hé".encode()]
+    assert http.post(f"{url}/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "hé"}
+    info = http.get(f"{url}/tokenizer_info").json()
+    for name in ("bos_token", "eos_token"):
+        body = {"prompt": info[name], "add_special_tokens": False}
+        assert http.post(f"{url}/tokenize", json=body).json()["tokens"] == [0]
+    assert http.post(f"{url}/detokenize", json={"tokens": [256]}).status_code == 400
+
+
+def test_metrics_count(url: str, client: Any) -> None:
+    client.completions.create(model="tiny", prompt="a", max_tokens=3)
+    lines = http.get(f"{url}/metrics").text
+    assert 'perceiver_ar_requests_total{path="/v1/completions",status="200"}' in lines
+    assert "perceiver_ar_slots 4.0" in lines
+    assert "perceiver_ar_first_token_seconds_count" in lines
+
+
+def test_what_the_page_in_the_docs_shows_runs(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/serve.md").read_text()
+    page = page.replace("http://127.0.0.1:8000", url).replace('"books"', '"tiny"')
+    [code] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    variables: dict[str, Any] = {}
+    exec(compile(code, "serve.md", "exec"), variables)
+    variables["client"].close()
+    assert "nats" in capsys.readouterr().out
+    [body] = re.findall(r"-d '(.*?)'", page)
+    assert http.post(f"{url}/v1/completions", json=json.loads(body)).json()["choices"][0]["text"]
