@@ -14,8 +14,12 @@ from perceiver_ar.huggingface.tokenizer import codec_tokenizer
 
 MODULE = "modeling_perceiver_ar"
 NETWORK = ["kernels", "attention", "heads", "inputs", "streaming", "prefix", "init", "weights", "model"]
-SOURCES = ["errors", "files", "config", *(f"network/{name}" for name in NETWORK), "cache", "windows", "sampling",
-           "objective", "compiled", "decoder", "generation", "huggingface/modeling"]  # fmt: skip
+GENERATION = ["cache", "windows", "sampling", "objective", "compiled", "decoder", "generation"]
+SOURCES = [
+    *("errors", "files", "config/checks", "config/presets", "config/network"),
+    *(f"network/{name}" for name in NETWORK),
+    *(*GENERATION, "huggingface/modeling"),
+]
 """What the model is made of, each after those that it imports."""
 
 

@@ -1,0 +1,62 @@
+"""Checks that all settings share, and their messages."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from perceiver_ar.errors import InputError, require
+
+
+def check_types(settings: Any, group: str = "") -> None:
+    """Refuses values that are not of their field's type; lists, which YAML and JSON have, become tuples."""
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if isinstance(value, (list, tuple)):
+            value = tuple(value)
+            object.__setattr__(settings, name, value)
+        choices = [
+            choice for part in (kind, *get_args(kind)) if get_origin(part) is Literal for choice in get_args(part)
+        ]
+        words = " or ".join(map(repr, choices)) or (str(kind) if get_args(kind) else kind.__name__)
+        require(fits_type(value, kind), f"{group}{name} is {value!r}: it must be {words}")
+
+
+def fits_type(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        kinds = [part for part in get_args(kind) if part is not Ellipsis]
+        kinds = kinds * len(value) if Ellipsis in get_args(kind) and isinstance(value, tuple) else kinds
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits_type, value, kinds))
+    if get_origin(kind) in (UnionType, Union):
+        return any(fits_type(value, choice) for choice in get_args(kind))
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def unknown_words(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """Names that there are not, each with the nearest one that there is, if any is near."""
+    known = sorted(known)
+
+    def nearest(name: str) -> str:
+        last = name.lstrip("-").rpartition(".")[2]
+        same = [other for other in known if other.lstrip("-").rpartition(".")[2] == last]  # in another group
+        near = same[:1] or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        return f" (did you mean {near[0]}?)" if near else ""
+
+    return ", ".join(f"{name}{nearest(name)}" for name in unknown)
+
+
+def parse_duration(text: str, name: str) -> float:
+    """Seconds in a text such as "90s", "5m", "1h30m" or "2d". Raises InputError naming the setting `name`."""
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?", str(text).strip())
+    if not match or not any(match.groups()):
+        example = f"{text}s".replace(" ", "") if re.fullmatch(r"\s*[1-9]\d*\s*", str(text)) else "90s"
+        raise InputError(f"{name} is {text!r}: write a duration such as {example}, 5m or 1h30m")
+    seconds = sum(float(n or 0) * unit for n, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
+    if seconds <= 0:
+        raise InputError(f"{name} is {text!r}: it must be more than nothing")
+    return seconds

@@ -1,0 +1,331 @@
+"""The settings of a network. The fields after the first block exist so that one network computes what each published
+implementation computes; `PRESETS` names those combinations.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from perceiver_ar.config.checks import check_types, unknown_words
+from perceiver_ar.config.presets import PRESETS
+from perceiver_ar.errors import InputError, require
+
+MODEL_TYPE = "perceiver_ar"
+BEFORE: dict[str, dict[str, Any]] = {"model": {"local_context": 1}, "trainer": {"blocks": 1}}
+"""Values of settings, by group, that a config.json or recipe.yaml of older runs does not name."""
+
+
+@dataclass(frozen=True)
+class PerceiverARConfig:
+    """Settings of a `PerceiverAR`. Sizes are counts; rates are shares between 0 and 1."""
+
+    vocab_size: int = 256
+    """Number of different token ids; ids are 0 ... vocab_size - 1 and none of them is special to the model.
+    Training sets it to what its data have."""
+    context_length: int = 4096
+    """Most tokens the model sees at once: prefix and latents together."""
+    num_latents: int = 512
+    """Most positions that are queries, by default; each gives one next-token prediction."""
+    dim: int = 512
+    """Width of the latents' residual stream."""
+    num_layers: int = 8
+    """Self-attention layers over the latents."""
+    num_heads: int = 8
+    """Attention heads."""
+    head_dim: int | None = None
+    """Channels per head; None: dim / num_heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward blocks, as a multiple of their input width."""
+    cross_layers: tuple[int, ...] = (0,)
+    """Where cross-attention layers stand: each number is the self-attention layer it comes before (num_layers: after
+    the last). (0,) is the paper; (0, 0) is two in a row; (0, 3) reads the context again before the fourth layer."""
+    local_context: int = 4
+    """Number of tokens that an embedding knows: its own and those before it, by a causal depthwise convolution. More
+    than 1: in cross-attention, the second half of each head's channels searches by content: it is not rotated, and its
+    keys are those of the token before, so that latents find what followed where the same tokens stood before.
+    1: embeddings of single tokens, as the references have them, and as in a config.json without this setting."""
+    prefix_dropout: float = 0.0
+    """Share of the prefix tokens dropped from each cross-attention in training (paper, section 3.2 and appendix)."""
+    attention_dropout: float = 0.0
+    """Dropout on cross-attention probabilities in training; needs a masked kernel, so it is slow."""
+    mlp_dropout: float = 0.0
+    """Dropout on the hidden units of the feed-forward blocks in training."""
+    prefix_chunk: int | None = None
+    """Tokens of the prefix that cross-attention reads at once, so that memory does not grow with the context; the
+    results are the same. 0: all at once; None: all, unless their keys and values would take 1/128 of the memory, or on
+    a CPU 32 MiB."""
+
+    # Shape of a block.
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Pre-normalisation of every block."""
+    qk_norm: bool = True
+    """Normalise queries and keys per head, in the manner of `norm` but without weights, before the rotation."""
+    activation: Literal["relu2", "relu", "gelu", "gelu_tanh"] = "relu2"
+    """Feed-forward activation: squared ReLU, ReLU, exact GELU, or its tanh form."""
+    final_norm: bool = True
+    """Normalise the latents before the logits."""
+    tie_embeddings: bool = False
+    """Logits from the transposed token embedding instead of an own matrix."""
+    attention_bias: bool = False
+    """Biases of the query, key and value projections."""
+    out_bias: Literal["none", "cross", "all"] = "none"
+    """Which attention output projections have a bias."""
+    mlp_bias: bool = False
+    """Biases of the feed-forward blocks."""
+    logits_bias: bool = False
+    """A bias per vocabulary entry."""
+    init: Literal["zero_out", "torch", "normal", "fan_in"] = "zero_out"
+    """zero_out: output projections and logits start at zero, the rest at std 1/sqrt(fan_in). torch: PyTorch's own
+    (lucidrains). normal: std 0.02 (krasserm). fan_in: truncated normal 1/sqrt(fan_in), logits zero (google)."""
+
+    # Positions.
+    rotary: bool = True
+    """Rotate queries and keys by their positions (RoPE, arXiv 2104.09864)."""
+    rotary_fraction: float = 1.0
+    """Share of each head's channels that is rotated: the first 2 * floor(fraction * head_dim / 2); in cross-attention
+    with local_context at most the first half."""
+    rotary_heads_fraction: float = 1.0
+    """Share of the heads that is rotated: the first floor(fraction * heads) (google)."""
+    rotary_base: float | None = 10000.0
+    """Slowest wavelength over 2 pi; None: context_length (google)."""
+    rotary_endpoint: bool = False
+    """Frequencies reach exactly 1 / rotary_base at the last band (google) instead of stopping one band before."""
+    rotary_layers: int | None = None
+    """How many of the first self-attention layers are rotated; None: all (krasserm)."""
+    position_table: Literal["none", "learned", "sinusoidal"] = "none"
+    """Vectors added to the token embeddings by position."""
+    index_dims: tuple[int, ...] = ()
+    """Sizes of the position tables, one per axis, (rows, columns, channels) for images; (): one of context_length."""
+    positions_from_end: bool = False
+    """Positions count backwards, and the last token of the context is 0 (google without positions from the data)."""
+    query_position_offset: int = 0
+    """Added to the latents' positions as queries, and as keys of self-attention (google's query offsetting)."""
+
+    # What only some references have.
+    latent_keys: Literal["context", "query"] = "context"
+    """Cross-attention keys at latent positions come from the normalised context embedding (google), or from the
+    normalised query stream (lucidrains, krasserm)."""
+    query_proj: bool = False
+    """A linear layer with bias from embeddings to the first latents (google)."""
+    query_mlp_layers: int = 0
+    """Linear layers, each followed by the activation, that the first latents go through (google)."""
+    query_mlp_activation: Literal["relu2", "relu", "gelu", "gelu_tanh"] | None = None
+    """Activation of these layers, if not `activation`."""
+    learned_queries: Literal["none", "shared", "each"] = "none"
+    """First latents that are learned, not read from the tokens: one for all, or one each of num_latents (google)."""
+    latents_per_position: int = 1
+    """Latents at each latent position, which see each other and are averaged before the logits (google)."""
+    query_residual: bool = True
+    """Add the cross-attention's output to its query."""
+    mask_self_attention: bool = True
+    """Padding is invisible to self-attention too. Only lucidrains' function masks the cross-attention alone."""
+    embed_dim: int | None = None
+    """Width of the token embeddings, if not dim (google; needs query_proj or learned_queries)."""
+    cross_num_heads: int | None = None
+    """Heads of the cross-attention, if not num_heads."""
+    cross_head_dim: int | None = None
+    """Channels per cross-attention head, if not head_dim."""
+    cross_mlp_ratio: float | None = None
+    """Feed-forward ratio in cross-attention layers, if not mlp_ratio."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in (
+            "vocab_size",
+            "context_length",
+            "num_latents",
+            "dim",
+            "num_heads",
+            "latents_per_position",
+            "local_context",
+        ):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("num_layers", "query_mlp_layers"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it must not be negative")
+        require(
+            self.num_latents <= self.context_length,
+            f"num_latents is {self.num_latents}, more than context_length {self.context_length}: "
+            "lower num_latents or raise context_length",
+        )
+        require(
+            self.head_dim is not None or self.dim % self.num_heads == 0,
+            f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: change one of them, or give head_dim",
+        )
+        require(
+            self.cross_head_dim is not None or self.head_dim is not None or self.dim % self.heads_cross == 0,
+            f"dim {self.dim} is not a multiple of cross_num_heads {self.heads_cross}: change one, "
+            "or give cross_head_dim",
+        )
+        for name in ("head_dim", "embed_dim", "cross_num_heads", "cross_head_dim", "cross_mlp_ratio", "rotary_base"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 < value < math.inf, f"{name} is {value}: it must be positive and finite, or left out"
+            )
+        require(0 < self.mlp_ratio < math.inf, f"mlp_ratio is {self.mlp_ratio}: it must be positive and finite")
+        for name, ratio in {"mlp_ratio": self.mlp_ratio, "cross_mlp_ratio": self.cross_mlp_ratio or 1.0}.items():
+            require(
+                int(self.dim * ratio) >= 1, f"{name} is {ratio}: with dim {self.dim} that is no hidden unit, raise it"
+            )
+        require(
+            self.prefix_chunk is None or self.prefix_chunk >= 0,
+            f"prefix_chunk is {self.prefix_chunk}: it must be at least 1, 0 for no pieces, or left out",
+        )
+        require(
+            self.rotary_layers is None or self.rotary_layers >= 0,
+            f"rotary_layers is {self.rotary_layers}: it must not be negative, or be left out for all",
+        )
+        for name in ("prefix_dropout", "attention_dropout", "mlp_dropout"):
+            require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
+        for name in ("rotary_fraction", "rotary_heads_fraction"):
+            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}: it must be in [0, 1]")
+        for at in self.cross_layers:
+            require(
+                0 <= at <= self.num_layers,
+                f"cross_layers has {at}: with num_layers {self.num_layers} its numbers must be 0 ... {self.num_layers}",
+            )
+        require(
+            list(self.cross_layers) == sorted(self.cross_layers),
+            f"cross_layers is {self.cross_layers}: write its numbers in rising order",
+        )
+        require(
+            self.learned_queries == "none" or not self.query_proj,
+            f"learned_queries is {self.learned_queries!r}, which query_proj has no part in: leave out one",
+        )
+        require(
+            self.latents_per_position == 1 or self.latent_keys == "context",
+            f"latents_per_position is {self.latents_per_position}: that needs latent_keys 'context'",
+        )
+        require(
+            self.local_context == 1 or self.latent_keys == "context",
+            f"local_context is {self.local_context}: that needs latent_keys 'context'; or set it to 1",
+        )
+        require(
+            self.width_embed == self.dim or self.query_proj or self.learned_queries != "none",
+            f"embed_dim {self.width_embed} differs from dim {self.dim}: that needs query_proj or learned_queries",
+        )
+        require(
+            self.width_embed == self.dim or self.latent_keys == "context",
+            f"embed_dim {self.width_embed} differs from dim {self.dim}: that needs latent_keys 'context'",
+        )
+        require(
+            self.width_embed == self.dim or not self.tie_embeddings,
+            f"embed_dim {self.width_embed} differs from dim {self.dim}: tie_embeddings needs them equal",
+        )
+        require(
+            not self.index_dims or self.position_table != "none",
+            f"index_dims is {self.index_dims} but position_table is 'none': set position_table",
+        )
+        require(min(self.index_dims, default=1) >= 1, f"index_dims is {self.index_dims}: each size must be at least 1")
+        require(
+            self.position_table != "sinusoidal" or self.width_embed % 2 == 0,
+            f"position_table is 'sinusoidal' and the embeddings' width {self.width_embed}: it must be even",
+        )
+
+    # Sizes with their defaults filled in.
+    @property
+    def width_embed(self) -> int:
+        return self.embed_dim or self.dim
+
+    @property
+    def width_head(self) -> int:
+        return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def heads_cross(self) -> int:
+        return self.cross_num_heads or self.num_heads
+
+    @property
+    def width_head_cross(self) -> int:
+        return self.cross_head_dim or self.head_dim or self.dim // self.heads_cross
+
+    @property
+    def table_sizes(self) -> tuple[int, ...]:
+        """Rows of each position table; () without tables."""
+        return () if self.position_table == "none" else self.index_dims or (self.context_length,)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions the model can tell apart; None: any number (rotary only)."""
+        return math.prod(self.table_sizes) if self.table_sizes else None
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether what is kept of latents serves the next token: not where they change when tokens follow, as with
+        positions from the end or one learned query each; nor, because nobody needed it, with several per position."""
+        return not self.positions_from_end and self.learned_queries != "each" and self.latents_per_position == 1
+
+    @property
+    def blocks_allowed(self) -> bool:
+        """Whether a forward can have several blocks of latents: not where a token's key depends on whether it is a
+        latent, or a latent on what follows."""
+        return self.cacheable and self.latent_keys == "context"
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> Self:
+        """The combination called `name` in `PRESETS`, with `settings` on top.
+
+        Raises:
+            InputError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise InputError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **settings})
+
+    def replace(self, **settings: Any) -> Self:
+        return dataclasses.replace(self, **settings)
+
+    def to_json(self) -> str:
+        """The content of `config.json`, without settings that are None and would be by default.
+
+        (transformers' Trainer reads the file as a configuration of no known kind, and multiplies a `head_dim` that is
+        there by `num_heads`.)
+        """
+        unset = {entry.name for entry in dataclasses.fields(self) if entry.default is None}
+        settings = dataclasses.asdict(self)
+        given = {name: value for name, value in settings.items() if value is not None or name not in unset}
+        return json.dumps({"model_type": MODEL_TYPE, **given}, indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], where: str = "the settings") -> Self:
+        """Settings as read from JSON or YAML.
+
+        Raises:
+            InputError: not ours (`model_type`), unknown fields, or values that cannot work; names `where`.
+        """
+        settings = dict(settings)
+        kind = settings.pop("model_type", MODEL_TYPE)
+        if kind != MODEL_TYPE:
+            raise InputError(f"{where}: model_type is {kind!r}, not {MODEL_TYPE!r}: this is another kind of model")
+        # Other libraries add their own entries on saving; they do not change what the network computes.
+        for foreign in ("architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"):
+            settings.pop(foreign, None)
+        fields = {entry.name for entry in dataclasses.fields(cls)}
+        if unknown := sorted(set(settings) - fields):
+            raise InputError(f"{where}: unknown settings {unknown_words(unknown, fields)}")
+        try:
+            return cls(**settings)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads `config.json`, or the one in a directory.
+
+        Raises:
+            InputError: missing, damaged, or not ours.
+        """
+        path = Path(path)
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{file}: no such file, so this is not a model directory") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} is damaged ({error}): restore it, or train again") from None
+        if not isinstance(settings, dict):
+            raise InputError(f"{file} is damaged (not a JSON object): restore it, or train again")
+        return cls.from_dict(BEFORE["model"] | settings, where=str(file))

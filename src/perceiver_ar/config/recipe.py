@@ -1,0 +1,121 @@
+"""A recipe: all settings of a run, and how they are read."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, Self
+
+from perceiver_ar.config.checks import check_types, parse_duration, unknown_words
+from perceiver_ar.config.network import BEFORE, PerceiverARConfig
+from perceiver_ar.config.run import DataConfig, OptimConfig, TrainerConfig
+from perceiver_ar.errors import InputError, require
+
+
+@cache
+def default_network() -> PerceiverARConfig:
+    """`Recipe.model` if it is left out, always the same object: so init_from can tell it from equal settings given."""
+    return PerceiverARConfig()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The complete settings of a run: training one again reproduces it."""
+
+    paths: tuple[str, ...] = ()
+    """Files, folders, globs, or - for standard input; none: the Python standard library's source."""
+    out: str = ""
+    """The run directory to make."""
+    modality: Literal["auto", "text", "bytes", "midi", "image", "audio", "integers"] = "auto"
+    """text: valid UTF-8 only; bytes: any file; auto: what the files are."""
+    init_from: str | None = None
+    """A trained run, or a folder with an exported one, to start from: its weights, network and tokens (codec). They
+    cannot be changed, but for model.context_length (unless positions are learned), num_latents and dropout.
+    None: train from scratch."""
+    max_time: str | None = None
+    """How long to train, such as 90s, 5m or 1h30m; the learning rate falls accordingly. none: as long as max_steps
+    take, where a --config file says something else."""
+    max_steps: int | None = None
+    """How many optimizer steps to train. With neither: 10 minutes."""
+    seed: int = 0
+    """Seed of the split, the weights and the order of the windows."""
+    model: PerceiverARConfig = field(default_factory=default_network)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.out != "", "out is missing: name the run directory to make, as in --out runs/mine")
+        require(self.init_from != "", "init_from is empty: name a trained run, or leave it out")
+        require(self.max_steps is None or self.max_steps >= 1, f"max_steps is {self.max_steps}: it must be at least 1")
+        require(
+            self.modality in ("auto", "text") or (self.data.tokenizer is None and self.data.bpe_vocab_size is None),
+            f"modality is {self.modality!r}, but a tokenizer reads text: leave out one of them",
+        )
+        most = 1 - 1 / self.model.vocab_size  # there all ids are alike
+        require(
+            self.optim.label_smoothing == 0 or self.optim.label_smoothing < most,
+            f"optim.label_smoothing is {self.optim.label_smoothing}: with {self.model.vocab_size} ids it must be in "
+            f"[0, {most:.4g})",
+        )
+        require(
+            self.trainer.prefix_ranks == 1 or self.model.attention_dropout == 0,
+            f"model.attention_dropout is {self.model.attention_dropout}, which needs the whole prefix on each device: "
+            "set it to 0, or trainer.prefix_ranks to 1",
+        )
+        if self.max_time in ("none", "null"):
+            object.__setattr__(self, "max_time", None)
+        if self.max_time is not None:
+            parse_duration(self.max_time, "max_time")
+        elif self.max_steps is None:
+            object.__setattr__(self, "max_time", "10m")
+
+    @property
+    def blocks(self) -> int:
+        """trainer.blocks with its default filled in."""
+        if self.trainer.blocks is not None:
+            return self.trainer.blocks
+        if self.model.prefix_dropout > 0 or not self.model.blocks_allowed:
+            return 1
+        return max(1, min(4, self.model.context_length // (2 * self.model.num_latents)))
+
+    @property
+    def window_latents(self) -> int:
+        """Latents of a training window, in all its blocks."""
+        return self.blocks * self.model.num_latents
+
+    @property
+    def max_seconds(self) -> float | None:
+        return None if self.max_time is None else parse_duration(self.max_time, "max_time")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as in `recipe.yaml`; tuples as lists."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], where: str = "the settings") -> Self:
+        """The inverse of `to_dict`. Raises InputError that names `where` for what does not belong."""
+        groups = {"model": PerceiverARConfig, "data": DataConfig, "optim": OptimConfig, "trainer": TrainerConfig}
+        known, given = {entry.name for entry in dataclasses.fields(cls)}, set(map(str, settings))
+        try:
+            for name in groups:
+                group = settings.get(name) or {}
+                require(isinstance(group, Mapping), f"{name} is {group!r}: it must be a group of settings")
+                known |= {f"{name}.{entry.name}" for entry in dataclasses.fields(groups[name])}
+                given |= {f"{name}.{setting}" for setting in group}
+            if unknown := sorted(given - known):
+                words = unknown_words(unknown, known)
+                raise InputError(f"unknown settings {words}: is this a recipe of perceiver-ar?")
+            parts = {name: group(**settings[name]) for name, group in groups.items() if settings.get(name)}
+            return cls(**{name: value for name, value in settings.items() if name not in groups}, **parts)
+        except (InputError, TypeError) as error:
+            raise InputError(f"{where}: {error}") from None
+
+
+def names_all(group: str, settings: Any) -> bool:
+    """Whether these settings of a group, such as "trainer", are a whole one of this or an older version."""
+    kind = {"model": PerceiverARConfig, "trainer": TrainerConfig}[group]
+    names = {entry.name for entry in dataclasses.fields(kind)}
+    return isinstance(settings, Mapping) and names <= {*settings, *BEFORE[group]}

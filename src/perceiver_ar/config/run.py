@@ -1,0 +1,228 @@
+"""The settings of a run beside its network: data, optimizer, trainer."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from perceiver_ar.config.checks import check_types, parse_duration
+from perceiver_ar.errors import InputError, require
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which part of the files is what, and how they become tokens."""
+
+    validation: tuple[str, ...] | str = ()
+    """A file or folder to hold out for measuring, or a list of them, instead of a share of the documents."""
+    validation_fraction: float = 0.05
+    """Share of the bytes held out, as whole documents."""
+    split_on: str | None = None
+    """Text between documents in one file, not kept itself, such as '\\n\\n\\n\\n'; None: a file is a document."""
+    column: str = "text"
+    """Which column of .jsonl, .ndjson, .csv, .tsv, .parquet and .arrow files holds the text, or which field of a field
+    (doc.text); each of their rows is a document."""
+    group_by: str | None = None
+    """Regular expression: files in whose names it finds the same are held out together, or not at all. '(.*)__' keeps
+    the performances of Piece__Performer.mid on one side, '(.*)/' the files of a folder. None: each file for itself."""
+    augment: bool = True
+    """Train on variants of windows where the modality has some: music in other keys, faster, slower, louder, softer."""
+    tokenizer: str | None = None
+    """A Hugging Face tokenizers file (tokenizer.json); None: every byte is a token."""
+    bpe_vocab_size: int | None = None
+    """Train a byte-level BPE tokenizer of this size on the files first."""
+
+    midi_tokens: Literal["performance", "remi", "tsd", "midilike"] = "performance"
+    """performance: note on, note off, time shift, velocity: 388 events; the others as MidiTok has them."""
+    image_size: tuple[int, int] = (32, 32)
+    """Rows and columns that pictures are scaled and cut to; the model's context_length follows from it."""
+    image_colours: Literal["rgb", "grey", "palette"] = "rgb"
+    """Three ids a pixel (red, green, blue), or one: its grey, or the nearest of palette_size colours."""
+    palette_size: int = 256
+    """Colours of a palette, chosen from the pictures."""
+    classes: bool = False
+    """Put a token for the class, which is the folder a picture lies in, before each; --prompt then names a class."""
+    audio_codec: Literal["mulaw", "encodec", "dac", "mimi"] = "mulaw"
+    """8-bit mu-law samples, without any model; or the codes of a neural codec."""
+    sample_rate: int = 16_000
+    """Samples a second of mu-law; recordings are resampled. Neural codecs have their own."""
+    audio_weights: str | None = None
+    """A neural codec's weights: a folder, or a name on the Hub; None: the usual ones of the Hub."""
+    codebooks: int | None = None
+    """How many of a neural codec's codebooks to use, the coarse ones first; None: eight, or all if it has fewer."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "data.")
+        if isinstance(self.validation, str):
+            object.__setattr__(self, "validation", (self.validation,))
+        for name in ("palette_size", "codebooks", "sample_rate"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.{name} is {value}: it must be at least 1")
+        require(self.palette_size <= 256, f"data.palette_size is {self.palette_size}: it must be at most 256")
+        require(min(self.image_size) >= 1, f"data.image_size is {self.image_size}: rows and columns must be at least 1")
+        if self.split_on is not None:  # shells pass backslashes on
+            object.__setattr__(
+                self, "split_on", self.split_on.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
+            )
+        require(
+            0 <= self.validation_fraction < 1,
+            f"data.validation_fraction is {self.validation_fraction}: it must be in [0, 1)",
+        )
+        if self.group_by is not None:
+            try:
+                re.compile(self.group_by)
+            except re.error as error:
+                raise InputError(f"data.group_by {self.group_by!r} is no regular expression ({error})") from None
+        require(self.split_on != "", "data.split_on is empty: give a text, or leave it out")
+        require(
+            self.bpe_vocab_size is None or self.bpe_vocab_size > 256,
+            f"data.bpe_vocab_size is {self.bpe_vocab_size}: it must be more than 256, the single bytes",
+        )
+        require(
+            self.tokenizer is None or self.bpe_vocab_size is None,
+            "data.tokenizer and data.bpe_vocab_size are both given: choose one",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The learning rule. Learning rates are peaks; the schedule scales them all alike."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for all."""
+    muon_lr: float = 0.02
+    """Peak learning rate of the hidden matrices under Muon."""
+    lr: float | None = None
+    """Peak learning rate of AdamW; None: 0.03 for what is left to it beside Muon, 0.003 where it does all."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices, per unit of learning rate."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """wsd: warmup, stable, then linear decay to zero; cosine: warmup, then a half cosine to zero; or constant."""
+    warmup: float = 0.02
+    """Share of the run over which learning rates rise from zero."""
+    decay: float = 0.6
+    """wsd: share of the run over which they fall to zero."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+    skip_spikes: float = 0.0
+    """Skip a step whose gradient norm is more than so many times the median of the last 100; 0: none, 10 is careful."""
+    label_smoothing: float = 0.0
+    """Share of each target spread over all other ids. Held-out text is measured without."""
+    z_loss: float = 0.0
+    """Weight of log^2(sum exp(logits)) in the loss, which keeps logits from drifting, such as 1e-4. Held-out text is
+    measured without."""
+    ema: float = 0.0
+    """Share of the old in a running mean of the weights, taken at every step, which is then what is measured and
+    written; such as 0.999. 0: the weights themselves."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "optim.")
+        for name in ("muon_lr", "lr", "weight_decay", "grad_clip", "skip_spikes", "label_smoothing", "z_loss"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"optim.{name} is {value}: it must not be negative")
+        require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {self.betas}: both must be in [0, 1)")
+        for name in ("warmup", "decay", "momentum"):
+            require(0 <= getattr(self, name) <= 1, f"optim.{name} is {getattr(self, name)}: it must be in [0, 1]")
+        require(0 <= self.ema < 1, f"optim.ema is {self.ema}: it must be in [0, 1)")
+
+    @property
+    def adamw_lr(self) -> float:
+        if self.lr is not None:
+            return self.lr
+        return 3e-2 if self.name == "muon" else 3e-3
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How the run goes through its steps."""
+
+    batch_size: int = 4
+    """Windows per optimizer step."""
+    blocks: int | None = None
+    """How many times num_latents targets each window has, one block behind the other. They share the text before, whose
+    keys and values are made once, so a step learns from more tokens in less time; but fewer texts are in it.
+    None: 4, or as many as half of the context holds; 1 with prefix dropout, and where a network allows no more."""
+    micro_batch_size: int | None = None
+    """Windows per forward pass on each device; less than its share of batch_size accumulates gradients in less memory.
+    None: all its share."""
+    devices: int = 1
+    """Devices that share each step, each with a process of its own; torchrun and SLURM say it themselves."""
+    prefix_ranks: int = 1
+    """How many devices read the same windows, a share of the prefix each, so that context can grow with their number;
+    devices / prefix_ranks groups of them share the windows of a step."""
+    short_prefix: float = 0.5
+    """Share of the steps whose windows have their prefix cut to 3/4, 1/2, 1/4 or nothing of it, at random.
+    Always whole, the model would not learn to write from little, and less prefix is less work."""
+    prefix_growth: float = 0.0
+    """Share of the run over which the longest prefix grows from nothing to whole, by quarters: what is near is learned
+    first, at less cost. 0: it is whole from the start."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: each of several devices holds the whole network; fsdp: a share of weights, gradients and optimizer state."""
+    precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
+    """auto: bfloat16 autocast where the processor is faster at it, else float32; the recipe keeps which it was."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+    compile: bool = False
+    """torch.compile the network: minutes of compilation, then faster steps."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, a third more time."""
+    evaluations: int = 10
+    """How many times, evenly spread over the run, to measure and to sample."""
+    evaluation_tokens: int = 100_000
+    """Held-out tokens to score each time, in windows from everywhere; at the end, the first ten times as many."""
+    sample_tokens: int = 200
+    """Length of the samples, 0: none; the last one of pictures is a whole picture."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """Where metrics go beside metrics.csv and TensorBoard (which is taken where it is installed); each is an extra."""
+    checkpoint_every: str = "60s"
+    """Time between checkpoints, as in max_time; there is one after each evaluation, too."""
+    keep_best: int = 1
+    """How many of the checkpoints that predicted held-out text best to keep, beside the last two."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "trainer.")
+        for name in ("batch_size", "blocks", "micro_batch_size", "devices", "prefix_ranks"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"trainer.{name} is {value}: it must be at least 1")
+        require(
+            self.devices == 1 or self.devices % self.prefix_ranks == 0,
+            f"trainer.prefix_ranks is {self.prefix_ranks}, which does not divide devices {self.devices}",
+        )
+        ranks = f"devices {self.devices}" + (f" / prefix_ranks {self.prefix_ranks}" if self.prefix_ranks > 1 else "")
+        require(
+            self.batch_size % self.data_ranks == 0,
+            f"trainer.batch_size {self.batch_size} is not a multiple of {ranks}, which share it: "
+            f"set it to {-(-self.batch_size // self.data_ranks) * self.data_ranks}",
+        )
+        each = self.data_ranks * self.micro_batch
+        require(
+            self.batch_size % each == 0,
+            f"trainer.batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            + (f" times {ranks}" if self.data_ranks > 1 else "")
+            + f": set it to {-(-self.batch_size // each) * each}",
+        )
+        for name in ("short_prefix", "prefix_growth"):
+            require(0 <= getattr(self, name) <= 1, f"trainer.{name} is {getattr(self, name)}: it must be in [0, 1]")
+        for name in ("evaluations", "sample_tokens", "keep_best"):
+            require(getattr(self, name) >= 0, f"trainer.{name} is {getattr(self, name)}: it must not be negative")
+        require(
+            self.evaluation_tokens >= 2, f"trainer.evaluation_tokens is {self.evaluation_tokens}: it must be at least 2"
+        )
+        parse_duration(self.checkpoint_every, "trainer.checkpoint_every")
+
+    @property
+    def data_ranks(self) -> int:
+        """Groups of devices that share the windows of a step."""
+        return max(1, self.devices // self.prefix_ranks)
+
+    @property
+    def micro_batch(self) -> int:
+        """micro_batch_size with its default filled in."""
+        return self.micro_batch_size or self.batch_size // self.data_ranks
+
+    @property
+    def sharded(self) -> bool:
+        return self.strategy == "fsdp" and self.devices > 1
