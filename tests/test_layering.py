@@ -178,6 +178,17 @@ def test_importing_it_loads_no_torch(module: str):
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
+def test_evaluating_and_generating_load_only_what_they_use():
+    """These take longer to import than torch itself."""
+    program = f"""if True:
+        import sys
+        import {PACKAGE}.compat, {PACKAGE}.evaluation, {PACKAGE}.generation, {PACKAGE}.run, {PACKAGE}.training.trouble
+        slow = "torch._dynamo torch.distributed.tensor lightning_fabric transformers datasets matplotlib".split()
+        sys.exit(str([name for name in slow if name in sys.modules] or ""))
+    """
+    assert subprocess.run([sys.executable, "-c", program], check=False, stderr=subprocess.PIPE).stderr.strip() == b""
+
+
 @pytest.mark.parametrize(
     ("path", "source", "complaint"),
     [

@@ -230,6 +230,16 @@ def test_the_operators_keep_torch_compiles_rules(which: int) -> None:
         torch.library.opcheck(streaming._stream_backward, (d_out, out, lse, *arguments), test_utils=check)
 
 
+def test_compiled_the_memory_of_the_device_is_a_constant() -> None:
+    config, cpu = PerceiverARConfig(context_length=1 << 40), torch.device("cpu")
+
+    def chunk(x: Tensor) -> Tensor:
+        return x + streaming.automatic_chunk(config, 1, config.context_length, x.dtype, cpu)
+
+    x = torch.zeros(1)
+    assert chunk(x) > 0 and torch.equal(torch.compile(chunk, fullgraph=True, backend="eager")(x), chunk(x))
+
+
 @pytest.mark.parametrize(
     ("chunk", "backend"),
     [(3, "aot_eager"), *(pytest.param(chunk, "inductor", marks=pytest.mark.slow) for chunk in (0, 3))],

@@ -16,8 +16,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch._dynamo import config as dynamo_config
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from perceiver_ar.cache import Cache
@@ -68,6 +66,9 @@ def compile_and_run(
     Raises:
         InputError: there is nothing to compile with.
     """
+    from torch._dynamo import config as dynamo_config  # a second to import
+    from torch._dynamo.exc import BackendCompilerFailed
+
     constants = tuned and tokens.device.type == "cpu"
     try:
         # One process may compile for any number of models, batches and contexts.

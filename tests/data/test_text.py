@@ -181,6 +181,13 @@ def test_special_tokens_are_not_made_from_text():
     assert BPE.decode([end, *ids, end]) == b"a<|endoftext|>b" and BPE.num_bytes([end]) == 0
 
 
+def test_a_saved_tokenizer_with_dropout_encodes_without():
+    settings = BPE.tokenizer.to_str().replace('"dropout":null', '"dropout":0.5')
+    assert settings != BPE.tokenizer.to_str()
+    codec = TokenizerCodec(Tokenizer.from_str(settings))
+    assert codec.encode(SAMPLE.encode()).tolist() == BPE.encode(SAMPLE.encode()).tolist()
+
+
 def test_what_a_saved_tokenizer_adds_cuts_or_pads_is_left_out():
     tokenizer = Tokenizer.from_str(BPE.tokenizer.to_str())
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -52,12 +52,14 @@ class Codec(ABC):
         ending: of the files that `decode` gives the content of, such as ".mid".
         reads_text: documents are UTF-8 text: files that cannot be text are refused.
         writes_text: `decode` gives text that can be read piece by piece.
+        encodes_in_threads: `encode_pieces` lets other threads run: many of them pay.
     """
 
     name: ClassVar[str]
     files: ClassVar[tuple[str, ...]] = ()
     ending: ClassVar[str] = ".bin"
     writes_text: ClassVar[bool] = False
+    encodes_in_threads: ClassVar[bool] = False
     reads_text: bool = False
     vocab_size: int
     separator: tuple[int, ...] = ()
@@ -84,6 +86,14 @@ class Codec(ABC):
             yield self.encode(b"".join(chunks))
         except WrongModality as error:
             raise WrongModality(f"{where}: {error}") from error
+
+    def pieces(self, chunks: Iterable[bytes], where: str) -> Iterator[Any]:
+        """As `encode_stream`, but what it yields are pieces that `encode_pieces` makes the ids of, in any order."""
+        return self.encode_stream(chunks, where)
+
+    def encode_pieces(self, pieces: Sequence[Any]) -> list[np.ndarray]:
+        """The ids of pieces of any documents."""
+        return list(pieces)
 
     @abstractmethod
     def decode(self, ids: ArrayLike) -> bytes:

@@ -16,10 +16,10 @@ import sys
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from perceiver_ar.data.codec import Codec, WrongModality
+from perceiver_ar.data.encoding import Part, encode_documents
 from perceiver_ar.data.sources import Source, find_files, read_text, standard_library
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path, write_text
@@ -130,22 +131,27 @@ class _Writer:
         self.group: int | None = None  # of the documents that come; None: each is one of its own
         self.num_tokens = 0
 
-    def write(self, ids: Sequence[int] | np.ndarray) -> None:
-        self.file.write(np.asarray(ids, dtype=self.dtype).tobytes())
+    def write(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """Returns what was written."""
+        data = np.asarray(ids, dtype=self.dtype).tobytes()
+        self.file.write(data)
         self.num_tokens += len(ids)
+        return data
 
-    def add_source(self, source: Source, split_on: bytes | None, advance: Callable[[int], Any]) -> list[str]:
-        """Adds the documents of one file: all, or none if it raises. Of rows, those that the codec cannot read are left
-        out; returns why,
-        of the first ones."""
+    def add_source(self, parts: Iterable[Part]) -> list[str]:
+        """Adds the documents of one file: all, or none if it raises. Rows that the codec cannot read are left out;
+        returns why, of the first ones."""
         before, refused = len(self.lengths), list[str]()
         try:
-            for where, document in source.documents(split_on, advance, self.codec.reads_text):
+            for document, own in groupby(parts, key=lambda part: part.document):
+                if document is None:
+                    (end,) = own
+                    if end.error is not None:
+                        raise end.error
+                    break
                 try:
-                    self.add(document, where)
-                except WrongModality as error:
-                    if not source.of_rows:
-                        raise
+                    self.add(own)
+                except WrongModality as error:  # of rows
                     self.take_back(len(self.lengths) - 1)
                     refused.append(str(error) if len(refused) < NAMED else "")
             if refused and len(self.lengths) == before:
@@ -155,21 +161,17 @@ class _Writer:
             raise
         return refused
 
-    def add(self, chunks: Iterable[bytes], where: str) -> None:
+    def add(self, parts: Iterable[Part]) -> None:
         """Adds one document; nothing if it is empty."""
         start, size, digest = self.num_tokens, 0, hashlib.sha256()
-
-        def counted() -> Iterator[bytes]:
-            nonlocal size
-            for chunk in chunks:
-                size += len(chunk)
-                yield chunk
-
         try:
             self.write(self.codec.separator)
-            for ids in self.codec.encode_stream(counted(), where):
-                self.write(ids)
-                digest.update(np.ascontiguousarray(ids, self.dtype).data)
+            for part in parts:
+                size += part.num_bytes
+                if part.error is not None:
+                    raise part.error
+                if part.content is not None:
+                    digest.update(self.write(part.content))
         finally:
             self.lengths.append(self.num_tokens - start)
             self.sizes.append(size)
@@ -321,17 +323,18 @@ def _add_all(
     groups: Sequence[int] | None = None,
 ) -> None:
     wrong, empty, rows = list[str](), list[str](), list[str]()
-    for number, source in enumerate(sources):
-        writer.group = None if groups is None else groups[number]
-        before = len(writer.lengths)
-        try:
-            rows += writer.add_source(source, split_on, advance)
-            if len(writer.lengths) == before and (source.size > 0 or source.named):
-                empty.append(f"{source.name} has nothing in it")
-        except InputError as error:
-            if source.named:
-                raise
-            wrong.append(str(error))
+    with closing(encode_documents(sources, writer.codec, split_on, advance)) as encoded:
+        for number, parts in groupby(encoded, key=lambda part: part.source):
+            source, before = sources[number], len(writer.lengths)
+            writer.group = None if groups is None else groups[number]
+            try:
+                rows += writer.add_source(parts)
+                if len(writer.lengths) == before and (source.size > 0 or source.named):
+                    empty.append(f"{source.name} has nothing in it")
+            except InputError as error:
+                if source.named:
+                    raise
+                wrong.append(str(error))
     if not sources:
         raise InputError("no files given; name files, folders or patterns")
     if not writer.lengths and wrong:

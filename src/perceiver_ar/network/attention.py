@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from perceiver_ar.network.kernels import choose_kernels
 
@@ -236,6 +235,8 @@ def _attend_whole(q: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
         if len(pieces) == 1 and pieces[0].causal:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         if causal_last:
+            from torch.nn.attention.bias import causal_lower_right  # loads torch's compiler, which takes a second
+
             return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(queries, keys))
         if not any(piece.causal for piece in pieces):
             return F.scaled_dot_product_attention(q, k, v)

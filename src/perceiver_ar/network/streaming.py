@@ -65,10 +65,13 @@ def piece_length(config: PerceiverARConfig, rows: int, device: torch.device) -> 
     return max(2 * config.num_latents, PIECE.get(device.type, PIECE["cpu"]) // rows)
 
 
-@torch.compiler.assume_constant_result
 def device_memory(kind: str, index: int) -> int:
     """Bytes that the device has."""
     return _device_memory(kind, index)
+
+
+device_memory._dynamo_marked_constant = True  # type: ignore[reportFunctionMemberAccess]
+"""As `torch.compiler.assume_constant_result` does, which loads torch's compiler first: a second."""
 
 
 @lru_cache

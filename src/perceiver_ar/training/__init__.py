@@ -8,6 +8,18 @@ With several devices every process (rank) runs all of this. Each takes its share
 the prefix of the same ones. All agree on the clock and on stopping; only the first one writes, prints and measures.
 """
 
-from perceiver_ar.training.train import train
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from perceiver_ar.training.main import train
 
 __all__ = ["train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when first used: estimates of memory are here, too, and need none of it."""
+    if name != "train":
+        raise AttributeError(f"module 'perceiver_ar.training' has no attribute {name!r}")
+    from perceiver_ar.training.main import train
+
+    return train

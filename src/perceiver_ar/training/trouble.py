@@ -13,7 +13,6 @@ from perceiver_ar.config import Recipe
 from perceiver_ar.costs import training_bytes
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.network.streaming import automatic_chunk
-from perceiver_ar.optim import whole
 
 ROOM = {"cuda": 0.8, "mps": 0.8, "cpu": 0.5}
 """Share of the free memory to plan with: the estimate may be wrong by a fifth, and on a CPU allocators need more."""
@@ -21,6 +20,8 @@ ROOM = {"cuda": 0.8, "mps": 0.8, "cpu": 0.5}
 
 def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str:
     """Which weights are not finite, or else which layer's output is not, first, in `forward` of `model`; in words."""
+    from perceiver_ar.optim import whole  # with torch.distributed.tensor, half of torch's own time to import
+
     for name, parameter in model.named_parameters():
         finite = whole(parameter.detach()).isfinite()
         if not finite.all():
