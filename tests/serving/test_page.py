@@ -64,14 +64,31 @@ def test_a_text_is_continued_stopped_undone_and_retried(
 
     page.get_by_role("button", name="Continue").click()
     playwright.expect(status).to_contain_text("tokens")
-    assert text.locator("span").text_content() == expected(3)
+    assert "".join(text.locator("span").all_text_contents()) == expected(3)
     page.screenshot(path=os.environ.get("SCREENSHOTS", str(tmp_path)) + f"/{form}.png")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
     page.get_by_role("button", name="Retry").click()
     playwright.expect(page.get_by_role("button", name="Continue")).to_be_enabled()
     playwright.expect(page.get_by_label("Seed")).to_have_value("4")
-    assert text.locator("span").text_content() == expected(4)
+    assert "".join(text.locator("span").all_text_contents()) == expected(4)
+
+    # Another token in the place of one, and undone again.
+    before = text.text_content()
+    page.get_by_label("Shade what was unlikely").check()
+    chosen = page.evaluate(
+        "() => { const span = [...text.querySelectorAll('span')].find(span => Object.keys(span.alternatives ?? {})"
+        ".some(other => other !== span.textContent && /^[!-~]$/.test(other))); span.click(); return span.textContent; }"
+    )
+    choices = page.get_by_role("group", name="What else could stand here")
+    other = choices.get_by_role("button", disabled=False).filter(has_not_text=chosen).first
+    letter = other.text_content()[0]
+    page.screenshot(path=os.environ.get("SCREENSHOTS", str(tmp_path)) + f"/{form}-choices.png")
+    other.click()
+    playwright.expect(page.get_by_role("button", name="Continue")).to_be_enabled()
+    assert text.text_content().startswith(before[: before.index(chosen, 10)] + letter)
+    page.get_by_role("button", name="Undo").click()
+    assert text.text_content() == before
 
     page.get_by_role("button", name="Undo").click()
     assert text.text_content() == "Once\nupon\n"
@@ -80,7 +97,7 @@ def test_a_text_is_continued_stopped_undone_and_retried(
     page.get_by_label("Seed").fill("")
     text.focus()
     page.keyboard.press("Control+Enter")
-    playwright.expect(text.locator("span")).to_be_visible()
+    playwright.expect(text.locator("span").first).to_be_attached()
     page.keyboard.press("Escape")
     playwright.expect(page.get_by_role("button", name="Continue")).to_be_enabled()
 

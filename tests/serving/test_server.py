@@ -306,8 +306,16 @@ def test_a_full_queue_says_when_to_come_again(serving: Any, run: Path) -> None:
 # Keys and hosts
 
 
+def test_the_openai_client_sends_the_key(serving: Any, run: Path) -> None:
+    with (
+        serving(run, api_key="secret") as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client,
+    ):
+        assert [card.id for card in client.models.list()] == ["tiny"]
+
+
 def test_a_key_covers_everything_but_health(serving: Any, run: Path) -> None:
-    with serving(run, api_key="a secret") as url:
+    with serving(run, api_key="a sécret") as url:
         assert http.get(f"{url}/health").json() == {"status": "ok"}
         for path in (
             "/",
@@ -319,15 +327,14 @@ def test_a_key_covers_everything_but_health(serving: Any, run: Path) -> None:
             "/health/",
             "//health",
         ):
-            for given in (None, "Bearer wrong", "Basic !", "Basic eA==", "a secret", "Bearer \xe9"):
+            for given in (None, "Bearer wrong", "Basic !", "Basic eA==", "a sécret", "Bearer \xe9"):
                 headers = {} if given is None else {"Authorization": given.encode("latin-1")}
                 assert http.get(f"{url}{path}", headers=headers).status_code == 401
-        assert http.get(f"{url}/v1/models", headers={"Host": "anything", "Authorization": "Bearer a secret"}).is_success
-        assert http.get(f"{url}/v1/models", auth=("", "a secret")).is_success
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="a secret", max_retries=0) as client:
-            assert [card.id for card in client.models.list()] == ["tiny"]
+        right = {"Host": "anything", "Authorization": "Bearer a sécret".encode()}
+        assert http.get(f"{url}/v1/models", headers=right).is_success
+        assert http.get(f"{url}/v1/models", auth=("", "a sécret")).is_success
         with (
-            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
+            openai.OpenAI(base_url=f"{url}/v1", api_key="plain", max_retries=0) as client,
             pytest.raises(openai.AuthenticationError, match="key is missing or wrong"),
         ):
             client.models.list()

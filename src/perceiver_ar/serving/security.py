@@ -69,7 +69,7 @@ class Guard:
         """As a bearer token, or for browsers as the password of basic authentication."""
         assert self.api_key is not None
         scheme, _, value = authorization.partition(" ")
-        given = value.strip().encode()
+        given = value.strip().encode("latin-1")  # as it came
         if scheme.lower() == "basic":
             try:
                 given = base64.b64decode(given, validate=True).partition(b":")[2]
