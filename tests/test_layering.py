@@ -257,7 +257,7 @@ def test_a_breach_is_seen(tmp_path: Path, path: str, source: str, complaint: str
         ("compat/__init__.py", "def load():\n    from perceiver_ar.training import train"),
         ("data/text.py", "from . import codec\nfrom .codec import Codec\nfrom ..config import PerceiverARConfig"),
         ("data/__init__.py", "from .text import TextCodec\nfrom ..errors import InputError"),
-        ("cli.py", "from perceiver_ar import __version__, compat, training"),
+        ("cli/train.py", "from perceiver_ar import __version__, compat, training"),
         ("network/model.py", "'''See perceiver_ar.objective for the loss.'''\nimport torch"),
     ],
 )

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-RANK: int = rank_zero_only.rank
-"""Of this process among those of the run, from the environment; 0 writes and prints."""
-console = Console(stderr=True, highlight=False, markup=False, quiet=RANK != 0)
+console = Console(stderr=True, highlight=False, markup=False)
+"""Quiet on all ranks but the first, see `resources.resolve`."""
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 TERMINALS = [stream for stream in (1, 2) if os.isatty(stream)]  # once a terminal has hung up, nobody can tell

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from perceiver_ar.config import TrainerConfig
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.training.console import RANK
+from perceiver_ar.training.console import console
 
 Precision = Literal["32", "bf16", "fp16"]
 FABRIC_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
@@ -28,6 +28,8 @@ FABRIC_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
 }
 FIRST_PROCESS = "PERCEIVER_AR_FIRST_PROCESS"
 """Environment variable with the id of the process that has started this one as a further rank."""
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""Where launchers leave the rank of a process; the first that is there counts, as in Fabric."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ def resolve(settings: TrainerConfig) -> Resources:
         devices, machines = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", 1))
     else:
         launched = False
-    return Resources(choose_device(settings, devices, machines), devices, machines, launched, RANK)
+    ranks = [int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ]
+    rank = ranks[0] if ranks and devices > 1 else 0
+    console.quiet = rank > 0
+    return Resources(choose_device(settings, devices, machines), devices, machines, launched, rank)
 
 
 def check_launcher(settings: TrainerConfig) -> None:
@@ -69,7 +74,7 @@ def check_launcher(settings: TrainerConfig) -> None:
     by_hand = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if by_hand and os.environ.get("WORLD_SIZE") == str(settings.devices):
         return
-    alone = dict.fromkeys(("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"), 0) | {"WORLD_SIZE": 1}
+    alone = dict.fromkeys(RANK_VARIABLES, 0) | {"WORLD_SIZE": 1}
     alone |= {"SLURM_NTASKS": 1} if slurm else {}
     alone |= {"LOCAL_RANK": -1} if settings.devices > 1 else {}  # Fabric then starts no others
     values = {name: os.environ.get(name, "") for name in alone}

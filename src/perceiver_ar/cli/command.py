@@ -1,0 +1,98 @@
+"""The command: verbs to functions. Results go to stdout, progress and messages to stderr.
+
+Exit status: 0 done; 2 something that the user can mend (wrong input, a full disk, training that diverges), and one line
+says what, where and what to do; 1 any other failure, with its traceback; 130 interrupted.
+"""
+
+import errno
+import io
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from perceiver_ar.cli.convert import convert_verb, export_verb
+from perceiver_ar.cli.evaluate import evaluate_verb
+from perceiver_ar.cli.generate import generate_verb
+from perceiver_ar.cli.info import info_verb
+from perceiver_ar.cli.push import push_verb
+from perceiver_ar.cli.serve import serve_verb
+from perceiver_ar.cli.train import train_verb
+from perceiver_ar.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+
+USAGE = """usage: perceiver-ar VERB ...
+
+Perceiver AR on your own files: train, see how good it is, generate.
+
+  train [PATH...] --out RUN     make a run: a directory with a trained model
+  evaluate RUN [PATH...]        bits per byte on files, or on what the run held out
+  generate RUN                  let the model write
+  serve RUN                     let programs use it: OpenAI's completions over HTTP, and a page to write on
+  info RUN                      what a run is, and what it costs
+  convert FORMAT CHECKPOINT --out RUN     another implementation's checkpoint becomes a run
+  export FORMAT RUN --out PATH            and back; or for Hugging Face transformers, or as ONNX
+  push RUN OWNER/NAME           a run goes to the Hugging Face Hub
+
+perceiver-ar VERB --help has all options and examples."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
+    verbs: dict[str, Callable[[list[str]], None]] = {
+        "train": train_verb,
+        "evaluate": evaluate_verb,
+        "generate": generate_verb,
+        "serve": serve_verb,
+        "info": info_verb,
+        "convert": convert_verb,
+        "export": export_verb,
+        "push": push_verb,
+    }
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries, to their callers: to us, not to the user
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(USAGE)
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            from perceiver_ar import __version__
+
+            print(__version__)
+            return 0
+        if argv[0] not in verbs:
+            raise InputError(f"there is no verb {argv[0]!r}: use {', '.join(verbs)}")
+        verbs[argv[0]](argv[1:])
+        return 0
+    except InputError as error:
+        complain(" ".join(str(error).split()))
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        remedy = {errno.ENOSPC: "free some space", errno.EACCES: "change its mode or choose another place"}
+        place = f": {error.filename}" if error.filename else ""
+        complain(
+            f"{error.strerror}{place}; {remedy.get(error.errno or 0, 'choose another place, or look at the disk')}"
+        )
+        return 2
+    except KeyboardInterrupt as error:
+        complain(str(error) or "interrupted")
+        return 130
+
+
+def complain(message: str) -> None:
+    print(f"perceiver-ar: {message}", file=sys.stderr)

@@ -1,0 +1,142 @@
+"""perceiver-ar convert, and back: perceiver-ar export."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perceiver_ar.cli.options import make_parser, parse
+from perceiver_ar.errors import InputError
+
+if TYPE_CHECKING:
+    from perceiver_ar.run import Run
+
+
+# What checkpoints may not tell, by format: option, type, help.
+CONVERT_OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
+    "lucidrains": [
+        ("cross_attn_seq_len", int, "prefix length, which no weight tells"),
+        ("heads", int, "attention heads, where the weights leave a choice"),
+    ],
+    "krasserm": [],
+    "google": [
+        ("settings", str, "random_mirrored_32, random_mirrored_131072, imagenet_w_positions, or a JSON file of their "
+         "PerceiverAR's arguments"),
+        ("max_context_length", int, "as in their settings"),
+        ("z_index_dim", int, "as in their settings"),
+        ("num_cross_attend_heads", int, "as in their settings"),
+        ("num_transformer_heads", int, "as in their settings"),
+    ],
+}  # fmt: skip
+
+
+def convert_verb(argv: list[str]) -> None:
+    parser = make_parser(
+        "convert",
+        "lucidrains|krasserm|google CHECKPOINT --out RUN",
+        "Makes a run from a checkpoint of perceiver-ar-pytorch (lucidrains), perceiver-io (krasserm) or\n"
+        "google-research/perceiver-ar (google). No code in a checkpoint is run.",
+        "  perceiver-ar convert krasserm perceiver-ar-clm-base/ --out runs/clm       (a Hugging Face directory)\n"
+        "  perceiver-ar convert krasserm epoch=1.ckpt --out runs/clm                 (a Lightning checkpoint)\n"
+        "  perceiver-ar convert lucidrains model.pt --cross_attn_seq_len 3072 --heads 8 --out runs/enwik8\n"
+        "  perceiver-ar convert google checkpoint.dill --settings random_mirrored_131072 --out runs/copy",
+    )
+    parser.add_argument("format", choices=list(CONVERT_OPTIONS), help="whose checkpoint it is")
+    parser.add_argument("checkpoint", type=str, help="a file, or a directory where they write one")
+    parser.add_argument("--out", type=str, required=True, help="the run directory to make")
+    for form, options in CONVERT_OPTIONS.items():
+        for name, kind, text in options:
+            parser.add_argument(f"--{name}", type=kind | None, help=f"{form}: {text}")
+    args = parse(parser, argv)
+    own = [name for name, _, _ in CONVERT_OPTIONS[args.format]]
+    for name, _, _ in (option for options in CONVERT_OPTIONS.values() for option in options):
+        if name not in own and args[name] is not None:
+            raise InputError(f"--{name} is no option of {args.format}: leave it out")
+
+    from importlib import import_module
+
+    from perceiver_ar.compat.weights import LeftOut
+    from perceiver_ar.data.codec import save_codec
+    from perceiver_ar.files import atomic_directory
+    from perceiver_ar.run import Run
+
+    if Run(args.out).is_taken():
+        raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
+    read = import_module(f"perceiver_ar.compat.{args.format}").read
+    with warnings.catch_warnings(record=True) as notices:
+        warnings.simplefilter("always", LeftOut)
+        model, codec = read(Path(args.checkpoint), **{name: args[name] for name in own})
+    for notice in notices:
+        print(notice.message, file=sys.stderr)
+    with atomic_directory(args.out) as directory:
+        model.save_pretrained(directory)
+        if codec is not None:
+            save_codec(codec, directory)
+    if codec is None:
+        print("the checkpoint does not say what its ids stand for: info and Python work with the run; evaluate and "
+              "generate need a codec.json in it", file=sys.stderr)  # fmt: skip
+    facts = {"run": args.out, "parameters": model.num_parameters(), "codec": None if codec is None else codec.name}
+    print(json.dumps(facts))
+
+
+def export_verb(argv: list[str]) -> None:
+    parser = make_parser(
+        "export",
+        "huggingface|lucidrains|krasserm|onnx RUN --out PATH",
+        "Writes a run's model for others.\n"
+        "huggingface: a directory that transformers load with trust_remote_code=True where this package is not\n"
+        "installed: weights, settings, tokenizer and code; it is still a run. (Where the package is installed,\n"
+        "transformers load the run itself, after `import perceiver_ar.huggingface`.)\n"
+        "lucidrains, krasserm: a file of torch.save that perceiver-ar-pytorch loads, a Hugging Face directory that\n"
+        "perceiver-io loads; shows the arguments or settings it goes with. Only for models that these packages can\n"
+        "compute, such as those trained with --preset lucidrains or --preset krasserm.\n"
+        "onnx: a directory for runtimes without PyTorch: scoring, and generation step by step.",
+        "  perceiver-ar export huggingface runs/books --out books-for-transformers/\n"
+        "  perceiver-ar export krasserm runs/clm --out clm-for-perceiver-io/\n"
+        "  perceiver-ar export lucidrains runs/enwik8 --out model.pt\n"
+        "  perceiver-ar export onnx runs/books --out books-onnx/",
+    )
+    formats = ["huggingface", "lucidrains", "krasserm", "onnx"]
+    parser.add_argument("format", choices=formats, help="for which package")
+    parser.add_argument("run", type=str, help="a run directory")
+    parser.add_argument("--out", type=str, required=True, help="the file or directory to write")
+    args = parse(parser, argv)
+
+    from perceiver_ar import compat
+    from perceiver_ar.data.codec import save_codec
+    from perceiver_ar.files import atomic_directory, write_text
+    from perceiver_ar.onnx import export_onnx
+    from perceiver_ar.run import Run
+
+    run = Run.open(args.run)
+    if Run(args.out).is_taken():
+        raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
+    model = run.model()
+    if args.format == "lucidrains":
+        about: Any = compat.save_lucidrains(model, args.out)
+    else:
+        with atomic_directory(args.out) as directory:
+            if args.format == "krasserm":
+                about = compat.save_krasserm(model, directory)
+            elif args.format == "huggingface":
+                about = export_huggingface(run, directory)
+            else:
+                about = export_onnx(model, directory)
+                write_text(directory / "config.json", model.config.to_json())
+                if (codec := run.codec_if_any()) is not None:
+                    save_codec(codec, directory)
+    print(json.dumps(about, indent=2))
+
+
+def export_huggingface(run: "Run", directory: Path) -> dict[str, Any]:
+    """A run for transformers; what to tell of it."""
+    from perceiver_ar.data.codec import missing_extra
+
+    try:
+        from perceiver_ar import huggingface
+    except ImportError as error:
+        raise missing_extra("hf", error) from None
+    codec = run.codec_if_any()
+    huggingface.export(huggingface.PerceiverARForCausalLM.from_pretrained(run.path), codec, directory)
+    return {"files": sorted(file.name for file in directory.iterdir()), "codec": None if codec is None else codec.name}

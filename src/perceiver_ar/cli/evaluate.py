@@ -1,0 +1,138 @@
+"""perceiver-ar evaluate."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perceiver_ar.cli.options import add_paths, make_parser, names, parse
+from perceiver_ar.cli.prompts import of_trained, to_device
+from perceiver_ar.config import Recipe
+from perceiver_ar.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from perceiver_ar.data.codec import Codec
+    from perceiver_ar.evaluation import Evaluation
+    from perceiver_ar.run import Run
+
+
+def evaluate_verb(argv: list[str]) -> None:
+    parser = make_parser(
+        "evaluate",
+        "RUN [PATH...]",
+        "Scores every token of files exactly once, each with as much context as there is.",
+        "  perceiver-ar evaluate runs/books new_book.txt\n"
+        "  perceiver-ar evaluate runs/books                        (the documents it held out)\n"
+        "  perceiver-ar evaluate runs/books --context_lengths 256,1024,4096\n"
+        "  perceiver-ar evaluate runs/books new_book.txt --json",
+    )
+    parser.add_argument("run", type=str, help="a run directory")
+    add_paths(parser, "files as for train; none: what the run held out")
+    parser.add_argument("--stride", type=int | None, help="tokens from window to window; 1 is exact and slow "
+                        "(default: half the latents)")  # fmt: skip
+    parser.add_argument("--num_latents", type=int | None, help="latents per window (default: as trained)")
+    parser.add_argument(
+        "--context_lengths", type=str | None, help="a table, a CSV and a plot for these context lengths"
+    )
+    parser.add_argument("--max_tokens", type=int | None, help="score only so many tokens from the start")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows at once")
+    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the computation")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    args = parse(parser, argv)
+    lengths = parse_lengths(args.context_lengths)
+
+    import tempfile
+
+    from perceiver_ar.evaluation import compressors, evaluate, evaluate_context_lengths
+    from perceiver_ar.run import Run
+
+    run = Run.open(args.run)
+    model, codec = to_device(run.model()), run.codec()
+    with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
+        tokens = tokens_to_score(run, codec, names(args.paths), Path(scratch))
+        options: dict[str, Any] = {"num_latents": args.num_latents, "byte_lengths": codec.byte_lengths()}
+        options |= {"amounts": codec.amounts, "document_length": codec.document_length}
+        options |= {"max_tokens": args.max_tokens, "batch_size": args.batch_size, "precision": args.precision}
+        options |= {"stride": args.stride, "progress": show_scored if sys.stderr.isatty() else None}
+        if lengths is None:
+            results = [evaluate(model, tokens, **options)]
+            print(json.dumps(results[0].to_dict()) if args.json else describe(results[0]))
+            return
+        results = evaluate_context_lengths(model, tokens, lengths, **options)
+        references = compressors(codec, tokens[max(lengths) :][: results[0].tokens])
+    show_context_table(run, results, references, args.json)
+
+
+def show_scored(done: int, total: int) -> None:
+    print(f"\rscored {done:,} of {total:,} tokens", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def parse_lengths(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"--context_lengths is {text!r}: write numbers with commas between, as in 256,1024") from None
+
+
+def tokens_to_score(run: "Run", codec: "Codec", paths: tuple[str, ...], scratch: Path) -> "np.ndarray":
+    from perceiver_ar.data.rows import find_rows
+    from perceiver_ar.data.sources import find_files
+    from perceiver_ar.data.tokens import TokenFile, prepare
+
+    if paths:
+        recipe = run.recipe() if run.recipe_file.exists() else Recipe(out=str(run.path))
+        split_on = recipe.data.split_on
+        sources = find_files(paths)
+        if codec.writes_text and recipe.modality != "bytes":
+            sources = find_rows(sources, recipe.data.column)
+        try:
+            tokens, _ = prepare(sources, codec, scratch, validation_fraction=0.0, split_on=split_on, progress=False)
+        except InputError as error:
+            raise InputError(of_trained(str(error))) from None
+        return tokens.tokens
+    if not (run.tokens / "validation.json").exists():
+        raise InputError(f"{run.path} held nothing out: name the files to evaluate")
+    return TokenFile.open(run.tokens / "validation").tokens
+
+
+def describe(result: "Evaluation") -> str:
+    error = "" if result.standard_error is None else f" +- {result.standard_error:.4f}"
+    lines = [] if result.bits_per_byte is None else [f"bits per byte    {result.bits_per_byte:.4f}"]
+    lines += [
+        f"bits per token   {result.bits_per_token:.4f}",
+        f"nats per token   {result.nats_per_token:.4f}{error}",
+        f"perplexity       {result.perplexity:.3f}",
+        f"tokens scored    {result.tokens:,}",
+    ]
+    for unit in (unit for unit, amount in result.amounts.items() if amount > 0):
+        lines.append(
+            f"{'per ' + unit:<17}{result.nats_per(unit):.4f} nats, {result.bits_per(unit):.4f} bits "
+            f"({amount_words(result.amounts[unit])} {unit}s)"
+        )
+    return "\n".join(lines)
+
+
+def amount_words(amount: float) -> str:
+    return f"{amount:,.0f}" if amount >= 100 or amount == round(amount) else f"{amount:.3g}"
+
+
+def show_context_table(run: "Run", results: "list[Evaluation]", references: dict[str, float], as_json: bool) -> None:
+    from perceiver_ar.evaluation import write_table
+    from perceiver_ar.plots import plot_context
+
+    if as_json:
+        print(json.dumps({"context_lengths": [result.to_dict() for result in results]}))
+    else:
+        print(f"{'context':>9}  {'bits per byte':>13}  {'bits per token':>14}")
+        for result in results:
+            per_byte = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+            print(f"{result.context_length:>9,}  {per_byte:>13}  {result.bits_per_token:>14.4f}")
+        for name, bits in references.items():
+            print(f"{name:>9}  {bits:>13.4f}")
+    write_table(run.plots / "context.csv", results)
+    plot_context(run.plots / "context.png", results, references)
+    print(f"table and plot: {run.plots / 'context.csv'}, {run.plots / 'context.png'}", file=sys.stderr)

@@ -1,0 +1,187 @@
+"""perceiver-ar generate."""
+
+import argparse
+import io
+import sys
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perceiver_ar.cli.options import make_parser, parse
+from perceiver_ar.cli.prompts import prompt_ids, stop_bytes, to_device, what_to_draw
+from perceiver_ar.errors import InputError
+
+if TYPE_CHECKING:
+    from perceiver_ar.data.codec import Codec
+    from perceiver_ar.generation import Step
+    from perceiver_ar.run import Run
+
+
+def generate_verb(argv: list[str]) -> None:
+    parser = make_parser(
+        "generate",
+        "RUN",
+        "Lets the model of a run write, and shows it as it is drawn; music, pictures and sound become files.",
+        "  perceiver-ar generate runs/books --prompt 'Call me'\n"
+        "  perceiver-ar generate runs/code --prompt_file start.py --max_new_tokens 2000 --top_p 0.95\n"
+        "  perceiver-ar generate runs/books --stop '\\n\\n' --seed 1 --out sample.txt\n"
+        "  perceiver-ar generate runs/piano --prompt_file prelude.mid --keep 500 --max_new_tokens 1000 --out new.mid",
+    )
+    parser.add_argument("run", type=str, help="a run directory")
+    parser.add_argument("--prompt", type=str | None, help="text to go on from; for pictures the name of a class")
+    parser.add_argument("--prompt_file", type=str | None, help="a file to go on from, - for standard input")
+    parser.add_argument("--keep", type=float | None, help="go on from the first so many tokens of the prompt file, or "
+                        "from a share of them below 1 (default: all; of a picture half)")  # fmt: skip
+    parser.add_argument("--max_new_tokens", type=int | None, help="how many tokens to draw (default: 256, or the rest "
+                        "of a picture)")  # fmt: skip
+    parser.add_argument("--samples", type=int | None, help="how many continuations (default: 1; of a picture 4)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token")
+    parser.add_argument("--top_k", type=int | None, help="draw from so many likeliest tokens only")
+    parser.add_argument("--top_p", type=float | None, help="draw from the likeliest tokens that hold this share")
+    parser.add_argument("--min_p", type=float | None, help="draw from tokens at least so likely as a share of the best")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes used tokens less likely")
+    parser.add_argument(
+        "--frequency_penalty", type=float, default=0.0, help="taken from a token's logit per earlier use"
+    )
+    parser.add_argument(
+        "--presence_penalty", type=float, default=0.0, help="taken from a token's logit once it was used"
+    )
+    parser.add_argument("--stop", type=str | None, help="end a text once this was written")
+    parser.add_argument("--ignore_end", action="store_true", help="go on where a document ends, with a new one")
+    parser.add_argument(
+        "--refill_latents", type=int | None, help="latents to go on with when all are used (default: half)"
+    )
+    parser.add_argument("--compile", action="store_true", help="half a minute first, then faster tokens")
+    parser.add_argument("--max_autotune", action="store_true", help="the same with kernels tried out for this machine: "
+                        "a minute first, pays from some ten thousand tokens on")  # fmt: skip
+    parser.add_argument("--slide", action="store_true", help="drop the oldest latent instead: constant time a token, "
+                        "but what it knew lives on in the others: logits of no single forward")  # fmt: skip
+    parser.add_argument("--precision", choices=["32", "bf16", "int8"], default="32", help="of weights and computation; "
+                        "int8 (extra [int8]): such weights, computation in bf16; fast with these two only")  # fmt: skip
+    parser.add_argument("--seed", type=int | None, help="the same seed draws the same text; the next sample takes the "
+                        "next seed")  # fmt: skip
+    parser.add_argument("--out", type=str | None, help="also write what was generated into this file, several samples "
+                        "with their numbers; for what is no text, how the files are named "
+                        "(default: RUN/samples/generated)")  # fmt: skip
+    parser.add_argument("--soundfont", type=str | None, help="an .sf2 or .sf3 file to play music with")
+    args = parse(parser, argv)
+    if args.prompt is not None and args.prompt_file is not None:
+        raise InputError("--prompt and --prompt_file are both given: choose one")
+    if args.out is not None and Path(args.out).is_dir():
+        raise InputError(f"--out {args.out} is a folder: name a file in it")
+
+    import torch
+
+    from perceiver_ar.data.codec import numbered
+    from perceiver_ar.data.sound import check_soundfont
+    from perceiver_ar.generation import stream
+    from perceiver_ar.quantization import int8_weights
+    from perceiver_ar.run import Run
+
+    if args.soundfont is not None:
+        check_soundfont(args.soundfont)  # before anything is drawn
+    run = Run.open(args.run)
+    model, codec = to_device(run.model()), run.codec()
+    if args.precision != "32":
+        model = model.to(torch.bfloat16)
+    if args.precision == "int8":
+        int8_weights(model)
+    document = prompt_ids(codec, args.prompt, args.prompt_file)
+    prompt, count, samples = what_to_draw(codec, document, args)
+    stop = stop_bytes(codec, args.stop)
+    steps = partial(
+        stream,
+        model,
+        torch.tensor([prompt]),
+        max_new_tokens=count,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        frequency_penalty=args.frequency_penalty,
+        presence_penalty=args.presence_penalty,
+        stop_tokens=() if args.ignore_end else codec.separator[-1:],
+        refill_latents=args.refill_latents,
+        slide=args.slide,
+        compile="max-autotune" if args.max_autotune else args.compile,
+        allowed_next=codec.constraint(),
+    )
+    if not codec.writes_text:
+        show_files(run, codec, steps(num_samples=samples, seed=args.seed), document, len(prompt), args)
+        return
+    for number in range(1, samples + 1):  # one after the other, to be read as they are drawn
+        if number > 1:
+            print(flush=True)
+        if samples > 1:
+            print(f"sample {number} of {samples}:", file=sys.stderr)
+        seed = None if args.seed is None else args.seed + number - 1
+        out = None if args.out is None else Path(args.out)
+        out = out and out.with_name(f"{numbered(out.stem, number, samples)}{out.suffix}")
+        show_text(codec, steps(seed=seed), count, stop, out)
+
+
+def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, out: Path | None) -> None:
+    """Shows a text of `count` tokens as it is drawn, or up to `stop`, and writes it into `out`."""
+    from perceiver_ar.data.text import Utf8Stream
+    from perceiver_ar.files import atomic_path
+
+    ids: list[int] = []
+    ending = b""
+    text, started = Utf8Stream(), time.perf_counter()
+    interrupted = False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than the model
+    try:
+        for step in steps:
+            ids.append(int(step.tokens[0]))
+            data = codec.decode([ids[-1]])
+            sys.stdout.write(text.push(data))
+            sys.stdout.flush()
+            ending += data
+            if stop and stop in ending:
+                break
+            ending = ending[1 - len(stop) :] if len(stop) > 1 else b""
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        if out is not None and (ids or count == 0):  # a file of before is not given up for nothing
+            with atomic_path(out) as temporary:
+                temporary.write_bytes(codec.decode(ids))
+    seconds = time.perf_counter() - started
+    print(text.close())
+    print(f"{len(ids)} tokens in {seconds:.1f} s, {len(ids) / seconds:.1f} tokens/s", file=sys.stderr)
+    if interrupted:
+        raise KeyboardInterrupt("interrupted; what was drawn until then is above")
+
+
+def show_files(
+    run: "Run", codec: "Codec", steps: "Iterable[Step]", document: list[int], prompt_len: int, args: argparse.Namespace
+) -> None:
+    """Draws all tokens, then writes what they are; the files' names go to stdout."""
+    import numpy as np
+
+    started, columns = time.perf_counter(), []
+    interrupted = False
+    try:
+        for step in steps:
+            columns.append(step.tokens.cpu().numpy())
+            if sys.stderr.isatty():
+                print(f"\r{len(columns):,} tokens", end="", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        if not columns:
+            raise
+        interrupted = True
+    seconds = time.perf_counter() - started
+    samples = len(columns[0]) if columns else 1
+    rows = [np.array(document[:prompt_len] + [int(column[r]) for column in columns]) for r in range(samples)]
+    out = Path(args.out) if args.out is not None else run.samples / "generated"
+    stem = out.stem if out.suffix.lower() == codec.ending else out.name
+    original = np.array(document) if args.prompt_file is not None else None
+    for path in codec.show(rows, prompt_len, out.parent, stem, original=original, soundfont=args.soundfont):
+        print(path)
+    print(f"{len(columns)} tokens in {seconds:.1f} s, {len(columns) / seconds:.1f} tokens/s", file=sys.stderr)
+    if interrupted:
+        raise KeyboardInterrupt("interrupted; what was drawn until then is in these files")

@@ -1,0 +1,154 @@
+"""What the verbs have in common: parsers, and messages about options in our words."""
+
+import argparse
+import os
+import re
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import yaml
+from jsonargparse import (
+    ArgumentParser,
+    DefaultHelpFormatter,
+    Namespace,
+    set_dumper,
+    set_loader,
+)
+
+from perceiver_ar.config import dump_yaml, load_yaml, unknown_words
+from perceiver_ar.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+
+PATHS = (
+    "out",
+    "run",
+    "checkpoint",
+    "init_from",
+    "prompt_file",
+    "soundfont",
+    "data.tokenizer",
+    "data.audio_weights",
+    "settings",
+)
+"""Options that name a file or folder; ~ is the home directory, as in the paths to train on."""
+
+set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
+set_dumper("yaml", dump_yaml)
+
+
+def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    """The options. Raises InputError for what they cannot be."""
+    take_text_as_it_is(parser)
+    refuse_comments(parser, argv)
+    try:
+        args = parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        message = plain(" ".join(str(error).split()), list(parser.get_defaults().keys(branches=True)))
+        raise InputError(f"{message}; {parser.prog} --help has all options") from None
+    for name in PATHS:
+        if isinstance(path := args.get(name), str):
+            args[name] = os.path.expanduser(path)
+    return args
+
+
+def refuse_comments(parser: ArgumentParser, argv: list[str]) -> None:
+    """Raises InputError for a number or choice with a #. The parser reads these as YAML, where a comment follows."""
+    kinds = {name: getattr(action, "_typehint", None) for action in parser._actions for name in action.option_strings}
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
+        option, equals, value = word.partition("=")
+        value, kind = value if equals else following, kinds.get(option)
+        simple = get_origin(kind) is Literal or set(get_args(kind) or [kind]) <= {int, float, bool, type(None)}
+        if kind is not None and simple and "#" in value:
+            raise InputError(f"{option} is {value!r}: give the value without #")
+
+
+def take_text_as_it_is(parser: ArgumentParser) -> None:
+    """Makes `str | None` options plain text; one that is not given, or null in a file, is None all the same.
+
+    The parser reads the values of a union as YAML first, also those that a file quotes. In YAML `# text`, `~` and
+    `null` are nothing, so the text would be lost.
+    """
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) == (str | None):
+            action._typehint = str  # pyright: ignore[reportAttributeAccessIssue]
+
+
+UNKNOWN = re.compile(
+    r"unrecognized arguments: (?P<option>--[\w.-]+)|Option '(?P<setting>[\w.]+)' is not accepted"
+    r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'"
+)
+WRONG_TYPE = re.compile(
+    r'Parser key "(?P<option>[^"]+)": '
+    r"(?:.* Subtypes: |Expected a )(?P<kinds>.+?)(?: Errors: .* Given value|\. Got value): (?P<value>.*)"
+)
+TYPES = {
+    "NoneType": "left out",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "tuple": "a list as [1,2]",
+}
+
+
+def plain(message: str, known: list[str]) -> str:
+    """A message in our words where the parser says in its own that there is no such option, of those `known`, or that
+    a value is of the wrong type."""
+    if match := UNKNOWN.match(message):
+        name = match["option"] or match["setting"] or f"{match['group']}.{match['name']}"
+        known = [f"--{other}" for other in known] if match["option"] else known
+        return f"there is no option {unknown_words([name], known)}"
+    if match := re.fullmatch(r"argument (--[\w.-]+): expected one argument", message):
+        return f"{match[1]} has no value; one that begins with a dash needs an equals sign, as in {match[1]}=-x"
+    message = message.replace('Parser key "config": ', "--config: ")
+    match = WRONG_TYPE.fullmatch(message)
+    kinds = [] if match is None else ["".join(found) for found in re.findall(r"'(\w+)'|(tuple)\[", match["kinds"])]
+    if match is None or not kinds:
+        return message
+    if match["option"] in ("max_time", "trainer.checkpoint_every") and match["value"].isdecimal():
+        return f"--{match['option']} is {match['value']}: give a unit, as in {match['value']}s"
+    return f"--{match['option']} is {match['value']}: it must be {' or '.join(TYPES.get(k, k) for k in kinds)}"
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the line ends of our descriptions; says each option's type and default."""
+
+
+def make_parser(verb: str, arguments: str, description: str, examples: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=f"perceiver-ar {verb}",
+        usage=f"perceiver-ar {verb} {arguments} [OPTION...]",
+        description=f"{description}\n\nexamples:\n{examples}",
+        formatter_class=Formatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    what = "settings, such as another run's recipe.yaml" if verb == "train" else "options; those after it win"
+    parser.add_argument("--config", action="config", help=f"a YAML file of {what}")
+    return parser
+
+
+def add_paths(parser: ArgumentParser, help: str) -> None:
+    action = parser.add_argument("paths", nargs="*", help=help)
+    action.required = False  # pyright: ignore[reportOptionalMemberAccess]  # or the help would say that it is
+
+
+def names(paths: Any) -> tuple[str, ...]:
+    """The paths given, as a --config file may have them: one, several or none."""
+    found = (paths,) if isinstance(paths, str) else paths or ()
+    if not isinstance(found, list | tuple) or not all(isinstance(path, str) for path in found):
+        raise InputError(f"paths is {paths!r}: it must be names of files or folders")
+    return tuple(found)
+
+
+def option_value(argv: list[str], option: str) -> str | None:
+    """The last value of an option that must be known before parsing; None if it is not there."""
+    found = None
+    for i, word in enumerate(argv):
+        if word == option and i + 1 < len(argv):
+            found = argv[i + 1]
+        elif word.startswith(option + "="):
+            found = word[len(option) + 1 :]
+    return found

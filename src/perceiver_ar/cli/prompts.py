@@ -1,0 +1,76 @@
+"""What to generate from, how much, and where it ends."""
+
+import argparse
+import math
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perceiver_ar.errors import InputError
+
+if TYPE_CHECKING:
+    from perceiver_ar.data.codec import Codec
+
+
+def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> list[int]:
+    """The ids to go on from: the prompt as the start of a document."""
+    from perceiver_ar.data.codec import WrongModality
+    from perceiver_ar.data.text import text_only
+
+    try:
+        if prompt_file is None:
+            return codec.start(prompt or "").tolist() or [0]
+        where = f"--prompt_file {prompt_file}"
+        try:
+            data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
+        except FileNotFoundError:
+            raise InputError(f"{where}: no such file; check the path") from None
+        except IsADirectoryError:
+            raise InputError(f"{where} is a folder: name a file") from None
+        chunks = text_only([data], prompt_file) if codec.reads_text else [data]
+        pieces = [ids.tolist() for ids in codec.encode_stream(chunks, prompt_file)]
+    except WrongModality as error:
+        reason = str(error).replace("the input", "--prompt", 1) if prompt_file is None else f"--prompt_file {error}"
+        raise InputError(f"this run cannot read the prompt: {of_trained(reason)}") from None
+    return [*codec.separator, *chain.from_iterable(pieces)] or [0]
+
+
+def of_trained(reason: str) -> str:
+    """Why files cannot be read, where --modality is no option any more."""
+    return reason.replace("use --modality bytes", "use a run that was trained with --modality bytes")
+
+
+def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
+    """The bytes that end a text, empty without any. Looked for in bytes, as a tokenizer may write them in many ways."""
+    if stop is None:
+        return b""
+    if not codec.writes_text:
+        raise InputError("--stop is text, which this run does not write: leave it out")
+    stop = stop.replace("\\n", "\n").replace("\\t", "\t")  # shells pass backslashes on
+    data = stop.encode("utf-8", errors="surrogateescape")
+    try:
+        written = codec.decode(codec.encode(data))
+    except InputError as error:
+        raise InputError(f"--stop {stop!r} cannot be encoded: {error}") from None
+    if not data or written != data:
+        raise InputError(f"--stop {stop!r} cannot be encoded: give text that the model can write")
+    return data
+
+
+def what_to_draw(codec: "Codec", document: list[int], args: argparse.Namespace) -> tuple[list[int], int, int]:
+    """The prompt, how many tokens to draw after it, and how often."""
+    from perceiver_ar.data.codec import prompt_and_count
+
+    if args.keep is not None and not (args.keep > 0 and math.isfinite(args.keep)):
+        raise InputError(f"--keep is {args.keep:g}: give a number of tokens, or a share of them below 1")
+    samples = (1 if codec.document_length is None else 4) if args.samples is None else args.samples
+    if samples < 1:
+        raise InputError(f"--samples is {samples}: it must be at least 1")
+    return *prompt_and_count(codec, document, args.keep, args.max_new_tokens), samples
+
+
+def to_device(model: Any) -> Any:
+    import torch
+
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")

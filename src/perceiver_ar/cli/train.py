@@ -1,0 +1,112 @@
+"""perceiver-ar train."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from jsonargparse import (
+    Namespace,
+    set_parsing_settings,
+)
+
+from perceiver_ar.cli.options import add_paths, make_parser, names, option_value, parse
+from perceiver_ar.config import BEFORE, PRESETS, Recipe, load_yaml, names_all
+from perceiver_ar.errors import InputError
+
+if TYPE_CHECKING:
+    from perceiver_ar.origin import Origin
+
+
+def train_verb(argv: list[str]) -> None:
+    parser = make_parser(
+        "train",
+        "[PATH...] --out RUN",
+        "Trains a Perceiver AR on files and makes a run directory.",
+        "  perceiver-ar train books/ --out runs/books --max_time 1h\n"
+        "  perceiver-ar train corpus.txt.xz --data.split_on '\\n\\n\\n\\n' --out runs/corpus --max_steps 2000\n"
+        "  perceiver-ar train src/ --out runs/code --model.context_length 8192 --model.dim 256 --model.num_heads 4\n"
+        "  perceiver-ar train stories.parquet --data.column story --out runs/stories     (a document each row)\n"
+        "  perceiver-ar train --out runs/python --max_time 5m      (Python's own source)\n"
+        "  perceiver-ar train --out runs/books --resume            (go on where it stopped)\n"
+        "  perceiver-ar train letters/ --init_from runs/books --out runs/letters --max_time 10m      (fine-tune a run)",
+    )
+    add_paths(
+        parser,
+        "files, folders, patterns, - for standard input; also .gz .xz .bz2 .zst, and .jsonl .csv .parquet .arrow, of "
+        "which each row is a document; none: Python's source",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
+    parser.add_argument(
+        "--find_batch", action="store_true", help="choose the largest trainer.micro_batch_size that the memory holds"
+    )
+    parser.add_argument("--preset", choices=list(PRESETS), help="start the --model settings from a published network")
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the settings' own words are the help
+    parser.add_class_arguments(Recipe, skip={"paths"})
+    if preset := option_value(argv, "--preset"):
+        if preset not in PRESETS:
+            raise InputError(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
+        parser.set_defaults({f"model.{name}": value for name, value in PRESETS[preset].items()})
+
+    from_files: dict[str, Any] = {}
+    if "--resume" in argv:
+        from perceiver_ar.run import Run
+
+        out = option_value(argv, "--out")
+        if out is None:
+            raise InputError("--resume needs the run to go on with: give --out RUN")
+        if preset is not None:
+            raise InputError("--resume goes on with the same model, so --preset changes nothing: leave it out")
+        if option_value(argv, "--init_from") is not None:
+            raise InputError(
+                "--resume goes on with the run's own weights, so --init_from changes nothing: leave it out"
+            )
+        run = Run.open(os.path.expanduser(out))
+        run.recipe()  # says clearly what is wrong with it, if anything is
+        argv = ["--config", str(run.recipe_file), *argv]
+        from_files |= run.recipe_dict()
+    elif (config_file := os.path.expanduser(option_value(argv, "--config") or "")) and Path(config_file).is_file():
+        try:
+            loaded = load_yaml(Path(config_file).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise InputError(f"--config {config_file} is not YAML: give a file of settings") from None
+        from_files |= loaded if isinstance(loaded, dict) else {}
+    for group, before in BEFORE.items():
+        if "--resume" in argv or names_all(group, from_files.get(group)):
+            parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})
+    init_from = option_value(argv, "--init_from") or from_files.get("init_from")
+    origin = open_origin(init_from, preset) if isinstance(init_from, str) and "--resume" not in argv else None
+    if origin is not None:
+        parser.set_defaults(origin.settings())  # so that settings that differ are settings that were given
+    for name in ("preset", "resume", "find_batch"):
+        if from_files.get(name):
+            raise InputError(f"the --config file sets {name}, which only the command line can: give --{name} there")
+    parsed = parse(parser, argv)
+    for group in ("model", "data", "optim", "trainer"):
+        if not isinstance(parsed[group], Namespace):
+            raise InputError(f"{group} is {parsed[group]!r}: it must be a group of settings, as in recipe.yaml")
+    settings = parser.instantiate(parsed).as_dict()
+    for name in ("config", "preset"):
+        settings.pop(name)
+    resume, find_batch = settings.pop("resume"), settings.pop("find_batch")
+    # The parser does not take positional arguments from files.
+    settings["paths"] = names(settings["paths"] or from_files.get("paths"))
+    recipe = Recipe(**settings)
+    if origin is not None:
+        origin.check(recipe)
+
+    from perceiver_ar.training import train
+
+    summary = train(recipe, resume=resume, find_batch=find_batch)
+    if summary:  # of several processes the first one has it
+        print(json.dumps(summary, indent=2))
+
+
+def open_origin(path: str, preset: str | None) -> "Origin":
+    """The trained run that `--init_from` names."""
+    from perceiver_ar.origin import Origin
+
+    if preset is not None:
+        raise InputError("--init_from takes the network of a run, so --preset changes nothing: leave out one of them")
+    return Origin.open(os.path.expanduser(path))
