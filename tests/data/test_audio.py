@@ -18,7 +18,6 @@ from hypothesis.extra import numpy as arrays
 
 from perceiver_ar.data.audio import AudioCodec, MuLawCodec, NeuralCodec, read_audio
 from perceiver_ar.data.codec import WrongModality, load_codec, save_codec
-from perceiver_ar.data.pictures import spectrogram
 from perceiver_ar.errors import InputError
 
 RATE = 8000
@@ -259,8 +258,3 @@ def test_results_are_files_to_hear_and_see(neural: NeuralCodec, tmp_path: Path) 
         assert 0.3 * whole < prompt < 0.65 * whole
         nothing = codec.show([np.array(codec.separator)], 1, tmp_path, "nothing")
         assert [path.name for path in nothing] == ["nothing.wav", "nothing.png"]
-
-
-@pytest.mark.parametrize("seconds", [0.1, 1, 10, 300])
-def test_a_spectrogram_is_wide_enough_to_see_and_to_open_however_long_the_sound_is(seconds: float) -> None:
-    assert 600 <= spectrogram(np.zeros(int(seconds * 8000)), 8000).width <= 3200

@@ -145,8 +145,10 @@ class ImageCodec(Codec):
     ) -> list[Path]:
         """STEM.png for each row, and STEM-grid.png: the original, what was kept of it, and the completions."""
         paths = super().show(rows, prompt_len, directory, stem)
-        first = [] if original is None else [self.pixels(original), self.pixels(rows[0][:prompt_len])]
-        picture = grid([*first, *map(self.pixels, rows)], scale=max(1, 160 // max(self.rows, self.columns)))
+        first = {} if original is None else {"original": original, "kept": rows[0][:prompt_len]}
+        samples = ["sample"] if len(rows) == 1 else [f"sample {number}" for number in range(1, len(rows) + 1)]
+        pictures = [self.pixels(ids) for ids in (*first.values(), *rows)]
+        picture = grid(pictures, [*first, *samples], scale=max(1, 160 // max(self.rows, self.columns)))
         with atomic_path(directory / f"{stem}-grid.png") as temporary:
             picture.save(temporary)
         return [*paths, directory / f"{stem}-grid.png"]
