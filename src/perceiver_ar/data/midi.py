@@ -52,7 +52,7 @@ class MusicCodec(Codec):
         original: np.ndarray | None = None,
         soundfont: str | None = None,
     ) -> list[Path]:
-        """For each row STEM.mid, STEM.wav and STEM.png, a piano roll with a line where the prompt ends; and, if$
+        """For each row STEM.mid, STEM.wav and STEM.png, a piano roll with a line where the prompt ends; and, if
         anything was added to a prompt, STEM-continuation.mid, the music from that line on."""
         paths = []
         prompt = np.asarray(rows[0][:prompt_len])
