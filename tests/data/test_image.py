@@ -1,6 +1,8 @@
 """Pictures come back exactly; every kind of file becomes the same size; damage is one clear line."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image
+from PIL import Image, ImageOps
 
 from perceiver_ar import PerceiverARConfig
 from perceiver_ar.data.codec import WrongModality, load_codec, save_codec
-from perceiver_ar.data.image import ImageCodec, choose_palette
+from perceiver_ar.data.image import ImageCodec, choose_palette, read_image
 from perceiver_ar.data.sources import find_files
 from perceiver_ar.errors import InputError
 
@@ -136,6 +138,117 @@ def test_a_picture_of_enormous_size_is_refused() -> None:
     bomb[16:24] = (100_000).to_bytes(4) * 2  # rows and columns in the header
     with pytest.raises(WrongModality):
         RGB.encode(bytes(bomb))
+
+
+def png(bits: int, colour_type: int, row: bytes, clear: bytes) -> bytes:
+    """A PNG of one row whose transparent colour is `clear`, of a depth that Pillow does not write."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    width = 8 * len(row) // (bits * (3 if colour_type == 2 else 1))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour_type, 0, 0, 0)), (b"tRNS", clear)]
+    chunks += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
+
+
+@pytest.mark.parametrize(
+    ("data", "values"),
+    [
+        (png(16, 0, struct.pack(">2H", 1000, 40 * 257), struct.pack(">H", 1000)), [255, 40]),
+        (
+            png(16, 2, struct.pack(">6H", 1000, 2000, 3000, 9 * 257, 0, 0), struct.pack(">3H", 1000, 2000, 3000)),
+            [255, 9],
+        ),
+        (png(8, 0, bytes([10, 40]), struct.pack(">H", 10)), [255, 40]),
+        (png(4, 0, bytes([0x5A]), struct.pack(">H", 5)), [255, 170]),
+        (png(2, 0, bytes([0b01101010]), struct.pack(">H", 1)), [255, 170]),
+        (png(8, 2, bytes([1, 2, 3, 9, 0, 0]), struct.pack(">3H", 1, 2, 3)), [255, 9]),
+    ],
+    ids=["grey of 16 bits", "colour of 16 bits", "grey", "grey of 4 bits", "grey of 2 bits", "colour"],
+)
+def test_a_transparent_colour_is_white_at_every_depth(data: bytes, values: list[int]) -> None:
+    assert read_image(data, 1, picture_of(data).shape[1], "rgb")[0, :2, 0].tolist() == values
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_a_picture_of_floats_is_as_bright_as_it_was(white: float) -> None:
+    levels = np.linspace(0, 1, 40, dtype=np.float32).reshape(5, 8)
+    values = read_image(file_of(Image.fromarray(white * levels), "TIFF"), 5, 8, "grey")[..., 0]
+    assert np.abs(values - 255 * levels).max() <= 0.51
+    nearly = read_image(file_of(Image.fromarray(white * (1.02 * levels - 0.01)), "TIFF"), 5, 8, "grey")[..., 0]
+    assert np.abs(nearly - 255 * levels).max() < 4
+    bright = 3 * levels  # lights above white
+    values = read_image(file_of(Image.fromarray(bright), "TIFF"), 5, 8, "grey")[..., 0]
+    assert np.abs(values - (255 * bright).clip(0, 255)).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ([-5.0, 5.0], "values from -5 to 5"),
+        ([0.0, 1e6], r"values from 0 to 1e\+06"),
+        ([0.5, np.nan], "values are no numbers"),
+        (np.array([0, 70_000_000], np.int32), r"values from 0 to 7e\+07"),
+    ],
+)
+def test_values_that_do_not_tell_what_is_white_are_refused(values: Any, says: str) -> None:
+    picture = np.array([values], dtype=getattr(values, "dtype", np.float32))
+    with pytest.raises(WrongModality, match=says):
+        read_image(file_of(Image.fromarray(picture), "TIFF"), 1, 2, "grey")
+
+
+PHOTO = np.stack(np.broadcast_arrays(*np.mgrid[40:168:2, 20:260:3], 99), axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"quality": 95}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_without_its_end_marker_is_read(mode: str, options: dict[str, Any]) -> None:
+    whole = file_of(Image.fromarray(PHOTO).convert(mode), "JPEG", **options)
+    assert whole[-2:] == b"\xff\xd9"
+    for rows, columns in ((64, 80), (4, 5)):
+        expected = read_image(whole, rows, columns, "rgb").tolist()
+        for cut in (1, 2):
+            assert read_image(whole[:-cut], rows, columns, "rgb").tolist() == expected
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_lacks_more_is_refused_or_lacks_a_block_at_most(progressive: bool) -> None:
+    whole = file_of(PHOTO, "JPEG", progressive=progressive, subsampling=0)
+    expected, read = read_image(whole, 64, 80, "rgb").astype(int), 0
+    for cut in range(3, len(whole) - 700, 5):
+        try:
+            picture = read_image(whole[:-cut], 64, 80, "rgb")
+        except WrongModality:
+            continue
+        read += 1
+        assert (np.abs(picture - expected).max(axis=-1) > 2).sum() <= 64
+    assert read <= 5
+
+
+def test_large_pictures_are_reduced_and_look_the_same() -> None:
+    waves = np.add.outer(np.cos(np.arange(2050) / 350), np.sin(np.arange(2100) / 450))
+    large = Image.fromarray((127 + 60 * waves).astype(np.uint8))
+    for rows, columns in ((41, 42), (20, 30)):
+        exact = np.asarray(ImageOps.fit(large, (columns, rows), Image.Resampling.BOX)).astype(int)
+        for data in (file_of(large, compress_level=1), file_of(large, "JPEG", quality=95)):
+            assert np.abs(read_image(data, rows, columns, "grey")[..., 0] - exact).max() <= 2
+
+
+def test_a_large_picture_keeps_its_transparency_its_depth_and_its_place() -> None:
+    def grey(data: bytes, rows: int, columns: int) -> list[int]:
+        return read_image(data, rows, columns, "grey").reshape(-1).tolist()
+
+    deep = np.zeros((1000, 4300), np.uint16)
+    deep[:, 2150:] = 200 * 257
+    assert grey(file_of(deep), 1, 4) == pytest.approx([0, 0, 200, 200], abs=6)
+    clear = Image.new("LA", (1000, 4300), (0, 0))
+    clear.paste((10, 255), (0, 0, 1000, 2150))
+    assert grey(file_of(clear, compress_level=1), 4, 1) == pytest.approx([10, 10, 255, 255], abs=6)
+    exif = Image.Exif()
+    for orientation, shape, expected in ((3, (4, 1), [255, 255, 10, 10]), (6, (1, 4), [255, 255, 10, 10])):
+        exif[0x0112] = orientation
+        assert grey(file_of(clear, compress_level=1, exif=exif), *shape) == pytest.approx(expected, abs=6)
 
 
 # Palettes, classes, positions, what may come next.

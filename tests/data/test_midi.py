@@ -1,10 +1,6 @@
-"""Music comes back as it was up to the codec's steps; any ids are a file; damage is one clear line.
-
-Files are written here by mido, a library of others, and read back by it and by MidiTok's symusic.
-"""
+"""Music comes back as it was up to the codec's steps; any ids are a file; damage is one clear line."""
 
 import io
-import random
 import wave
 from pathlib import Path
 from typing import Any
@@ -15,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from symusic import Score
+from test_midi_file import GOOD, midi_file, music, off, on, pedal
 
 from perceiver_ar.data.codec import Codec, WrongModality, load_codec, save_codec
-from perceiver_ar.data.midi import END, MidiTokCodec, MusicCodec, PerformanceCodec, clean, read_midi, write_midi
+from perceiver_ar.data.midi import END, MidiTokCodec, MusicCodec, PerformanceCodec, read_midi
 from perceiver_ar.errors import InputError
 
 CODECS = {
@@ -30,123 +26,7 @@ CODECS = {
 STEP = {"performance": 0.01, "remi": 0.02, "tsd": 0.02, "midilike": 0.02}
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 
-played = st.tuples(
-    st.floats(0, 20).map(lambda x: round(x, 3)),
-    st.floats(0, 5).map(lambda x: round(x, 3)),
-    st.integers(0, 126),
-    st.integers(1, 127),
-)
-music = st.lists(played, min_size=1, max_size=25).map(
-    lambda notes: clean(np.array([(start, start + length, pitch, loud) for start, length, pitch, loud in notes]))
-)
-
-
-def midi_file(messages: list[tuple[int, Any]], **options: Any) -> bytes:
-    """A file of one track from messages at rising ticks (480 a quarter, 960 a second)."""
-    file, track, now = mido.MidiFile(ticks_per_beat=480, **options), mido.MidiTrack(), 0
-    for tick, message in messages:
-        track.append(message.copy(time=tick - now))
-        now = tick
-    file.tracks.append(track)
-    buffer = io.BytesIO()
-    file.save(file=buffer)
-    return buffer.getvalue()
-
-
-def on(pitch: int, velocity: int = 64, channel: int = 0) -> Any:
-    return mido.Message("note_on", note=pitch, velocity=velocity, channel=channel)
-
-
-def off(pitch: int, channel: int = 0) -> Any:
-    return mido.Message("note_off", note=pitch, channel=channel)
-
-
-def pedal(value: int) -> Any:
-    return mido.Message("control_change", control=64, value=value)
-
-
-# Reading and writing.
-
-
-@given(music)
-def test_what_is_written_is_read_back_to_the_millisecond(notes: np.ndarray) -> None:
-    on_grid = notes.copy()
-    on_grid[:, :2] = np.rint(1000 * notes[:, :2]) / 1000
-    on_grid[:, 1] = np.maximum(on_grid[:, 1], on_grid[:, 0] + 0.001)
-    np.testing.assert_allclose(read_midi(write_midi(clean(on_grid))), clean(on_grid), atol=1e-9)
-
-
-@given(music)
-def test_another_library_reads_the_same_notes(notes: np.ndarray) -> None:
-    now, found, sounding = 0.0, [], {}
-    for message in mido.MidiFile(file=io.BytesIO(write_midi(notes))):
-        now += message.time
-        if message.type == "note_on":
-            sounding[message.note] = now, message.velocity
-        elif message.type == "note_off":
-            start, velocity = sounding.pop(message.note)
-            found.append((start, now, message.note, velocity))
-    assert not sounding
-    expected = np.array(found)[np.lexsort((np.array(found)[:, 2], np.array(found)[:, 0]))]
-    np.testing.assert_allclose(read_midi(write_midi(notes)), expected, atol=1e-6)
-
-
-def test_tempo_changes_tracks_drums_and_running_status() -> None:
-    file = mido.MidiFile(ticks_per_beat=100)
-    tempo, right, drums = mido.MidiTrack(), mido.MidiTrack(), mido.MidiTrack()
-    tempo.append(mido.MetaMessage("set_tempo", tempo=1_000_000, time=0))
-    tempo.append(mido.MetaMessage("set_tempo", tempo=250_000, time=200))  # after 2 s
-    tempo.append(mido.Message("sysex", data=(1, 2, 3), time=0))
-    right += [on(60).copy(time=100), on(60, 0).copy(time=100), on(62, 5).copy(time=100), on(62, 0).copy(time=400)]
-    drums += [on(36, channel=9).copy(time=0), off(36, channel=9).copy(time=50)]
-    file.tracks += [tempo, right, drums]
-    buffer = io.BytesIO()
-    file.save(file=buffer)
-    assert read_midi(buffer.getvalue()).tolist() == [[1.0, 2.0, 60, 64], [2.25, 3.25, 62, 5]]
-
-
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([60, 61]), st.booleans()), min_size=1, max_size=30))
-def test_releases_end_strokes_in_their_order_as_symusic_has_it(events: list[tuple[int, int, bool]]) -> None:
-    now, messages, held = 0, [], []
-    for wait, pitch, pressed in events:
-        now += 100 * wait
-        if pressed:
-            messages.append((now, on(pitch, 1 + len(messages))))
-            held.append(pitch)
-        elif pitch in held:
-            messages.append((now, off(pitch)))
-            held.remove(pitch)
-    messages += [(now + 100, off(pitch)) for pitch in held]
-    if not messages:
-        return
-    data = midi_file(messages)
-    score: Any = Score.from_midi(data)
-    [track] = score.tracks
-    theirs = track.notes.numpy()
-    start, length = theirs["time"] / 960, theirs["duration"] / 960
-    expected = clean(np.stack([start, start + length, theirs["pitch"], theirs["velocity"]], axis=1))
-    np.testing.assert_allclose(read_midi(data), expected, atol=1e-9)
-
-
-def test_the_pedal_lengthens_notes_until_it_goes_up_or_the_key_is_struck_again() -> None:
-    data = midi_file(
-        [(0, pedal(127)), (0, on(60)), (480, off(60)), (480, on(64)), (960, off(64)), (1440, on(60)), (1920, pedal(0)),
-         (2400, off(60)), (2880, on(67)), (2890, off(67))]
-    )  # fmt: skip
-    assert read_midi(data)[:, :3].round(3).tolist() == [[0, 1.5, 60], [0.5, 2, 64], [1.5, 2.5, 60], [3, 3.01, 67]]
-
-
-def test_notes_of_no_length_and_notes_that_never_end() -> None:
-    data = midi_file([(0, on(60)), (0, off(60)), (480, on(62)), (960, pedal(0))])
-    notes = read_midi(data)
-    assert notes[:, 2].tolist() == [60, 62] and notes[1, 1] == 1.0
-    (zero, _) = CODECS["performance"].decode_notes(CODECS["performance"].encode(data))
-    assert zero.tolist() == [0, 0.01, 60, 62]
-
-
 # Damage.
-
-GOOD = midi_file([(tick, message) for tick in range(0, 9600, 480) for message in (on(60), on(64), off(60), off(64))])
 
 
 @pytest.mark.parametrize(
@@ -168,20 +48,6 @@ def test_a_damaged_file_is_refused_in_one_line(codec: Codec, data: bytes, says: 
     with pytest.raises(WrongModality, match=says) as error:
         list(codec.encode_stream([data], "x.mid"))
     assert "\n" not in str(error.value) and str(error.value).startswith("x.mid: ")
-
-
-def test_whatever_bytes_are_changed_there_is_music_or_one_clear_line() -> None:
-    rng, read = random.Random(0), 0
-    for _ in range(3000):
-        data = bytearray(GOOD[: rng.choice([len(GOOD), rng.randrange(len(GOOD))])])
-        for _ in range(rng.randrange(6)):
-            if data:
-                data[rng.randrange(len(data))] = rng.randrange(256)
-        try:
-            read += len(read_midi(bytes(data))) > 0
-        except WrongModality:
-            continue
-    assert 100 < read < 2900
 
 
 # Round trips.
@@ -231,6 +97,11 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "miditok.json").write_text("{")
     with pytest.raises(InputError, match=r"cannot read .*miditok\.json"):
         load_codec(tmp_path)
+
+
+def test_a_note_of_no_length_lasts_a_step() -> None:
+    (note,) = CODECS["performance"].decode_notes(CODECS["performance"].encode(midi_file([(0, on(60)), (0, off(60))])))
+    assert note.tolist() == [0, 0.01, 60, 62]
 
 
 def test_the_performance_vocabulary_event_by_event() -> None:
@@ -337,6 +208,37 @@ def test_results_are_files_to_hear_and_see(codec: Codec, tmp_path: Path) -> None
     middle = picture.shape[1] // 2
     assert orange[30:, :middle].any() and blue[30:, middle:].any()
     assert not blue[30:, : middle - 60].any() and not orange[30:, middle + 60 :].any()
+
+
+def test_a_note_held_across_the_prompts_end_goes_on_in_the_continuation(tmp_path: Path) -> None:
+    held = [(0, on(60)), (0, on(72)), (480, off(72)), (960, on(64)), (1440, off(64)), (1920, off(60))]
+    codec = CODECS["performance"]
+    ids = np.append(codec.separator, codec.encode(midi_file(held)))
+    prompt_len = ids.tolist().index(64)  # up to the third note, after a second
+    paths = codec.show([ids], prompt_len, tmp_path, "song")
+    assert [path.name for path in paths] == ["song.mid", "song-continuation.mid", "song.wav", "song.png"]
+    notes = read_midi(paths[1].read_bytes())
+    assert notes[:, :3].round(3).tolist() == [[0, 1, 60], [0, 0.5, 64]]
+
+
+@every_codec
+@given(notes=music, data=st.data())
+@settings(max_examples=10)
+def test_a_prompt_ends_after_its_events_and_before_the_next(codec: MusicCodec, notes: np.ndarray, data: Any) -> None:
+    ids = codec.encode_notes(notes).astype(np.int64)
+    prompt_len = data.draw(st.integers(0, len(ids)))
+    ends = codec.seconds(ids[:prompt_len])
+    starts = np.sort(codec.decode_notes(ids)[:, 0])
+    struck = round(codec.amounts(ids[:prompt_len])["note"])
+    assert (starts[:struck] <= ends + 1e-6).all() and (starts[struck:] >= ends - 1e-6).all()
+
+
+@every_codec
+def test_there_is_no_continuation_without_music(codec: MusicCodec, tmp_path: Path) -> None:
+    ids = np.append(codec.separator, codec.encode(GOOD))
+    for rows in ([ids], [np.append(ids, codec.separator)]):
+        names = [path.name for path in codec.show(rows, len(ids), tmp_path, "song")]
+        assert names == ["song.mid", "song.wav", "song.png"]
 
 
 def test_nothing_generated_is_shown_too(tmp_path: Path) -> None:

@@ -16,26 +16,61 @@ from perceiver_ar.data.sound import wav_bytes, write_wav
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path
 
+BLOCK = 1 << 16  # samples read at a time: headers may promise any number
+HIGHEST_RATE = 10_000_000
+MOST_GROWTH = 100
+"""Recordings that would get this many times as many samples have a damaged rate."""
+
 
 def read_audio(data: bytes, rate: int) -> np.ndarray:
-    """A WAV, FLAC or OGG file -> its sound (n,) float32 at `rate` samples a second, the mean of all channels.
+    """A WAV, FLAC or OGG file -> its sound (n,) float32 at `rate` samples a second, n >= 1.
 
-    Raises `WrongModality` for what is none, is damaged, or holds no sound.
+    The mean of all channels; where they cancel each other (-20 dB), the loudest one. Sound above 1, which files of
+    floats may have, is scaled to 1. Raises `WrongModality` for what is none, is damaged, or holds no sound.
     """
     try:
         import soundfile
         import soxr
     except ImportError as error:
         raise missing_extra("audio", error) from None
+    blocks: list[np.ndarray] = []  # (samples, channels)
     try:
-        samples, original = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(_with_length(data))) as file:
+            original = file.samplerate
+            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)) > 0:
+                blocks.append(block)
     except Exception as error:  # soundfile's, or what a damaged header leads to
         reason = " ".join(str(error).split()).partition("BytesIO object at")[2].partition(": ")[2] or error
         raise WrongModality(f"no recording, or a damaged one ({reason})") from None
-    if len(samples) == 0 or not np.isfinite(samples).all():
-        raise WrongModality("a recording without samples" if len(samples) == 0 else "a damaged recording")
-    samples = samples.mean(axis=1)
-    return samples if original == rate else soxr.resample(samples, original, rate)
+    if not blocks or not all(np.isfinite(block).all() for block in blocks):
+        raise WrongModality("a damaged recording" if blocks else "a recording without samples")
+    if original > HIGHEST_RATE or rate > MOST_GROWTH * original:
+        raise WrongModality(f"a recording of {original:,} samples a second, to be read at {rate:,}: it must be damaged")
+    power = sum(np.square(block, dtype=np.float64).sum(axis=0) for block in blocks)
+    samples = np.concatenate([block.mean(axis=1) for block in blocks])
+    if np.square(samples, dtype=np.float64).sum() < 0.01 * np.mean(power):
+        samples = np.concatenate([block[:, np.argmax(power)] for block in blocks])
+    samples /= max(1.0, np.abs(samples).max())
+    resampled = samples if original == rate else soxr.resample(samples, original, rate)
+    return resampled if len(resampled) > 0 else samples[:1]
+
+
+def _with_length(data: bytes) -> bytes:
+    """A WAV file whose recorder crashed before it wrote the length, as one that goes on to the end of `data`."""
+    if data[:4] not in (b"RIFF", b"RF64") or data[8:12] != b"WAVE":
+        return data
+    chunks, at = {}, 12  # starts of chunks
+    while at + 8 <= len(data) and data[at : at + 4].isascii() and data[at : at + 4].decode().isprintable():
+        chunks.setdefault(data[at : at + 4], at)
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8 + size + size % 2
+    start = chunks.get(b"data", len(data)) + 8
+    if data[:4] == b"RF64":  # lengths of 64 bits stand in a chunk of their own
+        unknown = b"ds64" in chunks and data[chunks[b"ds64"] + 16 : chunks[b"ds64"] + 24] == bytes(8)
+    else:  # empty, or followed by what are no chunks
+        unknown = data[start - 4 : start] == bytes(4) and at not in (len(data), len(data) + 1)
+    endless = b"\xff\xff\xff\xff"
+    return b"RIFF" + endless + data[8 : start - 4] + endless + data[start:] if unknown else data
 
 
 class AudioCodec(Codec):

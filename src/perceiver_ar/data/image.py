@@ -1,14 +1,16 @@
 """Pictures as ids, pixel by pixel in raster order, all of one size."""
 
 import io
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec, WrongModality, check_positive
@@ -22,27 +24,97 @@ MISSING = 128
 """What pixels that were not generated look like, where there is no palette."""
 
 
+LARGE = 1 << 22  # pixels that are held once more than decoded
+FINE = 8  # times as many rows and columns as asked for are left by whole factors, so that scaling on is exact enough
+JPEG, PNG = b"\xff\xd8", b"\x89PNG"
+
+
 def read_image(data: bytes, rows: int, columns: int, colours: Colours) -> np.ndarray:
     """A picture of any kind and size -> (rows, columns, 3) uint8, or (rows, columns, 1) in grey.
 
     Upright as its EXIF data says, on white where it is transparent, scaled to cover the size, and cut at its middle.
+    Large pictures take little more memory than Pillow's decoders, those of JPEG hardly any.
     Raises `WrongModality` for what is no picture, or a damaged one.
     """
     try:
-        with Image.open(io.BytesIO(data)) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16 bits: Pillow would cut off what is above 255
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if colours == "grey" else "RGB")
-            if image.size != (columns, rows):
-                image = ImageOps.fit(image, (columns, rows), Image.Resampling.BOX)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about large pictures and damaged EXIF data
+            image = _decoded(data, FINE * max(rows, columns))
+            image = _scaled(image, rows, columns, "L" if colours == "grey" else "RGB")
     except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
         reason = " ".join(str(error).partition(" <")[0].split())  # Pillow names the object that it read from
         raise WrongModality(f"no picture, or a damaged one ({reason})") from None
     return np.asarray(image).reshape(rows, columns, -1)
+
+
+def _decoded(data: bytes, side: int) -> Image.Image:
+    """The picture as Pillow decodes it; a JPEG at 1/2, 1/4 or 1/8 if that has at least `side` rows and columns."""
+    image = Image.open(io.BytesIO(data))
+    image.draft(None, (side, side))
+    try:
+        image.load()
+    except OSError:
+        if not data.startswith(JPEG):
+            raise
+        # Does it lack its end marker only? Then all rows are decoded if there are some bytes more to look ahead at.
+        image = Image.open(io.BytesIO(data + bytes(8)))
+        image.draft(None, (side, side))
+        with suppress(OSError):
+            image.load()
+        image.tile = []  # what was decoded is all there is
+        if image.crop((0, image.height - 1, *image.size)).getbbox() is None:  # still black
+            raise
+    bits, clear = data[24] if data.startswith(PNG) else 8, image.info.get("transparency")
+    if isinstance(clear, tuple) and bits == 16:  # Pillow scales pixels to 8 bits, but not the colour of no pixels
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    elif isinstance(clear, int) and image.mode == "L" and bits < 8:
+        image.info["transparency"] = clear * 255 // (2**bits - 1)
+    return image
+
+
+def _scaled(image: Image.Image, rows: int, columns: int, mode: str) -> Image.Image:
+    """The picture in `mode`, opaque, scaled, cut and upright. A large one is reduced in strips first."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    width, height = (rows, columns) if orientation in (5, 6, 7, 8) else (columns, rows)  # before it is turned
+    factor = 1
+    if image.width * image.height > LARGE:
+        factor = max(1, min(image.width // width, image.height // height) // FINE)
+    white = _white(image)
+    plain = Image.new(mode, (-(-image.width // factor), -(-image.height // factor)))
+    step = factor * max(1, LARGE // (image.width * factor))
+    for top in range(0, image.height, step):
+        strip = image.crop((0, top, image.width, min(top + step, image.height)))
+        if white is not None:
+            values = np.asarray(strip).astype(np.float64)
+            if not np.isfinite(values).all():
+                raise ValueError("some of its values are no numbers")
+            values[values == image.info.get("transparency", -1)] = white
+            strip = Image.fromarray(np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8))
+        if strip.has_transparency_data:
+            strip = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+        strip = strip.convert(mode)
+        plain.paste(strip.reduce(factor) if factor > 1 else strip, (0, top // factor))
+    wide, high = min(image.width, image.height * width / height), min(image.height, image.width * height / width)
+    left, top = (image.width - wide) / 2, (image.height - high) / 2
+    right, bottom = min(left + wide, image.width), min(top + high, image.height)
+    box = (left / factor, top / factor, right / factor, bottom / factor)
+    small = plain.resize((width, height), Image.Resampling.BOX, box)
+    small.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(small)
+
+
+def _white(image: Image.Image) -> float | None:
+    """The value of white in a picture of more than 8 bits, else None. Raises ValueError if none fits its values."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return None
+    if image.mode.startswith("I;16"):
+        return 65535
+    low, high = np.array(image.getextrema(), dtype=np.float64)
+    for white, most in ((1, 16), (255, 400), (65535, 70_000)):  # what is a little above white is white
+        if high <= most and low >= -high / 10 and (image.mode == "F" or white == 65535):
+            return white
+    raise ValueError(f"values from {low:g} to {high:g}, where black is 0 and white 1, 255 or 65,535")
 
 
 class ImageCodec(Codec):
@@ -145,8 +217,10 @@ class ImageCodec(Codec):
     ) -> list[Path]:
         """STEM.png for each row, and STEM-grid.png: the original, what was kept of it, and the completions."""
         paths = super().show(rows, prompt_len, directory, stem)
-        first = [] if original is None else [self.pixels(original), self.pixels(rows[0][:prompt_len])]
-        picture = grid([*first, *map(self.pixels, rows)], scale=max(1, 160 // max(self.rows, self.columns)))
+        first = {} if original is None else {"original": original, "kept": rows[0][:prompt_len]}
+        samples = ["sample"] if len(rows) == 1 else [f"sample {number}" for number in range(1, len(rows) + 1)]
+        pictures = [self.pixels(ids) for ids in (*first.values(), *rows)]
+        picture = grid(pictures, [*first, *samples], scale=max(1, 160 // max(self.rows, self.columns)))
         with atomic_path(directory / f"{stem}-grid.png") as temporary:
             picture.save(temporary)
         return [*paths, directory / f"{stem}-grid.png"]

@@ -1,204 +1,22 @@
-"""Piano MIDI as ids: what was played, when, for how long and how hard; and ids as MIDI, sound and a picture.
+"""Piano music as ids: what was played, when, for how long and how hard; and ids as MIDI, sound and a picture.
 
-Every codec here goes through one plain form, the notes of a piece:
-
-    notes (n, 4) float64: start and end in seconds, pitch 0 ... 127, velocity 1 ... 127; sorted by start, then pitch;
-    no pitch sounds twice at once
-
-All tracks of a file but drums become one. The sustain pedal becomes length: a note whose key is released while the
-pedal is down sounds until the pedal goes up or the key is struck again (as MAESTRO is prepared; Hawthorne et al. 2019,
-arXiv 1810.12247). Where a key is struck again before it was released, each release ends the earliest stroke that has
-none yet: MIDI owes every note-on a note-off of its own, and symusic pairs them in the same way. (Ending all strokes at
-the first release, as pretty_midi does, makes notes shorter than they were held. A stroke whose note-off is missing
-leaves the next ones of its key each with the release of the one after.)
+Every codec here goes through the notes of a piece (n, 4), as `midi_file` has them.
 """
 
-import struct
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from perceiver_ar.data.codec import Codec, WrongModality, missing_extra, numbered
+from perceiver_ar.data.codec import Codec, missing_extra, numbered
+from perceiver_ar.data.midi_file import clean, read_midi, write_midi
 from perceiver_ar.data.pictures import piano_roll
 from perceiver_ar.data.sound import play_notes, write_wav
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path
-
-PEDAL = 64
-"""The controller number of the sustain pedal; it is down from value 64 on."""
-DRUMS = 9
-"""The channel (counted from 0) of General MIDI whose pitches are drums."""
-LONGEST = 24 * 3600.0
-"""Seconds. A file that lasts longer is damaged."""
-
-
-def read_midi(data: bytes) -> np.ndarray:
-    """The notes of a standard MIDI file. Raises `WrongModality` if it is damaged or holds none.
-
-    (Read here, not by symusic: version 0.5.9 can end the process at a damaged file.)
-    """
-    try:
-        tempos, parts = _parse(data)
-    except (IndexError, struct.error):
-        raise WrongModality("a MIDI file that is cut off, or damaged") from None
-    seconds = _clock(*tempos)
-    notes = clean(np.concatenate([np.empty((0, 4)), *(_sustained(*part, seconds) for part in parts)]))
-    if len(notes) == 0:
-        raise WrongModality("a MIDI file without notes")
-    if notes[:, 1].max() > LONGEST:
-        raise WrongModality(f"a MIDI file of {notes[:, 1].max() / 3600:,.0f} hours, which must be damaged")
-    return notes
-
-
-def _parse(data: bytes) -> tuple[tuple[np.ndarray, float], list[tuple[np.ndarray, np.ndarray]]]:
-    """Tempo changes (tick, seconds per tick) with the first seconds per tick, and for each channel of each track its
-    notes (start, end, pitch, velocity) and pedal changes (tick, value), in ticks."""
-    at = data.find(b"MThd", 0, 64)  # in .rmi files a few bytes come first
-    if at < 0:
-        raise WrongModality("no MIDI file")
-    size, _, num_tracks, division = struct.unpack_from(">IHHH", data, at + 4)
-    at += 8 + size
-    if division & 0x8000:  # frames a second, ticks a frame
-        first, per_quarter = 1.0 / ((256 - (division >> 8)) * (division & 0xFF or 1)), None
-    else:
-        first, per_quarter = 0.5 / max(1, division), max(1, division)
-    tempos: list[tuple[int, float]] = []
-    parts = []
-    while num_tracks > 0:
-        kind, size = data[at : at + 4], *struct.unpack_from(">I", data, at + 4)
-        at += 8
-        if kind == b"MTrk":
-            if at + size > len(data):
-                raise IndexError
-            parts += _parse_track(data[at : at + size], tempos, per_quarter)
-            num_tracks -= 1
-        at += size
-    tempos.sort(key=lambda change: change[0])
-    return (np.array(tempos, dtype=np.float64).reshape(-1, 2), first), parts
-
-
-def _parse_track(
-    data: bytes, tempos: list[tuple[int, float]], per_quarter: int | None
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Adds the track's tempo changes to `tempos`. Raises IndexError where it ends in the middle of an event."""
-    notes: dict[int, list[list[int]]] = {}  # by channel
-    pedals: dict[int, list[tuple[int, int]]] = {}
-    sounding: dict[tuple[int, int], list[list[int]]] = {}  # by channel and pitch, the earliest first
-    at, tick, status = 0, 0, 0
-
-    def number() -> int:
-        nonlocal at
-        value = 0
-        while True:
-            value = value << 7 | data[at] & 0x7F
-            at += 1
-            if data[at - 1] < 0x80:
-                return value
-
-    while at < len(data):
-        tick += number()
-        if data[at] >= 0x80:
-            status = data[at]
-            at += 1
-        kind, channel = status & 0xF0, status & 0x0F
-        if status == 0xFF:
-            event = data[at]
-            at += 1
-            size = number()
-            if event == 0x51 and size == 3 and per_quarter is not None:
-                tempos.append((tick, int.from_bytes(data[at : at + 3]) / 1e6 / per_quarter))
-            at += size
-        elif status in (0xF0, 0xF7):
-            size = number()
-            at += size
-        elif kind in (0xC0, 0xD0):
-            at += 1
-        elif kind in (0x80, 0x90, 0xA0, 0xB0, 0xE0):
-            first, second = data[at], data[at + 1]
-            at += 2
-            if max(first, second) > 127:
-                raise WrongModality("a damaged MIDI file")
-            if kind in (0x80, 0x90) and channel != DRUMS:
-                strokes = sounding.setdefault((channel, first), [])
-                if kind == 0x90 and second > 0:
-                    strokes.append([tick, -1, first, second])
-                    notes.setdefault(channel, []).append(strokes[-1])
-                elif strokes:
-                    strokes.pop(0)[1] = tick
-            elif kind == 0xB0 and first == PEDAL:
-                pedals.setdefault(channel, []).append((tick, second))
-        else:
-            raise WrongModality("a damaged MIDI file")
-    if at > len(data):
-        raise IndexError
-    for note in chain.from_iterable(sounding.values()):  # never released
-        note[1] = tick
-    return [(np.array(notes[c]), np.array(pedals.get(c, [])).reshape(-1, 2)) for c in sorted(notes)]
-
-
-def _clock(tempos: np.ndarray, first: float) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from ticks to seconds."""
-    ticks, per_tick = np.append(0.0, tempos[:, 0]), np.append(first, tempos[:, 1])
-    before = np.append(0.0, np.cumsum(np.diff(ticks) * per_tick[:-1]))
-
-    def seconds(time: np.ndarray) -> np.ndarray:
-        part = np.searchsorted(ticks, time, side="right") - 1
-        return before[part] + (time - ticks[part]) * per_tick[part]
-
-    return seconds
-
-
-def _sustained(notes: np.ndarray, pedal: np.ndarray, seconds: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Notes in seconds, with the pedal's effect; that a string is struck again is left to `clean`."""
-    start, end, pitch, velocity = notes.T
-    if len(pedal) > 0:
-        times, down = pedal[:, 0], pedal[:, 1] >= 64
-        last = max(end.max(), times[-1])
-        up_from = np.minimum.accumulate(np.where(down, last, times)[::-1])[::-1]  # from each change on
-        change = np.searchsorted(times, end, side="right") - 1  # the last one at each note's end
-        end = np.where((change >= 0) & down[change], up_from[change], end)
-    return np.stack([seconds(start), seconds(end), pitch, velocity], axis=1)
-
-
-def clean(notes: np.ndarray) -> np.ndarray:
-    """Sorts notes and lets no pitch sound twice at once: of two that start together the longer stays, and a note ends
-    where the same pitch starts again. Velocities are brought into 1 ... 127."""
-    start, end, pitch = notes.T[:3]
-    notes = notes[np.lexsort((-end, start, pitch))]
-    again = (np.diff(notes[:, 2], prepend=-1) == 0) & (np.diff(notes[:, 0], prepend=-1) == 0)
-    notes = notes[~again]
-    same = notes[1:, 2] == notes[:-1, 2]
-    notes[:-1, 1] = np.where(same, np.minimum(notes[:-1, 1], notes[1:, 0]), notes[:-1, 1])
-    notes[:, 3] = notes[:, 3].clip(1, 127)
-    return notes[np.lexsort((notes[:, 2], notes[:, 0]))]
-
-
-def write_midi(notes: np.ndarray) -> bytes:
-    """A MIDI file of one piano track; a tick is a millisecond."""
-    times = np.rint(1000 * notes[:, :2]).astype(np.int64)
-    times[:, 1] = np.maximum(times[:, 0] + 1, times[:, 1])
-    events = []  # of one time: ends first
-    for (start, end), (pitch, velocity) in zip(times.tolist(), notes[:, 2:].astype(int).tolist(), strict=True):
-        events += [(end, bytes([0x80, pitch, 0])), (start, bytes([0x90, pitch, velocity]))]
-    track, now = bytearray(b"\x00\xff\x51\x03" + (500_000).to_bytes(3) + b"\x00\xc0\x00"), 0
-    for time, event in sorted(events):
-        track += _number(time - now) + event
-        now = time
-    track += b"\x00\xff\x2f\x00"
-    return struct.pack(">4sIHHH4sI", b"MThd", 6, 0, 1, 500, b"MTrk", len(track)) + track
-
-
-def _number(value: int) -> bytes:
-    """Seven bits a byte, all but the last with the eighth set."""
-    digits = [value & 0x7F]
-    while value := value >> 7:
-        digits.append(value & 0x7F | 0x80)
-    return bytes(reversed(digits))
 
 
 class MusicCodec(Codec):
@@ -220,6 +38,10 @@ class MusicCodec(Codec):
     def decode_notes(self, ids: np.ndarray) -> np.ndarray:
         """Any ids -> notes (n, 4)."""
 
+    def seconds(self, ids: np.ndarray) -> float:
+        """The time of the next event after ids (n,)."""
+        return self.amounts(ids)["second"]
+
     def show(
         self,
         rows: Sequence[np.ndarray],
@@ -230,24 +52,26 @@ class MusicCodec(Codec):
         original: np.ndarray | None = None,
         soundfont: str | None = None,
     ) -> list[Path]:
-        """For each row STEM.mid, STEM-continuation.mid (without the prompt, if there was one), STEM.wav, STEM.png."""
+        """For each row STEM.mid, STEM.wav and STEM.png, a piano roll with a line where the prompt ends; and, if
+        anything was added to a prompt, STEM-continuation.mid, the music from that line on."""
         paths = []
+        prompt = np.asarray(rows[0][:prompt_len])
         for number, ids in enumerate(rows, 1):
             name = numbered(stem, number, len(rows))
-            notes, prompt = self.decode_notes(np.asarray(ids)), self.decode_notes(np.asarray(ids[:prompt_len]))
-            in_prompt = set(map(tuple, prompt[:, [0, 2]].tolist()))
-            is_prompt = np.array([note in in_prompt for note in map(tuple, notes[:, [0, 2]].tolist())], dtype=bool)
+            notes, boundary = self.decode_notes(np.asarray(ids)), self.seconds(prompt)
+            if boundary > 0 and np.array_equal(notes, self.decode_notes(prompt)):  # nothing new
+                boundary = max(boundary, float(notes[:, 1].max(initial=0.0)))
             files: dict[str, Any] = {f"{name}.mid": write_midi(notes)}
-            if is_prompt.any():
-                new = notes[~is_prompt]
-                began = new[0, 0] if len(new) else 0.0
-                files[f"{name}-continuation.mid"] = write_midi(new - [began, began, 0, 0])
+            new = notes[notes[:, 1] > boundary + 1e-6]
+            if boundary > 0 and len(new) > 0:
+                times = np.maximum(new[:, :2] - boundary, 0)
+                files[f"{name}-continuation.mid"] = write_midi(np.concatenate([times, new[:, 2:]], axis=1))
             for file, content in files.items():
                 with atomic_path(directory / file) as temporary:
                     temporary.write_bytes(content)
             write_wav(directory / f"{name}.wav", *play_notes(notes, files[f"{name}.mid"], soundfont))
             with atomic_path(directory / f"{name}.png") as temporary:
-                piano_roll(notes, is_prompt).save(temporary)
+                piano_roll(notes, boundary).save(temporary)
             paths += [directory / file for file in [*files, f"{name}.wav", f"{name}.png"]]
         return paths
 
@@ -406,13 +230,15 @@ class MidiTokCodec(MusicCodec):
         starts = "NoteOn" if kind == "midilike" else "Pitch"
         self._is_note = self._types == starts
         self._pitch = np.full(self.vocab_size, -1)  # of ids that are about one
-        self._seconds = np.zeros(self.vocab_size)
+        self._seconds, self._position = np.zeros(self.vocab_size), np.zeros(self.vocab_size)  # the latter in a bar
         for index, token in tokens.items():
             kind_of, value = token.split("_")
             if kind_of in ("Pitch", "NoteOn", "NoteOff"):
                 self._pitch[index] = int(value)
             elif kind_of == "Bar":
                 self._seconds[index] = 2.0
+            elif kind_of == "Position":
+                self._position[index] = int(value) / max(RESOLUTION.values()) / 2
             elif kind_of == "TimeShift":
                 beats, steps, per_beat = map(int, value.split("."))
                 self._seconds[index] = (beats + steps / per_beat) / 2
@@ -444,6 +270,16 @@ class MidiTokCodec(MusicCodec):
             end = start + np.maximum(columns["duration"], 1) / score.ticks_per_quarter / 2
             parts.append(np.stack([start, end, columns["pitch"], columns["velocity"]], axis=1))
         return clean(np.concatenate(parts))
+
+    def seconds(self, ids: np.ndarray) -> float:
+        """The sum of the time shifts; in REMI, the last bar and the position in it."""
+        if self.kind != "remi":
+            return super().seconds(ids)
+        ids = np.asarray(ids, dtype=np.int64)
+        bars = np.flatnonzero(self._types[ids] == "Bar")
+        if len(bars) == 0:
+            return 0.0
+        return 2.0 * (len(bars) - 1) + float(self._position[ids[bars[-1] :]].max())
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray:
         """What MidiTok's graph of token types lets follow the last one; a note ends only where it sounds."""

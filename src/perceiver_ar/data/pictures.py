@@ -7,14 +7,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 PAPER, LINE, INK = (255, 255, 255), (230, 232, 235), (110, 119, 129)
 BLUE, ORANGE = (47, 111, 178), (196, 84, 26)
+EDGE = (20, 24, 28)  # where the prompt ends
+RANGE = 80  # decibels of a spectrogram
 
 
-def piano_roll(notes: np.ndarray, is_prompt: np.ndarray) -> Image.Image:
-    """Notes (n, 4) as `perceiver_ar.data.midi` has them: time to the right, pitch upwards, loud notes darker.
+def piano_roll(notes: np.ndarray, boundary: float = 0.0) -> Image.Image:
+    """Notes (n, 4) as `perceiver_ar.data.midi_file` has them: time to the right, pitch upwards, loud notes darker.
 
-    The prompt's notes, (n,) bool, are orange, the others blue.
+    What sounds before `boundary`, in seconds, is orange, the rest blue, with a line between them.
     """
-    seconds = max(1.0, float(notes[:, 1].max(initial=0.0)))
+    seconds = max(1.0, float(notes[:, 1].max(initial=0.0)), boundary)
     width = int(np.clip(40 * seconds, 600, 6000))
     scale = width / seconds
     low, high = int(notes[:, 2].min(initial=48)) - 2, int(notes[:, 2].max(initial=72)) + 3
@@ -31,58 +33,86 @@ def piano_roll(notes: np.ndarray, is_prompt: np.ndarray) -> Image.Image:
         x = left + scale * second
         draw.line([(x, top), (x, top + height)], fill=LINE)
         draw.text((x, top + height + 6), f"{second} s", fill=INK, font=font, anchor="ma")
-    for (start, end, pitch, velocity), old in zip(notes.tolist(), is_prompt.tolist(), strict=True):
-        strength = 0.35 + 0.65 * velocity / 127
-        colour = tuple(round(255 + strength * (c - 255)) for c in (ORANGE if old else BLUE))
-        x, y = left + scale * start, top + row * (high - pitch - 1)
-        draw.rectangle([x, y + 1, max(x + 1, left + scale * end - 1), y + row - 1], fill=colour)
-    names = [("prompt", ORANGE)] * bool(is_prompt.any()) + [("generated", BLUE)] * bool((~is_prompt).any())
+    for start, end, pitch, velocity in notes.tolist():
+        strength, y = 0.35 + 0.65 * velocity / 127, top + row * (high - pitch - 1)
+        parts = [(start, min(end, boundary), ORANGE)] if start < boundary else []
+        if end > boundary + 1e-6 or not parts:
+            parts.append((max(start, boundary), end, BLUE))
+        for begins, ends, ink in parts:
+            x, colour = left + scale * begins, tuple(round(255 + strength * (c - 255)) for c in ink)
+            draw.rectangle([x, y + 1, max(x + 1, left + scale * ends - 1), y + row - 1], fill=colour)
+    names = [("prompt", ORANGE)] * (boundary > 0) + [("generated", BLUE)] * bool((notes[:, 1] > boundary + 1e-6).any())
     x = left
     for name, colour in names:
         draw.rectangle([x, 8, x + 10, 18], fill=colour)
         draw.text((x + 16, 13), name, fill=INK, font=font, anchor="lm")
         x += 40 + int(draw.textlength(name, font=font))
+    if boundary > 0:
+        x = left + scale * boundary
+        draw.line([(x, top), (x, top + height + 4)], fill=EDGE, width=2)
     return image
 
 
-def grid(pictures: Sequence[np.ndarray], scale: int, columns: int = 8) -> Image.Image:
-    """Pictures (rows, columns, 3) uint8 of one size side by side, each pixel `scale` wide, with white between them."""
+def grid(pictures: Sequence[np.ndarray], labels: Sequence[str], scale: int, columns: int = 8) -> Image.Image:
+    """Pictures (rows, columns, 3) uint8 of one size side by side, each pixel `scale` wide, each above its label."""
+    font = ImageFont.load_default(13)
     height, width = (scale * size for size in pictures[0].shape[:2])
-    gap, columns = max(2, scale), min(columns, len(pictures))
+    gap, line, columns = max(8, scale), 20, min(columns, len(pictures))
+    wide = max([width, *(int(font.getlength(label)) + 1 for label in labels)])
     lines = -(-len(pictures) // columns)
-    image = Image.new("RGB", (columns * (width + gap) + gap, lines * (height + gap) + gap), PAPER)
-    for i, picture in enumerate(pictures):
-        large = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-        image.paste(large, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+    image = Image.new("RGB", (columns * (wide + gap) + gap, lines * (height + line + gap) + gap), PAPER)
+    draw = ImageDraw.Draw(image)
+    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        x, y = gap + i % columns * (wide + gap), gap + i // columns * (height + line + gap)
+        image.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        draw.text((x, y + height + 4), label, fill=INK, font=font)
     return image
 
 
 def spectrogram(samples: np.ndarray, rate: int, boundary: int = 0) -> Image.Image:
-    """Samples (n,): time to the right, frequency upwards, 80 dB from black to yellow; a line where `boundary` is."""
+    """Samples (n,): time to the right, frequency upwards, 80 dB from black to yellow, which is the loudest.
+
+    A line shows where the prompt of `boundary` samples ends.
+    """
     size = 1024
     padded = np.pad(samples, (size // 2, size // 2 + size))
     hop = int(np.clip(256, len(samples) // 3000, max(1, len(samples) // 600)))  # 600 to some 3,000 columns
     frames = np.lib.stride_tricks.sliding_window_view(padded, size)[: max(1, len(samples)) : hop]
     power = np.abs(np.fft.rfft(frames * np.hanning(size), axis=1)).T[::-1]
     decibels = 20 * np.log10(np.maximum(power, 1e-10))
-    level = (1 + (decibels - decibels.max()) / 80).clip(0, 1)
-    knots = np.array([[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]])
-    at = np.linspace(0, 1, len(knots))
-    colours = np.stack([np.interp(level, at, knots[:, c]) for c in range(3)], axis=-1).astype(np.uint8)
-    if boundary > 0:
-        colours[:, min(boundary // hop, colours.shape[1] - 1)] = 255
-    left, bottom = 60, 30
-    image = Image.new("RGB", (left + colours.shape[1] + 16, 12 + colours.shape[0] + bottom), PAPER)
-    image.paste(Image.fromarray(colours), (left, 12))
+    colours = _heat(1 + (decibels - max(decibels.max(), -60.0)) / RANGE)  # less than a bit of 16 counts as silence
+    height, width = colours.shape[:2]
+    left, top, bottom = 60, 30, 30
+    image = Image.new("RGB", (left + width + 80, top + height + bottom), PAPER)
+    image.paste(Image.fromarray(colours), (left, top))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for share in (0, 0.25, 0.5, 0.75, 1):
         text = f"{share * rate / 2000:.3g} kHz"
-        draw.text((left - 6, 12 + (1 - share) * colours.shape[0]), text, fill=INK, font=font, anchor="rm")
+        draw.text((left - 6, top + (1 - share) * height), text, fill=INK, font=font, anchor="rm")
     seconds = len(samples) / rate
     per_second = rate / hop
     steps = (0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 10**9)
     step = next(step for step in steps if step * per_second >= 60)
     for i in range(int(seconds / step) + 1):
         x = left + i * step * per_second
-        draw.text((x, 18 + colours.shape[0]), f"{i * step:g} s", fill=INK, font=font, anchor="ma")
+        draw.text((x, top + 6 + height), f"{i * step:g} s", fill=INK, font=font, anchor="ma")
+    bar = left + width + 16
+    image.paste(Image.fromarray(_heat(np.linspace(1, 0, height)[:, None].repeat(12, axis=1))), (bar, top))
+    for level in range(0, RANGE + 1, 20):
+        y = top + level / RANGE * (height - 1)
+        draw.text((bar + 18, y), f"{-level} dB", fill=INK, font=font, anchor="lm")
+    if boundary > 0:
+        x = left + min(boundary // hop, width - 1)
+        draw.line([(x - 1, top), (x - 1, top + height - 1)], fill=EDGE)
+        draw.line([(x + 1, top), (x + 1, top + height - 1)], fill=EDGE)
+        draw.line([(x, top - 8), (x, top + height + 4)], fill=PAPER)
+        draw.line([(x, top - 8), (x, top - 1)], fill=EDGE, width=3)
+        draw.text((x, top - 10), "prompt ends", fill=INK, font=font, anchor="mb")
     return image
+
+
+def _heat(level: np.ndarray) -> np.ndarray:
+    """Levels 0 ... 1 as colours (..., 3) uint8, from black through red to yellow."""
+    knots = np.array([[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]])
+    at = np.linspace(0, 1, len(knots))
+    return np.stack([np.interp(level, at, knots[:, c]) for c in range(3)], axis=-1).astype(np.uint8)

@@ -1,0 +1,284 @@
+"""Standard MIDI files to the notes of a piece, and back.
+
+    notes (n, 4) float64: start and end in seconds, pitch 0 ... 127, velocity 1 ... 127; sorted by start, then pitch;
+    no pitch sounds twice at the same time
+
+All tracks but drums become one. Events of one tick act in the order of the file, tracks one after another.
+
+*Releases.* The k-th release of a key ends its k-th stroke, as in symusic. (pretty_midi ends all strokes of the key at
+its first release, which makes notes shorter than they were held.) A stroke has lost its release if, from then on, the
+key never has as many releases as strokes. It lasts until the key is struck again or the track ends, and the other
+strokes keep their own releases. A release without a stroke is nothing.
+
+*Pedal.* The sustain pedal becomes length: a note whose key is released while the pedal of its channel is down sounds
+until the pedal goes up or the key is struck again (as MAESTRO is prepared; Hawthorne et al. 2019, arXiv 1810.12247; but
+note_seq lets pedals act before releases of their tick, which lengthens notes by a pedal that comes after them). Tracks
+share their channels; each port has channels of its own. The sostenuto and soft pedals are left out.
+
+Files are read here because mido 1.3 refuses wrong track lengths and .rmi files, loses tracks beyond the header's count,
+and has no times in frames; symusic 0.5.9 can end the process at a damaged file.
+"""
+
+import struct
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import chain
+from operator import itemgetter
+
+import numpy as np
+
+from perceiver_ar.data.codec import WrongModality
+
+DRUMS = 9
+"""The channel (counted from 0) of General MIDI whose pitches are drums."""
+LONGEST = 24 * 3600.0
+"""Seconds. A file that lasts longer is damaged."""
+
+NOTE_OFF, NOTE_ON, CONTROL, TRACK_END = 0x80, 0x90, 0xB0, 0xFF
+PEDAL, SOUND_OFF, RESET, NOTES_OFF = 64, 120, 121, (123, 124, 125, 126, 127)
+"""Controllers. The pedal is down from value 64 on; a reset lifts it. Changes of mode (124 on) release keys, too."""
+HEARD = frozenset({PEDAL, SOUND_OFF, RESET, *NOTES_OFF})
+
+
+Event = tuple[int, int, int, int, int, int]
+"""Tick, track, channel (16 times the port more), kind, pitch or controller, value."""
+
+
+def read_midi(data: bytes) -> np.ndarray:
+    """The notes of a standard MIDI file. Raises `WrongModality` if it is damaged, cut off, or holds none."""
+    try:
+        events, seconds = _events(data)
+    except (IndexError, struct.error):
+        raise WrongModality("a MIDI file that is cut off, or damaged") from None
+    notes = clean(_sounding(events, seconds))
+    if len(notes) == 0:
+        raise WrongModality("a MIDI file without notes")
+    if notes[:, 1].max() > LONGEST:
+        raise WrongModality(f"a MIDI file of {notes[:, 1].max() / 3600:,.0f} hours, which must be damaged")
+    return notes
+
+
+def _events(data: bytes) -> tuple[list[Event], Callable[[np.ndarray], np.ndarray]]:
+    """What all tracks do, in order, and the function from ticks to seconds.
+
+    Tracks are looked for to the end of the data, whatever the header's count, and between chunks of other kinds.
+    """
+    riff = data[:4] == b"RIFF" and data[8:12] == b"RMID"  # .rmi: other chunks may come before the file
+    at = data.find(b"MThd", 0, len(data) if riff else 256)
+    if at < 0:
+        raise WrongModality("no MIDI file")
+    _, kind, _, division = struct.unpack_from(">IHHH", data, at + 4)
+    tracks: list[list[Event]] = []
+    tempos: list[tuple[int, int]] = []
+    while (at := data.find(b"MTrk", at)) >= 0:
+        [size] = struct.unpack_from(">I", data, at + 4)
+        start = tracks[-1][-1][0] if kind == 2 and tracks else 0  # format 2: one after another
+        events, at = _read_track(data, at + 8, size, len(tracks), start, tempos)
+        tracks.append(events)
+    if not tracks:
+        raise IndexError
+    together = sorted(chain.from_iterable(tracks), key=itemgetter(0))
+    return together, _clock(division, sorted(tempos, key=itemgetter(0)))
+
+
+def _read_track(
+    data: bytes, at: int, size: int, track: int, tick: int, tempos: list[tuple[int, int]]
+) -> tuple[list[Event], int]:
+    """The notes and controllers of the track at `at`, which begins at `tick`, and where the track ends in `data`.
+
+    Adds its changes of tempo to `tempos`. A track ends at its end-of-track event, whatever `size` says; without one,
+    after `size` bytes. A `size` that a recorder never filled in lets it end with the data. Raises IndexError if the
+    track is cut off.
+    """
+    events: list[Event] = []
+    start, port, running = at, 0, 0
+    unknown = size in (0, 0x7FFFFFFF, 0xFFFFFFFF)
+
+    def length() -> int:
+        nonlocal at
+        value = 0
+        for _ in range(4):
+            value = value << 7 | data[at] & 0x7F
+            at += 1
+            if data[at - 1] < 0x80:
+                return value
+        raise WrongModality("a damaged MIDI file")
+
+    def argument() -> int:
+        nonlocal at
+        while 0xF8 <= data[at] < 0xFF:  # a clock or the like in the middle of a message
+            at += 1
+        if data[at] > 127:
+            raise WrongModality("a damaged MIDI file")
+        at += 1
+        return data[at - 1]
+
+    try:
+        while not (at >= start + size and (at == len(data) or data[at : at + 4] == b"MTrk")):
+            tick += length()
+            status = data[at]
+            at += status >= 0x80
+            if status == 0xFF:
+                meta = data[at]
+                at += 1
+                end = length() + at
+                content = data[at:end]
+                if end > len(data):
+                    raise IndexError
+                at = end
+                if meta == 0x2F:
+                    break
+                if meta == 0x51 and len(content) == 3:
+                    tempos.append((tick, int.from_bytes(content)))
+                elif meta == 0x21 and len(content) == 1:
+                    port = content[0]
+            elif status in (0xF0, 0xF7):  # system exclusive
+                at = length() + at
+            elif status > 0xF0:  # system common and real-time: nothing is played
+                for _ in range({0xF1: 1, 0xF2: 2, 0xF3: 1}.get(status, 0)):
+                    argument()
+            else:
+                running = status if status >= 0x80 else running
+                kind, channel = running & 0xF0, running & 0x0F
+                if running == 0:
+                    raise WrongModality("a damaged MIDI file")
+                number = argument()
+                value = 0 if kind in (0xC0, 0xD0) else argument()
+                if kind == NOTE_ON and value == 0:
+                    kind = NOTE_OFF
+                if channel != DRUMS and (kind in (NOTE_ON, NOTE_OFF) or (kind == CONTROL and number in HEARD)):
+                    events.append((tick, track, 16 * port + channel, kind, number, value))
+    except IndexError:
+        if not unknown:
+            raise
+        at = len(data)
+    events.append((tick, track, 0, TRACK_END, 0, 0))
+    return events, at
+
+
+def _clock(division: int, tempos: list[tuple[int, int]]) -> Callable[[np.ndarray], np.ndarray]:
+    """The function from ticks to seconds. `tempos`: microseconds a quarter from a tick on."""
+    if division & 0x8000:  # frames a second, ticks a frame
+        frames, per_frame = 256 - (division >> 8), division & 0xFF
+        per_second = (30_000 / 1001 if frames == 29 else frames) * per_frame
+        tempos = []
+    else:
+        per_second = 2 * division
+    if per_second == 0 or any(tempo == 0 for _, tempo in tempos):
+        raise WrongModality("a damaged MIDI file: it does not tell how fast it is")
+    ticks = np.array([0, *(tick for tick, _ in tempos)], dtype=np.float64)
+    per_tick = np.array([1 / per_second, *(tempo / 1e6 / division for _, tempo in tempos)])
+    before = np.append(0.0, np.cumsum(np.diff(ticks) * per_tick[:-1]))
+
+    def seconds(time: np.ndarray) -> np.ndarray:
+        part = np.searchsorted(ticks, time, side="right") - 1
+        return before[part] + (time - ticks[part]) * per_tick[part]
+
+    return seconds
+
+
+class _Key:
+    """What happens to one key of one channel on one track. Times are places in the list of events."""
+
+    def __init__(self) -> None:
+        self.strokes: list[tuple[int, int]] = []  # place, velocity
+        self.releases: list[int] = []
+        self.held: list[int] = []  # numbers of the strokes that were not released yet, were the last one released first
+
+    def strike(self, place: int, velocity: int) -> None:
+        self.held.append(len(self.strokes))
+        self.strokes.append((place, velocity))
+
+    def release(self, place: int) -> None:
+        if self.held:
+            self.held.pop()
+            self.releases.append(place)
+
+    def notes(self, end: int) -> list[tuple[int, int, int]]:
+        """Place of the stroke and of its release, velocity. `end`: of the track."""
+        lost, releases = set(self.held), iter(self.releases)
+        return [
+            (place, end if number in lost else next(releases), velocity)
+            for number, (place, velocity) in enumerate(self.strokes)
+        ]
+
+
+def _sounding(events: list[Event], seconds: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Notes (n, 4) of events in order, with the pedal's effect; that a string is struck again is left to `clean`."""
+    keys: defaultdict[tuple[int, int, int], _Key] = defaultdict(_Key)  # by channel, track and pitch
+    pedals: defaultdict[int, list[tuple[int, bool]]] = defaultdict(lambda: [(-1, False)])  # by channel: place, down?
+    ends: dict[int, int] = {}  # of tracks
+    for place, (_, track, channel, kind, number, value) in enumerate(events):
+        if kind == NOTE_ON:
+            keys[channel, track, number].strike(place, value)
+        elif kind == NOTE_OFF:
+            keys[channel, track, number].release(place)
+        elif kind == TRACK_END:
+            ends[track] = place
+        elif number == PEDAL:
+            pedals[channel].append((place, value >= 64))
+        elif number == RESET:
+            pedals[channel].append((place, False))
+        elif number == SOUND_OFF or number in NOTES_OFF:
+            for key in (key for (of, _, _), key in keys.items() if of == channel):
+                for _ in list(key.held):
+                    key.release(place)
+            if number == SOUND_OFF:
+                pedals[channel] += [(place, False), (place, pedals[channel][-1][1])]
+    times = seconds(np.array([event[0] for event in events], dtype=np.float64))
+    parts: defaultdict[int, list[tuple[int, int, int, int]]] = defaultdict(list)  # by channel
+    for (channel, track, pitch), key in keys.items():
+        parts[channel] += [(start, end, pitch, velocity) for start, end, velocity in key.notes(ends[track])]
+    notes: list[np.ndarray] = [np.empty((0, 4))]
+    for channel, part in parts.items():
+        start, end, pitch, velocity = np.array(part, dtype=np.int64).reshape(-1, 4).T
+        end = _sustained(end, np.array(pedals[channel]))
+        notes.append(np.stack([times[start], times[end], pitch, velocity], axis=1))
+    return np.concatenate(notes)
+
+
+def _sustained(releases: np.ndarray, pedal: np.ndarray) -> np.ndarray:
+    """Places at which strings fall silent. A pedal that stays down counts to its channel's last release or change."""
+    places, down = pedal[:, 0], pedal[:, 1] > 0
+    last = max(releases.max(initial=0), places[-1])
+    up_from = np.minimum.accumulate(np.where(down, last, places)[::-1])[::-1]  # from each change on
+    change = np.searchsorted(places, releases, side="left") - 1  # the last one before each release
+    return np.where(down[change], up_from[change], releases)
+
+
+def clean(notes: np.ndarray) -> np.ndarray:
+    """Sorts notes and lets no pitch sound twice at the same time.
+
+    Notes of a pitch that start together are one, as long as the longest and as loud as the loudest; a note ends where
+    the same pitch starts again. Velocities are brought into 1 ... 127.
+    """
+    notes = notes[np.lexsort((notes[:, 0], notes[:, 2]))]
+    first = np.flatnonzero(np.any(np.diff(notes[:, [0, 2]], axis=0, prepend=-1) != 0, axis=1))
+    end, velocity = (np.maximum.reduceat(notes[:, column], first) for column in (1, 3))
+    start, pitch = notes[first, 0], notes[first, 2]
+    end[:-1] = np.where(pitch[1:] == pitch[:-1], np.minimum(end[:-1], start[1:]), end[:-1])
+    notes = np.stack([start, end, pitch, velocity.clip(1, 127)], axis=1)
+    return notes[np.lexsort((pitch, start))]
+
+
+def write_midi(notes: np.ndarray) -> bytes:
+    """A MIDI file of one piano track; a tick is a millisecond."""
+    times = np.rint(1000 * notes[:, :2]).astype(np.int64)
+    times[:, 1] = np.maximum(times[:, 0] + 1, times[:, 1])
+    events = []  # of one time: ends first
+    for (start, end), (pitch, velocity) in zip(times.tolist(), notes[:, 2:].astype(int).tolist(), strict=True):
+        events += [(end, bytes([0x80, pitch, 0])), (start, bytes([0x90, pitch, velocity]))]
+    track, now = bytearray(b"\x00\xff\x51\x03" + (500_000).to_bytes(3) + b"\x00\xc0\x00"), 0
+    for time, event in sorted(events):
+        track += _number(time - now) + event
+        now = time
+    track += b"\x00\xff\x2f\x00"
+    return struct.pack(">4sIHHH4sI", b"MThd", 6, 0, 1, 500, b"MTrk", len(track)) + track
+
+
+def _number(value: int) -> bytes:
+    """Seven bits a byte, all but the last with the eighth set."""
+    digits = [value & 0x7F]
+    while value := value >> 7:
+        digits.append(value & 0x7F | 0x80)
+    return bytes(reversed(digits))
