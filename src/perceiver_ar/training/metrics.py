@@ -6,7 +6,10 @@ from pathlib import Path
 
 from perceiver_ar.files import atomic_path
 
-COLUMNS = ("step", "tokens", "seconds", "train_bits", "validation_bits", "lr", "grad_norm", "tokens_per_second")
+COLUMNS: tuple[str, ...] = (
+    *("step", "tokens", "seconds", "train_bits", "validation_bits"),
+    *("lr", "grad_norm", "tokens_per_second"),
+)
 
 
 class Metrics:

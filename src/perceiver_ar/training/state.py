@@ -75,7 +75,7 @@ class Training:
         self.loss = fabric.setup_module(loss)  # FSDP divides the weights here, so the optimizer comes after
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.optimizer = make_optimizer(model, recipe.optim, dtype)
-        self.fabric_optimizer = fabric.setup_optimizers(self.optimizer)
+        self.fabric_optimizer: Any = fabric.setup_optimizers(self.optimizer)
 
         self.step = 0
         """Optimizer steps made, skipped ones included."""

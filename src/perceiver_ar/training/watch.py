@@ -145,8 +145,9 @@ class Watch:
         with self.despite_full_disk():
             whole, self.disk_full = self.disk_full, False
             self.metrics.add(row, whole)
-            for name, value in values.items() if self.tensorboard is not None else ():
-                self.tensorboard.add_scalar(name, value, training.step)
+            if self.tensorboard is not None:
+                for name, value in values.items():
+                    self.tensorboard.add_scalar(name, value, training.step)
             self.track(values, training.step)
 
 
