@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from perceiver_ar import PerceiverAR, next_token_loss
 from perceiver_ar.compat.lucidrains import PerceiverAR as Ours
 from perceiver_ar.config import OptimConfig
-from perceiver_ar.data.tokens import Windows
+from perceiver_ar.data.sampler import TrainingWindows
 from perceiver_ar.optim import lr_factor, make_optimizer
 
 Step = Callable[[], None]
@@ -119,7 +119,12 @@ def product_peak(dtype: torch.dtype, size: int = 2048) -> float:
 
 
 def train(
-    model: PerceiverAR, rule: OptimConfig, windows: Windows, steps: int, batch: int, micro_batch: int | None = None
+    model: PerceiverAR,
+    rule: OptimConfig,
+    windows: TrainingWindows,
+    steps: int,
+    batch: int,
+    micro_batch: int | None = None,
 ) -> None:
     """So many steps on so many windows each, as the Trainer makes them but for shortened prefixes."""
     optimizer, micro_batch = make_optimizer(model, rule), micro_batch or batch

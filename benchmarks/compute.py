@@ -20,8 +20,9 @@ from perceiver_ar import PerceiverAR, PerceiverARConfig
 from perceiver_ar.config import DataConfig, OptimConfig
 from perceiver_ar.costs import costs
 from perceiver_ar.data.modalities import make_codec
+from perceiver_ar.data.sampler import TrainingWindows
 from perceiver_ar.data.sources import find_files, standard_library
-from perceiver_ar.data.tokens import Windows, prepare
+from perceiver_ar.data.tokens import prepare
 from perceiver_ar.evaluation import evaluate
 
 
@@ -63,7 +64,7 @@ def main() -> None:
                 per_target = costs(config).training_flops / latents
                 steps = round(args.flops / per_target / args.targets)
                 torch.manual_seed(seed)
-                model, windows = PerceiverAR(config), Windows(training, args.context, latents, seed)
+                model, windows = PerceiverAR(config), TrainingWindows(training, args.context, latents, seed)
                 began = time.perf_counter()
                 train(model, OptimConfig(), windows, steps, args.targets // latents, micro_batch=1)
                 seconds = time.perf_counter() - began

@@ -39,8 +39,9 @@ from perceiver_ar import next_token_loss
 from perceiver_ar.config import DataConfig, OptimConfig
 from perceiver_ar.data.codec import load_codec, missing_extra, save_codec
 from perceiver_ar.data.modalities import make_codec
+from perceiver_ar.data.sampler import TrainingWindows
 from perceiver_ar.data.sources import find_files, standard_library
-from perceiver_ar.data.tokens import TokenFile, Windows, prepare
+from perceiver_ar.data.tokens import TokenFile, prepare
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path, write_text
 from perceiver_ar.optim import lr_factor, make_optimizer
@@ -53,7 +54,7 @@ Record = dict[str, Any]
 class GridPoint:
     context: int
     batch: int
-    """Windows per step."""
+    """TrainingWindows per step."""
     lr: float = 1.0
     """Factor on the peak learning rates of the contender's rule."""
 
@@ -67,7 +68,7 @@ class Contender:
     rule: OptimConfig
     network: networks.Network
     micro_batch: int | None = None
-    """Windows at once; None: all of a step."""
+    """TrainingWindows at once; None: all of a step."""
     blocks: int = 1
     """Of a window in training."""
 
@@ -146,7 +147,7 @@ def run_job(job: Job, setting: Setting, folder: Path) -> Record:
     size = TINY if setting.rehearse else contender.size
     model = contender.network.build(codec.vocab_size, size, context, latents).to(DEVICE)
     targets = contender.blocks * latents
-    windows = Windows(TokenFile.open(folder / "train"), context, targets, job.seed, augment=codec.augment)
+    windows = TrainingWindows(TokenFile.open(folder / "train"), context, targets, job.seed, augment=codec.augment)
     trained = train(contender, model, windows, job, setting)
     contexts = [2**i for i in range(6, 20) if 2**i < context and contender.network.shorter]
     nats = score(contender, model.eval(), segments, context, latents, setting)
@@ -161,7 +162,7 @@ def run_job(job: Job, setting: Setting, folder: Path) -> Record:
     return asdict(setting) | asdict(job) | trained | scores
 
 
-def train(contender: Contender, model: nn.Module, windows: Windows, job: Job, setting: Setting) -> Record:
+def train(contender: Contender, model: nn.Module, windows: TrainingWindows, job: Job, setting: Setting) -> Record:
     """Trains until the time is over; the learning rate follows the clock."""
     latents, batch, factor = windows.num_latents, job.point.batch, job.point.lr
     rule = replace(contender.rule, muon_lr=contender.rule.muon_lr * factor, lr=contender.rule.adamw_lr * factor)

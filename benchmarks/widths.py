@@ -19,8 +19,9 @@ from common import loss, machine, train
 from perceiver_ar import PerceiverAR, PerceiverARConfig
 from perceiver_ar.config import DataConfig, OptimConfig
 from perceiver_ar.data.modalities import make_codec
+from perceiver_ar.data.sampler import TrainingWindows
 from perceiver_ar.data.sources import standard_library
-from perceiver_ar.data.tokens import Windows, prepare
+from perceiver_ar.data.tokens import prepare
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
             config = codec.fit(
                 PerceiverARConfig(context_length=256, num_latents=64, dim=dim, num_layers=2, num_heads=dim // 64)
             )
-            windows, unseen = (Windows(tokens, 256, 64, args.seed) for tokens in (train, held_out))
+            windows, unseen = (TrainingWindows(tokens, 256, 64, args.seed) for tokens in (train, held_out))
             began = time.perf_counter()
             bits = [train_once(config, rule(factor, args.part), windows, unseen, args) for factor in factors]
             cells = [f"**{value:.3f}**" if value == min(bits) else f"{value:.3f}" for value in bits]
@@ -57,7 +58,11 @@ def rule(factor: float, part: str) -> OptimConfig:
 
 
 def train_once(
-    config: PerceiverARConfig, rule: OptimConfig, windows: Windows, unseen: Windows, args: argparse.Namespace
+    config: PerceiverARConfig,
+    rule: OptimConfig,
+    windows: TrainingWindows,
+    unseen: TrainingWindows,
+    args: argparse.Namespace,
 ) -> float:
     """Bits per byte on 256 held-out windows, after training."""
     torch.manual_seed(args.seed)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from perceiver_ar import InputError, Recipe, train
 from perceiver_ar.config import OptimConfig, PerceiverARConfig, TrainerConfig
-from perceiver_ar.data.tokens import Windows
+from perceiver_ar.data.sampler import TrainingWindows
 from perceiver_ar.training.batches import Batches
 
 MODEL = PerceiverARConfig(
@@ -139,7 +139,7 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 def test_ranks_that_share_prefixes_have_the_same_windows_and_groups_share_them_as_ranks_do(recipe: Recipe) -> None:
-    windows = Windows(np.arange(2000) % 256, 32, 8, recipe.seed)
+    windows = TrainingWindows(np.arange(2000) % 256, 32, 8, recipe.seed)
     groups = rank_batches(on_devices(recipe, 2), windows)
     ranks = rank_batches(sharing_prefixes(recipe, 6, 3), windows)
     for _ in range(8):
@@ -150,7 +150,7 @@ def test_ranks_that_share_prefixes_have_the_same_windows_and_groups_share_them_a
             assert all(torch.equal(ours[name], theirs[name]) for name in ("tokens", "labels"))
 
 
-def rank_batches(recipe: Recipe, windows: Windows, first_step: int = 0) -> list[Iterator[dict[str, Any]]]:
+def rank_batches(recipe: Recipe, windows: TrainingWindows, first_step: int = 0) -> list[Iterator[dict[str, Any]]]:
     def endless(rank: int) -> Iterator[dict[str, Any]]:
         batches = Batches(windows, recipe, rank)
         return (batch for step in count(first_step) for batch in batches.of_step(step, 0.0))
@@ -161,7 +161,7 @@ def rank_batches(recipe: Recipe, windows: Windows, first_step: int = 0) -> list[
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (3, 3), (4, 4), (2, 3), (4, 1), (1, 3)])
 def test_all_ranks_together_see_every_target_once_per_pass(recipe: Recipe, before: int, after: int) -> None:
     tokens = np.arange(2000)  # each tells where it stands
-    windows = Windows(tokens, 32, 8, recipe.seed)
+    windows = TrainingWindows(tokens, 32, 8, recipe.seed)
     recipe = replace(recipe, trainer=replace(TRAINER, batch_size=24, short_prefix=0.0))
     end = windows.first_window(2)
     steps, half = -(-end // 24), end // 48
@@ -179,7 +179,7 @@ def test_all_ranks_together_see_every_target_once_per_pass(recipe: Recipe, befor
 
 @pytest.mark.parametrize("devices", [2, 3, 6])
 def test_micro_batches_of_a_step_are_those_of_one_device_in_the_same_order(recipe: Recipe, devices: int) -> None:
-    windows = Windows(np.arange(2000) % 256, 32, 8, recipe.seed)
+    windows = TrainingWindows(np.arange(2000) % 256, 32, 8, recipe.seed)
     [alone] = rank_batches(on_devices(recipe, 1, 2), windows)
     together = rank_batches(on_devices(recipe, devices, 2), windows)
     for _ in range(4):  # steps

@@ -35,7 +35,8 @@ from torch import Tensor
 from perceiver_ar import InputError, PerceiverAR, Recipe, Run, train
 from perceiver_ar.cli import main
 from perceiver_ar.config import DataConfig, OptimConfig, PerceiverARConfig, TrainerConfig
-from perceiver_ar.data.tokens import TokenFile, Windows
+from perceiver_ar.data.sampler import TrainingWindows
+from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.evaluation import evaluate
 from perceiver_ar.lock import LOCK
 from perceiver_ar.objective import IGNORE, next_token_loss
@@ -587,7 +588,7 @@ def test_training_is_this_plain_loop(
     model, N = PerceiverAR(recipe.model), 8 * blocks
     mean = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = make_optimizer(model, recipe.optim)
-    windows = Windows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, N, seed=5)
+    windows = TrainingWindows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, N, seed=5)
     for step in range(12):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor(recipe.optim, (step + 0.5) / 12)
@@ -626,7 +627,7 @@ def test_blocks_that_cannot_be_are_refused_before_anything_is_made(recipe: Recip
 def test_a_share_of_the_steps_has_shorter_prefixes_and_the_same_targets(recipe: Recipe, share: float) -> None:
     tokens = np.arange(1000) % 256
     trainer = replace(TRAINER, micro_batch_size=2, short_prefix=share)
-    windows = Windows(tokens, 32, 8, recipe.seed)
+    windows = TrainingWindows(tokens, 32, 8, recipe.seed)
     batches = Batches(windows, replace(recipe, trainer=trainer))
     lengths = []
     for i, batch in enumerate(batch for step in range(100) for batch in batches.of_step(step, 0.0)):
@@ -645,7 +646,9 @@ def test_tokens_seen_are_the_targets_of_all_windows_also_over_a_resumption(recip
     recipe = replace(recipe, trainer=replace(TRAINER, batch_size=60, micro_batch_size=20))
     train(replace(recipe, max_steps=5))
     summary = train(recipe, resume=True)
-    windows = Windows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, recipe.window_latents, recipe.seed)
+    windows = TrainingWindows(
+        TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, recipe.window_latents, recipe.seed
+    )
     targets = int((windows.batch(0, 12 * 60)["labels"] != IGNORE).sum())
     assert summary["tokens_seen"] == targets < 12 * 60 * recipe.window_latents  # fewer at the ends of a pass
     assert int(metrics(recipe.out)[-1]["tokens"]) == targets
@@ -655,7 +658,7 @@ def test_tokens_seen_are_the_targets_of_all_windows_also_over_a_resumption(recip
 def test_the_longest_prefix_grows_by_quarters_over_a_share_of_the_run(recipe: Recipe, growth: float) -> None:
     trainer = replace(TRAINER, prefix_growth=growth, short_prefix=0.5)
     recipe = replace(recipe, max_steps=200, trainer=trainer)
-    windows = Windows(np.arange(1000) % 256, 32, 8, recipe.seed)
+    windows = TrainingWindows(np.arange(1000) % 256, 32, 8, recipe.seed)
     batches = Batches(windows, recipe)
     prefixes = [
         batch["tokens"].shape[1] - 8 for step in range(200) for batch in batches.of_step(step, (step + 0.5) / 200)
@@ -675,7 +678,7 @@ def test_the_gradient_of_micro_batches_is_that_of_the_whole_batch(
     whole = replace(recipe, out=str(tmp_path / "whole"), trainer=trainer)
     train(whole)
     train(replace(recipe, trainer=replace(trainer, micro_batch_size=micro_batch_size)))
-    windows = Windows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, 8, recipe.seed)
+    windows = TrainingWindows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, 8, recipe.seed)
     ignored = (windows.batch(0, 60)["labels"] == IGNORE).sum(dim=1)
     assert 0 < ignored.count_nonzero() < 60  # rows without all targets count less
     ours, theirs = (checkpoint(out)["optimizer_states"][0]["state"] for out in (recipe.out, whole.out))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from perceiver_ar import InputError, PerceiverAR, Recipe, train
 from perceiver_ar.config import OptimConfig, PerceiverARConfig, TrainerConfig
-from perceiver_ar.data.tokens import TokenFile, Windows
+from perceiver_ar.data.sampler import TrainingWindows
+from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.training.checkpoints import Checkpoints
 from perceiver_ar.training.trouble import first_not_finite, free_bytes, largest_micro_batch, out_of_memory
 
@@ -75,7 +76,7 @@ def test_steps_that_meet_a_poisoned_token_are_skipped_and_counted_and_all_others
     train(recipe)
     poison(recipe.out, "embed.weight", POISON, float("nan"))
     longer = replace(recipe, max_steps=150)
-    windows = Windows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, 8, recipe.seed)
+    windows = TrainingWindows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, 8, recipe.seed)
     poisoned = [step + 1 for step in range(3, 150) if (windows.batch(4 * step, 4)["tokens"] == POISON).any()]
     assert 0 < len(poisoned) < 50
     capsys.readouterr()

@@ -28,9 +28,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perceiver_ar.data.codec import WrongModality
+from perceiver_ar.data.sampler import TrainingWindows, _permute
 from perceiver_ar.data.sources import Source, split_documents
 from perceiver_ar.data.text import BytesCodec, train_bpe
-from perceiver_ar.data.tokens import TokenFile, Windows, _permute, find_files, prepare, read_text, standard_library
+from perceiver_ar.data.tokens import TokenFile, find_files, prepare, read_text, standard_library
 from perceiver_ar.errors import InputError
 
 TEXT, BYTES = BytesCodec(), BytesCodec(text=False)
@@ -620,11 +621,11 @@ def test_a_token_file_of_another_version_is_refused(tmp_path):
 SHAPES = st.tuples(st.integers(1, 12), st.integers(0, 12), st.integers(1, 80), st.integers(0, 3))
 
 
-def windows_of(shape: tuple[int, int, int, int]) -> tuple[Windows, np.ndarray]:
-    """Windows over tokens that are their own index, from (N, T - N, n - T, seed)."""
+def windows_of(shape: tuple[int, int, int, int]) -> tuple[TrainingWindows, np.ndarray]:
+    """TrainingWindows over tokens that are their own index, from (N, T - N, n - T, seed)."""
     num_latents, prefix, more, seed = shape
     tokens = np.arange(num_latents + prefix + more, dtype=np.uint16)
-    return Windows(tokens, num_latents + prefix, num_latents, seed), tokens
+    return TrainingWindows(tokens, num_latents + prefix, num_latents, seed), tokens
 
 
 @given(SHAPES)
@@ -685,7 +686,7 @@ def test_passes_and_seeds_differ_in_order_and_cuts():
     spans = {
         (seed, number): windows.spans(windows.first_window(number), 50).tolist()
         for seed in (0, 1, -1, 2**63)
-        for windows in [Windows(tokens, 128, 100, seed)]
+        for windows in [TrainingWindows(tokens, 128, 100, seed)]
         for number in range(5)
     }
     assert len({str(value) for value in spans.values()}) == 20
@@ -697,7 +698,7 @@ def test_passes_and_seeds_differ_in_order_and_cuts():
 
 def test_a_huge_corpus_costs_nothing_to_shuffle():
     tokens = np.broadcast_to(np.uint8(7), (50_000_000_000,))
-    windows = Windows(tokens, 4096, 512)
+    windows = TrainingWindows(tokens, 4096, 512)
     spans = windows.spans(windows.first_window(2) - 2, 4)  # the end of one pass, the start of the next
     assert spans.max() > 1_000_000_000 and len(np.unique(spans[:, 0])) == 4
     assert windows.batch(12345, 2)["tokens"].eq(7).all()
@@ -705,19 +706,19 @@ def test_a_huge_corpus_costs_nothing_to_shuffle():
 
 def test_too_short_a_corpus_says_what_to_do():
     tokens = np.zeros(100, dtype=np.uint8)
-    assert Windows(tokens, 99, 10).batch(0, 3)["tokens"].shape == (3, 99)
+    assert TrainingWindows(tokens, 99, 10).batch(0, 3)["tokens"].shape == (3, 99)
     message = r"holds 100 tokens, but a window takes context_length \+ 1 = 101; .*context_length of at most 99"
     with pytest.raises(InputError, match=message):
-        Windows(tokens, 100, 10)
+        TrainingWindows(tokens, 100, 10)
     for num_latents in (0, 11):
         with pytest.raises(InputError, match=f"num_latents {num_latents} is not between 1 and context_length 10"):
-            Windows(tokens, 10, num_latents)
+            TrainingWindows(tokens, 10, num_latents)
 
 
 def test_windows_travel_to_workers_without_the_data(tmp_path):
     data = random.Random(0).randbytes(1_000_000)
     train, _ = prepare(find_files(write_files(tmp_path, {"a": data})), BYTES, tmp_path / "out")
-    windows = Windows(train, 64, 16)
+    windows = TrainingWindows(train, 64, 16)
     batch = windows.batch(0, 4)
     travelled = pickle.dumps(windows)
     assert len(travelled) < 5000
@@ -731,7 +732,7 @@ def test_reading_is_the_same_as_the_memory_map(tmp_path):
     assert train.dtype == np.uint16
     for start, stop in [(0, 1), (3, 50), (0, len(train))]:
         assert train.read(start, stop).tolist() == train.tokens[start:stop].tolist()
-    windows, plain = (Windows(data, 32, 8, seed=3) for data in (train, np.array(train.tokens)))
+    windows, plain = (TrainingWindows(data, 32, 8, seed=3) for data in (train, np.array(train.tokens)))
     assert torch.equal(windows.batch(5, 20)["tokens"], plain.batch(5, 20)["tokens"])
 
 
@@ -745,10 +746,11 @@ def test_a_file_of_gigabytes_needs_no_memory(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(content | {"num_documents": 1, "num_bytes": size}))
     script = """
         import resource, sys, tracemalloc
-        from perceiver_ar.data.tokens import TokenFile, Windows
+        from perceiver_ar.data.sampler import TrainingWindows
+        from perceiver_ar.data.tokens import TokenFile
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         tracemalloc.start()
-        windows = Windows(TokenFile.open(sys.argv[1]), 8192, 1024)
+        windows = TrainingWindows(TokenFile.open(sys.argv[1]), 8192, 1024)
         for index in range(0, 400, 8):
             assert windows.batch(index, 8)["tokens"].sum() == 0
         print(tracemalloc.get_traced_memory()[1], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
@@ -781,7 +783,7 @@ def test_preparing_needs_memory_for_a_chunk_not_for_the_file(tmp_path):
 def test_within_documents_every_target_comes_once_with_all_before_it_in_its_document(documents, length, data, seed):
     num_latents = data.draw(st.integers(1, length - 1))
     tokens = np.arange(documents * length, dtype=np.uint16)
-    windows = Windows(tokens, length - 1, num_latents, seed, document_length=length)
+    windows = TrainingWindows(tokens, length - 1, num_latents, seed, document_length=length)
     for number in (0, 1, 2):
         first, last = windows.first_window(number), windows.first_window(number + 1)
         targets = []
@@ -800,9 +802,9 @@ def test_within_documents_every_target_comes_once_with_all_before_it_in_its_docu
 def test_windows_need_documents_of_their_length():
     tokens = np.zeros(30, dtype=np.uint8)
     with pytest.raises(InputError, match="30 tokens are not documents of 7"):
-        Windows(tokens, 6, 2, document_length=7)
+        TrainingWindows(tokens, 6, 2, document_length=7)
     with pytest.raises(InputError, match=r"it must hold documents of 10 tokens .*give 9"):
-        Windows(tokens, 8, 2, document_length=10)
+        TrainingWindows(tokens, 8, 2, document_length=10)
 
 
 # --- augmentation --------------------------------------------------------------------------------------------------
@@ -814,7 +816,7 @@ def test_augmented_windows_follow_from_seed_and_index_alone(index, seed):
         return ids.astype(np.int64) + random.integers(1000)
 
     tokens = np.arange(500, dtype=np.uint16)
-    plain, windows, again = (Windows(tokens, 16, 4, seed, augment=a) for a in (None, augment, augment))
+    plain, windows, again = (TrainingWindows(tokens, 16, 4, seed, augment=a) for a in (None, augment, augment))
     again.batch(0, 3)  # has been elsewhere before
     one, whole = windows.batch(index, 1), again.batch(max(0, index - 2), 4)
     row = min(2, index)

@@ -1,17 +1,13 @@
-"""Token files and the sampler: ids on disk, memory-mapped, and the endless sequence of training windows over them.
+"""Token files: ids on disk, memory-mapped.
 
 A token file is three files: `STEM.bin` (the ids of all documents, little-endian), `STEM.documents.npy` (where each
 document starts) and `STEM.json` (what the others must be; written last). Every document is preceded by the codec's
 separator, so that its first token, too, is predicted from something.
-
-Shapes: B batch, T context_length, N num_latents; n is the number of tokens in the file.
 """
 
 import hashlib
 import json
-import math
 import os
-import re
 import sys
 import weakref
 from array import array
@@ -24,15 +20,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 
 from perceiver_ar.data.codec import Codec, WrongModality
 from perceiver_ar.data.encoding import Part, encode_documents
 from perceiver_ar.data.sources import Source, find_files, read_text, standard_library
+from perceiver_ar.data.splits import choose_groups, document_groups, drop_held_out
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path, write_text
 
-__all__ = ["Source", "TokenFile", "Windows", "find_files", "prepare", "read_text", "standard_library"]
+__all__ = ["Source", "TokenFile", "find_files", "prepare", "read_text", "standard_library"]
 
 VERSION = 1
 BLOCK = 1 << 22  # tokens moved at once
@@ -117,7 +113,7 @@ class TokenFile:
         return TokenFile.open, (self.stem,)
 
 
-class _Writer:
+class TokenWriter:
     """A token file in the making: documents are added at its end, and can be taken back or moved to another one."""
 
     def __init__(self, file: BinaryIO, codec: Codec):
@@ -188,7 +184,7 @@ class _Writer:
         self.file.seek(self.num_tokens * self.dtype.itemsize)
         self.file.truncate()
 
-    def move(self, chosen: np.ndarray, other: "_Writer | None") -> None:
+    def move(self, chosen: np.ndarray, other: "TokenWriter | None") -> None:
         """Moves the documents where the mask `chosen` is true to `other`, or drops them; closes the gaps in place."""
         self.file.flush()
         ids = np.memmap(self.file.name, dtype=self.dtype, mode="r+")
@@ -216,11 +212,11 @@ class _Writer:
 
 
 @contextmanager
-def _writer(stem: Path, codec: Codec) -> Iterator[_Writer]:
+def _writer(stem: Path, codec: Codec) -> Iterator[TokenWriter]:
     """Yields a writer; what it was given becomes a token file at the end, or nothing at all after an error."""
     with atomic_path(f"{stem}.bin") as binary, atomic_path(f"{stem}.documents.npy") as documents:
         with open(binary, "w+b", buffering=1 << 20) as file:
-            writer = _Writer(file, codec)
+            writer = TokenWriter(file, codec)
             yield writer
         lengths = np.frombuffer(writer.lengths, np.uint64)
         np.save(documents, np.cumsum(lengths) - lengths)
@@ -276,14 +272,14 @@ def prepare(
             raise InputError("all training files are validation files as well; give other files for validation")
 
     total = sum(source.size for source in [*sources, *held_out])
-    groups = None if group_by is None else _groups(sources, group_by)
+    groups = None if group_by is None else document_groups(sources, group_by)
     with _progress_bar(total, progress) as advance, _writer(directory / "train", codec) as train:
         _add_all(train, sources, mark, advance, groups)
         if held_out:
             with _writer(directory / "validation", codec) as validation:
                 _add_all(validation, held_out, mark, advance)
-                _drop_held_out(train, validation)
-        elif (chosen := _choose_groups(train, validation_fraction, seed)).any():
+                drop_held_out(train, validation)
+        elif (chosen := choose_groups(train, validation_fraction, seed)).any():
             with _writer(directory / "validation", codec) as validation:
                 train.move(chosen, validation)
         else:
@@ -301,22 +297,8 @@ def prepare(
     return train_file, validation_file
 
 
-def _groups(sources: Sequence[Source], pattern: str) -> list[int]:
-    """Which group each source is of, by what `pattern` finds in its name; alone where it finds nothing."""
-    keys: dict[str, int] = {}
-    groups, found = [], False
-    for source in sources:
-        match = re.search(pattern, source.name)
-        found = found or match is not None
-        key = f"/{match[1 if match.re.groups else 0]}" if match else source.name + "\0"
-        groups.append(keys.setdefault(key, len(keys)))
-    if not found:
-        raise InputError(f"group_by {pattern!r} finds nothing in any file name, such as {sources[0].name}; correct it")
-    return groups
-
-
 def _add_all(
-    writer: _Writer,
+    writer: TokenWriter,
     sources: Sequence[Source],
     split_on: bytes | None,
     advance: Callable[[int], Any],
@@ -351,67 +333,6 @@ def _add_all(
             print(f"skipped {amount}:", *reasons[:NAMED], *more, sep="\n  ", file=sys.stderr)
 
 
-def _drop_held_out(train: _Writer, validation: _Writer) -> None:
-    """Takes out of `train` what is held out as well. Raises `InputError` if that is all."""
-    copies = np.isin(np.array(train.digests, np.uint64), np.array(validation.digests, np.uint64))
-    if copies.all():
-        raise InputError("all training documents are validation documents as well; give other files for validation")
-    if copies.any():
-        train.move(copies, None)
-        print(f"{copies.sum():,} documents are held out as well, so they are not trained on", file=sys.stderr)
-
-
-def _choose_groups(writer: _Writer, fraction: float, seed: int) -> np.ndarray:
-    """Which documents are for validation: a mask (documents,). Of a group, and of equal documents, all are or none."""
-    _, groups = np.unique(np.array(writer.groups, np.int64), return_inverse=True)
-    sizes = np.zeros(groups.max(initial=-1) + 1, np.uint64)
-    np.add.at(sizes, groups, np.array(writer.sizes, np.uint64))
-    _, firsts, inverse = np.unique(np.array(writer.digests, np.uint64), return_index=True, return_inverse=True)
-    firsts = firsts[inverse]  # of each document the first one that is equal
-    copies = np.flatnonzero(firsts != np.arange(len(firsts)))
-    together = list(range(len(sizes)))  # groups with equal documents: the way to one of them, which stands for all
-
-    def root(group: int) -> int:
-        while together[group] != group:
-            together[group] = group = together[together[group]]
-        return group
-
-    for group, other in zip(groups[copies].tolist(), groups[firsts[copies]].tolist(), strict=True):
-        together[root(group)] = root(other)
-    roots = np.array(list(map(root, range(len(sizes)))), np.int64)
-    chosen = _choose(sizes, roots, fraction, seed)[groups]
-    if len(copies) and fraction > 0:
-        amounts = f"{len(copies):,} of {len(firsts):,} documents are copies of others"
-        print(f"{amounts}; all copies are on one side of the split", file=sys.stderr)
-    return chosen
-
-
-def _choose(sizes: np.ndarray, together: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Which groups are for validation: a mask. Random ones until `fraction` of all bytes is reached.
-
-    Groups with the same number in `together` go together. Those that would overshoot the fraction by half are passed
-    over; if all would, the smallest is taken. At least one is taken and at least one left, so that a single one is
-    never split.
-    """
-    chosen = np.zeros(len(sizes), dtype=bool)
-    order = together[np.random.default_rng(seed & (1 << 64) - 1).permutation(len(sizes))]
-    order = order[np.sort(np.unique(order, return_index=True)[1])]  # each once
-    if len(order) < 2 or fraction == 0:
-        return chosen
-    wanted, taken = fraction * float(sizes.sum()), 0
-    whole = np.zeros(len(sizes), np.uint64)
-    np.add.at(whole, together, sizes)
-    for index in order[:-1].tolist():
-        if taken >= wanted:
-            break
-        if taken + int(whole[index]) <= 1.5 * wanted:
-            chosen[index] = True
-            taken += int(whole[index])
-    if not chosen.any():
-        chosen[order[np.argmin(whole[order])]] = True
-    return chosen[together]
-
-
 @contextmanager
 def _progress_bar(total: int, enabled: bool) -> Iterator[Callable[[int], Any]]:
     """Yields what is to be told how many more bytes have been read."""
@@ -425,171 +346,3 @@ def _progress_bar(total: int, enabled: bool) -> Iterator[Callable[[int], Any]]:
     with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading", total=total)
         yield lambda num_bytes: bar.advance(task, num_bytes)
-
-
-class Windows:
-    """An endless sequence of training windows, each a pure function of its index: to resume, go on at the next index.
-
-    The sequence is pass after pass over the tokens x[0..n-1]. In each pass every target x[1..n-1] is in exactly one
-    window, with the T tokens before the window's last target as context, or as many as there are. A pass cuts the
-    targets every N tokens, from a random point on, and takes the pieces in a random order; both follow from (seed,
-    pass) alone, so that no list of windows is ever kept.
-
-    Where all documents have `document_length` tokens (pictures), each is cut for itself: its first token is no target,
-    and no context reaches beyond its start, so that a token's place in the context is its place in the document.
-
-    `augment` (`codec.augment`) may change a window's ids; its randomness follows from (seed, index) alone, too.
-    """
-
-    def __init__(
-        self,
-        tokens: TokenFile | np.ndarray,
-        context_length: int,
-        num_latents: int,
-        seed: int = 0,
-        *,
-        document_length: int | None = None,
-        augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
-    ):
-        """Raises `InputError` if there are fewer than T + 1 tokens, or documents of another length."""
-        length = len(tokens) if document_length is None else document_length
-        if not 1 <= num_latents <= context_length:
-            raise InputError(f"num_latents {num_latents} is not between 1 and context_length {context_length}")
-        if length < context_length + 1:
-            raise InputError(
-                f"the data holds {length} tokens, but a window takes context_length + 1 = {context_length + 1}; "
-                f"give more data or a context_length of at most {max(length - 1, 0)}"
-            )
-        if document_length is not None and length != context_length + 1:
-            raise InputError(
-                f"context_length is {context_length}, but it must hold documents of {length} tokens but for their last "
-                f"one; give {length - 1}"
-            )
-        if len(tokens) % length:
-            raise InputError(f"{len(tokens)} tokens are not documents of {length}; prepare the data again")
-        self.context_length = context_length
-        self.num_latents = num_latents
-        self.seed = seed
-        self.document_length = document_length
-        self._augment = augment
-        self._data = tokens
-        self._length = length
-        self._num_documents = len(tokens) // length
-        self._firsts = np.zeros(1, dtype=np.int64)  # index of the first window of each pass; grows when needed
-
-    @property
-    def windows_per_pass(self) -> int:
-        """Windows in a pass: this many or, depending on where the pass begins to cut, one more for each document."""
-        return self._num_documents * math.ceil((self._length - 1) / self.num_latents)
-
-    def first_window(self, number: int) -> int:
-        """The index of the first window of pass `number` (0, 1, ...)."""
-        while len(self._firsts) <= number:
-            self._extend()
-        return int(self._firsts[number])
-
-    def passes(self, index: int) -> float:
-        """How many passes the windows before `index` make, such as 1.25."""
-        number = int(self._passes_of(np.array([index]))[0])
-        first = self.first_window(number)
-        return number + (index - first) / (self.first_window(number + 1) - first)
-
-    def spans(self, first: int, count: int) -> np.ndarray:
-        """The targets x[a:b] of windows first..first+count-1: (count, 2) int64 of a, b."""
-        indices = np.arange(first, first + count)
-        numbers = self._passes_of(indices)
-        places = np.empty(count, dtype=np.int64)  # of the window within its pass, in the order of the tokens
-        for number in np.unique(numbers):
-            here = numbers == number
-            size = self.first_window(number + 1) - self.first_window(number)
-            places[here] = _permute(indices[here] - self._firsts[number], size, _hash(self.seed, 1, number))
-        leads = self._leads(numbers)
-        documents, pieces = np.divmod(places, self._pieces(leads))
-        starts = 1 - leads + pieces * self.num_latents
-        ends = np.minimum(starts + self.num_latents, self._length)
-        return np.stack([np.maximum(starts, 1), ends], axis=1) + documents[:, None] * self._length
-
-    def batch(self, first: int, count: int) -> dict[str, torch.Tensor]:
-        """Windows first..first+count-1 as `tokens` (B, T) and `labels` int64 (B, N), both right-aligned.
-
-        Tokens are uint8 where they are stored so, else of a larger type (torch does little with uint16). The last
-        token's label is the last label. Labels that are not targets of the window are -100. Where a row has fewer than
-        T tokens it starts with zeros, and only then there is a `mask` bool (B, T), True for real tokens.
-        Of windows within documents, T loses what is padding in all rows, by quarters (kernels are made for each shape).
-        """
-        size = 8 if self._augment is not None else self._data.dtype.itemsize
-        tokens = np.zeros((count, self.context_length), dtype={1: np.uint8, 2: np.int32}.get(size, np.int64))
-        labels = np.full((count, self.num_latents), -100, dtype=np.int64)
-        mask = np.ones(tokens.shape, dtype=bool)
-        for row, (a, b) in enumerate(self.spans(first, count).tolist()):
-            document = (b - 1) // self._length * self._length
-            first_token = max(document, b - 1 - self.context_length)
-            window = self._read(first_token, b)  # the context and, one further, the last target
-            if self._augment is not None:
-                window = self._augment(window, np.random.default_rng((self.seed % 2**63, 2, first + row)))
-            padding = self.context_length - (len(window) - 1)
-            tokens[row, padding:] = window[:-1]
-            labels[row, self.num_latents - (b - a) :] = window[a - b :]
-            mask[row, :padding] = False
-        if self.document_length is not None:
-            quarter = max(1, self.context_length // 4)
-            cut = int((~mask).sum(axis=1).min()) // quarter * quarter
-            cut = max(0, min(cut, self.context_length - self.num_latents))
-            tokens, mask = tokens[:, cut:], mask[:, cut:]
-        arrays = {"tokens": tokens, "labels": labels} | ({} if mask.all() else {"mask": mask})
-        return {name: torch.from_numpy(values) for name, values in arrays.items()}
-
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        return self._data.read(start, stop) if isinstance(self._data, TokenFile) else self._data[start:stop]
-
-    def _leads(self, numbers: np.ndarray) -> np.ndarray:
-        """How far before the first target each pass begins to cut: 0..N-1; not at all where one window has it all."""
-        if self.document_length is not None and self.num_latents >= self._length - 1:
-            return np.zeros(len(numbers), dtype=np.int64)
-        return (_hash(self.seed, 0, numbers) % np.uint64(self.num_latents)).astype(np.int64)
-
-    def _pieces(self, leads: np.ndarray) -> np.ndarray:
-        """Into how many windows a pass cuts each document: ceil((length - 1 + lead) / N)."""
-        return -((1 - self._length - leads) // self.num_latents)
-
-    def _extend(self) -> None:
-        known = len(self._firsts) - 1
-        counts = self._num_documents * self._pieces(self._leads(np.arange(known, 2 * known + 16)))
-        self._firsts = np.append(self._firsts, self._firsts[-1] + np.cumsum(counts))
-
-    def _passes_of(self, indices: np.ndarray) -> np.ndarray:
-        """The pass that each window belongs to."""
-        while self._firsts[-1] <= indices.max(initial=0):
-            self._extend()
-        return np.searchsorted(self._firsts, indices, side="right") - 1
-
-
-def _hash(*parts: int | np.ndarray) -> np.ndarray:
-    """Integers, broadcast against each other -> evenly spread uint64: splitmix64's finalizer for each part."""
-    state = np.zeros(1, dtype=np.uint64)
-    for part in parts:
-        part = np.uint64(part & (1 << 64) - 1) if isinstance(part, int) else np.asarray(part).astype(np.uint64)
-        state = (state ^ part) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return state
-
-
-def _permute(places: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
-    """A pseudo-random permutation of 0..size-1, given by `key`, at `places` (int64): needs no memory for the rest of
-    it.
-
-    A Feistel network permutes 0..4^half-1; what lands outside 0..size-1 goes through it again until it lands inside.
-    """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
-    values = places.astype(np.uint64)
-    outside = np.arange(len(values))
-    while len(outside):
-        left, right = values[outside] >> half, values[outside] & low
-        for step in range(8):
-            left, right = right, left ^ (_hash(key, step, right) & low)
-        values[outside] = (left << half) | right
-        outside = outside[values[outside] >= size]
-    return values.astype(np.int64)

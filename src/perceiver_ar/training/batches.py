@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from perceiver_ar.config import Recipe
-from perceiver_ar.data.tokens import Windows
+from perceiver_ar.data.sampler import TrainingWindows
 
 
 class Batches:
@@ -16,7 +16,7 @@ class Batches:
     Ranks that share a prefix are one data rank: they get the same micro-batches.
     """
 
-    def __init__(self, windows: Windows, recipe: Recipe, rank: int = 0) -> None:
+    def __init__(self, windows: TrainingWindows, recipe: Recipe, rank: int = 0) -> None:
         self.windows, self.recipe = windows, recipe
         self.data_rank = rank // recipe.trainer.prefix_ranks
 

@@ -14,8 +14,9 @@ from perceiver_ar.config import Recipe
 from perceiver_ar.data.codec import Codec, load_codec, save_codec
 from perceiver_ar.data.modalities import make_codec, official_split, recognise
 from perceiver_ar.data.rows import find_rows
+from perceiver_ar.data.sampler import TrainingWindows
 from perceiver_ar.data.sources import find_files, standard_library
-from perceiver_ar.data.tokens import TokenFile, Windows
+from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.data.tokens import prepare as tokenise
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import TEMPORARY
@@ -37,7 +38,7 @@ class Prepared:
     recipe: Recipe
     """Complete: the network fits the codec, and `trainer` has the precision and the number of devices to use."""
     resources: Resources
-    windows: Windows
+    windows: TrainingWindows
     held_out: TokenFile | None
     codec: Codec
 
@@ -157,7 +158,7 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     return tokens, validation, codec
 
 
-def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> Windows:
+def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> TrainingWindows:
     """The sequence of training windows. Raises InputError where there are too few tokens."""
     require(
         recipe.trainer.prefix_growth == 0 or codec.document_length is None,
@@ -174,7 +175,7 @@ def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> Windows:
         f"trainer.blocks is {blocks}, which a network with latent_keys query, positions_from_end, learned_queries each "
         "or latents_per_position cannot have: leave it out",
     )
-    return Windows(
+    return TrainingWindows(
         tokens,
         model.context_length,
         recipe.window_latents,

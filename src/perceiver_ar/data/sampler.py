@@ -1,0 +1,181 @@
+"""The sampler: the endless sequence of training windows over a token file, a function of the seed.
+
+Shapes: B batch, T context_length, N num_latents; n is the number of tokens in the file.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from perceiver_ar.data.tokens import TokenFile
+from perceiver_ar.errors import InputError
+
+
+class TrainingWindows:
+    """An endless sequence of training windows, each a pure function of its index: to resume, go on at the next index.
+
+    The sequence is pass after pass over the tokens x[0..n-1]. In each pass every target x[1..n-1] is in exactly one
+    window, with the T tokens before the window's last target as context, or as many as there are. A pass cuts the
+    targets every N tokens, from a random point on, and takes the pieces in a random order; both follow from (seed,
+    pass) alone, so that no list of windows is ever kept.
+
+    Where all documents have `document_length` tokens (pictures), each is cut for itself: its first token is no target,
+    and no context reaches beyond its start, so that a token's place in the context is its place in the document.
+
+    `augment` (`codec.augment`) may change a window's ids; its randomness follows from (seed, index) alone, too.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenFile | np.ndarray,
+        context_length: int,
+        num_latents: int,
+        seed: int = 0,
+        *,
+        document_length: int | None = None,
+        augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+    ):
+        """Raises `InputError` if there are fewer than T + 1 tokens, or documents of another length."""
+        length = len(tokens) if document_length is None else document_length
+        if not 1 <= num_latents <= context_length:
+            raise InputError(f"num_latents {num_latents} is not between 1 and context_length {context_length}")
+        if length < context_length + 1:
+            raise InputError(
+                f"the data holds {length} tokens, but a window takes context_length + 1 = {context_length + 1}; "
+                f"give more data or a context_length of at most {max(length - 1, 0)}"
+            )
+        if document_length is not None and length != context_length + 1:
+            raise InputError(
+                f"context_length is {context_length}, but it must hold documents of {length} tokens but for their last "
+                f"one; give {length - 1}"
+            )
+        if len(tokens) % length:
+            raise InputError(f"{len(tokens)} tokens are not documents of {length}; prepare the data again")
+        self.context_length = context_length
+        self.num_latents = num_latents
+        self.seed = seed
+        self.document_length = document_length
+        self._augment = augment
+        self._data = tokens
+        self._length = length
+        self._num_documents = len(tokens) // length
+        self._firsts = np.zeros(1, dtype=np.int64)  # index of the first window of each pass; grows when needed
+
+    @property
+    def windows_per_pass(self) -> int:
+        """Windows in a pass: this many or, depending on where the pass begins to cut, one more for each document."""
+        return self._num_documents * math.ceil((self._length - 1) / self.num_latents)
+
+    def first_window(self, number: int) -> int:
+        """The index of the first window of pass `number` (0, 1, ...)."""
+        while len(self._firsts) <= number:
+            self._extend()
+        return int(self._firsts[number])
+
+    def passes(self, index: int) -> float:
+        """How many passes the windows before `index` make, such as 1.25."""
+        number = int(self._passes_of(np.array([index]))[0])
+        first = self.first_window(number)
+        return number + (index - first) / (self.first_window(number + 1) - first)
+
+    def spans(self, first: int, count: int) -> np.ndarray:
+        """The targets x[a:b] of windows first..first+count-1: (count, 2) int64 of a, b."""
+        indices = np.arange(first, first + count)
+        numbers = self._passes_of(indices)
+        places = np.empty(count, dtype=np.int64)  # of the window within its pass, in the order of the tokens
+        for number in np.unique(numbers):
+            here = numbers == number
+            size = self.first_window(number + 1) - self.first_window(number)
+            places[here] = _permute(indices[here] - self._firsts[number], size, _hash(self.seed, 1, number))
+        leads = self._leads(numbers)
+        documents, pieces = np.divmod(places, self._pieces(leads))
+        starts = 1 - leads + pieces * self.num_latents
+        ends = np.minimum(starts + self.num_latents, self._length)
+        return np.stack([np.maximum(starts, 1), ends], axis=1) + documents[:, None] * self._length
+
+    def batch(self, first: int, count: int) -> dict[str, torch.Tensor]:
+        """Windows first..first+count-1 as `tokens` (B, T) and `labels` int64 (B, N), both right-aligned.
+
+        Tokens are uint8 where they are stored so, else of a larger type (torch does little with uint16). The last
+        token's label is the last label. Labels that are not targets of the window are -100. Where a row has fewer than
+        T tokens it starts with zeros, and only then there is a `mask` bool (B, T), True for real tokens.
+        Of windows within documents, T loses what is padding in all rows, by quarters (kernels are made for each shape).
+        """
+        size = 8 if self._augment is not None else self._data.dtype.itemsize
+        tokens = np.zeros((count, self.context_length), dtype={1: np.uint8, 2: np.int32}.get(size, np.int64))
+        labels = np.full((count, self.num_latents), -100, dtype=np.int64)
+        mask = np.ones(tokens.shape, dtype=bool)
+        for row, (a, b) in enumerate(self.spans(first, count).tolist()):
+            document = (b - 1) // self._length * self._length
+            first_token = max(document, b - 1 - self.context_length)
+            window = self._read(first_token, b)  # the context and, one further, the last target
+            if self._augment is not None:
+                window = self._augment(window, np.random.default_rng((self.seed % 2**63, 2, first + row)))
+            padding = self.context_length - (len(window) - 1)
+            tokens[row, padding:] = window[:-1]
+            labels[row, self.num_latents - (b - a) :] = window[a - b :]
+            mask[row, :padding] = False
+        if self.document_length is not None:
+            quarter = max(1, self.context_length // 4)
+            cut = int((~mask).sum(axis=1).min()) // quarter * quarter
+            cut = max(0, min(cut, self.context_length - self.num_latents))
+            tokens, mask = tokens[:, cut:], mask[:, cut:]
+        arrays = {"tokens": tokens, "labels": labels} | ({} if mask.all() else {"mask": mask})
+        return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        return self._data.read(start, stop) if isinstance(self._data, TokenFile) else self._data[start:stop]
+
+    def _leads(self, numbers: np.ndarray) -> np.ndarray:
+        """How far before the first target each pass begins to cut: 0..N-1; not at all where one window has it all."""
+        if self.document_length is not None and self.num_latents >= self._length - 1:
+            return np.zeros(len(numbers), dtype=np.int64)
+        return (_hash(self.seed, 0, numbers) % np.uint64(self.num_latents)).astype(np.int64)
+
+    def _pieces(self, leads: np.ndarray) -> np.ndarray:
+        """Into how many windows a pass cuts each document: ceil((length - 1 + lead) / N)."""
+        return -((1 - self._length - leads) // self.num_latents)
+
+    def _extend(self) -> None:
+        known = len(self._firsts) - 1
+        counts = self._num_documents * self._pieces(self._leads(np.arange(known, 2 * known + 16)))
+        self._firsts = np.append(self._firsts, self._firsts[-1] + np.cumsum(counts))
+
+    def _passes_of(self, indices: np.ndarray) -> np.ndarray:
+        """The pass that each window belongs to."""
+        while self._firsts[-1] <= indices.max(initial=0):
+            self._extend()
+        return np.searchsorted(self._firsts, indices, side="right") - 1
+
+
+def _hash(*parts: int | np.ndarray) -> np.ndarray:
+    """Integers, broadcast against each other -> evenly spread uint64: splitmix64's finalizer for each part."""
+    state = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        part = np.uint64(part & (1 << 64) - 1) if isinstance(part, int) else np.asarray(part).astype(np.uint64)
+        state = (state ^ part) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def _permute(places: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
+    """A pseudo-random permutation of 0..size-1, given by `key`, at `places` (int64): needs no memory for the rest of
+    it.
+
+    A Feistel network permutes 0..4^half-1; what lands outside 0..size-1 goes through it again until it lands inside.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    values = places.astype(np.uint64)
+    outside = np.arange(len(values))
+    while len(outside):
+        left, right = values[outside] >> half, values[outside] & low
+        for step in range(8):
+            left, right = right, left ^ (_hash(key, step, right) & low)
+        values[outside] = (left << half) | right
+        outside = outside[values[outside] >= size]
+    return values.astype(np.int64)

@@ -1,0 +1,89 @@
+"""Which documents are held out, and copies that may not be on both sides."""
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from perceiver_ar.data.sources import Source
+from perceiver_ar.errors import InputError
+
+if TYPE_CHECKING:
+    from perceiver_ar.data.tokens import TokenWriter
+
+
+def document_groups(sources: Sequence[Source], pattern: str) -> list[int]:
+    """Which group each source is of, by what `pattern` finds in its name; alone where it finds nothing."""
+    keys: dict[str, int] = {}
+    groups, found = [], False
+    for source in sources:
+        match = re.search(pattern, source.name)
+        found = found or match is not None
+        key = f"/{match[1 if match.re.groups else 0]}" if match else source.name + "\0"
+        groups.append(keys.setdefault(key, len(keys)))
+    if not found:
+        raise InputError(f"group_by {pattern!r} finds nothing in any file name, such as {sources[0].name}; correct it")
+    return groups
+
+
+def drop_held_out(train: "TokenWriter", validation: "TokenWriter") -> None:
+    """Takes out of `train` what is held out as well. Raises `InputError` if that is all."""
+    copies = np.isin(np.array(train.digests, np.uint64), np.array(validation.digests, np.uint64))
+    if copies.all():
+        raise InputError("all training documents are validation documents as well; give other files for validation")
+    if copies.any():
+        train.move(copies, None)
+        print(f"{copies.sum():,} documents are held out as well, so they are not trained on", file=sys.stderr)
+
+
+def choose_groups(writer: "TokenWriter", fraction: float, seed: int) -> np.ndarray:
+    """Which documents are for validation: a mask (documents,). Of a group, and of equal documents, all are or none."""
+    _, groups = np.unique(np.array(writer.groups, np.int64), return_inverse=True)
+    sizes = np.zeros(groups.max(initial=-1) + 1, np.uint64)
+    np.add.at(sizes, groups, np.array(writer.sizes, np.uint64))
+    _, firsts, inverse = np.unique(np.array(writer.digests, np.uint64), return_index=True, return_inverse=True)
+    firsts = firsts[inverse]  # of each document the first one that is equal
+    copies = np.flatnonzero(firsts != np.arange(len(firsts)))
+    together = list(range(len(sizes)))  # groups with equal documents: the way to one of them, which stands for all
+
+    def root(group: int) -> int:
+        while together[group] != group:
+            together[group] = group = together[together[group]]
+        return group
+
+    for group, other in zip(groups[copies].tolist(), groups[firsts[copies]].tolist(), strict=True):
+        together[root(group)] = root(other)
+    roots = np.array(list(map(root, range(len(sizes)))), np.int64)
+    chosen = _choose(sizes, roots, fraction, seed)[groups]
+    if len(copies) and fraction > 0:
+        amounts = f"{len(copies):,} of {len(firsts):,} documents are copies of others"
+        print(f"{amounts}; all copies are on one side of the split", file=sys.stderr)
+    return chosen
+
+
+def _choose(sizes: np.ndarray, together: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which groups are for validation: a mask. Random ones until `fraction` of all bytes is reached.
+
+    Groups with the same number in `together` go together. Those that would overshoot the fraction by half are passed
+    over; if all would, the smallest is taken. At least one is taken and at least one left, so that a single one is
+    never split.
+    """
+    chosen = np.zeros(len(sizes), dtype=bool)
+    order = together[np.random.default_rng(seed & (1 << 64) - 1).permutation(len(sizes))]
+    order = order[np.sort(np.unique(order, return_index=True)[1])]  # each once
+    if len(order) < 2 or fraction == 0:
+        return chosen
+    wanted, taken = fraction * float(sizes.sum()), 0
+    whole = np.zeros(len(sizes), np.uint64)
+    np.add.at(whole, together, sizes)
+    for index in order[:-1].tolist():
+        if taken >= wanted:
+            break
+        if taken + int(whole[index]) <= 1.5 * wanted:
+            chosen[index] = True
+            taken += int(whole[index])
+    if not chosen.any():
+        chosen[order[np.argmin(whole[order])]] = True
+    return chosen[together]
