@@ -165,7 +165,6 @@ WRONG = {
         ["--data.split_on", "--"],
         "--data.split_on has no value; one that begins with a dash needs an equals sign, as in --data.split_on=-x",
     ),
-    "a file that looks like an option": (["-x.txt"], "there is no option -x.txt; a file of that name is ./-x.txt;"),
     "a number with a comment": (["--max_steps", "3 #4"], "--max_steps is '3 #4': give the value without #"),
     "a fraction with a comment": (["--optim.lr=1e-3 # high"], "--optim.lr is '1e-3 # high'"),
     "a choice with a comment": (["--trainer.device", "cpu #1"], "--trainer.device is 'cpu #1'"),

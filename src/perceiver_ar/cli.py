@@ -178,8 +178,6 @@ def plain(message: str, known: list[str]) -> str:
         name = match["option"] or match["setting"] or f"{match['group']}.{match['name']}"
         known = [f"--{other}" for other in known] if match["option"] else known
         return f"there is no option {unknown_words([name], known)}"
-    if match := re.match(r"unrecognized arguments: (-[^- ]\S*)", message):
-        return f"there is no option {match[1]}; a file of that name is ./{match[1]}"
     if match := re.fullmatch(r"argument (--[\w.-]+): expected one argument", message):
         return f"{match[1]} has no value; one that begins with a dash needs an equals sign, as in {match[1]}=-x"
     message = message.replace('Parser key "config": ', "--config: ")
