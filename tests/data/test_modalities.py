@@ -62,10 +62,11 @@ def test_a_mixed_folder_is_an_error_that_counts(tmp_path: Path) -> None:
         recognise(find_files(tmp_path))
 
 
-def test_official_splits_are_read_from_their_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_official_splits_are_read_from_their_table(tmp_path: Path, encoding: str) -> None:
     folder_of(tmp_path, "2004/a.midi", "2004/b.midi", "2006/c.midi", "2006/d.midi", "2006/e.midi")
-    table = "title,split,midi_filename\nA,train,2004/a.midi\nB,validation,2004/b.midi\nC,test,2006/c.midi\n"
-    (tmp_path / "maestro.csv").write_text(table + "D,train,2006/d.midi\n")
+    table = "split,title,midi_filename\ntrain,A,2004/a.midi\nvalidation,B,2004/b.midi\ntest,C,2006/c.midi\n"
+    (tmp_path / "maestro.csv").write_text(table + "train,D,2006/d.midi\n", encoding=encoding)
     split = official_split(find_files(tmp_path))
     assert split is not None
     train, validation, line = split

@@ -304,11 +304,20 @@ def test_a_row_with_nul_is_skipped_and_named(tmp_path: Path, capsys: pytest.Capt
     assert re.search(r"skipped 1 rows:\n .*x\.jsonl, row 2,", capsys.readouterr().err)
 
 
-def test_nul_in_a_csv_costs_its_row_if_it_is_in_the_column(tmp_path: Path) -> None:
+def test_a_tokenizer_reads_nul_only_where_it_is_escaped(tmp_path: Path) -> None:
+    """As itself it is what a crash leaves of a row."""
+    codec, path = train_bpe(TEXTS, 300), tmp_path / "x.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "t\0wo"}\n{"text": "\\u0000"}\n{"text": "four", "other": "\0"}\n')
+    train, _ = tokens(path, tmp_path / "out", codec, validation_fraction=0)
+    assert train is not None and codec.decode(train.tokens) == b"one\0four"
+
+
+@pytest.mark.parametrize("codec", [TEXT, train_bpe(TEXTS, 300)], ids=["bytes", "tokenizer"])
+def test_nul_in_a_csv_costs_its_row_if_it_is_in_the_column(tmp_path: Path, codec: Codec) -> None:
     path = tmp_path / "x.csv"
     path.write_text("text,other\none,a\nt\0wo,b\nthree,\0\n")
-    train, _ = tokens(path, tmp_path / "out", validation_fraction=0)
-    assert train is not None and TEXT.decode(train.tokens) == b"onethree"
+    train, _ = tokens(path, tmp_path / "out", codec, validation_fraction=0)
+    assert train is not None and codec.decode(train.tokens) == b"onethree"
 
 
 def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +162,24 @@ def test_an_interrupt_ends_the_training_of_a_tokenizer():
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == -signal.SIGINT
     os.close(ours)
+
+
+def test_an_interrupt_ends_the_reading_of_text_for_a_tokenizer():
+    read = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal read
+        while True:
+            read += 1
+            yield "some words, over and over"
+
+    timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        train_bpe(texts(), 300)
+    until_then = read
+    time.sleep(0.1)
+    assert read == until_then
 
 
 @pytest.mark.parametrize("letters", ["ACGT", " \n", "a b"])

@@ -141,7 +141,7 @@ def official_split(sources: Sequence[Source]) -> tuple[list[Source], list[Source
     """
     for table in (source for source in sources if source.path.suffix.lower() == ".csv"):
         try:
-            with open(table.path, newline="", encoding="utf-8") as file:
+            with open(table.path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
                 rows = list(csv.DictReader(file))
         except (OSError, UnicodeDecodeError, csv.Error):
             continue

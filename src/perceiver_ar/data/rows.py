@@ -102,9 +102,9 @@ class Rows(Source):
                 raise self._damaged(f"row {number}: {error}") from None
             if not isinstance(row, dict):
                 raise self._damaged(f"row {number} is no JSON object")
-            yield row
+            yield None if "\0" in line and self._has_nul(row) else row
 
-    def _records(self, lines: Iterator[str], reader: str) -> Iterator[dict[str, Any]]:
+    def _records(self, lines: Iterator[str], reader: str) -> Iterator[dict[str, Any] | None]:
         """The rows of a .csv or .tsv file, the first line of which names its columns."""
         csv.field_size_limit(2**31 - 1)  # long texts are what this is for
         first = next(lines, "")
@@ -112,7 +112,8 @@ class Rows(Source):
         try:
             (header,) = csv.reader([first], delimiter=delimiter)
             for record in csv.reader(lines, delimiter=delimiter):
-                yield dict(zip(header, record, strict=False))
+                row = dict(zip(header, record, strict=False))
+                yield None if self._has_nul(row) else row
         except (ValueError, csv.Error) as error:
             raise self._damaged(str(error)) from None
 
@@ -142,6 +143,10 @@ class Rows(Source):
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise self._damaged(str(error) or type(error).__name__) from None
+
+    def _has_nul(self, row: dict[str, Any]) -> bool:
+        value = _field(row, self.column)
+        return isinstance(value, str) and "\0" in value
 
     def _damaged(self, reason: str) -> InputError:
         reason = reason.splitlines()[0]

@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -254,22 +254,24 @@ def _short_words(texts: Iterable[str]) -> Iterator[str]:
 def _interruptible(work: Callable[[Iterator[str]], Any], texts: Iterator[str]) -> None:
     """Does `work` in another thread. Signal handlers run in this one, and what they raise ends the wait.
 
-    The other thread then runs out of texts; what it still computes cannot be stopped and ends with the process.
+    The other thread then runs out of texts; what it still computes cannot be stopped and ends with the process. (A
+    thread that wants to run Python while the process ends would have it aborted, so its reading is waited for.)
     """
-    failures, abandoned = list[BaseException](), threading.Event()
+    failures, abandoned, done = list[BaseException](), threading.Event(), threading.Event()
 
     def run() -> None:
         try:
-            work(text for text in texts if not abandoned.is_set())
+            work(takewhile(lambda _: not abandoned.is_set(), texts))
         except BaseException as error:
             failures.append(error)
+        done.set()
 
-    thread = threading.Thread(target=run, daemon=True)
     try:
-        thread.start()
-        thread.join()
+        threading.Thread(target=run, daemon=True).start()
+        done.wait()  # not join, which may end too early after it was interrupted
     except BaseException:
         abandoned.set()
+        done.wait(1)
         raise
     if failures:
         raise failures[0]
