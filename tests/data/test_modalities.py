@@ -41,6 +41,7 @@ def test_a_modality_is_known_by_its_endings(tmp_path: Path, names: list[str], mo
     ("start", "modality"),
     [
         (b"MThd\0\0\0\6", "midi"),
+        (b"RIFF\x10\0\0\0RMIDdata", "midi"),
         (b"\x89PNG\r\n\x1a\n", "image"),
         (b"\xff\xd8\xff\xe0", "image"),
         (b"RIFF\1\2\3\4WAVEfmt ", "audio"),

@@ -189,7 +189,9 @@ class Codec(ABC):
 
 
 def prompt_and_count(codec: Codec, document: list[int], keep: float | None, count: int | None) -> tuple[list[int], int]:
-    """The first `keep` tokens of a document behind its start (a share of them below 1), and how many to draw after.
+    """The first `keep` tokens of a document behind its start, and how many to draw after.
+
+    Below 1 it is a share of them, and at least one token is kept.
 
     None: all of it, of a whole picture half; 256 tokens, or the rest of a picture.
     """
@@ -197,7 +199,7 @@ def prompt_and_count(codec: Codec, document: list[int], keep: float | None, coun
         keep = 0.5
     if keep is not None:
         start = len(codec.start())
-        document = document[: start + round(keep * (len(document) - start) if keep < 1 else keep)]
+        document = document[: start + max(1, round(keep * (len(document) - start) if keep < 1 else keep))]
     if codec.document_length is not None:
         rest = codec.document_length - len(document)
         count = rest if count is None else min(count, rest)

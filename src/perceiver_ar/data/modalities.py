@@ -23,7 +23,7 @@ ENDINGS = {
 }
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 MAGIC = {
-    rb"MThd": "midi",
+    rb"MThd|RIFF....RMID": "midi",
     rb"\x89PNG\r\n|\xff\xd8\xff|RIFF....WEBP": "image",
     rb"RIFF....WAVE|fLaC|OggS": "audio",
     rb"\x93NUMPY": "integers",
