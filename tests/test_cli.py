@@ -31,7 +31,7 @@ from perceiver_ar.cli import main
 from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.evaluation import compressors
 
-VERBS = ["train", "evaluate", "generate", "info", "convert", "export", "push"]
+VERBS = ["train", "evaluate", "generate", "serve", "info", "convert", "export", "push"]
 SMALL = [
     "--model.context_length=32", "--model.num_latents=8", "--model.dim=16", "--model.num_layers=1",
     "--model.num_heads=2", "--trainer.batch_size=4", "--trainer.precision=32", "--trainer.device=cpu",

@@ -265,6 +265,7 @@ def test_what_is_allowed_passes(tmp_path: Path, path: str, source: str):
     (tmp_path / PACKAGE / "data").mkdir(parents=True)
     (tmp_path / PACKAGE / "compat").mkdir()
     (tmp_path / PACKAGE / "network").mkdir()
+    (tmp_path / PACKAGE / "cli").mkdir()
     for name in ("compat/__init__", "training", "data/codec", "data/text"):
         (tmp_path / PACKAGE / f"{name}.py").touch()
     (tmp_path / PACKAGE / path).write_text(source)
