@@ -28,7 +28,7 @@ from perceiver_ar_pytorch.autoregressive_wrapper import (  # pyright: ignore[rep
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, stream
 from perceiver_ar.compat.lucidrains import PerceiverAR as Ours
-from perceiver_ar.quantization import int8_weights
+from perceiver_ar.generation.quantization import int8_weights
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest.register_assert_rewrite("helpers", "reference")
+
 torch.set_num_threads(1)
 
 # A shell starts what it puts into the background with SIGINT ignored; tests that interrupt would wait for ever.

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import SMALL, assert_refused, content
 from huggingface_hub import ModelCard
-from test_cli import SMALL, assert_refused, content
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, Run
 from perceiver_ar.card import push, shared_files, write_card

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import SMALL, assert_refused, assert_same_parameters, content
 from safetensors.torch import load_file
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, Run, evaluate, generate
@@ -32,11 +33,6 @@ from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.evaluation import compressors
 
 VERBS = ["train", "evaluate", "generate", "serve", "info", "convert", "export", "push"]
-SMALL = [
-    "--model.context_length=32", "--model.num_latents=8", "--model.dim=16", "--model.num_layers=1",
-    "--model.num_heads=2", "--trainer.batch_size=4", "--trainer.precision=32", "--trainer.device=cpu",
-    "--trainer.evaluations=1", "--trainer.evaluation_tokens=100", "--trainer.sample_tokens=0", "--max_steps=60",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -61,27 +57,6 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(finished: Path, tmp_path: Path) -> Path:
     """A finished run, to change."""
     return shutil.copytree(finished, tmp_path / "run")
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def parameters(run: Path) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(run / "model.safetensors").items()}
-
-
-def assert_refused(capsys: pytest.CaptureFixture[str], *argv: object, says: object) -> None:
-    """Exit status 2, nothing on stdout, one line on stderr that holds `says`, but for notes of what was begun."""
-    capsys.readouterr()
-    status = main([str(word) for word in argv])
-    captured = capsys.readouterr()
-    assert (status, captured.out) == (2, "")
-    lines = [
-        line for line in captured.err.splitlines() if not re.search(r"to train on|none is held out|, resuming$", line)
-    ]
-    assert len(lines) == 1 and lines[0].startswith("perceiver-ar: "), captured.err
-    assert str(says) in lines[0]
 
 
 # The command as a whole.
@@ -450,7 +425,7 @@ def test_a_run_killed_within_its_first_save_begins_again(run: Path, finished: Pa
     (run / "checkpoints" / ".unfinished-step-000060.ckpt").write_bytes(b"PK")
     (run / "summary.json").unlink()
     assert main(["train", "--out", str(run), "--resume"]) == 0
-    assert parameters(run) == parameters(finished)
+    assert_same_parameters(run, finished)
 
 
 def test_there_must_be_a_run_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -538,14 +513,14 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_goes_on(
     run: Path, finished: Path, damage: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "--out", str(run), "--resume", "--max_steps=62"]) == 0
-    expected = parameters(run)
+    before = shutil.copytree(run, run.parent / "before")
     damage(run / "checkpoints" / "step-000062.ckpt")
     (run / "summary.json").unlink()
     capsys.readouterr()
     assert main(["train", "--out", str(run), "--resume"]) == 0
     [line] = [line for line in capsys.readouterr().err.splitlines() if "is damaged" in line]
     assert f"{run / 'checkpoints' / 'step-000062.ckpt'} is damaged" in line and "of step 60" in line
-    assert parameters(run) == expected
+    assert_same_parameters(run, before)
     damage(run / CHECKPOINT)
     damage(run / "checkpoints" / "step-000062.ckpt")
     before = content(run)
@@ -621,7 +596,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
     assert "the last good checkpoint is that of step 60, going on" in stderr.getvalue()
     again = tmp_path / "again"
     assert main([*command, "--out", str(again), *options]) == 0
-    assert parameters(run) == parameters(again)
+    assert_same_parameters(run, again)
     steps = [int(row["step"]) for row in csv.DictReader((run / "metrics.csv").read_text().splitlines())]
     assert steps == sorted(set(steps)) and steps[-1] == 400
 
@@ -634,7 +609,7 @@ def test_a_run_starts_from_another_one(finished: Path, corpus: Path, tmp_path: P
     standing = ["--optim.lr=0", "--optim.muon_lr=0", "--max_steps=2", "--data.validation", str(corpus / "1.txt")]
     argv = ["train", str(corpus / "0.txt"), "--init_from", str(finished), "--out", str(run), *rest, *standing]
     assert main([*argv, "--model.dim=16", "--model.context_length=64", "--model.prefix_dropout=0.1"]) == 0
-    assert parameters(run) == parameters(finished)
+    assert_same_parameters(run, finished)
     recipe = Run(run).recipe()
     assert recipe.init_from == str(finished)
     sizes = {"context_length": 64, "prefix_dropout": 0.1}
@@ -644,7 +619,7 @@ def test_a_run_starts_from_another_one(finished: Path, corpus: Path, tmp_path: P
     assert json.loads(capsys.readouterr().out)["nats_per_token"] == pytest.approx(start, rel=1e-6)
     shutil.rmtree(run / "checkpoints")  # now it cannot be resumed, but started from
     assert main([*argv[:2], "--init_from", str(run), "--out", str(tmp_path / "further"), *rest, *standing]) == 0
-    assert parameters(tmp_path / "further") == parameters(finished)
+    assert_same_parameters(tmp_path / "further", finished)
 
 
 @pytest.mark.parametrize(
@@ -681,7 +656,7 @@ def test_what_contradicts_the_run_to_start_from_is_refused_and_makes_nothing(
 def test_training_a_recipe_again_reproduces_the_run(finished: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     assert main(["train", "--config", str(finished / "recipe.yaml"), "--out", str(again)]) == 0
-    assert parameters(again) == parameters(finished)
+    assert_same_parameters(again, finished)
     first, second = (yaml.safe_load((path / "recipe.yaml").read_text()) for path in (finished, again))
     assert second == first | {"out": str(again)}
 

@@ -14,17 +14,17 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from textwrap import dedent
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_every_modality import write_music, write_numbers, write_picture, write_sound
+from helpers import FENCE, ROOT, blocks
+from samples import write_music, write_numbers, write_picture, write_sound
 
 import perceiver_ar
 from perceiver_ar import PerceiverAR, PerceiverARConfig
@@ -32,9 +32,7 @@ from perceiver_ar.cli import main
 from perceiver_ar.compat import save_krasserm
 from perceiver_ar.compat.lucidrains import PerceiverAR as Package
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", flags=re.DOTALL | re.MULTILINE)
 
 # What makes hours into a second.
 SMALL = [
@@ -43,12 +41,6 @@ SMALL = [
     *("--trainer.batch_size", "1", "--trainer.evaluations", "1", "--trainer.evaluation_tokens", "300"),
     *("--trainer.sample_tokens", "2", "--trainer.precision", "32"),
 ]
-
-
-def blocks(page: str) -> Iterator[tuple[str, str]]:
-    """The language and the content of every block of code."""
-    for _, language, code in FENCE.findall((ROOT / page).read_text(encoding="utf-8")):
-        yield language, dedent(code)
 
 
 def lines(page: str, program: str) -> list[str]:

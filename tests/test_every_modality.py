@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers import SMALL, assert_refused, assert_same_parameters
 from PIL import Image
-from test_cli import SMALL, assert_refused, parameters
+from samples import write_music, write_numbers, write_picture, write_sound, write_words
 
 from perceiver_ar import PerceiverAR, Run, evaluate, generate
 from perceiver_ar.card import shared_files, write_card
@@ -27,38 +28,7 @@ from perceiver_ar.cli import main
 from perceiver_ar.data.audio import NeuralCodec
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.image import MISSING, ImageCodec
-from perceiver_ar.data.midi import write_midi
 from perceiver_ar.data.tokens import TokenFile
-
-
-def write_music(path: Path, number: int) -> None:
-    rng = np.random.default_rng(number)
-    starts = np.cumsum(rng.uniform(0.05, 0.3, 60))
-    path.write_bytes(
-        write_midi(np.stack([starts, starts + 0.2, rng.integers(50, 70, 60), rng.integers(30, 90, 60)], axis=1))
-    )
-
-
-def write_picture(path: Path, number: int) -> None:
-    """A disc before a background; the number says where and in which colours."""
-    rng = np.random.default_rng(number)
-    y, x = np.mgrid[:6, :6]
-    colours, (row, column) = rng.integers(0, 255, (2, 3)), rng.integers(1, 5, 2)
-    disc = ((y - row) ** 2 + (x - column) ** 2 < 5)[..., None]
-    Image.fromarray(np.where(disc, colours[0], colours[1]).astype(np.uint8)).save(path)
-
-
-def write_sound(path: Path, number: int) -> None:
-    time = np.arange(1200) / 8000
-    soundfile.write(path, 0.5 * np.sin(2 * np.pi * 200 * (number + 1) * time), 8000)
-
-
-def write_numbers(path: Path, number: int) -> None:
-    np.save(path, np.random.default_rng(number).integers(0, 40, (30, 10)))
-
-
-def write_words(path: Path, number: int) -> None:
-    path.write_text(f"{number} words and more words " * 20)
 
 
 class Modality(NamedTuple):
@@ -193,7 +163,7 @@ def test_a_run_starts_from_another_one_with_its_codec(
     new = tmp_path / "new"
     assert main([*argv, "--out", str(new)]) == 0
     assert (new / "codec.json").read_bytes() == (run / "codec.json").read_bytes()
-    assert parameters(new) == parameters(run)
+    assert_same_parameters(new, run)
     own = Run(new).recipe().modality
     other = "text" if own == "midi" else "midi"
     equal = [option.replace("WEIGHTS", str(weights)) for option in modality.options]

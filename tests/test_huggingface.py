@@ -38,7 +38,7 @@ from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec, train_bpe
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation import generate
 from perceiver_ar.huggingface import PerceiverARCache, PerceiverARForCausalLM, PerceiverARModelConfig, codec_tokenizer
-from perceiver_ar.huggingface.modeling import CACHE
+from perceiver_ar.huggingface.caching import CACHE
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.run import Run
 from perceiver_ar.windows import next_window

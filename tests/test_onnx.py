@@ -11,7 +11,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from test_cli import SMALL, assert_refused
+from helpers import SMALL, assert_refused
 from torch import Tensor
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, Run, generate, stream

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_training import MODEL, TRAINER, assert_same_parameters, content
+from helpers import MODEL, TRAINER, assert_same_parameters, content
 
 from perceiver_ar import InputError, PerceiverAR, PerceiverARConfig, Recipe, Run, train
 from perceiver_ar.card import write_card

@@ -9,7 +9,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from test_docs import ROOT, blocks
+from helpers import ROOT, blocks
 
 import perceiver_ar
 

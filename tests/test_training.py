@@ -28,13 +28,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import MODEL, TRAINER, assert_same_parameters, content, parameters
 from reference import assert_close
-from safetensors.torch import load_file
-from torch import Tensor
 
 from perceiver_ar import InputError, PerceiverAR, Recipe, Run, train
 from perceiver_ar.cli import main
-from perceiver_ar.config import DataConfig, OptimConfig, PerceiverARConfig, TrainerConfig
+from perceiver_ar.config import DataConfig, OptimConfig, PerceiverARConfig
 from perceiver_ar.data.sampler import TrainingWindows
 from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.evaluation import evaluate
@@ -45,32 +44,13 @@ from perceiver_ar.training.batches import Batches
 from perceiver_ar.training.checkpoints import Checkpoints
 from perceiver_ar.training.console import SIGNALS
 
-MODEL = PerceiverARConfig(context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2)
 DROPPING = MODEL.replace(prefix_dropout=0.5, mlp_dropout=0.1)
-TRAINER = TrainerConfig(
-    batch_size=4, precision="32", device="cpu", evaluations=2, evaluation_tokens=200, sample_tokens=0
-)
 CONSTANT = OptimConfig(schedule="constant", warmup=0.0)
 
 
 @pytest.fixture
 def recipe(corpus: Path, tmp_path: Path) -> Recipe:
     return Recipe(paths=(str(corpus),), out=str(tmp_path / "run"), max_steps=12, model=MODEL, trainer=TRAINER)
-
-
-def parameters(run: str | Path) -> dict[str, Tensor]:
-    return load_file(Path(run) / "model.safetensors")
-
-
-def assert_same_parameters(run: str | Path, other: str | Path, tolerance: float = 0.0) -> None:
-    """Bit by bit where the tolerance is 0."""
-    ours, theirs = parameters(run), parameters(other)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        if tolerance == 0.0:
-            assert torch.equal(ours[name], theirs[name]), name
-        else:
-            assert_close(ours[name], theirs[name], tolerance)
 
 
 def checkpoint(run: str | Path) -> dict[str, Any]:
@@ -82,10 +62,6 @@ def checkpoint(run: str | Path) -> dict[str, Any]:
 def metrics(run: str | Path) -> list[dict[str, str]]:
     with open(Path(run) / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # Processes that are killed and interrupted.

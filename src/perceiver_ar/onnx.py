@@ -38,9 +38,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from perceiver_ar.cache import Cache
 from perceiver_ar.data.codec import missing_extra
 from perceiver_ar.errors import require
+from perceiver_ar.generation.cache import Cache
 from perceiver_ar.network.attention import Piece, ordinary_attention
 from perceiver_ar.network.inputs import reach
 from perceiver_ar.network.model import PerceiverAR

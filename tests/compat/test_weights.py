@@ -17,14 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recorded import GOLDEN
 
+from perceiver_ar.compat.checkpoint_files import read_dill, read_npz, read_torch
 from perceiver_ar.compat.weights import (
     LeftOut,
     Weight,
     find_state,
     from_interleaved,
-    read_dill,
-    read_npz,
-    read_torch,
     to_ours,
     to_theirs,
 )

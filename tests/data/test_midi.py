@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_midi_file import GOOD, midi_file, music, off, on, pedal
+from samples import GOOD, midi_file, music, off, on, pedal
 
 from perceiver_ar.data.codec import Codec, WrongModality, load_codec, save_codec
 from perceiver_ar.data.midi import END, MidiTokCodec, MusicCodec, PerformanceCodec, read_midi

@@ -13,65 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import GOOD, control, midi_file, music, off, on, pedal, tracks_file
 from symusic import Score
 
 from perceiver_ar.data.codec import WrongModality
 from perceiver_ar.data.midi_file import clean, read_midi, write_midi
 
-played = st.tuples(
-    st.floats(0, 20).map(lambda x: round(x, 3)),
-    st.floats(0, 5).map(lambda x: round(x, 3)),
-    st.integers(0, 126),
-    st.integers(1, 127),
-)
-music = st.lists(played, min_size=1, max_size=25).map(
-    lambda notes: clean(np.array([(start, start + length, pitch, loud) for start, length, pitch, loud in notes]))
-)
-
-
-def midi_file(messages: list[tuple[int, Any]], **options: Any) -> bytes:
-    """A file of one track from messages at rising ticks (480 a quarter, 960 a second)."""
-    file, track, now = mido.MidiFile(ticks_per_beat=480, **options), mido.MidiTrack(), 0
-    for tick, message in messages:
-        track.append(message.copy(time=tick - now))
-        now = tick
-    file.tracks.append(track)
-    buffer = io.BytesIO()
-    file.save(file=buffer)
-    return buffer.getvalue()
-
-
-def on(pitch: int, velocity: int = 64, channel: int = 0) -> Any:
-    return mido.Message("note_on", note=pitch, velocity=velocity, channel=channel)
-
-
-def off(pitch: int, channel: int = 0) -> Any:
-    return mido.Message("note_off", note=pitch, channel=channel)
-
-
-def pedal(value: int) -> Any:
-    return mido.Message("control_change", control=64, value=value)
-
-
-def control(number: int, value: int = 0, channel: int = 0) -> Any:
-    return mido.Message("control_change", control=number, value=value, channel=channel)
-
-
-def tracks_file(*tracks: list[tuple[int, Any]], kind: int = 1) -> bytes:
-    """A file of several tracks, each as `midi_file` takes it."""
-    whole = mido.MidiFile(type=kind, ticks_per_beat=480)
-    whole.tracks += [mido.MidiFile(file=io.BytesIO(midi_file(track))).tracks[0] for track in tracks]
-    buffer = io.BytesIO()
-    whole.save(file=buffer)
-    return buffer.getvalue()
-
 
 def lasting(data: bytes) -> list[list[float]]:
     """Start, end and pitch of each note."""
     return read_midi(data)[:, :3].round(4).tolist()
-
-
-GOOD = midi_file([(tick, message) for tick in range(0, 9600, 480) for message in (on(60), on(64), off(60), off(64))])
 
 
 # Reading and writing.

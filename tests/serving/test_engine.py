@@ -13,11 +13,11 @@ from reference import configs, randomize
 from torch import Tensor
 
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.decoder import Row, RowSettings
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation import generate
+from perceiver_ar.generation.decoder import Row, RowSettings
+from perceiver_ar.generation.sampling import Sampling
 from perceiver_ar.network.model import PerceiverAR
-from perceiver_ar.sampling import Sampling
 from perceiver_ar.serving.engine import Busy, Engine, Job
 from perceiver_ar.serving.slots import slot_decoder
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from reference import randomize
-from test_every_modality import write_music
+from samples import write_music
 
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import save_codec

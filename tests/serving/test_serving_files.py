@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from reference import randomize
-from test_every_modality import write_music, write_picture
+from samples import write_music, write_picture
 
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec, save_codec

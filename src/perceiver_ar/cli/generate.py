@@ -77,7 +77,7 @@ def generate_verb(argv: list[str]) -> None:
     from perceiver_ar.data.codec import numbered
     from perceiver_ar.data.sound import check_soundfont
     from perceiver_ar.generation import stream
-    from perceiver_ar.quantization import int8_weights
+    from perceiver_ar.generation.quantization import int8_weights
     from perceiver_ar.run import Run
 
     if args.soundfont is not None:

@@ -16,12 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perceiver_ar.compat.checkpoint_files import existing, read_dill, read_npz
 from perceiver_ar.compat.weights import (
     Weight,
-    existing,
     from_interleaved,
-    read_dill,
-    read_npz,
     rotated_channels,
     say_left_out,
     to_ours,

@@ -13,21 +13,18 @@ from typing import Any
 
 from torch import Tensor
 
+from perceiver_ar.compat.checkpoint_files import existing, listed, read_torch, write_safetensors
 from perceiver_ar.compat.weights import (
     Weight,
-    existing,
     find_state,
     from_interleaved,
     inverse_frequencies,
-    listed,
     plain_tensors,
-    read_torch,
     refuse_differences,
     rotary_settings,
     rotated_channels,
     to_ours,
     to_theirs,
-    write_safetensors,
 )
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec

@@ -17,19 +17,18 @@ equal the package's up to rounding. What the package gets wrong on valid use is 
   survives `filter_thres` in small vocabularies (the package stops at once, divides by zero, draws from nothing).
 """
 
-import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from perceiver_ar.compat.checkpoint_files import read_torch
+from perceiver_ar.compat.lucidrains_names import INV_FREQ, package_names, use_package_names
 from perceiver_ar.compat.weights import (
     Weight,
     find_state,
-    inverse_frequencies,
     plain_tensors,
-    read_torch,
     refuse_differences,
     rotary_settings,
     to_ours,
@@ -37,13 +36,13 @@ from perceiver_ar.compat.weights import (
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import BytesCodec
-from perceiver_ar.decoder import Decoder, Row, RowSettings
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
 from perceiver_ar.generation import evaluation_mode, prompt_rows
+from perceiver_ar.generation.decoder import Decoder, Row, RowSettings
+from perceiver_ar.generation.sampling import Sampling, keep_top_k, sample
 from perceiver_ar.network import model as network
 from perceiver_ar.objective import next_token_loss
-from perceiver_ar.sampling import Sampling, keep_top_k, sample
 from perceiver_ar.windows import Schedule
 
 __all__ = ["AutoregressiveWrapper", "PerceiverAR", "load_lucidrains"]
@@ -111,10 +110,7 @@ class PerceiverAR(nn.Module):
             prefix_dropout=cross_attn_dropout,
         )
         self.model = network.PerceiverAR(config)
-        self.register_state_dict_post_hook(_to_package_names)
-        self.loading: tuple[str, list[str]] = ("", [])  # between the next two: prefix, and torch's errors
-        self.register_load_state_dict_pre_hook(_from_package_names)
-        self.register_load_state_dict_post_hook(_say_package_names)
+        use_package_names(self)
 
     def forward(
         self,
@@ -220,93 +216,6 @@ class AutoregressiveWrapper(nn.Module):
         return Decoder(self.net.model, rows, 1, more)
 
 
-def package_names(config: PerceiverARConfig) -> dict[str, str]:
-    """The package's parameter names, in its order, with ours."""
-    names = {"token_emb.weight": "embed.weight", "pos_emb.weight": "position_embed.0.weight"}
-    mlp = {
-        "0.weight": "norm.weight",
-        "0.bias": "norm.bias",
-        "1.weight": "up_proj.weight",
-        "4.weight": "down_proj.weight",
-    }
-    for i in range(len(config.cross_layers)):
-        theirs, ours = f"perceive_layers.{i}", f"cross_attention.{i}"
-        norms = {"norm": "query_norm", "context_norm": "context_norm"}
-        names |= {f"{theirs}.0.{a}.{p}": f"{ours}.{b}.{p}" for a, b in norms.items() for p in ("weight", "bias")}
-        names |= {f"{theirs}.0.to_{a}.weight": f"{ours}.{a}_proj.weight" for a in ("q", "kv", "out")}
-        names |= {f"{theirs}.0.to_out.bias": f"{ours}.out_proj.bias"}
-        names |= {f"{theirs}.1.{a}": f"{ours}.mlp.{b}" for a, b in mlp.items()}
-    for i in range(config.num_layers):
-        theirs, ours = f"layers.{i}", f"self_attention.{i}"
-        names |= {f"{theirs}.0.norm.{p}": f"{ours}.norm.{p}" for p in ("weight", "bias")}
-        names |= {f"{theirs}.0.to_{a}.weight": f"{ours}.{a}_proj.weight" for a in ("qkv", "out")}
-        names |= {f"{theirs}.1.{a}": f"{ours}.mlp.{b}" for a, b in mlp.items()}
-    return names | {"to_logits.weight": "head.weight"}
-
-
-_INV_FREQ = "rotary_pos_emb.inv_freq"
-
-
-def _modules(net: "PerceiverAR") -> dict[str, str]:
-    """Our modules by the package's names."""
-    root = "model._orig_mod" if hasattr(net.model, "_orig_mod") else "model"  # of torch.compile
-    names = package_names(net.model.config)
-    return {theirs.rpartition(".")[0]: f"{root}.{ours.rpartition('.')[0]}" for theirs, ours in names.items()}
-
-
-def _renamed(name: str, modules: dict[str, str]) -> str:
-    """The name of a tensor with its module renamed, also where torch parametrizes or prunes the tensor.
-
-    What else is put into a module, such as peft's adapters, keeps the name by which its makers look for it.
-    """
-    module = name.partition(".parametrizations.")[0]
-    module = name.rpartition(".")[0] if module == name else module
-    return modules[module] + name.removeprefix(module) if module in modules else name
-
-
-def _to_package_names(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
-    net = cast(PerceiverAR, module)
-    modules = {ours: theirs for theirs, ours in _modules(net).items()}
-    for name in [name.removeprefix(prefix) for name in state if name.startswith(f"{prefix}model.")]:
-        theirs = _renamed(name, modules)
-        if not theirs.startswith(("token_emb.", "pos_emb.")):  # a buffer there, recomputed from the settings here
-            state.setdefault(prefix + _INV_FREQ, inverse_frequencies(net.rotary_dim))
-        state[prefix + theirs] = state.pop(prefix + name)
-
-
-def _from_package_names(
-    module: nn.Module,
-    state: dict[str, Tensor],
-    prefix: str,
-    _metadata: Any,
-    _strict: bool,
-    _missing: list[str],
-    _unexpected: list[str],
-    errors: list[str],
-) -> None:
-    net = cast(PerceiverAR, module)
-    modules = _modules(net)
-    frequencies, expected = state.pop(prefix + _INV_FREQ, None), inverse_frequencies(net.rotary_dim)
-    if frequencies is not None and frequencies.shape != expected.shape:
-        errors.append(
-            f"size mismatch for {prefix}{_INV_FREQ}: {tuple(frequencies.shape)} in the checkpoint, "
-            f"{tuple(expected.shape)} for dim_head {net.model.config.width_head}."
-        )
-    for name in [name.removeprefix(prefix) for name in state if name.startswith(prefix)]:
-        state[prefix + _renamed(name, modules)] = state.pop(prefix + name)
-    net.loading = prefix, errors
-
-
-def _say_package_names(module: nn.Module, incompatible: Any) -> None:
-    """After loading: what was missing, unexpected or of a wrong shape goes by the package's names."""
-    net = cast(PerceiverAR, module)
-    (prefix, errors), net.loading = net.loading, ("", [])
-    modules = {ours: theirs for theirs, ours in _modules(net).items()}
-    ours = re.compile(rf"(?<![\w.]){re.escape(prefix)}(model\.[\w.]+)")
-    for texts in (incompatible.missing_keys, incompatible.unexpected_keys, errors):
-        texts[:] = [ours.sub(lambda found: prefix + _renamed(found[1], modules), text) for text in texts]
-
-
 def load_lucidrains(
     path: str | Path, *, cross_attn_seq_len: int | None = None, heads: int | None = None
 ) -> network.PerceiverAR:
@@ -330,7 +239,7 @@ def read(path: Path, cross_attn_seq_len: int | None, heads: int | None) -> tuple
     """The network, and the codec where the vocabulary is that of single bytes."""
     state = find_state(read_torch(path), "token_emb.weight", "perceiver-ar-pytorch", str(path))
     net = PerceiverAR(**package_arguments(state, cross_attn_seq_len, heads, str(path)))
-    state.pop(_INV_FREQ, None)
+    state.pop(INV_FREQ, None)
     weights = [Weight(ours, (theirs,)) for theirs, ours in package_names(net.model.config).items()]
     net.model.load_tensors(to_ours(weights, state, str(path)), where=str(path))
     return net.model.eval(), BytesCodec(text=False) if net.model.config.vocab_size == 256 else None
@@ -348,7 +257,7 @@ def package_arguments(
 
     inner, dim = shape("perceive_layers.0.0.to_q.weight", 0), shape("token_emb.weight", 1)
     length, hidden = shape("pos_emb.weight", 0), shape("perceive_layers.0.1.1.weight", 0)
-    bands = state[_INV_FREQ].numel() if _INV_FREQ in state else None
+    bands = state[INV_FREQ].numel() if INV_FREQ in state else None
     possible = [
         inner // width
         for width in range(32, inner + 1)

@@ -5,8 +5,10 @@ Nothing is converted: a run's config.json and model.safetensors are read and wri
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from perceiver_ar.huggingface.caching import PerceiverARCache
+from perceiver_ar.huggingface.configuration import PerceiverARModelConfig
 from perceiver_ar.huggingface.export import export
-from perceiver_ar.huggingface.modeling import PerceiverARCache, PerceiverARForCausalLM, PerceiverARModelConfig
+from perceiver_ar.huggingface.modeling import PerceiverARForCausalLM
 from perceiver_ar.huggingface.tokenizer import PerceiverARTokenizer, codec_tokenizer
 
 AutoConfig.register(PerceiverARModelConfig.model_type, PerceiverARModelConfig, exist_ok=True)

@@ -14,11 +14,13 @@ from perceiver_ar.huggingface.tokenizer import codec_tokenizer
 
 MODULE = "modeling_perceiver_ar"
 NETWORK = ["kernels", "attention", "heads", "inputs", "streaming", "prefix", "init", "weights", "model"]
-GENERATION = ["cache", "windows", "sampling", "objective", "compiled", "decoder", "generation"]
+GENERATION = ["cache", "sampling", "compiled", "decoder", "main"]
 SOURCES = [
     *("errors", "files", "config/checks", "config/presets", "config/network"),
     *(f"network/{name}" for name in NETWORK),
-    *(*GENERATION, "huggingface/modeling"),
+    *("objective", "windows"),
+    *(f"generation/{name}" for name in GENERATION),
+    *(f"huggingface/{name}" for name in ("configuration", "caching", "modeling")),
 ]
 """What the model is made of, each after those that it imports."""
 

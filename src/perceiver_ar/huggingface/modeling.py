@@ -1,4 +1,4 @@
-"""The network as a causal language model of Hugging Face transformers: configuration, cache, model.
+"""The network as a causal language model of Hugging Face transformers.
 
 Weights keep their names and files (`model.safetensors` of a run); every logit is that of a window of `windows.py`:
 
@@ -9,233 +9,25 @@ Weights keep their names and files (`model.safetensors` of a run); every logit i
 Shapes: B batch, T columns of input_ids, D dim, V vocabulary.
 """
 
-import copy
-import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers import cache_utils as transformers_caches
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
-from perceiver_ar.config import BEFORE, MODEL_TYPE, PerceiverARConfig
-from perceiver_ar.decoder import Decoder, Recomputing, Row
+from perceiver_ar.config import MODEL_TYPE
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.generation import prompt_rows
+from perceiver_ar.huggingface.caching import CACHE, PerceiverARCache, only_cache
+from perceiver_ar.huggingface.configuration import PerceiverARModelConfig
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import IGNORE
 from perceiver_ar.windows import blocks
-
-CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__annotations__)
-"""What transformers call what is kept between calls: `past_key_values` up to 5.23."""
-THEIR_NAMES = {"hidden_size": "dim", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
-               "n_positions": "context_length", "tie_word_embeddings": "tie_embeddings"}  # fmt: skip
-"""What transformers call settings of ours: to be read, and set under our names."""
-
-
-class PerceiverARModelConfig(PreTrainedConfig):
-    """A `PerceiverARConfig`, in `network`, with the names that transformers asks for. Its JSON is that of a run."""
-
-    model_type = MODEL_TYPE
-
-    def __init__(self, network: PerceiverARConfig | None = None, **settings: Any) -> None:
-        """settings: those that transformers have of their own."""
-        self.network = network or PerceiverARConfig()
-        for name, value in {"architectures": ["PerceiverARForCausalLM"], "auto_map": {}}.items():
-            settings.setdefault(name, value)  # TRL reads both
-        super().__init__(**settings)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """From the content of a run's `config.json`, changed by settings of the network in kwargs.
-
-        Raises InputError for settings that the network does not have.
-        """
-        names = {entry.name for entry in dataclasses.fields(PerceiverARConfig)}
-        for theirs, ours in THEIR_NAMES.items():
-            require(theirs not in kwargs, f"{theirs} is {kwargs.get(theirs)!r}: the network's setting is {ours}")
-        changed = {name: kwargs.pop(name) for name in names & kwargs.keys()}
-        where = str(kwargs.get("name_or_path", "config.json"))
-        network = PerceiverARConfig.from_dict(BEFORE["model"] | config_dict, where=where).replace(**changed)
-        others = {name: value for name, value in config_dict.items() if name not in {"model_type", *names}}
-        return super().from_dict({"network": network, **others}, **kwargs)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.network.vocab_size
-
-    @vocab_size.setter
-    def vocab_size(self, value: int) -> None:
-        self.network = self.network.replace(vocab_size=value)
-
-    @property
-    def hidden_size(self) -> int:
-        return self.network.dim
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.network.num_layers
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.network.num_heads
-
-    @property
-    def n_positions(self) -> int:
-        """Of the context. Under the name `max_position_embeddings` transformers would take it for a limit to sequences,
-        which there is none; this one lm-eval reads."""
-        return self.network.context_length
-
-    @property
-    def tie_word_embeddings(self) -> bool:
-        return self.network.tie_embeddings
-
-    def to_dict(self) -> dict[str, Any]:
-        code = {"auto_map": self.auto_map} if self._auto_class and self.auto_map else {}
-        return json.loads(self.network.to_json()) | code  # where this file has come with the weights, it goes with them
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-
-class PerceiverARCache(transformers_caches.Cache):
-    """What generation keeps of its rows: a `Decoder`, so that windows, refills and reuse are those of `generate`.
-
-    Rows know nothing of each other nor of their padding. A first call reads prompts, (B, T) with any left padding;
-    further tokens continue the rows as if they had been drawn.
-    """
-
-    def __init__(self, max_length: int | None = None) -> None:
-        """max_length: how many columns to make room for at first; None: a whole context. More take more memory."""
-        super().__init__(layers=[])
-        self.max_length, self.length = max_length, 0
-        self.decoder: Decoder | Recomputing | None = None
-
-    def read(self, network: PerceiverAR, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Takes tokens (B, T) behind those before and gives the logits of what follows: (B, T, V), or (B, 1, V) of the
-        last token of prompts.
-
-        mask: (B, columns so far and T), as transformers have it; 0: padding.
-
-        Raises:
-            InputError: padding to the right of a token, rows of padding alone, another network or other rows than
-                before, a mask that does not fit.
-        """
-        require(
-            tokens.ndim == 2 and 0 not in tokens.shape,
-            f"input_ids have shape {tuple(tokens.shape)} behind {self.length} cached columns: give (B, T), at least "
-            "one new token for each row",
-        )
-        B, T = tokens.shape
-        total = self.length + T
-        require(
-            mask is None or mask.shape == (B, total),
-            f"attention_mask has shape {None if mask is None else tuple(mask.shape)}: give {(B, total)}, for "
-            f"{self.length} cached columns and {T} new ones",
-        )
-        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[:, -T:].bool()
-        if self.decoder is None:
-            require(
-                bool(real[:, -1].all()),
-                "rows are padded on the right, so that their next token would follow padding: pad them on the left "
-                "(tokenizer.padding_side = 'left') and give attention_mask",
-            )
-            prompts = prompt_rows(
-                [row[keep] for row, keep in zip(tokens, real, strict=True)], network.config.vocab_size
-            )
-            room = network.config.context_length if self.max_length is None else max(self.max_length - T, 0) + 1
-            rows = [Row(r, row, network.config) for r, row in enumerate(prompts)]
-            # Beams and samples of one prompt come as equal rows, side by side: it is read once.
-            sizes = [n for n in range(1, B + 1) if B % n == 0]
-            copies = max(n for n in sizes if all(torch.equal(prompts[r], prompts[r - r % n]) for r in range(B)))
-            if network.config.cacheable:
-                self.decoder = Decoder(network, rows, copies, room)
-            else:
-                self.decoder = Recomputing(network, rows)
-            logits = [self.decoder.next_logits()]
-        else:
-            rows = self.decoder.rows
-            require(self.decoder.model is network, "the cache was filled by another network: begin a new one")
-            require(len(rows) == B, f"tokens have {B} rows for {len(rows)} in the cache: continue every row")
-            require(bool(real.all()), "new tokens are masked as padding: continue every row, or give attention_mask")
-            counts = [row.num_tokens for row in rows]
-            found = counts if mask is None else mask[:, : self.length].bool().sum(1).tolist()
-            require(
-                found == counts,
-                f"attention_mask has {found} real tokens in cached columns, the cache {counts}: give that of before",
-            )
-            if isinstance(self.decoder, Decoder):
-                self.decoder.reserve(max(counts) + T)
-            logits = []
-            for column in prompt_rows(tokens.T, network.config.vocab_size):
-                self.decoder.add(column.tolist())
-                logits.append(self.decoder.next_logits())
-        self.length = total
-        return torch.stack(logits, dim=1)
-
-    def require_same(self, tokens: Tensor, mask: Tensor | None) -> None:
-        """Raises InputError unless tokens (B, columns so far or more), with their mask, begin with what was read."""
-        rows = [] if self.decoder is None else self.decoder.rows
-        for r, row in enumerate(rows if len(rows) == len(tokens) else []):
-            before = tokens[r, : self.length]
-            before = before if mask is None else before[mask[r, : self.length].bool()]
-            require(
-                before[-len(row.ids) :].tolist() == list(row.ids),
-                f"row {r} of input_ids does not begin with the {row.num_tokens} tokens that the cache has read: give "
-                "all of them and what follows, or a new cache",
-            )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PerceiverARCache":
-        """For prompts that share a beginning: what was read is copied, the network is not."""
-        new = copy.copy(self)
-        if self.decoder is not None:
-            new.decoder = copy.copy(self.decoder)
-            new.decoder.reorder(range(len(self.decoder.rows)))
-        return new
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns read, padding included, as transformers count."""
-        return self.length
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        order = beam_idx.tolist()
-        if self.decoder is not None and order != list(range(len(self.decoder.rows))):
-            self.decoder.reorder(order)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.decoder is not None:
-            self.decoder.reorder([r for r in range(len(self.decoder.rows)) for _ in range(repeats)])
-
-    def reset(self) -> None:
-        self.decoder, self.length = None, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise InputError("tokens cannot be taken out of this cache again: begin a new one")
-
-    @property
-    def is_croppable(self) -> bool:
-        return False
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False]  # what was read is not to be given again
-
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """What collators of packed documents give beside position_ids, which say the same."""
@@ -428,7 +220,7 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             "input_ids are missing: give the ids themselves, as keys depend on the ids before (no inputs_embeds)",
         )
         input_ids = cast(Tensor, input_ids)
-        cache = _only(cache, past_key_values)
+        cache = only_cache(cache, past_key_values)
         position_ids = others.pop("position_ids", None) if cache is None and not use_cache else None
         _refuse(others, position_ids)
         require(
@@ -489,12 +281,12 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_length: int,
     ) -> None:
-        cache = _only(model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None))
+        cache = only_cache(model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None))
         model_kwargs[CACHE] = PerceiverARCache(max_length) if cache is None else cache
 
     def prepare_inputs_for_generation(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Without the tokenizer of stop strings, which transformers hand on to the network."""
-        cache = _only(kwargs.get("cache"), kwargs.get("past_key_values"))
+        cache = only_cache(kwargs.get("cache"), kwargs.get("past_key_values"))
         if kwargs.get("is_first_iteration") and args and isinstance(cache, PerceiverARCache):
             cache.require_same(args[0], kwargs.get("attention_mask"))
         prepare = super().prepare_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
@@ -562,12 +354,6 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in self._tied_weights_keys}
         state_dict = {name.removeprefix("network."): tensor for name, tensor in state_dict.items()}
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-
-
-def _only(cache: PerceiverARCache | None, past_key_values: PerceiverARCache | None) -> PerceiverARCache | None:
-    """The cache under either name. Raises InputError where both are given."""
-    require(cache is None or past_key_values is None, "cache and past_key_values are two names of one: leave one out")
-    return past_key_values if cache is None else cache
 
 
 # By this name transformers' Trainer knows that its label smoothing is to move labels by one.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perceiver_ar.decoder import RowSettings
+from perceiver_ar.generation.decoder import RowSettings
 from perceiver_ar.serving.engine import Engine, Finish, Job
 from perceiver_ar.serving.metrics import Metrics
 from perceiver_ar.serving.protocol import CompletionRequest

@@ -14,9 +14,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from perceiver_ar.decoder import Row, RowSettings, draw, require_finite
 from perceiver_ar.errors import InputError
 from perceiver_ar.evaluation import windows
+from perceiver_ar.generation.decoder import Row, RowSettings, draw, require_finite
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.serving.slots import slot_decoder
 from perceiver_ar.windows import longest_context

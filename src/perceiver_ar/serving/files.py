@@ -17,9 +17,9 @@ from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
 from perceiver_ar.data.codec import Codec, prompt_and_count
-from perceiver_ar.decoder import RowSettings
 from perceiver_ar.errors import InputError
-from perceiver_ar.sampling import Sampling
+from perceiver_ar.generation.decoder import RowSettings
+from perceiver_ar.generation.sampling import Sampling
 from perceiver_ar.serving.engine import Engine, Finish, Job
 from perceiver_ar.serving.protocol import Refused
 from perceiver_ar.serving.worker import Worker

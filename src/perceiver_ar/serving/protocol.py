@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
 from perceiver_ar.errors import InputError
-from perceiver_ar.sampling import Sampling, is_whole
+from perceiver_ar.generation.sampling import Sampling, is_whole
 
 MAX_PROMPTS = 128
 MAX_LOGPROBS = 100

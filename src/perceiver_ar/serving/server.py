@@ -12,7 +12,7 @@ import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.quantization import int8_weights
+from perceiver_ar.generation.quantization import int8_weights
 from perceiver_ar.run import Run
 from perceiver_ar.serving.app import Service, create_app
 from perceiver_ar.serving.engine import Engine

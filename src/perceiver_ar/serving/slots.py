@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
-from perceiver_ar.cache import Cache
-from perceiver_ar.decoder import Decoder, Recomputing, Row, empty_cache
+from perceiver_ar.generation.cache import Cache
+from perceiver_ar.generation.decoder import Decoder, Recomputing, Row, empty_cache
 from perceiver_ar.network.inputs import reach
 from perceiver_ar.network.model import PerceiverAR
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perceiver_ar.sampling import keep_min_p, keep_top_k, keep_top_p, penalise_repetition, sample
+from perceiver_ar.generation.sampling import keep_min_p, keep_top_k, keep_top_p, penalise_repetition, sample
 
 rows_of_logits = st.lists(
     st.lists(st.floats(-6, 6).map(lambda x: round(x, 3)), min_size=7, max_size=7, unique=True), min_size=1, max_size=3

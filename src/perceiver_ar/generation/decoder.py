@@ -19,13 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from perceiver_ar.cache import Cache
-from perceiver_ar.compiled import NextLogits, compile_and_run, compiled_step, next_logits
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import require
+from perceiver_ar.generation.cache import Cache
+from perceiver_ar.generation.compiled import NextLogits, compile_and_run, compiled_step, next_logits
+from perceiver_ar.generation.sampling import LogitsProcessor, Sampling, penalise_repetition
 from perceiver_ar.network.inputs import NOTHING, reach
 from perceiver_ar.network.model import PerceiverAR
-from perceiver_ar.sampling import LogitsProcessor, Sampling, penalise_repetition
 from perceiver_ar.windows import Schedule, longest_context, next_window
 
 READ = 4096

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perceiver_ar.decoder import Decoder, Recomputing, Row, RowSettings, draw
 from perceiver_ar.errors import InputError, require
+from perceiver_ar.generation.decoder import Decoder, Recomputing, Row, RowSettings, draw
+from perceiver_ar.generation.sampling import LogitsProcessor, Sampling, is_whole
 from perceiver_ar.network.model import PerceiverAR
-from perceiver_ar.sampling import LogitsProcessor, Sampling, is_whole
 from perceiver_ar.windows import Schedule
 
 Prompt = Tensor | np.ndarray | Sequence[Any]
@@ -69,8 +69,8 @@ def stream(
         prompt: see `Prompt`; every row has at least one token. Of longer rows the model sees the last context_length.
         max_new_tokens: most steps to make.
         temperature: divides the logits; 0: always the most likely token, and no filter matters but the penalties.
-        top_k: see `keep_top_k` in `perceiver_ar.sampling`. Applied as in Hugging Face transformers: penalties,
-            processors, temperature, top-k, top-p, min-p.
+        top_k: see `keep_top_k` in `perceiver_ar.generation.sampling`. Applied as in Hugging Face transformers:
+            penalties, processors, temperature, top-k, top-p, min-p.
         top_p: see `keep_top_p`.
         min_p: see `keep_min_p`.
         repetition_penalty: see `penalise_repetition`; of ids in the row's prompt and output.

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from reference import assert_close, randomize
 from torch import Tensor
 
-from perceiver_ar import compiled
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.generation import generate, stream
+from perceiver_ar.generation import compiled, generate, stream
 from perceiver_ar.network.model import PerceiverAR
 
 

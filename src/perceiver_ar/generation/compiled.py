@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from perceiver_ar.cache import Cache
 from perceiver_ar.errors import InputError
+from perceiver_ar.generation.cache import Cache
 from perceiver_ar.network.model import PerceiverAR
 
 NextLogits = Callable[[PerceiverAR, Tensor, Tensor, Cache], Tensor]

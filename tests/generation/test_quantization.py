@@ -9,12 +9,11 @@ import torch
 from reference import assert_close, randomize
 from torch import nn
 
-from perceiver_ar import quantization
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
-from perceiver_ar.generation import stream
+from perceiver_ar.generation import quantization, stream
+from perceiver_ar.generation.quantization import int8_weights
 from perceiver_ar.network.model import PerceiverAR
-from perceiver_ar.quantization import int8_weights
 
 
 def small(**fields: object) -> PerceiverAR:
@@ -77,6 +76,7 @@ def test_without_the_package_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nothing_is_said_of_kernels_for_other_devices() -> None:
-    program = "import torch; from perceiver_ar.quantization import int8_weights; int8_weights(torch.nn.Linear(64, 64))"
+    module = "perceiver_ar.generation.quantization"
+    program = f"import torch; from {module} import int8_weights; int8_weights(torch.nn.Linear(64, 64))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

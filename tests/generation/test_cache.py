@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from reference import assert_close, naive_attention
 from torch import Tensor
 
-from perceiver_ar.cache import Cache, KeysValues
 from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.generation.cache import Cache, KeysValues
 from perceiver_ar.network.attention import attend
 
 H, C = 2, 3

@@ -1,0 +1,82 @@
+"""The settings of a network as a configuration of Hugging Face transformers."""
+
+import dataclasses
+import json
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from perceiver_ar.config import BEFORE, MODEL_TYPE, PerceiverARConfig
+from perceiver_ar.errors import require
+
+THEIR_NAMES = {"hidden_size": "dim", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+               "n_positions": "context_length", "tie_word_embeddings": "tie_embeddings"}  # fmt: skip
+"""What transformers call settings of ours: to be read, and set under our names."""
+
+
+class PerceiverARModelConfig(PreTrainedConfig):
+    """A `PerceiverARConfig`, in `network`, with the names that transformers asks for. Its JSON is that of a run."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, network: PerceiverARConfig | None = None, **settings: Any) -> None:
+        """settings: those that transformers have of their own."""
+        self.network = network or PerceiverARConfig()
+        for name, value in {"architectures": ["PerceiverARForCausalLM"], "auto_map": {}}.items():
+            settings.setdefault(name, value)  # TRL reads both
+        super().__init__(**settings)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From the content of a run's `config.json`, changed by settings of the network in kwargs.
+
+        Raises InputError for settings that the network does not have.
+        """
+        names = {entry.name for entry in dataclasses.fields(PerceiverARConfig)}
+        for theirs, ours in THEIR_NAMES.items():
+            require(theirs not in kwargs, f"{theirs} is {kwargs.get(theirs)!r}: the network's setting is {ours}")
+        changed = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        where = str(kwargs.get("name_or_path", "config.json"))
+        network = PerceiverARConfig.from_dict(BEFORE["model"] | config_dict, where=where).replace(**changed)
+        others = {name: value for name, value in config_dict.items() if name not in {"model_type", *names}}
+        return super().from_dict({"network": network, **others}, **kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.network.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.network = self.network.replace(vocab_size=value)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.network.dim
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.network.num_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.network.num_heads
+
+    @property
+    def n_positions(self) -> int:
+        """Of the context. Under the name `max_position_embeddings` transformers would take it for a limit to sequences,
+        which there is none; this one lm-eval reads."""
+        return self.network.context_length
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        return self.network.tie_embeddings
+
+    def to_dict(self) -> dict[str, Any]:
+        code = {"auto_map": self.auto_map} if self._auto_class and self.auto_map else {}
+        return json.loads(self.network.to_json()) | code  # where this file has come with the weights, it goes with them
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
