@@ -109,11 +109,12 @@ def refusal(kind: type, name: str, value: Any) -> str | None:
 
 
 def presets() -> str:
-    """The published networks, by what differs from the defaults."""
+    """The presets, by what differs from the defaults."""
     names = [name for name in PRESETS if PRESETS[name]]
     rows = [
         "## Presets\n",
-        "`--preset NAME` starts the settings of the network from a published one; what you give comes on top.\n",
+        "`--preset NAME` (in a file: `preset: NAME`) starts the settings of the network from those of a size or of a "
+        "published network. Settings that you give besides win.\n",
     ]
     rows += ["| setting | " + " | ".join(f"`{name}`" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
     for setting in dict.fromkeys(setting for name in names for setting in PRESETS[name]):
@@ -128,7 +129,10 @@ def commands_page() -> str:
         text = help_of(verb).split(f"\n{summary(Recipe)}")[0].rstrip()
         parts.append(f"## {verb}\n\n```text\n{text}\n```\n")
         if verb == "train":
-            parts.append("All [settings](settings.md) are options of `train`, too.\n")
+            parts.append(
+                "`--help` shows the most important options, `--help=all` all: "
+                "every one of the [settings](settings.md) is an option of `train`.\n"
+            )
     parts.append(
         "## Exit status\n\n"
         "| status | meaning |\n|---|---|\n| 0 | done |\n"
@@ -150,7 +154,7 @@ def help_of(verb: str) -> str:
     printed = io.StringIO()
     try:
         with redirect_stdout(printed), suppress(SystemExit):
-            main([verb, "--help"])
+            main([verb, "--help=all"])
     finally:
         os.environ.pop("COLUMNS")
         if before is not None:

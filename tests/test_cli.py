@@ -110,12 +110,18 @@ def test_every_verb_has_help_with_examples(verb: str, capsys: pytest.CaptureFixt
     assert f"examples:\n  perceiver-ar {verb} " in capsys.readouterr().out
 
 
-def test_the_help_of_train_has_every_setting_of_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_train_is_short_and_on_request_has_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help=all"])
+    everything = capsys.readouterr().out
+    assert all(f"--model.{name} " in everything for name in vars(PerceiverARConfig()))
+    assert "(required)" not in everything  # the files, for one, are not
     with pytest.raises(SystemExit):
         main(["train", "--help"])
-    shown = capsys.readouterr().out
-    assert all(f"--model.{name} " in shown for name in vars(PerceiverARConfig()))
-    assert "(required)" not in shown  # the files, for one, are not
+    short = capsys.readouterr().out
+    assert all(f"\n  --{name} " in short for name in ("out", "max_time", "model.dim", "trainer.batch_size"))
+    assert "--model.qk_norm" not in short and "--help=all" in short
+    assert len(short.splitlines()) < 90
 
 
 # Wrong input.
@@ -667,6 +673,16 @@ def test_options_after_a_config_win(finished: Path, tmp_path: Path) -> None:
     assert main(argv) == 0
     recipe = Run(other).recipe()
     assert (recipe.model.dim, recipe.model.num_latents, recipe.max_steps) == (32, 8, 1)
+
+
+def test_a_file_of_settings_may_name_a_preset(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("preset: laptop\nmax_steps: 1\nmodel: {dim: 32}\n")
+    small = [option for option in SMALL if not option.startswith(("--model", "--max_steps"))]
+    config = ["--config", str(tmp_path / "settings.yaml"), "--model.num_layers=1"]
+    assert main(["train", str(corpus), "--out", str(tmp_path / "run"), *small, *config]) == 0
+    model = Run.open(tmp_path / "run").model().config
+    sizes = {"vocab_size": model.vocab_size, "num_layers": 1, "dim": 32}
+    assert model == PerceiverARConfig.preset("laptop", **sizes)
 
 
 def test_a_preset_sets_the_model_and_options_win(corpus: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = "perceiver_ar"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
-BOTTOM = {"errors", "files"}
+BOTTOM = {"errors", "files", "progress"}
 NETWORK = BOTTOM | {"config", "network"}
 BELOW_THE_TASKS = NETWORK | {
     "objective",
@@ -31,6 +31,7 @@ BELOW_THE_TASKS = NETWORK | {
 MAY_IMPORT = {
     "errors": set[str](),
     "files": set[str](),
+    "progress": set[str](),
     "lock": {"errors"},
     "config": BOTTOM,
     "network": BOTTOM | {"config"},
@@ -71,7 +72,7 @@ ONLY_IN = {
     "prometheus_client": "serving",
     "pydantic": "serving",
 }
-WITHOUT_TORCH = {"errors", "files", "lock", "config", "costs", "windows"}
+WITHOUT_TORCH = {"errors", "files", "progress", "lock", "config", "costs", "windows"}
 
 
 class Import(NamedTuple):

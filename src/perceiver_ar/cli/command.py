@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from perceiver_ar.cli.convert import convert_verb, export_verb
 from perceiver_ar.cli.evaluate import evaluate_verb
@@ -20,10 +19,6 @@ from perceiver_ar.cli.push import push_verb
 from perceiver_ar.cli.serve import serve_verb
 from perceiver_ar.cli.train import train_verb
 from perceiver_ar.errors import InputError
-
-if TYPE_CHECKING:
-    pass
-
 
 USAGE = """usage: perceiver-ar VERB ...
 

@@ -9,6 +9,7 @@ from perceiver_ar.cli.options import add_paths, make_parser, names, parse
 from perceiver_ar.cli.prompts import of_trained, to_device
 from perceiver_ar.config import Recipe
 from perceiver_ar.errors import InputError
+from perceiver_ar.progress import ProgressBar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,18 +56,17 @@ def evaluate_verb(argv: list[str]) -> None:
         options: dict[str, Any] = {"num_latents": args.num_latents, "byte_lengths": codec.byte_lengths()}
         options |= {"amounts": codec.amounts, "document_length": codec.document_length}
         options |= {"max_tokens": args.max_tokens, "batch_size": args.batch_size, "precision": args.precision}
-        options |= {"stride": args.stride, "progress": show_scored if sys.stderr.isatty() else None}
+        with ProgressBar("scoring", 1.0) as bar:
+            options |= {"stride": args.stride, "progress": lambda done, total: bar.update(done / total)}
+            if lengths is None:
+                results = [evaluate(model, tokens, **options)]
+            else:
+                results = evaluate_context_lengths(model, tokens, lengths, **options)
         if lengths is None:
-            results = [evaluate(model, tokens, **options)]
             print(json.dumps(results[0].to_dict()) if args.json else describe(results[0]))
             return
-        results = evaluate_context_lengths(model, tokens, lengths, **options)
         references = compressors(codec, tokens[max(lengths) :][: results[0].tokens])
     show_context_table(run, results, references, args.json)
-
-
-def show_scored(done: int, total: int) -> None:
-    print(f"\rscored {done:,} of {total:,} tokens", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def parse_lengths(text: str | None) -> list[int] | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from perceiver_ar.cli.options import make_parser, parse
 from perceiver_ar.cli.prompts import prompt_ids, stop_bytes, to_device, what_to_draw
 from perceiver_ar.errors import InputError
+from perceiver_ar.progress import ProgressBar
 
 if TYPE_CHECKING:
     from perceiver_ar.data.codec import Codec
@@ -110,7 +111,8 @@ def generate_verb(argv: list[str]) -> None:
         allowed_next=codec.constraint(),
     )
     if not codec.writes_text:
-        show_files(run, codec, steps(num_samples=samples, seed=args.seed), document, len(prompt), args)
+        drawn = steps(num_samples=samples, seed=args.seed)
+        show_files(run, codec, drawn, count, document, len(prompt), args)
         return
     for number in range(1, samples + 1):  # one after the other, to be read as they are drawn
         if number > 1:
@@ -158,18 +160,24 @@ def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, 
 
 
 def show_files(
-    run: "Run", codec: "Codec", steps: "Iterable[Step]", document: list[int], prompt_len: int, args: argparse.Namespace
+    run: "Run",
+    codec: "Codec",
+    steps: "Iterable[Step]",
+    count: int,
+    document: list[int],
+    prompt_len: int,
+    args: argparse.Namespace,
 ) -> None:
-    """Draws all tokens, then writes what they are; the files' names go to stdout."""
+    """Draws up to `count` tokens, then writes the files that they are; the files' names go to stdout."""
     import numpy as np
 
     started, columns = time.perf_counter(), []
     interrupted = False
     try:
-        for step in steps:
-            columns.append(step.tokens.cpu().numpy())
-            if sys.stderr.isatty():
-                print(f"\r{len(columns):,} tokens", end="", file=sys.stderr, flush=True)
+        with ProgressBar("generating", count) as bar:
+            for step in steps:
+                columns.append(step.tokens.cpu().numpy())
+                bar.advance(1)
     except KeyboardInterrupt:
         if not columns:
             raise

@@ -3,10 +3,12 @@
 import argparse
 import os
 import re
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from collections.abc import Collection
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from jsonargparse import (
+    ActionConfigFile,
     ArgumentParser,
     DefaultHelpFormatter,
     Namespace,
@@ -16,10 +18,6 @@ from jsonargparse import (
 
 from perceiver_ar.config import dump_yaml, load_yaml, unknown_words
 from perceiver_ar.errors import InputError
-
-if TYPE_CHECKING:
-    pass
-
 
 PATHS = (
     "out",
@@ -38,8 +36,15 @@ set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
 set_dumper("yaml", dump_yaml)
 
 
-def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
-    """The options. Raises InputError for what they cannot be."""
+def parse(parser: ArgumentParser, argv: list[str], shown: Collection[str] = ()) -> Namespace:
+    """The options of `argv`. `--help` shows the ones in `shown` (no names: all), `--help=all` shows all.
+
+    Raises InputError for options that do not exist and values that they cannot have.
+    """
+    if "--help=all" in argv:
+        argv = ["--help"]
+    elif shown and {"--help", "-h"} & {*argv}:
+        hide_others(parser, shown)
     take_text_as_it_is(parser)
     refuse_comments(parser, argv)
     try:
@@ -51,6 +56,20 @@ def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
         if isinstance(path := args.get(name), str):
             args[name] = os.path.expanduser(path)
     return args
+
+
+def hide_others(parser: ArgumentParser, shown: Collection[str]) -> None:
+    """Leaves options that are not in `shown` out of the help."""
+    hidden = 0
+    for action in parser._actions:
+        if action.option_strings and action.dest not in shown:
+            action.help = argparse.SUPPRESS
+            hidden += not isinstance(action, ActionConfigFile | argparse._HelpAction)
+    for group in parser._action_groups:
+        group.description = None
+        if all(action.help is argparse.SUPPRESS for action in group._group_actions):
+            group.title = None
+    parser.epilog = f"--help=all shows {hidden} more."
 
 
 def refuse_comments(parser: ArgumentParser, argv: list[str]) -> None:

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from perceiver_ar.origin import Origin
 
 
+SHOWN = (
+    *("help", "config", "resume", "preset", "out", "init_from", "max_time", "max_steps", "modality"),
+    *("model.context_length", "model.num_latents", "model.dim", "model.num_layers", "model.num_heads"),
+    *("data.bpe_vocab_size", "data.split_on", "trainer.batch_size", "trainer.device"),
+)
+"""The options in `--help`: enough for most runs."""
+
+
 def train_verb(argv: list[str]) -> None:
     parser = make_parser(
         "train",
@@ -41,14 +49,13 @@ def train_verb(argv: list[str]) -> None:
     parser.add_argument(
         "--find_batch", action="store_true", help="choose the largest trainer.micro_batch_size that the memory holds"
     )
-    parser.add_argument("--preset", choices=list(PRESETS), help="start the --model settings from a published network")
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="start the --model settings from a size (laptop, gpu) or from a published network",
+    )
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the settings' own words are the help
     parser.add_class_arguments(Recipe, skip={"paths"})
-    if preset := option_value(argv, "--preset"):
-        if preset not in PRESETS:
-            raise InputError(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
-        parser.set_defaults({f"model.{name}": value for name, value in PRESETS[preset].items()})
-
     from_files: dict[str, Any] = {}
     if "--resume" in argv:
         from perceiver_ar.run import Run
@@ -56,7 +63,7 @@ def train_verb(argv: list[str]) -> None:
         out = option_value(argv, "--out")
         if out is None:
             raise InputError("--resume needs the run to go on with: give --out RUN")
-        if preset is not None:
+        if option_value(argv, "--preset") is not None:
             raise InputError("--resume goes on with the same model, so --preset changes nothing: leave it out")
         if option_value(argv, "--init_from") is not None:
             raise InputError(
@@ -75,14 +82,19 @@ def train_verb(argv: list[str]) -> None:
     for group, before in BEFORE.items():
         if "--resume" in argv or names_all(group, from_files.get(group)):
             parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})
+    preset = option_value(argv, "--preset") or from_files.get("preset")
+    if preset is not None:
+        if preset not in PRESETS:
+            raise InputError(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
+        parser.set_defaults({f"model.{name}": value for name, value in PRESETS[preset].items()})
     init_from = option_value(argv, "--init_from") or from_files.get("init_from")
     origin = open_origin(init_from, preset) if isinstance(init_from, str) and "--resume" not in argv else None
     if origin is not None:
         parser.set_defaults(origin.settings())  # so that settings that differ are settings that were given
-    for name in ("preset", "resume", "find_batch"):
+    for name in ("resume", "find_batch"):
         if from_files.get(name):
             raise InputError(f"the --config file sets {name}, which only the command line can: give --{name} there")
-    parsed = parse(parser, argv)
+    parsed = parse(parser, argv, SHOWN)
     for group in ("model", "data", "optim", "trainer"):
         if not isinstance(parsed[group], Namespace):
             raise InputError(f"{group} is {parsed[group]!r}: it must be a group of settings, as in recipe.yaml")

@@ -27,6 +27,7 @@ from perceiver_ar.data.sources import Source, find_files, read_text, standard_li
 from perceiver_ar.data.splits import choose_groups, document_groups, drop_held_out
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path, write_text
+from perceiver_ar.progress import ProgressBar
 
 __all__ = ["Source", "TokenFile", "find_files", "prepare", "read_text", "standard_library"]
 
@@ -273,11 +274,11 @@ def prepare(
 
     total = sum(source.size for source in [*sources, *held_out])
     groups = None if group_by is None else document_groups(sources, group_by)
-    with _progress_bar(total, progress) as advance, _writer(directory / "train", codec) as train:
-        _add_all(train, sources, mark, advance, groups)
+    with ProgressBar("reading", total, enabled=progress) as bar, _writer(directory / "train", codec) as train:
+        _add_all(train, sources, mark, bar.advance, groups)
         if held_out:
             with _writer(directory / "validation", codec) as validation:
-                _add_all(validation, held_out, mark, advance)
+                _add_all(validation, held_out, mark, bar.advance)
                 drop_held_out(train, validation)
         elif (chosen := choose_groups(train, validation_fraction, seed)).any():
             with _writer(directory / "validation", codec) as validation:
@@ -331,18 +332,3 @@ def _add_all(
         if reasons:
             more = [f"and {len(reasons) - NAMED:,} more"] if len(reasons) > NAMED else []
             print(f"skipped {amount}:", *reasons[:NAMED], *more, sep="\n  ", file=sys.stderr)
-
-
-@contextmanager
-def _progress_bar(total: int, enabled: bool) -> Iterator[Callable[[int], Any]]:
-    """Yields what is to be told how many more bytes have been read."""
-    if not (enabled and sys.stderr.isatty()):
-        yield lambda num_bytes: None
-        return
-    from rich import progress as rich
-    from rich.console import Console
-
-    columns = rich.TextColumn("reading"), rich.BarColumn(), rich.DownloadColumn(), rich.TimeRemainingColumn()
-    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading", total=total)
-        yield lambda num_bytes: bar.advance(task, num_bytes)

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from perceiver_ar.config import parse_duration
 from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.progress import ProgressBar
 from perceiver_ar.training.checkpoints import Checkpoints
 from perceiver_ar.training.console import console, say
 from perceiver_ar.training.measure import sample, score
@@ -39,24 +38,14 @@ class Watch:
         if self.first:
             self.metrics = Metrics(self.run.metrics_file, training.step)
             self.tensorboard = open_tensorboard(self.run.path)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]} left"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self.task = self.bar.add_task("training", total=1.0, left="")
+        self.bar = ProgressBar("training", 1.0, console)
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        self.bar.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        self.bar.__exit__()
         if self.tensorboard is not None:
             with self.despite_full_disk():
                 self.tensorboard.close()
@@ -122,10 +111,10 @@ class Watch:
         lr = training.optimizer.param_groups[0]["lr"]
         self.add_row(train_bits=bits, lr=lr, grad_norm=training.grad_norm, tokens_per_second=round(rate))
         progress = training.progress
-        left = duration(seconds * (1 - progress) / progress) if seconds > 5 else "..."
         text = f"step {training.step:,}  {bits:.3f} bits/token  {rate:,.0f} tokens/s"
-        self.bar.update(self.task, completed=progress, description=text, left=left)
-        if self.bar.disable and seconds - self.printed_at >= 10:
+        self.bar.update(progress, text)
+        if not console.is_terminal and seconds - self.printed_at >= 10:
+            left = duration(seconds * (1 - progress) / progress)
             say(f"{text}  {100 * progress:.0f}%  {left} left")
             self.printed_at = seconds
 
