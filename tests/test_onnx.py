@@ -184,7 +184,8 @@ def test_a_run_is_exported_with_its_codec_and_without_steps_where_nothing_can_be
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = tmp_path / "run", tmp_path / "onnx"
-    PerceiverAR(PerceiverARConfig(**{**FROM_END, **SIZES, "vocab_size": 256, "dim": 8})).save_pretrained(source)
+    sizes = {**SIZES, "vocab_size": 256, "num_heads": 2, "local_context": 1, "positions_from_end": True}
+    PerceiverAR(PerceiverARConfig(**sizes)).save_pretrained(source)
     save_codec(BytesCodec(), source)
     logging.disable(logging.INFO)
     assert main(["export", "onnx", str(source), "--out", str(out)]) == 0
