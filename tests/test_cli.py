@@ -524,7 +524,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_goes_on(
     damage(run / CHECKPOINT)
     damage(run / "checkpoints" / "step-000062.ckpt")
     before = content(run)
-    assert_refused(capsys, "train", "--out", run, "--resume", "--max_steps=64", says="no whole one before it")
+    assert_refused(capsys, "train", "--out", run, "--resume", "--max_steps=64", says="no earlier one is intact")
     assert content(run) == before
 
 
@@ -593,7 +593,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
     with contextlib.redirect_stderr(Watched()) as stderr:
         assert main(["train", "--out", str(run), "--resume", *options]) == 0
     assert stderr.getvalue().count("cannot save") == 1
-    assert "the last good checkpoint is that of step 60, going on" in stderr.getvalue()
+    assert "the last good checkpoint is that of step 60, continuing" in stderr.getvalue()
     again = tmp_path / "again"
     assert main([*command, "--out", str(again), *options]) == 0
     assert_same_parameters(run, again)
