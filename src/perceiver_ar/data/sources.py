@@ -26,7 +26,7 @@ from perceiver_ar.data.codec import WrongModality
 from perceiver_ar.data.text import text_only, text_pieces
 from perceiver_ar.errors import InputError
 
-CHUNK = 1 << 20  # bytes read at once
+CHUNK = 1 << 20  # bytes per read
 NOT_DOCUMENTS = frozenset({"__pycache__"})  # folders that are skipped, besides hidden ones
 RUN_FILES = ("recipe.yaml", "codec.json", "model.safetensors", "tokens")  # two of them make a folder a run
 NOT_LIBRARY = NOT_DOCUMENTS | {

@@ -31,7 +31,7 @@ from perceiver_ar.files import atomic_path, write_text
 __all__ = ["Source", "TokenFile", "find_files", "prepare", "read_text", "standard_library"]
 
 VERSION = 1
-BLOCK = 1 << 22  # tokens moved at once
+BLOCK = 1 << 22  # tokens moved in one piece
 NAMED = 5  # maximum number of skipped files to name, with the reason
 
 

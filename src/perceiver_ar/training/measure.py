@@ -37,7 +37,7 @@ def evaluation_precision(prepared: Prepared) -> Literal["32", "bf16"]:
 def sample(prepared: Prepared, model: PerceiverAR, step: int, whole: bool = False) -> None:
     """Writes a sample that the model generates without a prompt, and shows it on stderr if it is text.
 
-    whole: if all documents have the same length, the sample is a whole document, whatever `sample_tokens` is.
+    whole: if all documents have the same length, the sample is a whole document unless `sample_tokens` is 0.
     """
     codec, run, recipe = prepared.codec, prepared.run, prepared.recipe
     length = recipe.trainer.sample_tokens
