@@ -29,7 +29,7 @@ class PerceiverARConfig:
     context_length: int = 4096
     """Maximum number of tokens in a context: prefix and latents together."""
     num_latents: int = 512
-    """Maximum number of latents (query positions) by default; each gives one next-token prediction."""
+    """Maximum number of latents (query positions) unless a call asks for more; each gives one next-token prediction."""
     dim: int = 512
     """Width of the latents' residual stream."""
     num_layers: int = 8
@@ -102,7 +102,7 @@ class PerceiverARConfig:
     index_dims: tuple[int, ...] = ()
     """Sizes of the position tables, one per axis: (rows, columns, channels) for images; (): one of context_length."""
     positions_from_end: bool = False
-    """Positions count backwards, and the last token of the context is 0 (google without positions from the data)."""
+    """Count positions backwards from 0, the last token of the context (google without positions from the data)."""
     query_position_offset: int = 0
     """Number added to the latents' positions in queries and in self-attention keys (google's query offsetting)."""
 
