@@ -173,7 +173,7 @@ class TrainerConfig:
     evaluations: int = 10
     """Number of evaluations, each with a sample, evenly spread over the run."""
     evaluation_tokens: int = 100_000
-    """Held-out tokens to score per evaluation, spread over all. The final one scores the first ones, ten times as many."""
+    """Held-out tokens to score per evaluation, spread over all. The final evaluation: the first ten times as many."""
     sample_tokens: int = 200
     """Length of the samples in tokens; 0: no samples. For pictures, the last sample is a whole picture."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
