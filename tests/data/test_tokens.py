@@ -531,8 +531,8 @@ def test_text_that_speaks_of_archives_is_text(tmp_path, codec):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"validation_fraction": 1.0}, "validation_fraction 1.0"),
-        ({"validation_fraction": -0.1}, "validation_fraction -0.1"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
+        ({"validation_fraction": -0.1}, "validation_fraction is -0.1"),
         ({"split_on": ""}, "split_on is empty"),
     ],
 )
