@@ -591,7 +591,7 @@ def test_training_is_this_plain_loop(
 
 def test_blocks_that_cannot_be_are_refused_before_anything_is_made(recipe: Recipe) -> None:
     too_many = replace(recipe, trainer=replace(TRAINER, blocks=5))
-    with pytest.raises(InputError, match=r"trainer\.blocks is 5, with 8 latents each more than context_length 32"):
+    with pytest.raises(InputError, match=r"trainer\.blocks is 5: with 8 latents each they exceed context_length 32"):
         train(too_many)
     with pytest.raises(
         InputError, match=r"trainer\.blocks is 2, which a network with .*positions_from_end.* does not allow"
