@@ -178,13 +178,13 @@ def test_a_run_is_pushed_whole_in_one_commit(run: Path, tmp_path: Path, hub: Hub
 @pytest.mark.parametrize("hub", [{"public": True}], indirect=True)
 def test_what_is_meant_to_be_private_does_not_go_to_a_public_place(run: Path, tmp_path: Path, hub: Hub) -> None:
     status, shown, message = pushed(run, "--private", home=tmp_path / "home", address=hub.address)
-    assert (status, shown, hub.files) == (2, "", {}) and "there already and public" in message
+    assert (status, shown, hub.files) == (2, "", {}) and "already exists and is public" in message
 
 
 @pytest.mark.parametrize("hub", [{"status": 403}], indirect=True)
 def test_a_hub_that_refuses_is_one_line(run: Path, tmp_path: Path, hub: Hub) -> None:
     status, shown, message = pushed(run, home=tmp_path / "home", address=hub.address)
-    assert (status, shown) == (2, "") and message.startswith("perceiver-ar: me/books: the Hub did not take the run")
+    assert (status, shown) == (2, "") and message.startswith("perceiver-ar: me/books: the Hub did not accept the run")
     assert "you may not" in message
 
 
@@ -192,7 +192,7 @@ def test_without_a_token_or_a_hub_nothing_is_pushed(run: Path, tmp_path: Path) -
     status, shown, message = pushed(run, home=tmp_path / "home", address="http://127.0.0.1:9", token=None)
     assert (status, shown) == (2, "") and "me/books needs a token: run `hf auth login`, or set HF_TOKEN" in message
     status, shown, message = pushed(run, home=tmp_path / "home", address="http://127.0.0.1:9")
-    assert (status, shown) == (2, "") and "the Hub did not take the run (" in message
+    assert (status, shown) == (2, "") and "the Hub did not accept the run (" in message
 
 
 @pytest.mark.parametrize("repo_id", ["books", "me/books/more", "me/..books", "me/bo oks", "", "/"])

@@ -68,7 +68,7 @@ def test_a_cut_file_and_a_missing_one_are_damaged(tmp_path: Path, content: bytes
     with pytest.raises(InputError, match=rf"000010.ckpt is damaged \({len(content)} bytes instead of"):
         checkpoints.newest()
     path.unlink()
-    with pytest.raises(InputError, match="no whole one before it"):
+    with pytest.raises(InputError, match="no earlier one is intact"):
         checkpoints.newest()
 
 

@@ -530,7 +530,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_goes_on(
     damage(run / CHECKPOINT)
     damage(run / "checkpoints" / "step-000062.ckpt")
     before = content(run)
-    assert_refused(capsys, "train", "--out", run, "--resume", "--max_steps=64", says="no whole one before it")
+    assert_refused(capsys, "train", "--out", run, "--resume", "--max_steps=64", says="no earlier one is intact")
     assert content(run) == before
 
 
@@ -599,7 +599,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
     with contextlib.redirect_stderr(Watched()) as stderr:
         assert main(["train", "--out", str(run), "--resume", *options]) == 0
     assert stderr.getvalue().count("cannot save") == 1
-    assert "the last good checkpoint is that of step 60, going on" in stderr.getvalue()
+    assert "the last good checkpoint is that of step 60, continuing" in stderr.getvalue()
     again = tmp_path / "again"
     assert main([*command, "--out", str(again), *options]) == 0
     assert_same_parameters(run, again)
@@ -631,13 +631,13 @@ def test_a_run_starts_from_another_one(finished: Path, corpus: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--model.dim=512"], "model.dim is 512 where it has 16: leave out model.dim or give what it has"),
-        (["--model.context_length=64", "--model.head_dim=4"], "model.head_dim is 4 where it has None: leave out"),
-        (["--modality=midi"], "modality is 'midi' where it has 'text'"),
-        (["--data.bpe_vocab_size=300"], "data.bpe_vocab_size is 300 where it has no tokenizer"),
-        (["--data.image_size=[8,8]"], "data.image_size is (8, 8) where it has (32, 32)"),
+        (["--model.dim=512"], "model.dim is 512 instead of 16: leave out model.dim or give the same value"),
+        (["--model.context_length=64", "--model.head_dim=4"], "model.head_dim is 4 instead of None: leave out"),
+        (["--modality=midi"], "modality is 'midi' instead of 'text'"),
+        (["--data.bpe_vocab_size=300"], "data.bpe_vocab_size is 300 instead of no tokenizer"),
+        (["--data.image_size=[8,8]"], "data.image_size is (8, 8) instead of (32, 32)"),
         (["--preset=paper"], "--init_from takes the network of a run, so --preset changes nothing"),
-        (["--config=RECIPE"], "model.num_layers is 2 where it has 1"),
+        (["--config=RECIPE"], "model.num_layers is 2 instead of 1"),
         (["--out=SOURCE"], "init_from and out are both"),
         (["--out=SOURCE", "--resume"], "so --init_from changes nothing: leave it out"),
         (["--init_from=owner/name"], "hf download OWNER/NAME --local-dir NAME"),

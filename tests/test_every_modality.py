@@ -167,7 +167,7 @@ def test_a_run_starts_from_another_one_with_its_codec(
     own = Run(new).recipe().modality
     other = "text" if own == "midi" else "midi"
     equal = [option.replace("WEIGHTS", str(weights)) for option in modality.options]
-    says = f"but modality is '{other}' where it has '{own}': leave out modality or"  # and none of the equal settings
+    says = f"but modality is '{other}' instead of '{own}': leave out modality or"  # and none of the equal settings
     assert_refused(capsys, *argv, *equal, "--modality", other, "--out", tmp_path / "other", says=says)
 
 

@@ -119,14 +119,14 @@ def test_a_longer_context_needs_the_wavelengths_of_the_shorter_one(recipe: Recip
     origin = exported(MODEL.replace(rotary_base=None), TOKENIZER, tmp_path / "model")
     stored = PerceiverARConfig.load(origin.path)
     origin.check(replace(recipe, model=stored))
-    with pytest.raises(InputError, match=r"model\.rotary_base is None where it has 32\.0"):
+    with pytest.raises(InputError, match=r"model\.rotary_base is None instead of 32\.0"):
         origin.check(replace(recipe, model=stored.replace(context_length=64)))
 
 
 def test_a_network_that_its_codec_does_not_go_with_is_refused(tmp_path: Path) -> None:
     PerceiverAR(MODEL.replace(vocab_size=300)).save_pretrained(tmp_path)
     save_codec(TOKENIZER, tmp_path)
-    with pytest.raises(InputError, match=r"codec\.json does not go with vocab_size 300 in its config\.json"):
+    with pytest.raises(InputError, match=r"codec\.json does not match vocab_size 300 in its config\.json"):
         Origin.open(str(tmp_path))
 
 
@@ -156,58 +156,58 @@ def test_an_exported_run_is_as_good(recipe: Recipe, source: Path, tmp_path: Path
 
 CONTRADICTIONS: dict[str, tuple[Codec, dict[str, Any], dict[str, Any], list[str]]] = {
     # codec, settings of the network that is taken, those of the recipe, what the message says
-    "width": (BytesCodec(), {}, {"model.dim": 32}, ["model.dim is 32 where it has 16", "leave out model.dim"]),
-    "layers": (BytesCodec(), {}, {"model.num_layers": 3}, ["model.num_layers is 3 where it has 1"]),
-    "first weights": (BytesCodec(), {}, {"model.init": "torch"}, ["model.init is 'torch' where it has 'zero_out'"]),
+    "width": (BytesCodec(), {}, {"model.dim": 32}, ["model.dim is 32 instead of 16", "leave out model.dim"]),
+    "layers": (BytesCodec(), {}, {"model.num_layers": 3}, ["model.num_layers is 3 instead of 1"]),
+    "first weights": (BytesCodec(), {}, {"model.init": "torch"}, ["model.init is 'torch' instead of 'zero_out'"]),
     "two": (
         BytesCodec(),
         {},
         {"model.norm": "rmsnorm", "model.qk_norm": False},
-        ["model.norm is 'rmsnorm' where it has 'layernorm'; model.qk_norm is False where it has True"],
+        ["model.norm is 'rmsnorm' instead of 'layernorm'; model.qk_norm is False instead of True"],
     ),
-    "vocabulary": (BytesCodec(), {}, {"model.vocab_size": 300}, ["model.vocab_size is 300 where it has 256"]),
+    "vocabulary": (BytesCodec(), {}, {"model.vocab_size": 300}, ["model.vocab_size is 300 instead of 256"]),
     "learned positions": (
         BytesCodec(),
         {"position_table": "learned"},
         {"model.context_length": 64},
-        ["model.context_length is 64 where it has 32, with a learned position table of that length"],
+        ["model.context_length is 64 instead of 32, with a learned position table of that length"],
     ),
     "learned queries": (
         BytesCodec(),
         {"learned_queries": "each"},
         {"model.num_latents": 4},
-        ["model.num_latents is 4 where it has 8, each with a learned query"],
+        ["model.num_latents is 4 instead of 8, each with a learned query"],
     ),
-    "bytes": (BytesCodec(), {}, {"modality": "bytes"}, ["modality is 'bytes' where it has 'text'"]),
-    "text": (BytesCodec(text=False), {}, {"modality": "text"}, ["modality is 'text' where it has 'bytes'"]),
-    "music": (BytesCodec(), {}, {"modality": "midi"}, ["modality is 'midi' where it has 'text'"]),
+    "bytes": (BytesCodec(), {}, {"modality": "bytes"}, ["modality is 'bytes' instead of 'text'"]),
+    "text": (BytesCodec(text=False), {}, {"modality": "text"}, ["modality is 'text' instead of 'bytes'"]),
+    "music": (BytesCodec(), {}, {"modality": "midi"}, ["modality is 'midi' instead of 'text'"]),
     "a tokenizer": (
         BytesCodec(),
         {},
         {"data.bpe_vocab_size": 300},
-        ["data.bpe_vocab_size is 300 where it has no tokenizer"],
+        ["data.bpe_vocab_size is 300 instead of no tokenizer"],
     ),
     "another tokenizer": (
         TOKENIZER,
         {},
         {"data.bpe_vocab_size": 300},
-        ["data.bpe_vocab_size is 300 where it has a tokenizer of 270 ids"],
+        ["data.bpe_vocab_size is 300 instead of a tokenizer of 270 ids"],
     ),
-    "events": (PerformanceCodec(), {}, {"data.midi_tokens": "tsd"}, ["is 'tsd' where it has 'performance'"]),
-    "rate": (MuLawCodec(8000), {}, {"data.sample_rate": 16000}, ["data.sample_rate is 16000 where it has 8000"]),
-    "neural": (MuLawCodec(8000), {}, {"data.audio_codec": "dac"}, ["data.audio_codec is 'dac' where it has 'mulaw'"]),
-    "size": (ImageCodec(4, 6), {}, {"data.image_size": (6, 4)}, ["data.image_size is (6, 4) where it has (4, 6)"]),
-    "default size": (ImageCodec(4, 6), {}, {"data.image_size": (32, 32)}, ["is (32, 32) where it has (4, 6)"]),
-    "colours": (ImageCodec(4, 6), {}, {"data.image_colours": "grey"}, ["is 'grey' where it has 'rgb'"]),
+    "events": (PerformanceCodec(), {}, {"data.midi_tokens": "tsd"}, ["is 'tsd' instead of 'performance'"]),
+    "rate": (MuLawCodec(8000), {}, {"data.sample_rate": 16000}, ["data.sample_rate is 16000 instead of 8000"]),
+    "neural": (MuLawCodec(8000), {}, {"data.audio_codec": "dac"}, ["data.audio_codec is 'dac' instead of 'mulaw'"]),
+    "size": (ImageCodec(4, 6), {}, {"data.image_size": (6, 4)}, ["data.image_size is (6, 4) instead of (4, 6)"]),
+    "default size": (ImageCodec(4, 6), {}, {"data.image_size": (32, 32)}, ["is (32, 32) instead of (4, 6)"]),
+    "colours": (ImageCodec(4, 6), {}, {"data.image_colours": "grey"}, ["is 'grey' instead of 'rgb'"]),
     "palette": (
         ImageCodec(4, 6, "palette", [(0, 0, 0), (9, 9, 9)]),
         {},
         {"data.palette_size": 256},
-        ["data.palette_size is 256 where it has 2"],
+        ["data.palette_size is 256 instead of 2"],
     ),
-    "classes": (ImageCodec(4, 6), {}, {"data.classes": True}, ["data.classes is True where it has False"]),
-    "context of pictures": (ImageCodec(4, 6), {}, {"model.context_length": 99}, ["is 99 where it has 72"]),
-    "what others have": (BytesCodec(), {}, {"data.image_size": (4, 4)}, ["is (4, 4) where it has (32, 32)"]),
+    "classes": (ImageCodec(4, 6), {}, {"data.classes": True}, ["data.classes is True instead of False"]),
+    "context of pictures": (ImageCodec(4, 6), {}, {"model.context_length": 99}, ["is 99 instead of 72"]),
+    "what others have": (BytesCodec(), {}, {"data.image_size": (4, 4)}, ["is (4, 4) instead of (32, 32)"]),
 }
 
 
@@ -237,7 +237,7 @@ def test_the_same_tokenizer_is_no_contradiction(source: Path, tmp_path: Path) ->
     for origin in (Origin.open(str(source)), exported(MODEL, Run(source).codec(), tmp_path / "model")):
         for given in (DataConfig(bpe_vocab_size=270), DataConfig(tokenizer=str(tmp_path / "mine.json"))):
             origin.complete(replace(recipe, data=given))
-        with pytest.raises(InputError, match=r"data\.tokenizer is '.*tokenizer\.json' where it has"):
+        with pytest.raises(InputError, match=r"data\.tokenizer is '.*tokenizer\.json' instead of"):
             origin.complete(replace(recipe, data=DataConfig(tokenizer=str(tmp_path / "tokenizer.json"))))
 
 

@@ -341,7 +341,7 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_then_equals_an_undisturb
     assert not (run / "summary.json").exists()
     last = server.messages()[-1]
     assert last.startswith(f"perceiver-ar: stopped at step {step},")
-    *_, words = last.partition("go on with: perceiver-ar ")
+    *_, words = last.partition("resume with: perceiver-ar ")
     assert server.run(*shlex.split(words)) == 0, server.messages()
     assert_same_runs(run, undisturbed)
 
@@ -375,7 +375,7 @@ def test_a_run_stopped_before_its_first_step_can_be_resumed(
     run = tmp_path / "run"
     ready = appears(run, "tensorboard/*")  # written when Lightning sets up, which takes SIGTERM for itself
     assert server.run(*command, "--out", run, signals=[(ready, signal.SIGTERM)]) == 130
-    assert server.messages()[-1].endswith(f"go on with: perceiver-ar train --out {run} --resume")
+    assert server.messages()[-1].endswith(f"resume with: perceiver-ar train --out {run} --resume")
     assert server.run("train", "--out", run, "--resume") == 0, server.messages()
     assert_same_runs(run, undisturbed)
 
@@ -395,11 +395,12 @@ def test_a_second_interrupt_stops_at_once_and_the_last_checkpoint_goes_on(
 ) -> None:
     run = tmp_path / "run"
     long_steps = ["--model.dim", 128, "--trainer.batch_size", 256, "--trainer.micro_batch_size", 256, "--max_steps", 6]
-    asked = lambda: "once more to stop at once" in server.stderr.read_text()  # noqa: E731
+    asked = lambda: "once more to stop immediately" in server.stderr.read_text()  # noqa: E731
     signals = [(appears(run, "checkpoints/step-*.json"), signal.SIGINT), (asked, signal.SIGINT)]
     assert server.run(*command, *long_steps, "--out", run, signals=signals) == 130
     assert server.messages()[-1] == (
-        f"perceiver-ar: stopped at once; go on from the last checkpoint with: perceiver-ar train --out {run} --resume"
+        "perceiver-ar: stopped immediately; resume from the last checkpoint with: "
+        f"perceiver-ar train --out {run} --resume"
     )
     step = checkpoint(run)["global_step"]
     assert server.run("train", "--out", run, "--resume", "--max_steps", step + 1) == 0, server.messages()
@@ -590,10 +591,10 @@ def test_training_is_this_plain_loop(
 
 def test_blocks_that_cannot_be_are_refused_before_anything_is_made(recipe: Recipe) -> None:
     too_many = replace(recipe, trainer=replace(TRAINER, blocks=5))
-    with pytest.raises(InputError, match=r"trainer\.blocks is 5, with 8 latents each more than context_length 32"):
+    with pytest.raises(InputError, match=r"trainer\.blocks is 5: with 8 latents each they exceed context_length 32"):
         train(too_many)
     with pytest.raises(
-        InputError, match=r"trainer\.blocks is 2, which a network with .*positions_from_end.* cannot have"
+        InputError, match=r"trainer\.blocks is 2, which a network with .*positions_from_end.* does not allow"
     ):
         train(replace(recipe, model=MODEL.replace(positions_from_end=True), trainer=replace(TRAINER, blocks=2)))
     assert not Path(recipe.out).exists() or not list(Path(recipe.out).iterdir())

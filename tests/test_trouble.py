@@ -83,7 +83,7 @@ def test_steps_that_meet_a_poisoned_token_are_skipped_and_counted_and_all_others
     summary = train(longer, resume=True)
     assert summary["skipped_steps"] == len(poisoned) and summary["steps"] == 150
     said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
-    assert said == [f"step {step} skipped: the norm of the gradient is nan" for step in poisoned]
+    assert said == [f"step {step} skipped: the gradient norm is nan" for step in poisoned]
     weights = load_file(Path(recipe.out) / "model.safetensors")
     rest = torch.arange(256) != POISON
     assert weights.pop("embed.weight")[rest].isfinite().all()
@@ -123,7 +123,7 @@ def test_a_spike_of_the_gradient_is_skipped_where_that_is_asked_for(
 ) -> None:
     guarded = replace(recipe, optim=replace(recipe.optim, skip_spikes=1.3), max_steps=60)
     summary = train(guarded)
-    said = [line for line in capsys.readouterr().err.splitlines() if "is usual" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "but usually" in line]
     assert 0 < len(said) == summary["skipped_steps"] < 40
     # A run that is resumed remembers what is usual.
     halved = replace(guarded, out=f"{recipe.out}-halved")
@@ -160,7 +160,7 @@ def test_out_of_memory_names_what_to_lower_and_by_how_much(tmp_path: Path) -> No
     result = train_in_little_memory(tmp_path, 6)
     assert result.returncode == 2, result.stderr
     last = result.stderr.splitlines()[-1]
-    assert "out of memory: 128 windows at once need about" in last
+    assert "out of memory: micro-batches of 128 windows need about" in last
     assert "set trainer.micro_batch_size to 64 (about " in last
 
 
@@ -203,7 +203,7 @@ def test_find_batch_looks_at_one_machine_only(
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     for name, value in (slurm if launcher == "SLURM" else torchrun).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="--find_batch looks at one machine"):
+    with pytest.raises(InputError, match="--find_batch measures one machine"):
         train(recipe, find_batch=True)
 
 

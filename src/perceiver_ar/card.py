@@ -18,17 +18,17 @@ from perceiver_ar.run import Run
 CARD = "README.md"
 SHARED = (CARD, "config.json", "model.safetensors", "codec.json", "recipe.yaml", "summary.json", "report.html",
           "modeling_perceiver_ar.py", "generation_config.json", "tokenizer.json", "tokenizer_config.json")  # fmt: skip
-"""Besides the codec's own files: what it takes to use the run and to know how it was made; not what resumes it.
-The last four are those of an export for transformers."""
+"""Files to upload besides the codec's own: for using the run and knowing how it was made, not for resuming it. The
+last four are those of an export for transformers."""
 MEASURED = ("bits_per_byte", "bits_per_dimension", "nats_per_note", "nats_per_second", "bits_per_token",
             "nats_per_token")  # fmt: skip
 
 
 def write_card(run: Run, repo_id: str) -> bool:
-    """Writes `README.md` into a run, for the Hub's `repo_id` (OWNER/NAME); one that is there stays, and False.
+    """Writes `README.md` into a run, for the Hub's `repo_id` (OWNER/NAME). Returns False if there is one already.
 
-    The card says what the network is, what it was trained on, how good it is (as results that the Hub reads, too) and
-    how to use it. It says no licence: that is for its owner to add.
+    The card describes the network, its training data, its results (also in the Hub's format) and its use. It names no
+    licence: the owner has to add it.
     """
     check_repo_id(repo_id)
     if (run.path / CARD).exists():
@@ -72,7 +72,7 @@ def write_card(run: Run, repo_id: str) -> bool:
 
 
 def shared_files(run: Run) -> list[str]:
-    """The files of a run that go to the Hub, as paths within it. Raises InputError if it cannot be used with them."""
+    """The files of a run that go to the Hub, as paths within it. Raises InputError if it cannot be loaded."""
     run.model()
     codec = run.codec_if_any()
     patterns = [*SHARED, *(() if codec is None else codec.files)]
@@ -81,9 +81,9 @@ def shared_files(run: Run) -> list[str]:
 
 
 def push(run: Run, repo_id: str, *, private: bool = False) -> str:
-    """Uploads `shared_files` to a repository of the Hub, in one commit; makes the repository if there is none.
+    """Uploads `shared_files` to a repository on the Hub, in one commit; makes the repository if it is missing.
 
-    Returns its address. Raises InputError where the Hub cannot be reached or does not take them.
+    Returns its address. Raises InputError if the Hub cannot be reached or refuses the files.
     """
     check_repo_id(repo_id)
     operations = [CommitOperationAdd(name, run.path / name) for name in shared_files(run)]
@@ -95,24 +95,24 @@ def push(run: Run, repo_id: str, *, private: bool = False) -> str:
             api.create_commit(repo_id, operations, commit_message=f"A run of perceiver-ar {__version__}")
     except LocalTokenNotFoundError:
         raise InputError(f"pushing to {repo_id} needs a token: run `hf auth login`, or set HF_TOKEN") from None
-    except Exception as error:  # of the network, the Hub, or one of the libraries between
+    except Exception as error:  # from the network, the Hub, or a library between
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{repo_id}: the Hub did not take the run ({type(error).__name__}: {reason})") from error
-    require(not public, f"{repo_id} is there already and public: leave out --private, or name another one")
+        raise InputError(f"{repo_id}: the Hub did not accept the run ({type(error).__name__}: {reason})") from error
+    require(not public, f"{repo_id} already exists and is public: leave out --private, or name another one")
     return str(address)
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises InputError for what is no OWNER/NAME that the Hub can have."""
+    """Raises InputError unless `repo_id` is a valid OWNER/NAME on the Hub."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise InputError(f"{repo_id!r} is no name on the Hub ({error}); give OWNER/NAME") from None
-    require(repo_id.count("/") == 1, f"{repo_id!r} does not say whose it is: give OWNER/NAME")
+        raise InputError(f"{repo_id!r} is not a valid name on the Hub ({error}); give OWNER/NAME") from None
+    require(repo_id.count("/") == 1, f"{repo_id!r} has no owner: give OWNER/NAME")
 
 
 def _task(codec: Codec | None) -> str:
-    """What the Hub calls it."""
+    """The Hub's name for the task."""
     if codec is not None and codec.writes_text:
         return "text-generation"
     return "unconditional-image-generation" if codec is not None and codec.ending == ".png" else "other"
@@ -136,7 +136,7 @@ def _settings(run: Run, model: Any, codec: Codec | None, figures: dict[str, Any]
 
 
 def _figures(run: Run) -> dict[str, Any]:
-    """The numbers of a summary, which may be an older version's or somebody's own; none that is not finite."""
+    """The finite numbers of a summary, which may be an older version's or edited."""
     summary = run.summary() or {}
     return {
         name: value

@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """What the user gave cannot work. The message names the value, the place and the remedy, in one line."""
+    """The user's input cannot work. The message names the value, the place and the remedy, in one line."""
 
 
 def require(ok: bool, message: str) -> None:

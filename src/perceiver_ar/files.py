@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY = ".unfinished-"
-"""How the names of files in the making begin."""
+"""Prefix of the names of unfinished files."""
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it replaces `path`, on any error it vanishes.
+    """Yields a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
 
-    A kill at any moment leaves the previous file, or none. The temporary name keeps the suffix, because some writers
-    (matplotlib, numpy) choose their format by it.
+    A kill at any moment leaves `path` as it was. The temporary name keeps the suffix, because some writers (matplotlib,
+    numpy) choose their format by it.
     """
     path = Path(os.path.realpath(path))  # a link stays a link
     if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe cannot be replaced
@@ -34,9 +34,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(written.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp lets only the owner read its files
         os.replace(temporary, path)
-    except OSError as error:  # names what the user knows of
+    except OSError as error:  # names the file that the user knows
         if TEMPORARY in str(error.filename) or (error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)):
             error.filename, error.filename2 = str(path), None
         raise
@@ -47,7 +47,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary directory beside `path`, which may be an empty one; on success it becomes `path`."""
+    """Yields a temporary directory beside `path`; on success it becomes `path`, which must be missing or empty."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
@@ -55,13 +55,13 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o777 & ~umask)  # mkdtemp makes directories that only their owner can read
+        os.chmod(temporary, 0o777 & ~umask)  # mkdtemp lets only the owner read its directories
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes `text` as UTF-8, atomically. Of names that are not UTF-8, bytes are written as \\udcff."""
+    """Writes `text` as UTF-8, atomically. Bytes of file names that are not UTF-8 are written as \\udcff."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

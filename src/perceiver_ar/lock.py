@@ -1,8 +1,8 @@
 """One process at a time in a directory.
 
 The lock is the operating system's (`flock`) on the file `.lock` in the directory. It ends with its process, also at a
-kill -9 or a power cut, so a file that is left behind locks nothing. The file names the process that has the lock.
-Network file systems pass such locks on, or refuse them; where they refuse, the name in the file decides.
+kill -9 or a power cut, so a leftover file locks nothing. The file names the process that holds the lock. Network file
+systems support such locks or refuse them; if they refuse, the process named in the file decides.
 """
 
 import errno
@@ -27,15 +27,15 @@ REFUSED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EI
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps `folder` for this process. Folders that it makes for it are removed at the end if nothing is in them.
+    """Locks `folder` for this process. Folders that this makes are removed at the end if they are empty.
 
-    Raises InputError, naming the other process, if one has it.
+    Raises InputError, naming the other process, if another one holds the lock.
     """
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     file = folder / LOCK
     descriptor = _locked_file(file)
     try:
-        with suppress(OSError):  # the disk is full: the lock holds all the same
+        with suppress(OSError):  # the disk is full; the lock holds nevertheless
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
         yield
@@ -44,19 +44,19 @@ def locked(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 os.ftruncate(descriptor, 0)
                 file.unlink()
-            with suppress(OSError):  # something is in it
+            with suppress(OSError):  # not empty
                 for each in made:
                     each.rmdir()
         os.close(descriptor)
 
 
 def _locked_file(file: Path) -> int:
-    """The lock file, open and locked. Its last process removes it, so the locked one has to be the one in place."""
+    """The lock file, open and locked. Holders remove it at the end, so it must still be the one at `file`."""
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the folder has just gone with its last process
+        except FileNotFoundError:  # another process has just removed the folder
             continue
         try:
             _lock(descriptor, file)
@@ -70,7 +70,7 @@ def _locked_file(file: Path) -> int:
 
 
 def _lock(descriptor: int, file: Path) -> None:
-    """Raises InputError if another process has it."""
+    """Raises InputError if another process holds the lock."""
     try:
         if fcntl is not None:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,8 +84,8 @@ def _lock(descriptor: int, file: Path) -> None:
     holder = named_in(os.read(descriptor, 1000))
     if may_run(holder):
         raise InputError(
-            f"{file} says that process {holder['pid']} on {holder.get('host')} is training there: wait until it ends, "
-            "or stop it; if it has been killed, remove that file"
+            f"according to {file}, process {holder['pid']} on {holder.get('host')} is training there: wait until it "
+            "ends, or stop it; if it has been killed, remove that file"
         )
 
 
@@ -93,13 +93,13 @@ def named_in(content: bytes) -> dict[str, Any]:
     """The process that a lock file names; empty if it names none."""
     try:
         process = json.loads(content)
-    except ValueError:  # being written, or cut off
+    except ValueError:  # incomplete
         return {}
     return process if isinstance(process, dict) and isinstance(process.get("pid"), int) else {}
 
 
 def may_run(process: dict[str, Any]) -> bool:
-    """Whether another process may be running. What runs on other machines cannot be seen."""
+    """Whether `process` is another one and may be running. Processes on other machines cannot be checked."""
     if not process or (process.get("host"), process["pid"]) == (socket.gethostname(), os.getpid()):
         return False
     if process.get("host") != socket.gethostname() or os.name != "posix":

@@ -1,6 +1,6 @@
-"""Where a run starts that is not trained from scratch: the weights, the network and the codec of a trained one.
+"""The start of a run that is not trained from scratch: weights, network and codec of a trained run.
 
-`Recipe.init_from` names that run. Its own copy of what it takes (`Run.initial`) makes the new run independent of it.
+`Recipe.init_from` names the trained run. The new run keeps a copy (`Run.initial`), so it does not depend on it.
 """
 
 import os
@@ -22,26 +22,26 @@ FREE = ("context_length", "num_latents", "prefix_dropout", "attention_dropout", 
 """Settings of a network that its weights do not depend on."""
 CODEC = ("tokenizer", "bpe_vocab_size", "midi_tokens", "image_size", "image_colours", "palette_size", "classes",
          "audio_codec", "sample_rate", "audio_weights", "codebooks")  # fmt: skip
-"""Settings of `DataConfig` that say which codec to make."""
+"""Settings of `DataConfig` that determine the codec."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a new run takes from a trained one."""
+    """The trained run from which a new run starts."""
 
     path: str
     network: PerceiverARConfig
     codec: Codec
     recipe: Recipe | None
-    """How it was trained. None: it does not say, as an export or a converted checkpoint."""
+    """How it was trained. None: unknown, as with an export or a converted checkpoint."""
 
     @classmethod
     def open(cls, path: str) -> Self:
-        """Reads all but the weights. Raises InputError if there is no run, or a part of it is missing or damaged."""
+        """Reads everything but the weights. Raises InputError if the run, or a part of it, is missing or damaged."""
         require(
             Path(path).exists(),
-            f"init_from is {path!r}, and there is no such run: check the path; of a run on the Hugging Face Hub, first "
-            "make a folder with `hf download OWNER/NAME --local-dir NAME`",
+            f"init_from is {path!r}, and there is no such run: check the path; for a run on the Hugging Face Hub, "
+            "first use `hf download OWNER/NAME --local-dir NAME`",
         )
         run = Run.open(path)
         network, codec = PerceiverARConfig.load(run.path), run.codec()
@@ -53,18 +53,18 @@ class Origin:
         wrong = [f"{name} {value!r}" for name, value in vars(network).items() if value != getattr(fitting, name)]
         require(
             not wrong,
-            f"init_from is {path!r}, whose codec.json does not go with {', '.join(wrong)} in its config.json: take "
-            "both files from the same run",
+            f"init_from is {path!r}, whose codec.json does not match {', '.join(wrong)} in its config.json: take both "
+            "files from the same run",
         )
         return cls(path, network, codec, run.recipe() if run.recipe_file.exists() else None)
 
     def settings(self) -> dict[str, Any]:
-        """All settings that a recipe takes, by names such as "model.dim"."""
+        """All settings that a new run takes from it, by names such as "model.dim"."""
         data = {f"data.{name}": getattr(DataConfig(), name) for name in CODEC} | codec_settings(self.codec)
         return data | {f"model.{name}": value for name, value in vars(self.network).items()}
 
     def complete(self, recipe: Recipe) -> Recipe:
-        """`recipe` with the settings taken that it leaves out: a whole network, or settings of data at their defaults.
+        """`recipe` with the settings that it leaves out: the whole network, or data settings that have their defaults.
 
         Raises InputError as `check`.
         """
@@ -75,7 +75,7 @@ class Origin:
         return recipe
 
     def check(self, recipe: Recipe) -> None:
-        """Raises InputError if `recipe` contradicts what is taken, or is to be made in the same place."""
+        """Raises InputError if `recipe` contradicts the trained run, or has the same folder as `out`."""
         require(
             os.path.realpath(self.path) != os.path.realpath(recipe.out),
             f"init_from and out are both {recipe.out}: give the new run another --out; to train the same one further, "
@@ -85,11 +85,11 @@ class Origin:
             names = ", ".join(name for name, _ in changes)
             raise InputError(
                 f"init_from takes network and codec of {self.path}, but {'; '.join(text for _, text in changes)}: "
-                f"leave out {names} or give what it has, or train from scratch without init_from"
+                f"leave out {names} or give the same value, or train from scratch without init_from"
             )
 
     def _changes(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
-        """Settings of `recipe` that contradict: their names, and a phrase that says what they are and should be."""
+        """Contradicting settings of `recipe`: (name, phrase with its value and the trained run's)."""
         taken, model = self.settings(), recipe.model
         free = set(FREE) - self._fixed().keys()
         for name in (entry.name for entry in fields(model) if entry.name not in free):
@@ -98,15 +98,15 @@ class Origin:
                 continue
             if asked != own:
                 why = f", {self._fixed()[name]}" if name in self._fixed() else ""
-                yield f"model.{name}", f"model.{name} is {asked!r} where it has {own!r}{why}"
+                yield f"model.{name}", f"model.{name} is {asked!r} instead of {own!r}{why}"
         for name in ("modality", *(f"data.{name}" for name in CODEC)):
             asked, own = _value(recipe, name), taken[name]
             before = own if self.recipe is None else _value(self.recipe, name)
             if asked not in (own, before, None, "auto") and not self._same_tokenizer(name, asked):
-                yield name, f"{name} is {asked!r} where it has {self._tokenizer() if own is None else repr(own)}"
+                yield name, f"{name} is {asked!r} instead of {self._tokenizer() if own is None else repr(own)}"
 
     def _fixed(self) -> dict[str, str]:
-        """Those of FREE that this network fixes all the same, and why."""
+        """Settings of `FREE` that this network fixes nevertheless, with the reason."""
         fixed = {}
         if self.network.position_table != "none":
             fixed["context_length"] = f"with a {self.network.position_table} position table of that length"
@@ -129,7 +129,7 @@ class Origin:
         return other is not None and other.tokenizer.to_str() == self.codec.tokenizer.to_str()
 
     def write(self, network: PerceiverARConfig, directory: Path) -> None:
-        """Writes the weights, as those of `network`, and the codec into a new `directory`, all of it or nothing.
+        """Writes the weights, with `network` as configuration, and the codec into a new `directory`, atomically.
 
         Raises InputError if the weights are missing or damaged.
         """
@@ -141,7 +141,7 @@ class Origin:
 
 
 def fill_in(recipe: Recipe, network: PerceiverARConfig, modality: str, data: DataConfig) -> Recipe:
-    """`recipe` with the network, the modality and the codec's settings given here where it leaves them out."""
+    """`recipe` with this network, modality and codec settings in place of those that it leaves out."""
     model = network if recipe.model is default_network() else recipe.model
     left_out = [name for name in CODEC if getattr(recipe.data, name) == getattr(DataConfig(), name)]
     return replace(

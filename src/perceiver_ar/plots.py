@@ -1,4 +1,4 @@
-"""Every picture. Import this module where a picture is drawn and not before: matplotlib takes its time."""
+"""All plots. Import this module only where a plot is drawn: importing matplotlib is slow."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from perceiver_ar.files import atomic_path
 INK, MUTED, GRID = "#24292f", "#6e7781", "#e6e8eb"
 BLUE, ORANGE = "#2f6fb2", "#c4541a"
 STYLE: Any = {
-    "font.family": "DejaVu Sans",  # matplotlib brings it along, so pictures are the same everywhere
+    "font.family": "DejaVu Sans",  # included in matplotlib, so plots are the same everywhere
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -50,14 +50,14 @@ def plot_loss(
     x_label: str = "training tokens",
     y_label: str = "bits per token",
 ) -> None:
-    """Draws how the loss fell over a run: the training loss with its running mean, and that on held-out text.
+    """Draws the loss over a run: the training loss with its running mean, and the held-out loss.
 
-    The first steps, whose steep fall would flatten all the rest, may reach out of the picture.
+    The first steps may lie outside of the plot: their steep fall would flatten the rest.
 
     Args:
-        path: where to; the suffix says the format. Written atomically.
+        path: the file; its suffix chooses the format. Written atomically.
         train, validation: (steps or tokens seen, bits), in rising order. Values that are not finite are left out.
-        references: name -> bits, in the unit of the axis, drawn as horizontal lines; such as what gzip needs.
+        references: name -> bits, in the unit of the axis, drawn as horizontal lines, such as the bits of gzip.
     """
     x, bits = _arrays(train)
     held_out_x, held_out_bits = _arrays(validation)
@@ -83,12 +83,12 @@ def plot_loss(
 def plot_context(
     path: str | os.PathLike[str], evaluations: Sequence[Evaluation], references: Mapping[str, float] | None = None
 ) -> None:
-    """Draws bits per byte, or per token where some evaluation has no bytes, against the context length.
+    """Draws bits per byte against the context length; bits per token if some evaluation has no bytes.
 
-    Bars are one standard error up and down.
+    Bars show plus and minus one standard error.
 
     Args:
-        path: where to; the suffix says the format. Written atomically.
+        path: the file; its suffix chooses the format. Written atomically.
         evaluations: as from `evaluate_context_lengths`.
         references: name -> bits in the same unit, drawn as horizontal lines.
     """
@@ -139,7 +139,7 @@ def _arrays(points: Points) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
-    """Each value with `half` neighbours on both sides, as far as there are any; near the start as many on each side."""
+    """Means over each value and up to `half` neighbours on each side; near the start, the same number on both sides."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
     reach = np.minimum(half, at)  # the start is steep: one-sided means would be wrong there
@@ -152,10 +152,10 @@ def _picture(path: str | os.PathLike[str]) -> Iterator[Axes]:
     with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.2), dpi=150)
         FigureCanvasAgg(figure)
-        axes = figure.add_axes((0.08, 0.13, 0.74, 0.76))  # labels of lines stand on the right
+        axes = figure.add_axes((0.08, 0.13, 0.74, 0.76))  # room for the lines' labels on the right
         yield axes
         with atomic_path(path) as temporary:
-            figure.savefig(temporary, bbox_inches="tight", pad_inches=0.15)  # long names have room
+            figure.savefig(temporary, bbox_inches="tight", pad_inches=0.15)  # makes room for long names
 
 
 def _draw_references(axes: Axes, references: Mapping[str, float] | None) -> list[Label]:
@@ -173,7 +173,7 @@ def _finish(axes: Axes, heights: Sequence[float], labels: Sequence[Label], x_lab
         low, high = min(heights), max(heights)
         margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
         axes.set_ylim(low - margin, high + margin)
-    # Labels at the height of their lines' ends, moved apart where they would overlap.
+    # Labels at the height of their lines' ends, spread if they would overlap.
     bottom, top = axes.get_ylim()
     labels = sorted(labels, key=lambda label: label[0])
     at = spread([(height - bottom) / (top - bottom) for height, _, _ in labels], gap=0.055)
@@ -183,7 +183,7 @@ def _finish(axes: Axes, heights: Sequence[float], labels: Sequence[Label], x_lab
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
     """The nearest places (least squares) to rising `values` that are at least `gap` apart."""
-    groups: list[tuple[float, int]] = []  # mean of what its members want, less their gaps, and how many they are
+    groups: list[tuple[float, int]] = []  # mean of the members' values less their gaps, number of members
     for i, value in enumerate(values):
         mean, size = value - i * gap, 1
         while groups and groups[-1][0] > mean:

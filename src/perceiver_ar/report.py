@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page, in one file that needs nothing else; made from what the run directory holds."""
+"""`report.html`: a run on one page, in one self-contained file, made from the files of the run directory."""
 
 import base64
 import json
@@ -51,11 +51,11 @@ $summary
 IMAGES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".gif": "image/gif"}
 SOUNDS = {".wav": "audio/wav", ".flac": "audio/flac", ".mp3": "audio/mpeg", ".ogg": "audio/ogg"}
 LARGEST = 20_000_000
-"""Bytes of a sample that is shown; larger ones are named only."""
+"""Maximum bytes of a sample that is shown; larger ones are only named."""
 
 
 def write_report(run: Run, summary: Mapping[str, Any]) -> Path:
-    """Writes `report.html` of a run with this summary: settings, curves, bits against context length, last samples."""
+    """Writes `report.html`: settings, curves, bits against context length, last samples. Returns its path."""
     recipe = run.recipe_dict()
     groups = {name: value for name, value in recipe.items() if isinstance(value, dict)}
     general = {name: value for name, value in recipe.items() if name not in groups}
@@ -87,7 +87,7 @@ def write_report(run: Run, summary: Mapping[str, Any]) -> Path:
 
 
 def facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a person wants to see first, as (name, value)."""
+    """The most important numbers, as (name, value)."""
     for name in ("bits_per_byte", "bits_per_dimension", "nats_per_note", "bits_per_token"):
         if summary.get(name) is not None:
             yield f"{name.replace('_', ' ')}, held out", f"{summary[name]:.3f}"
@@ -104,7 +104,7 @@ def facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def samples(folder: Path) -> Iterator[str]:
-    """The last step's, each as what it is; earlier texts folded up."""
+    """HTML of the last step's samples, shown by kind, and of earlier texts, folded."""
     steps: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("step-*")):
         steps.setdefault("-".join(path.stem.split("-")[:2]), []).append(path)

@@ -1,14 +1,14 @@
 """The run directory: a trained model and everything needed to use it or to resume its training.
 
 config.json, model.safetensors      the network; safetensors cannot hold code
-codec.json (tokenizer.json)         files to ids and back
+codec.json (tokenizer.json)         the codec: files to ids and back
 recipe.yaml                         the complete settings; training it again reproduces the run
-summary.json                        how good it is; written last, so a run that has it is finished
-metrics.csv, tensorboard/           what was measured on the way
-tracker_id, wandb/                  what a tracker calls the run, and what W&B keeps of it, where there is one
-samples/, plots/, report.html       what it writes, pictures, and all of it on one page
+summary.json                        final results; written last, so a run that has it is finished
+metrics.csv, tensorboard/           measurements during training
+tracker_id, wandb/                  the run's name in a tracker, and the files of W&B; only with a tracker
+samples/, plots/, report.html       generated samples, plots, and both on one page
 tokens/, checkpoints/               only for resuming
-checkpoints/initial/                what it starts from (init_from), until it is finished
+checkpoints/initial/                copy of init_from, until the run is finished
 """
 
 import json
@@ -30,9 +30,9 @@ from perceiver_ar.network.model import PerceiverAR
 
 
 class Run:
-    """Names the parts of a run directory. Nothing is read or made before it is asked for.
+    """The paths in a run directory. Only the methods read or write files.
 
-    Raises InputError if the path is not UTF-8: the libraries that write weights and logs there cannot take it.
+    Raises InputError if the path is not UTF-8: the libraries that write weights and logs do not support that.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -54,7 +54,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
-        """A directory that holds a run. Raises InputError where there is none."""
+        """The run in an existing directory. Raises InputError if the directory does not exist."""
         run = cls(path)
         if not run.path.exists():
             raise InputError(f"{path}: no such run; `perceiver-ar train ... --out {path}` would make it")
@@ -63,13 +63,13 @@ class Run:
         return run
 
     def is_taken(self) -> bool:
-        """Whether something is there that a new run would overwrite."""
+        """Whether the directory holds anything that a new run would overwrite."""
         if not self.path.is_dir():
             return self.path.exists()
         return any(not file.name.startswith(TEMPORARY) and file.name != LOCK for file in self.path.iterdir())
 
     def recipe(self) -> Recipe:
-        """Raises InputError where the recipe is missing, damaged or not ours."""
+        """Raises InputError if the recipe is missing, damaged or not ours."""
         return Recipe.from_dict(self.recipe_dict(), where=str(self.recipe_file))
 
     def recipe_dict(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Run:
             text = self.recipe_file.read_text(encoding="utf-8")
             settings = load_yaml(text)
             if isinstance(settings, dict) and "blocks" not in (settings.get("trainer") or {}):
-                settings = yaml.safe_load(text)  # by which older runs were written: `out: 1e-3` is text there
+                settings = yaml.safe_load(text)  # older runs were written with it: `out: 1e-3` is text there
         except FileNotFoundError:
             raise InputError(f"{self.path} holds no recipe.yaml, so it is not a run of perceiver-ar") from None
         except (yaml.YAMLError, UnicodeDecodeError):
@@ -93,7 +93,7 @@ class Run:
         write_text(self.recipe_file, dump_yaml(recipe.to_dict()))
 
     def remove_unfinished_files(self) -> None:
-        """Removes what a kill in the middle of a write left beside the whole files."""
+        """Removes unfinished files that a kill during a write has left."""
         for file in list(self.path.rglob(f"{TEMPORARY}*")):
             if file.is_dir():
                 shutil.rmtree(file, ignore_errors=True)
@@ -101,15 +101,15 @@ class Run:
                 file.unlink(missing_ok=True)
 
     def remove_prepared(self, codec: Codec | None) -> None:
-        """Removes what preparing a new run has made, and nothing that somebody else has put there."""
+        """Removes the files that preparing a new run made; files of others stay."""
         shutil.rmtree(self.tokens, ignore_errors=True)
         shutil.rmtree(self.initial, ignore_errors=True)
-        with suppress(OSError):  # there is none, or others are in it
+        with suppress(OSError):  # missing, or not empty
             self.checkpoints.rmdir()
         for pattern in ("recipe.yaml", "codec.json", *(codec.files if codec else ())):
             for file in list(self.path.glob(pattern)):
                 file.unlink(missing_ok=True)
-                with suppress(OSError):  # others are in it
+                with suppress(OSError):  # not empty
                     file.parent.rmdir()
 
     def model(self) -> PerceiverAR:
@@ -120,18 +120,18 @@ class Run:
         return load_codec(self.path)
 
     def codec_if_any(self) -> Codec | None:
-        """None for converted checkpoints that do not say what their ids stand for. Raises as `codec` else."""
+        """None without codec.json (a converted checkpoint whose codec is unknown). Else as `codec`, with its errors."""
         return self.codec() if (self.path / "codec.json").exists() else None
 
     def codec_name(self) -> str | None:
-        """For what only names it, and needs nothing of what it takes to use it."""
+        """The codec's name, without loading the codec; None if it is unknown."""
         try:
             return str(json.loads((self.path / "codec.json").read_text(encoding="utf-8"))["codec"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def summary(self) -> dict[str, Any] | None:
-        """What `summary.json` says; None before the run is finished."""
+        """The content of `summary.json`; None before the run is finished. Raises InputError if it is damaged."""
         try:
             summary = json.loads(self.summary_file.read_text(encoding="utf-8"))
         except FileNotFoundError:

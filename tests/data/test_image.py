@@ -188,7 +188,7 @@ def test_a_picture_of_floats_is_as_bright_as_it_was(white: float) -> None:
     [
         ([-5.0, 5.0], "values from -5 to 5"),
         ([0.0, 1e6], r"values from 0 to 1e\+06"),
-        ([0.5, np.nan], "values are no numbers"),
+        ([0.5, np.nan], "values are not finite"),
         (np.array([0, 70_000_000], np.int32), r"values from 0 to 7e\+07"),
     ],
 )

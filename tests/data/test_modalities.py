@@ -73,7 +73,7 @@ def test_official_splits_are_read_from_their_table(tmp_path: Path, encoding: str
     train, validation, line = split
     assert [source.path.name for source in train] == ["a.midi", "d.midi"]
     assert [source.path.name for source in validation] == ["b.midi"]
-    assert "2 files to train on, 1 to validate, 2 neither" in line
+    assert "2 files to train on, 1 to validate, 2 left out" in line
 
 
 @pytest.mark.parametrize("table", ["a,b\n1,2\n", "split,midi_filename\n", "\0\xff", ""])

@@ -232,10 +232,10 @@ def byte_level(**changes) -> Tokenizer:
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        (byte_level(normalizer=normalizers.Lowercase()), "does not give text back"),
-        (byte_level(normalizer=normalizers.NFKC()), "does not give text back"),
-        (byte_level(normalizer=normalizers.Strip()), "does not give text back"),
-        (byte_level(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)), "does not give text back"),
+        (byte_level(normalizer=normalizers.Lowercase()), "does not decode to the"),
+        (byte_level(normalizer=normalizers.NFKC()), "does not decode to the"),
+        (byte_level(normalizer=normalizers.Strip()), "does not decode to the"),
+        (byte_level(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)), "does not decode to the"),
         (byte_level(decoder=decoders.WordPiece()), "is not byte-level"),
         (Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")), "is not byte-level"),
     ],

@@ -24,12 +24,12 @@ class PerceiverARConfig:
     """Settings of a `PerceiverAR`. Sizes are counts; rates are shares between 0 and 1."""
 
     vocab_size: int = 256
-    """Number of different token ids; ids are 0 ... vocab_size - 1 and none of them is special to the model.
-    Training sets it to what its data have."""
+    """Number of different token ids. Ids are 0 ... vocab_size - 1; none of them is special to the model.
+    Training takes it from the codec."""
     context_length: int = 4096
-    """Most tokens the model sees at once: prefix and latents together."""
+    """Maximum number of tokens in a context: prefix and latents together."""
     num_latents: int = 512
-    """Most positions that are queries, by default; each gives one next-token prediction."""
+    """Maximum number of latents (query positions) unless a call asks for more; each gives one next-token prediction."""
     dim: int = 512
     """Width of the latents' residual stream."""
     num_layers: int = 8
@@ -41,13 +41,13 @@ class PerceiverARConfig:
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward blocks, as a multiple of their input width."""
     cross_layers: tuple[int, ...] = (0,)
-    """Where cross-attention layers stand: each number is the self-attention layer it comes before (num_layers: after
-    the last). (0,) is the paper; (0, 0) is two in a row; (0, 3) reads the context again before the fourth layer."""
+    """Places of the cross-attention layers, each given by the number of the self-attention layer after it (num_layers:
+    at the end). (0,) is the paper; (0, 0) is two in a row; (0, 3) has a second one before the fourth layer."""
     local_context: int = 4
-    """Number of tokens that an embedding knows: its own and those before it, by a causal depthwise convolution. More
-    than 1: in cross-attention, the second half of each head's channels searches by content: it is not rotated, and its
-    keys are those of the token before, so that latents find what followed where the same tokens stood before.
-    1: embeddings of single tokens, as the references have them, and as in a config.json without this setting."""
+    """Number of tokens in an embedding: its own and those before it, mixed by a causal depthwise convolution. More than
+    1: in cross-attention, the second half of each head's channels searches by content. It is not rotated, and its keys
+    come from the token before, so latents find the tokens that followed the same tokens earlier.
+    1: embeddings of single tokens, as in the references and in a config.json without this setting."""
     prefix_dropout: float = 0.0
     """Share of the prefix tokens dropped from each cross-attention in training (paper, section 3.2 and appendix)."""
     attention_dropout: float = 0.0
@@ -55,82 +55,83 @@ class PerceiverARConfig:
     mlp_dropout: float = 0.0
     """Dropout on the hidden units of the feed-forward blocks in training."""
     prefix_chunk: int | None = None
-    """Tokens of the prefix that cross-attention reads at once, so that memory does not grow with the context; the
-    results are the same. 0: all at once; None: all, unless their keys and values would take 1/128 of the memory, or on
-    a CPU 32 MiB."""
+    """Number of prefix tokens in each piece that cross-attention reads, so that memory does not grow with the context.
+    It does not change the results. 0: no pieces. None: no pieces unless keys and values of the whole prefix would take
+    more than 1/128 of the device's memory, or on a CPU more than 32 MiB."""
 
     # Shape of a block.
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Pre-normalisation of every block."""
     qk_norm: bool = True
-    """Normalise queries and keys per head, in the manner of `norm` but without weights, before the rotation."""
+    """Normalise queries and keys per head before the rotation, as `norm` does but without weights."""
     activation: Literal["relu2", "relu", "gelu", "gelu_tanh"] = "relu2"
     """Feed-forward activation: squared ReLU, ReLU, exact GELU, or its tanh form."""
     final_norm: bool = True
     """Normalise the latents before the logits."""
     tie_embeddings: bool = False
-    """Logits from the transposed token embedding instead of an own matrix."""
+    """Compute logits with the transposed token embedding instead of a separate matrix."""
     attention_bias: bool = False
-    """Biases of the query, key and value projections."""
+    """Add biases to the query, key and value projections."""
     out_bias: Literal["none", "cross", "all"] = "none"
     """Which attention output projections have a bias."""
     mlp_bias: bool = False
-    """Biases of the feed-forward blocks."""
+    """Add biases to the feed-forward blocks."""
     logits_bias: bool = False
-    """A bias per vocabulary entry."""
+    """Add a bias per vocabulary entry to the logits."""
     init: Literal["zero_out", "torch", "normal", "fan_in"] = "zero_out"
-    """zero_out: output projections and logits start at zero, the rest at std 1/sqrt(fan_in). torch: PyTorch's own
-    (lucidrains). normal: std 0.02 (krasserm). fan_in: truncated normal 1/sqrt(fan_in), logits zero (google)."""
+    """Initial weights. zero_out: output projections and logits are zero, the rest has std 1/sqrt(fan_in). torch:
+    PyTorch's defaults (lucidrains). normal: std 0.02 (krasserm). fan_in: truncated normal with std 1/sqrt(fan_in),
+    logits are zero (google)."""
 
     # Positions.
     rotary: bool = True
     """Rotate queries and keys by their positions (RoPE, arXiv 2104.09864)."""
     rotary_fraction: float = 1.0
-    """Share of each head's channels that is rotated: the first 2 * floor(fraction * head_dim / 2); in cross-attention
-    with local_context at most the first half."""
+    """Share of each head's channels that is rotated: the first 2 * floor(fraction * head_dim / 2). In cross-attention
+    with local_context above 1, at most the first half."""
     rotary_heads_fraction: float = 1.0
     """Share of the heads that is rotated: the first floor(fraction * heads) (google)."""
     rotary_base: float | None = 10000.0
-    """Slowest wavelength over 2 pi; None: context_length (google)."""
+    """Longest rotary wavelength divided by 2 pi; None: context_length (google)."""
     rotary_endpoint: bool = False
     """Frequencies reach exactly 1 / rotary_base at the last band (google) instead of stopping one band before."""
     rotary_layers: int | None = None
-    """How many of the first self-attention layers are rotated; None: all (krasserm)."""
+    """Number of self-attention layers that are rotated, from the first on (krasserm); None: all."""
     position_table: Literal["none", "learned", "sinusoidal"] = "none"
     """Vectors added to the token embeddings by position."""
     index_dims: tuple[int, ...] = ()
-    """Sizes of the position tables, one per axis, (rows, columns, channels) for images; (): one of context_length."""
+    """Sizes of the position tables, one per axis: (rows, columns, channels) for images; (): one of context_length."""
     positions_from_end: bool = False
-    """Positions count backwards, and the last token of the context is 0 (google without positions from the data)."""
+    """Count positions backwards from 0, the last token of the context (google without positions from the data)."""
     query_position_offset: int = 0
-    """Added to the latents' positions as queries, and as keys of self-attention (google's query offsetting)."""
+    """Number added to the latents' positions in queries and in self-attention keys (google's query offsetting)."""
 
     # What only some references have.
     latent_keys: Literal["context", "query"] = "context"
-    """Cross-attention keys at latent positions come from the normalised context embedding (google), or from the
-    normalised query stream (lucidrains, krasserm)."""
+    """Source of the cross-attention keys and values at latent positions. context: the normalised embeddings (google);
+    query: the normalised query stream (lucidrains, krasserm)."""
     query_proj: bool = False
-    """A linear layer with bias from embeddings to the first latents (google)."""
+    """Make the initial latents from the embeddings with a linear layer that has a bias (google)."""
     query_mlp_layers: int = 0
-    """Linear layers, each followed by the activation, that the first latents go through (google)."""
+    """Number of linear layers, each followed by the activation, that the initial latents pass through (google)."""
     query_mlp_activation: Literal["relu2", "relu", "gelu", "gelu_tanh"] | None = None
-    """Activation of these layers, if not `activation`."""
+    """Activation of the query_mlp_layers; None: `activation`."""
     learned_queries: Literal["none", "shared", "each"] = "none"
-    """First latents that are learned, not read from the tokens: one for all, or one each of num_latents (google)."""
+    """Learn the initial latents instead of reading the tokens. shared: one for all; each: one per latent (google)."""
     latents_per_position: int = 1
-    """Latents at each latent position, which see each other and are averaged before the logits (google)."""
+    """Number of latents at each latent position. They see each other and are averaged before the logits (google)."""
     query_residual: bool = True
     """Add the cross-attention's output to its query."""
     mask_self_attention: bool = True
-    """Padding is invisible to self-attention too. Only lucidrains' function masks the cross-attention alone."""
+    """Hide padding from self-attention, too. Only lucidrains masks the cross-attention alone."""
     embed_dim: int | None = None
-    """Width of the token embeddings, if not dim (google; needs query_proj or learned_queries)."""
+    """Width of the token embeddings; None: dim. Another width needs query_proj or learned_queries (google)."""
     cross_num_heads: int | None = None
-    """Heads of the cross-attention, if not num_heads."""
+    """Attention heads in cross-attention; None: num_heads."""
     cross_head_dim: int | None = None
-    """Channels per cross-attention head, if not head_dim."""
+    """Channels per cross-attention head; None: head_dim, or dim / cross_num_heads without one."""
     cross_mlp_ratio: float | None = None
-    """Feed-forward ratio in cross-attention layers, if not mlp_ratio."""
+    """mlp_ratio of the cross-attention layers; None: mlp_ratio."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -28,16 +28,15 @@ class Recipe:
     out: str = ""
     """The run directory to make."""
     modality: Literal["auto", "text", "bytes", "midi", "image", "audio", "integers"] = "auto"
-    """text: valid UTF-8 only; bytes: any file; auto: what the files are."""
+    """text: valid UTF-8 only; bytes: any file; auto: recognised from the files."""
     init_from: str | None = None
-    """A trained run, or a folder with an exported one, to start from: its weights, network and tokens (codec). They
-    cannot be changed, but for model.context_length (unless positions are learned), num_latents and dropout.
-    None: train from scratch."""
+    """Trained run, or folder with an exported one, from which to take weights, network and codec. Of these, only
+    model.context_length (without position tables), num_latents and dropout can be changed. None: train from scratch."""
     max_time: str | None = None
-    """How long to train, such as 90s, 5m or 1h30m; the learning rate falls accordingly. none: as long as max_steps
-    take, where a --config file says something else."""
+    """Training time, such as 90s, 5m or 1h30m; the learning rate schedule fits into it. none: overrides the time in a
+    --config file, so that only max_steps counts."""
     max_steps: int | None = None
-    """How many optimizer steps to train. With neither: 10 minutes."""
+    """Number of optimizer steps to train. Without max_steps and max_time: 10 minutes."""
     seed: int = 0
     """Seed of the split, the weights and the order of the windows."""
     model: PerceiverARConfig = field(default_factory=default_network)

@@ -13,42 +13,42 @@ class DataConfig:
     """Which part of the files is what, and how they become tokens."""
 
     validation: tuple[str, ...] | str = ()
-    """A file or folder to hold out for measuring, or a list of them, instead of a share of the documents."""
+    """File or folder to hold out for evaluation, or a list of them, instead of a share of the documents."""
     validation_fraction: float = 0.05
     """Share of the bytes held out, as whole documents."""
     split_on: str | None = None
-    """Text between documents in one file, not kept itself, such as '\\n\\n\\n\\n'; None: a file is a document."""
+    """Text that separates documents in a file, such as '\\n\\n\\n\\n'; it is removed. None: each file is a document."""
     column: str = "text"
-    """Which column of .jsonl, .ndjson, .csv, .tsv, .parquet and .arrow files holds the text, or which field of a field
-    (doc.text); each of their rows is a document."""
+    """Column that holds the text in .jsonl, .ndjson, .csv, .tsv, .parquet and .arrow files, or a field of a field
+    (doc.text). Each row is a document."""
     group_by: str | None = None
-    """Regular expression: files in whose names it finds the same are held out together, or not at all. '(.*)__' keeps
-    the performances of Piece__Performer.mid on one side, '(.*)/' the files of a folder. None: each file for itself."""
+    """Regular expression for file names: files with the same match are held out together, or not at all. '(.*)__' keeps
+    all performances of Piece__Performer.mid together, '(.*)/' all files of a folder. None: every file is separate."""
     augment: bool = True
-    """Train on variants of windows where the modality has some: music in other keys, faster, slower, louder, softer."""
+    """Train on variants of windows if the modality has any: music in other keys, faster, slower, louder, softer."""
     tokenizer: str | None = None
     """A Hugging Face tokenizers file (tokenizer.json); None: every byte is a token."""
     bpe_vocab_size: int | None = None
     """Train a byte-level BPE tokenizer of this size on the files first."""
 
     midi_tokens: Literal["performance", "remi", "tsd", "midilike"] = "performance"
-    """performance: note on, note off, time shift, velocity: 388 events; the others as MidiTok has them."""
+    """performance: 388 events (note on, note off, time shift, velocity); the others: as in MidiTok."""
     image_size: tuple[int, int] = (32, 32)
-    """Rows and columns that pictures are scaled and cut to; the model's context_length follows from it."""
+    """Rows and columns of pictures after scaling and cropping; they determine model.context_length."""
     image_colours: Literal["rgb", "grey", "palette"] = "rgb"
-    """Three ids a pixel (red, green, blue), or one: its grey, or the nearest of palette_size colours."""
+    """rgb: three ids per pixel (red, green, blue); grey: one; palette: one, the nearest of palette_size colours."""
     palette_size: int = 256
-    """Colours of a palette, chosen from the pictures."""
+    """Number of colours in the palette, which is chosen from the pictures."""
     classes: bool = False
-    """Put a token for the class, which is the folder a picture lies in, before each; --prompt then names a class."""
+    """Put a class token before each picture: the class is the picture's folder. --prompt then names a class."""
     audio_codec: Literal["mulaw", "encodec", "dac", "mimi"] = "mulaw"
-    """8-bit mu-law samples, without any model; or the codes of a neural codec."""
+    """mulaw: 8-bit mu-law samples, without a model; the others: codes of a neural codec."""
     sample_rate: int = 16_000
-    """Samples a second of mu-law; recordings are resampled. Neural codecs have their own."""
+    """Sample rate of mu-law in Hz; recordings are resampled to it. Neural codecs have their own."""
     audio_weights: str | None = None
-    """A neural codec's weights: a folder, or a name on the Hub; None: the usual ones of the Hub."""
+    """Weights of a neural codec: a folder or a name on the Hub; None: the codec's usual ones on the Hub."""
     codebooks: int | None = None
-    """How many of a neural codec's codebooks to use, the coarse ones first; None: eight, or all if it has fewer."""
+    """Number of a neural codec's codebooks to use, coarsest first; None: eight, or all if it has fewer."""
 
     def __post_init__(self) -> None:
         check_types(self, "data.")
@@ -92,7 +92,7 @@ class OptimConfig:
     muon_lr: float = 0.02
     """Peak learning rate of the hidden matrices under Muon."""
     lr: float | None = None
-    """Peak learning rate of AdamW; None: 0.03 for what is left to it beside Muon, 0.003 where it does all."""
+    """Peak learning rate of AdamW; None: 0.03 with muon, 0.003 with adamw."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices, per unit of learning rate."""
     momentum: float = 0.95
@@ -100,23 +100,23 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates."""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
-    """wsd: warmup, stable, then linear decay to zero; cosine: warmup, then a half cosine to zero; or constant."""
+    """After the warmup: wsd: stable, then linear decay to zero; cosine: half a cosine to zero; constant: stable."""
     warmup: float = 0.02
     """Share of the run over which learning rates rise from zero."""
     decay: float = 0.6
-    """wsd: share of the run over which they fall to zero."""
+    """wsd: share of the run over which learning rates fall to zero."""
     grad_clip: float = 1.0
-    """Largest norm of the whole gradient; 0: no clipping."""
+    """Maximum norm of the whole gradient; 0: no clipping."""
     skip_spikes: float = 0.0
-    """Skip a step whose gradient norm is more than so many times the median of the last 100; 0: none, 10 is careful."""
+    """Skip a step if its gradient norm exceeds the median of the last 100 by this factor, such as 10. 0: skip none."""
     label_smoothing: float = 0.0
-    """Share of each target spread over all other ids. Held-out text is measured without."""
+    """Share of each target spread over all other ids. Evaluation does not use it."""
     z_loss: float = 0.0
-    """Weight of log^2(sum exp(logits)) in the loss, which keeps logits from drifting, such as 1e-4. Held-out text is
-    measured without."""
+    """Weight of log^2(sum exp(logits)) in the loss, such as 1e-4; it keeps logits from drifting. Evaluation does not
+    use it."""
     ema: float = 0.0
-    """Share of the old in a running mean of the weights, taken at every step, which is then what is measured and
-    written; such as 0.999. 0: the weights themselves."""
+    """Decay per step of a running mean of the weights, such as 0.999. The mean is then evaluated and saved instead of
+    the weights. 0: no mean."""
 
     def __post_init__(self) -> None:
         check_types(self, "optim.")
@@ -142,27 +142,28 @@ class TrainerConfig:
     batch_size: int = 4
     """Windows per optimizer step."""
     blocks: int | None = None
-    """How many times num_latents targets each window has, one block behind the other. They share the text before, whose
-    keys and values are made once, so a step learns from more tokens in less time; but fewer texts are in it.
-    None: 4, or as many as half of the context holds; 1 with prefix dropout, and where a network allows no more."""
+    """Number of blocks in each window, each of num_latents targets, one after the other. They share the keys and values
+    of the text before them, so a step learns from more tokens in less time, but from fewer texts. None: 4, or as
+    many as fill half of the context; 1 with prefix dropout, or if the network allows no more."""
     micro_batch_size: int | None = None
-    """Windows per forward pass on each device; less than its share of batch_size accumulates gradients in less memory.
-    None: all its share."""
+    """Windows per forward pass on each device. Fewer than its share of batch_size: less memory, with accumulated
+    gradients. None: the whole share."""
     devices: int = 1
-    """Devices that share each step, each with a process of its own; torchrun and SLURM say it themselves."""
+    """Number of devices that share each step, with one process each. torchrun and SLURM set it themselves."""
     prefix_ranks: int = 1
-    """How many devices read the same windows, a share of the prefix each, so that context can grow with their number;
-    devices / prefix_ranks groups of them share the windows of a step."""
+    """Number of devices that read the same windows, each a share of the prefix, so that the context can grow with it.
+    The windows of a step are divided among devices / prefix_ranks such groups."""
     short_prefix: float = 0.5
-    """Share of the steps whose windows have their prefix cut to 3/4, 1/2, 1/4 or nothing of it, at random.
-    Always whole, the model would not learn to write from little, and less prefix is less work."""
+    """Share of the steps whose windows have their prefix cut at random to 3/4, 1/2, 1/4 or nothing. So the model learns
+    to predict from short contexts, too, and a shorter prefix is less work."""
     prefix_growth: float = 0.0
-    """Share of the run over which the longest prefix grows from nothing to whole, by quarters: what is near is learned
-    first, at less cost. 0: it is whole from the start."""
+    """Share of the run over which the maximum prefix grows from nothing to whole, in quarters. The model learns to use
+    near tokens first, at less cost. 0: it is whole from the start."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: each of several devices holds the whole network; fsdp: a share of weights, gradients and optimizer state."""
+    """With several devices. ddp: each holds the whole network; fsdp: each a share of weights, gradients and optimizer
+    state."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
-    """auto: bfloat16 autocast where the processor is faster at it, else float32; the recipe keeps which it was."""
+    """auto: bfloat16 autocast if the device is faster with it, else float32; the run's recipe records the choice."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
     compile: bool = False
@@ -170,17 +171,17 @@ class TrainerConfig:
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more time."""
     evaluations: int = 10
-    """How many times, evenly spread over the run, to measure and to sample."""
+    """Number of evaluations, each with a sample, evenly spread over the run."""
     evaluation_tokens: int = 100_000
-    """Held-out tokens to score each time, in windows from everywhere; at the end, the first ten times as many."""
+    """Held-out tokens to score per evaluation, spread over all. The final evaluation: the first ten times as many."""
     sample_tokens: int = 200
-    """Length of the samples, 0: none; the last one of pictures is a whole picture."""
+    """Length of the samples in tokens; 0: no samples. For pictures, the last sample is a whole picture."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
-    """Where metrics go beside metrics.csv and TensorBoard (which is taken where it is installed); each is an extra."""
+    """Where metrics go besides metrics.csv and TensorBoard (used if installed); each tracker is an extra to install."""
     checkpoint_every: str = "60s"
-    """Time between checkpoints, as in max_time; there is one after each evaluation, too."""
+    """Time between checkpoints, written as max_time is. Each evaluation writes one, too."""
     keep_best: int = 1
-    """How many of the checkpoints that predicted held-out text best to keep, beside the last two."""
+    """Number of checkpoints with the best held-out loss to keep, besides the newest two."""
 
     def __post_init__(self) -> None:
         check_types(self, "trainer.")

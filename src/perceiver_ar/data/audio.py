@@ -16,17 +16,17 @@ from perceiver_ar.data.sound import wav_bytes, write_wav
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path
 
-BLOCK = 1 << 16  # samples read at a time: headers may promise any number
+BLOCK = 1 << 16  # samples read at a time: the length in a header may be wrong
 HIGHEST_RATE = 10_000_000
 MOST_GROWTH = 100
-"""Recordings that would get this many times as many samples have a damaged rate."""
+"""If resampling would multiply the samples by more than this, the recording's sample rate is damaged."""
 
 
 def read_audio(data: bytes, rate: int) -> np.ndarray:
-    """A WAV, FLAC or OGG file -> its sound (n,) float32 at `rate` samples a second, n >= 1.
+    """A WAV, FLAC or OGG file -> its sound (n,) float32 at `rate` Hz, n >= 1.
 
-    The mean of all channels; where they cancel each other (-20 dB), the loudest one. Sound above 1, which files of
-    floats may have, is scaled to 1. Raises `WrongModality` for what is none, is damaged, or holds no sound.
+    It is the mean of all channels, or the loudest channel if they cancel each other (-20 dB). Samples above 1, which
+    files of floats may have, are scaled to 1. Raises `WrongModality` if it is not a recording, is damaged or empty.
     """
     try:
         import soundfile
@@ -39,7 +39,7 @@ def read_audio(data: bytes, rate: int) -> np.ndarray:
             original = file.samplerate
             while len(block := file.read(BLOCK, dtype="float32", always_2d=True)) > 0:
                 blocks.append(block)
-    except Exception as error:  # soundfile's, or what a damaged header leads to
+    except Exception as error:  # soundfile's own, or others for damaged headers
         reason = " ".join(str(error).split()).partition("BytesIO object at")[2].partition(": ")[2] or error
         raise WrongModality(f"no recording, or a damaged one ({reason})") from None
     if not blocks or not all(np.isfinite(block).all() for block in blocks):
@@ -56,25 +56,25 @@ def read_audio(data: bytes, rate: int) -> np.ndarray:
 
 
 def _with_length(data: bytes) -> bytes:
-    """A WAV file whose recorder crashed before it wrote the length, as one that goes on to the end of `data`."""
+    """`data`; in a WAV file whose recorder crashed before it wrote the length, the sound then goes on to the end."""
     if data[:4] not in (b"RIFF", b"RF64") or data[8:12] != b"WAVE":
         return data
-    chunks, at = {}, 12  # starts of chunks
+    chunks, at = {}, 12  # where each chunk starts
     while at + 8 <= len(data) and data[at : at + 4].isascii() and data[at : at + 4].decode().isprintable():
         chunks.setdefault(data[at : at + 4], at)
         size = int.from_bytes(data[at + 4 : at + 8], "little")
         at += 8 + size + size % 2
     start = chunks.get(b"data", len(data)) + 8
-    if data[:4] == b"RF64":  # lengths of 64 bits stand in a chunk of their own
+    if data[:4] == b"RF64":  # the 64-bit lengths are in a chunk of their own
         unknown = b"ds64" in chunks and data[chunks[b"ds64"] + 16 : chunks[b"ds64"] + 24] == bytes(8)
-    else:  # empty, or followed by what are no chunks
+    else:  # length 0, but the bytes behind it are not chunks
         unknown = data[start - 4 : start] == bytes(4) and at not in (len(data), len(data) + 1)
     endless = b"\xff\xff\xff\xff"
     return b"RIFF" + endless + data[8 : start - 4] + endless + data[start:] if unknown else data
 
 
 class AudioCodec(Codec):
-    """What codecs of sound share: recordings in, WAV and spectrograms out."""
+    """The common part of audio codecs: recordings in, WAV and spectrograms out."""
 
     ending = ".wav"
     sample_rate: int
@@ -103,8 +103,8 @@ class AudioCodec(Codec):
         original: np.ndarray | None = None,
         soundfont: str | None = None,
     ) -> list[Path]:
-        """For each row STEM.wav and STEM.png, its spectrogram with a line where the prompt ends; and, if there was a
-        prompt, STEM-prompt.wav: what the codec makes of it, to compare with."""
+        """Writes STEM.wav and STEM.png for each row; the picture is a spectrogram with a line at the prompt's end. With
+        a prompt, STEM-prompt.wav is the prompt after the codec, for comparison."""
         prompt = self.decode_samples(np.asarray(rows[0][:prompt_len], dtype=np.int64))
         paths = []
         if len(prompt) > 0:
@@ -125,8 +125,8 @@ END = 256
 
 
 class MuLawCodec(AudioCodec):
-    """Every sample is an id 0 ... 255 by the mu-law of G.711, as in WaveNet (arXiv 1609.03499, section 2.2), without
-    any model; 256 separates recordings.
+    """Every sample is an id 0 ... 255 by the mu-law of G.711, as in WaveNet (arXiv 1609.03499, section 2.2). It needs
+    no model. Id 256 separates recordings.
 
     f(x) = sign(x) ln(1 + 255 |x|) / ln 256 is rounded to 256 equally spaced levels in -1 ... 1.
     """
@@ -149,7 +149,7 @@ class MuLawCodec(AudioCodec):
         return np.sign(level) * np.expm1(np.abs(level) * np.log1p(MU)) / MU
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray | None:
-        """Anything but an empty recording."""
+        """All ids, but after a separator no other one: no recording is empty."""
         return np.arange(self.vocab_size) < END if len(ids) and ids[-1] == END else None
 
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
@@ -166,19 +166,19 @@ WEIGHTS: dict[str, str] = {
     "dac": "descript/dac_24khz",
     "mimi": "kyutai/mimi",
 }
-"""What the Hub calls the usual weights of each kind."""
+"""Names of the usual weights on the Hub."""
 PIECE = 30
-"""Seconds that are coded at once: memory does not grow with the recording."""
+"""Seconds that are coded in one piece, so that memory does not grow with the recording."""
 FOLDER = "neural_codec"
 
 
 class NeuralCodec(AudioCodec):
-    """The codes of a neural codec, the codebooks of each frame one after another (as the paper does with SoundStream's,
-    Hawthorne et al. 2022, section 4.4).
+    """The codes of a neural codec: frame by frame, and within a frame codebook by codebook (as the paper does with
+    SoundStream; Hawthorne et al. 2022, section 4.4).
 
-    Code c of codebook k is id k * codebook_size + c, so that each codebook has a range of its own; the last id
-    separates recordings. Of the model's codebooks, coarse to fine, the first `codebooks` are used. Recordings are coded
-    in pieces of 30 s. A run directory keeps the model, so that a run needs nothing else.
+    Code c of codebook k is id k * codebook_size + c, so each codebook has a range of its own; the last id
+    separates recordings. The first (coarsest) `codebooks` of the model are used. Recordings are coded in pieces of
+    30 s. The run directory keeps a copy of the model.
     """
 
     name = "neural"
@@ -198,7 +198,7 @@ class NeuralCodec(AudioCodec):
         if not 1 <= self.codebooks <= available:
             raise InputError(f"data.codebooks is {codebooks}, but this {kind} has {available}: give 1 ... {available}")
         if getattr(config, "audio_channels", 1) != 1:
-            raise InputError(f"this {kind} codes {config.audio_channels} channels: use weights for one")
+            raise InputError(f"this {kind} has {config.audio_channels} audio channels: use weights for one channel")
         self.codebook_size = config.codebook_size
         self.hop = config.hop_length if kind == "dac" else int(np.prod(config.upsampling_ratios))
         if kind == "mimi":
@@ -212,7 +212,7 @@ class NeuralCodec(AudioCodec):
     ) -> "NeuralCodec":
         """`weights`: a folder, or a name on the Hub; `options` are those of transformers' `from_pretrained`.
 
-        Raises `InputError` if there are none, damaged ones, or of another kind.
+        Raises `InputError` if the weights are missing, damaged, or of another kind.
         """
         try:
             from transformers import DacModel, EncodecModel, MimiModel
@@ -226,9 +226,9 @@ class NeuralCodec(AudioCodec):
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             if Path(weights).is_dir():
-                raise InputError(f"{weights}: no weights of {kind} there, or damaged ones ({reason})") from None
+                raise InputError(f"{weights}: the {kind} weights are missing or damaged ({reason})") from None
             raise InputError(
-                f"{weights}: no such folder, and no weights of {kind} to be had from the Hub ({reason})"
+                f"{weights}: no such folder, and the Hub gives no {kind} weights of that name ({reason})"
             ) from None
         return cls(kind, model, codebooks)
 
@@ -250,7 +250,7 @@ class NeuralCodec(AudioCodec):
 
     @torch.no_grad()
     def decode_samples(self, ids: np.ndarray) -> np.ndarray:
-        """Codes that come out of turn begin a new frame; what a frame lacks then, and at the end, is code 0."""
+        """A code of the wrong codebook begins a new frame. Missing codes of a frame are 0."""
         ids = ids[ids < self.vocab_size - 1]
         if len(ids) == 0:
             return np.zeros(0)
@@ -270,8 +270,7 @@ class NeuralCodec(AudioCodec):
         return np.nan_to_num(np.concatenate(pieces)).clip(-1, 1)
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray:
-        """The codes of the codebook whose turn it is; at the start of a frame also the end of the recording, unless it
-        is empty."""
+        """The codes of the next codebook; at the start of a frame also the separator, unless the recording is empty."""
         ids = np.asarray(ids)
         ends = np.flatnonzero(ids == self.vocab_size - 1)
         length = len(ids) - (ends[-1] + 1 if len(ends) else 0)
@@ -281,7 +280,7 @@ class NeuralCodec(AudioCodec):
         return allowed
 
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
-        """Seconds by the codes of the first codebook, of which a frame has one."""
+        """Seconds, counted by the codes of the first codebook: one per frame."""
         return {"second": float((np.asarray(ids) < self.codebook_size).sum()) * self.hop / self.sample_rate}
 
     def settings(self) -> dict[str, Any]:

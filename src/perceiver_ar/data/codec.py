@@ -1,7 +1,7 @@
 """What a modality is: a `Codec` turns the bytes of a document into ids and ids back into bytes.
 
 The model, training, evaluation and generation know a modality only by this interface. A run directory keeps its codec
-as `codec.json` (which codec, with which settings) and, where a codec needs them, files of its own such as
+as `codec.json` (which codec, with which settings) and the codec's own files, if it has any, such as
 `tokenizer.json`.
 """
 
@@ -21,7 +21,7 @@ from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path, write_text
 
-# What `codec.json` may name, and where it lives. A new modality adds one line; nothing else is ever imported by name.
+# Codec names in `codec.json` -> their classes. A new modality adds one line; nothing else is ever imported by name.
 CODECS = {
     "bytes": "perceiver_ar.data.text:BytesCodec",
     "offset_bytes": "perceiver_ar.data.text:OffsetBytesCodec",
@@ -47,12 +47,13 @@ class Codec(ABC):
         separator: ids that precede every document in a token file, and from which generation without a prompt starts;
             empty if a modality has none. They stand for no bytes: `decode` drops them.
         index_dims: sizes of the dimensions of a position (rows, columns, channels of an image); empty for text.
-        document_length: tokens of every document, if all have as many (pictures): then each window stays within one.
+        document_length: tokens of every document, if all have the same number (pictures); each window then stays within
+            one document.
         files: patterns of the files that `save` writes into a run directory.
-        ending: of the files that `decode` gives the content of, such as ".mid".
-        reads_text: documents are UTF-8 text: files that cannot be text are refused.
-        writes_text: `decode` gives text that can be read piece by piece.
-        encodes_in_threads: `encode_pieces` lets other threads run: many of them pay.
+        ending: file name ending for what `decode` returns, such as ".mid".
+        reads_text: documents are UTF-8 text; files that cannot be text are refused.
+        writes_text: `decode` returns text that can be read piece by piece.
+        encodes_in_threads: `encode_pieces` lets other threads run, so encoding in several threads is faster.
     """
 
     name: ClassVar[str]
@@ -88,7 +89,7 @@ class Codec(ABC):
             raise WrongModality(f"{where}: {error}") from error
 
     def pieces(self, chunks: Iterable[bytes], where: str) -> Iterator[Any]:
-        """As `encode_stream`, but what it yields are pieces that `encode_pieces` makes the ids of, in any order."""
+        """As `encode_stream`, but yields pieces from which `encode_pieces` makes the ids, in any order."""
         return self.encode_stream(chunks, where)
 
     def encode_pieces(self, pieces: Sequence[Any]) -> list[np.ndarray]:
@@ -97,14 +98,14 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, ids: ArrayLike) -> bytes:
-        """Ids (n,) -> the bytes they stand for. Any ids will do, also the first half of a document."""
+        """Ids (n,) -> the bytes they stand for. Takes any ids, also the first half of a document."""
 
     def fit(self, config: PerceiverARConfig) -> PerceiverARConfig:
-        """The network's settings with what follows from the codec filled in."""
+        """`config` with the settings that follow from the codec filled in."""
         return config.replace(vocab_size=self.vocab_size)
 
     def start(self, prompt: str = "") -> np.ndarray:
-        """The ids that a document with the text `prompt` begins with. Raises `InputError` where text is no prompt."""
+        """The ids (n,) of a document that begins with `prompt`. Raises `InputError` if text cannot be a prompt."""
         separator = np.array(self.separator, dtype=self.dtype)
         if not prompt:
             return separator
@@ -117,7 +118,7 @@ class Codec(ABC):
         return None
 
     def constraint(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """`allowed_next` as generation takes it; None where any id may follow any."""
+        """`allowed_next` in the form that generation takes; None if any id may follow any."""
         if type(self).allowed_next is Codec.allowed_next:
             return None
 
@@ -128,14 +129,14 @@ class Codec(ABC):
         return allowed
 
     def augment(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """What a training window (n,) may be as well: as many ids, such as the same music in another key."""
+        """A random variant of a training window (n,), of the same length, such as the same music in another key."""
         return ids
 
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
-        """How much of a document `ids` (n,) stand for, by unit, such as {"note": 812, "second": 95.3}.
+        """The amounts that `ids` (n,) stand for, by unit, such as {"note": 812, "second": 95.3}.
 
-        What evaluations divide by besides tokens and bytes: nats per note are the sum of -log p over these tokens,
-        divided by their number of notes.
+        Evaluations divide by them as they do by tokens and bytes: nats per note are the sum of -log p over these
+        tokens, divided by their number of notes.
         """
         return {}
 
@@ -149,10 +150,10 @@ class Codec(ABC):
         original: np.ndarray | None = None,
         soundfont: str | None = None,
     ) -> list[Path]:
-        """Writes what was generated into files named after `stem`, to be heard and seen, and returns their paths.
+        """Writes generated documents as files that can be heard and seen, named after `stem`; returns their paths.
 
-        rows: prompt and continuation of each completion; original: the document that the prompt is the start of;
-        soundfont: an .sf2 or .sf3 file for what needs one.
+        rows: prompt and continuation of each completion; original: the document that the prompt was cut from;
+        soundfont: an .sf2 or .sf3 file, for codecs that need one.
         """
         paths = []
         for number, ids in enumerate(rows, 1):
@@ -163,8 +164,8 @@ class Codec(ABC):
         return paths
 
     def byte_lengths(self) -> np.ndarray:
-        """How many bytes of a document each id stands for: (vocab_size,) int64; 0 for separators, and for all ids
-        where ids do not stand for bytes."""
+        """Number of bytes that each id stands for, (vocab_size,) int64: 0 for separators, and for all ids of a codec
+        whose ids do not stand for bytes."""
         return np.zeros(self.vocab_size, dtype=np.int64)
 
     @cached_property
@@ -172,11 +173,11 @@ class Codec(ABC):
         return self.byte_lengths()
 
     def num_bytes(self, ids: ArrayLike) -> int:
-        """How many bytes of the documents these ids stand for: what bits per byte divides by."""
+        """Number of bytes that these ids stand for: the divisor of bits per byte."""
         return int(self._byte_lengths[np.asarray(ids, dtype=np.int64)].sum())
 
     def settings(self) -> dict[str, Any]:
-        """What `load` needs to build the same codec again, as JSON."""
+        """The settings from which `load` builds the same codec again, as JSON values."""
         return {}
 
     def save(self, directory: Path) -> None:  # noqa: B027  (most codecs have no files of their own)
@@ -189,11 +190,11 @@ class Codec(ABC):
 
 
 def prompt_and_count(codec: Codec, document: list[int], keep: float | None, count: int | None) -> tuple[list[int], int]:
-    """The first `keep` tokens of a document behind its start, and how many to draw after.
+    """The prompt (a document's start and `keep` tokens after it) and the number of tokens to draw after it.
 
-    Below 1 it is a share of them, and at least one token is kept.
-
-    None: all of it, of a whole picture half; 256 tokens, or the rest of a picture.
+    keep: number of tokens, or below 1 a share of them; at least one token is kept. None: all of them, or half of a
+        whole picture.
+    count: maximum number of tokens to draw; None: 256, or the rest of a picture.
     """
     if keep is None and codec.document_length is not None and len(document) == codec.document_length:
         keep = 0.5
@@ -207,7 +208,7 @@ def prompt_and_count(codec: Codec, document: list[int], keep: float | None, coun
 
 
 def check_positive(**settings: int) -> None:
-    """Raises ValueError, naming it, for a setting that is no whole number from 1 on."""
+    """Raises ValueError, naming the setting, for a value that is not a whole number of at least 1."""
     for name, value in settings.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}: it must be a whole number, at least 1")
@@ -219,7 +220,7 @@ def numbered(stem: str, number: int, count: int) -> str:
 
 
 def missing_extra(extra: str, error: ImportError) -> InputError:
-    """What to say where a package that only one modality needs is not installed."""
+    """The error for a missing package that only one modality needs."""
     return InputError(f"this needs the package {error.name}: pip install 'perceiver-ar[{extra}]'")
 
 

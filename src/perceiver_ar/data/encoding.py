@@ -1,4 +1,4 @@
-"""The documents of many sources -> their ids, in order. Codecs that can encode in threads use all cores."""
+"""The documents of many sources -> their ids, in order. Codecs that allow it encode in threads, on all cores."""
 
 import os
 from collections import deque
@@ -18,13 +18,13 @@ PART = 64  # characters that take as much memory as a `Part` itself
 
 @dataclass(slots=True)
 class Part:
-    """A part of a document, or the end of a source (`document` is None). Both may be an error instead of ids."""
+    """A part of a document, or the end of a source (`document` is None). Either may hold an error instead of ids."""
 
     source: int
     document: int | None
     num_bytes: int = 0
     content: Any = None
-    """What `Codec.pieces` gave; ids (n,) once encoded. None: there is nothing, only bytes to count or an error."""
+    """A piece from `Codec.pieces`; ids (n,) once encoded. None: only bytes to count, or an error."""
     error: InputError | None = None
 
 
@@ -35,10 +35,10 @@ def encode_documents(
     advance: Callable[[int], Any] = lambda num_bytes: None,
     threads: int | None = None,
 ) -> Generator[Part]:
-    """The parts of all documents in order, encoded, and after those of each source its end. Empty documents have none.
+    """Yields the encoded parts of all documents in order, and the end of each source. Empty documents have no parts.
 
-    The `threads` (None: one for each core) encode ahead, by 2 `BATCH` characters each at most. Their number does not
-    change the ids. Close the iterator to stop: this waits for the batches that are being encoded and drops the others.
+    `threads` (None: one per core) encode ahead, each by at most 2 `BATCH` characters. Their number does not change the
+    ids. Close the iterator to stop: this waits for the batches that are being encoded and drops the others.
     """
     batches = _batches(_parts(sources, codec, split_on, advance))
     if not codec.encodes_in_threads:
@@ -62,7 +62,7 @@ def encode_documents(
 def _parts(
     sources: Iterable[Source], codec: Codec, split_on: bytes | None, advance: Callable[[int], Any]
 ) -> Iterator[Part]:
-    """As `encode_documents`, not yet encoded."""
+    """The same parts as in `encode_documents`, not yet encoded."""
     size = 0  # bytes of the document that are in no part yet
 
     def counted(chunks: Iterable[bytes]) -> Iterator[bytes]:

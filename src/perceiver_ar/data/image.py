@@ -21,27 +21,26 @@ from perceiver_ar.files import atomic_path
 
 Colours = Literal["rgb", "grey", "palette"]
 MISSING = 128
-"""What pixels that were not generated look like, where there is no palette."""
+"""Value of each channel in pixels that were not generated."""
 
-
-LARGE = 1 << 22  # pixels that are held once more than decoded
-FINE = 8  # times as many rows and columns as asked for are left by whole factors, so that scaling on is exact enough
+LARGE = 1 << 22  # pixels of a picture, or a strip of one, that is converted in one piece
+FINE = 8  # whole-number reduction leaves this many times the wanted size, so that the final scaling is exact enough
 JPEG, PNG = b"\xff\xd8", b"\x89PNG"
 
 
 def read_image(data: bytes, rows: int, columns: int, colours: Colours) -> np.ndarray:
     """A picture of any kind and size -> (rows, columns, 3) uint8, or (rows, columns, 1) in grey.
 
-    Upright as its EXIF data says, on white where it is transparent, scaled to cover the size, and cut at its middle.
-    Large pictures take little more memory than Pillow's decoders, those of JPEG hardly any.
-    Raises `WrongModality` for what is no picture, or a damaged one.
+    The picture is turned upright by its EXIF data, put on white if it is transparent, scaled to cover the size, and
+    cropped around its middle. Large pictures take little more memory than Pillow's decoder does; JPEG hardly any.
+    Raises `WrongModality` if it is not a picture, or damaged.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about large pictures and damaged EXIF data
             image = _decoded(data, FINE * max(rows, columns))
             image = _scaled(image, rows, columns, "L" if colours == "grey" else "RGB")
-    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
+    except Exception as error:  # Pillow's readers raise many kinds for damaged files
         reason = " ".join(str(error).partition(" <")[0].split())  # Pillow names the object that it read from
         raise WrongModality(f"no picture, or a damaged one ({reason})") from None
     return np.asarray(image).reshape(rows, columns, -1)
@@ -56,7 +55,7 @@ def _decoded(data: bytes, side: int) -> Image.Image:
     except OSError:
         if not data.startswith(JPEG):
             raise
-        # Does it lack its end marker only? Then all rows are decoded if there are some bytes more to look ahead at.
+        # Perhaps only the end marker is missing: then a few more bytes to look ahead at let all rows be decoded.
         image = Image.open(io.BytesIO(data + bytes(8)))
         image.draft(None, (side, side))
         with suppress(OSError):
@@ -73,7 +72,7 @@ def _decoded(data: bytes, side: int) -> Image.Image:
 
 
 def _scaled(image: Image.Image, rows: int, columns: int, mode: str) -> Image.Image:
-    """The picture in `mode`, opaque, scaled, cut and upright. A large one is reduced in strips first."""
+    """The picture in `mode`: opaque, scaled, cropped and upright. A large one is first reduced in strips."""
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     width, height = (rows, columns) if orientation in (5, 6, 7, 8) else (columns, rows)  # before it is turned
     factor = 1
@@ -87,7 +86,7 @@ def _scaled(image: Image.Image, rows: int, columns: int, mode: str) -> Image.Ima
         if white is not None:
             values = np.asarray(strip).astype(np.float64)
             if not np.isfinite(values).all():
-                raise ValueError("some of its values are no numbers")
+                raise ValueError("some of its values are not finite")
             values[values == image.info.get("transparency", -1)] = white
             strip = Image.fromarray(np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8))
         if strip.has_transparency_data:
@@ -114,7 +113,7 @@ def _white(image: Image.Image) -> float | None:
     for white, most in ((1, 16), (255, 400), (65535, 70_000)):  # what is a little above white is white
         if high <= most and low >= -high / 10 and (image.mode == "F" or white == 65535):
             return white
-    raise ValueError(f"values from {low:g} to {high:g}, where black is 0 and white 1, 255 or 65,535")
+    raise ValueError(f"values from {low:g} to {high:g} do not fit black at 0 and white at 1, 255 or 65,535")
 
 
 class ImageCodec(Codec):
@@ -158,14 +157,14 @@ class ImageCodec(Codec):
         return np.append(self.num_values, values.reshape(-1)).astype(self.dtype)
 
     def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
-        """The folder in the file's name `where` is its class, if it is one."""
+        """The class is the folder in the file name `where`, if that is one of `classes`."""
         for ids in super().encode_stream(chunks, where):
             if (folder := Path(where).parent.name) in self.classes:
                 ids[0] = self.num_values + 1 + self.classes.index(folder)
             yield ids
 
     def pixels(self, ids: ArrayLike) -> np.ndarray:
-        """The picture that any ids are the beginning of: (rows, columns, 3) uint8."""
+        """Any ids, also the first part of a picture -> (rows, columns, 3) uint8."""
         values = np.asarray(ids, dtype=np.int64).reshape(-1)
         values = values[values < self.num_values][: self.num_pixel_values]
         colours = np.repeat(values[:, None], 3, axis=1) if self.palette is None else self.palette[values]
@@ -176,13 +175,13 @@ class ImageCodec(Codec):
         return picture.reshape(self.rows, self.columns, 3).astype(np.uint8)
 
     def decode(self, ids: ArrayLike) -> bytes:
-        """A PNG file, of which grey pictures have one channel."""
+        """A PNG file; grey pictures have one channel."""
         pixels, buffer = self.pixels(ids), io.BytesIO()
         Image.fromarray(pixels[..., 0] if self.colours == "grey" else pixels).save(buffer, "PNG")
         return buffer.getvalue()
 
     def fit(self, config: PerceiverARConfig) -> PerceiverARConfig:
-        """The context is one picture; positions are learned by row, column and channel unless the settings say how."""
+        """The context is one picture; positions are learned by row, column and channel unless `config` has a table."""
         length = self.num_pixel_values
         settings: dict[str, Any] = {"context_length": length, "num_latents": min(config.num_latents, length)}
         if config.position_table == "none":
@@ -190,19 +189,19 @@ class ImageCodec(Codec):
         return config.replace(vocab_size=self.vocab_size, **settings)
 
     def start(self, prompt: str = "") -> np.ndarray:
-        """`prompt` is the name of a class."""
+        """`prompt`: name of a class. Raises `InputError` if there is no such class."""
         if prompt and prompt not in self.classes:
             known = f"give one of {', '.join(self.classes)}" if self.classes else "this run was trained without any"
             raise InputError(f"there is no class {prompt!r}: {known}")
         return np.array([self.num_values + (self.classes.index(prompt) + 1 if prompt else 0)], dtype=self.dtype)
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray:
-        """A start id where a picture begins, a value of the channel everywhere else."""
+        """A start id at the beginning of a picture, a value everywhere else."""
         is_value = np.arange(self.vocab_size) < self.num_values
         return is_value if len(ids) % (self.num_pixel_values + 1) else ~is_value
 
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
-        """A dimension is one channel of one pixel, so that bits per dimension compare with other models of pixels."""
+        """A dimension is one channel of one pixel, so that bits per dimension are comparable with other models."""
         return {"dimension": float((np.asarray(ids) < self.num_values).sum())}
 
     def show(
@@ -215,7 +214,7 @@ class ImageCodec(Codec):
         original: np.ndarray | None = None,
         soundfont: str | None = None,
     ) -> list[Path]:
-        """STEM.png for each row, and STEM-grid.png: the original, what was kept of it, and the completions."""
+        """STEM.png for each row, and STEM-grid.png with the original, the kept part and the completions."""
         paths = super().show(rows, prompt_len, directory, stem)
         first = {} if original is None else {"original": original, "kept": rows[0][:prompt_len]}
         samples = ["sample"] if len(rows) == 1 else [f"sample {number}" for number in range(1, len(rows) + 1)]
@@ -232,9 +231,12 @@ class ImageCodec(Codec):
 
 
 def choose_palette(sources: Iterable[Source], rows: int, columns: int, size: int, most: int = 500) -> list[list[int]]:
-    """At most `size` different colours that suit some `most` pictures from all over `sources`, dark ones first."""
+    """At most `size` different colours (n, 3), dark ones first, that suit up to `most` pictures spread over `sources`.
+
+    Raises `InputError` if a named file cannot be read, or if there is no picture.
+    """
     samples, sources = [], list(sources)
-    step = max(1, len(sources) // most)  # sorted by folders, the first ones may all be of a kind
+    step = max(1, len(sources) // most)  # sources are sorted by folder, so the first ones may be alike
     for source in chain.from_iterable(sources[first::step] for first in range(step)):
         try:
             samples.append(read_image(b"".join(source.chunks()), rows, columns, "palette"))

@@ -15,17 +15,17 @@ LARGEST = (1 << 31) - 2
 
 
 def read_arrays(data: bytes) -> list[np.ndarray]:
-    """The arrays of a .npy or .npz file, each as one row. Raises `WrongModality` for all but whole numbers >= 0."""
+    """The arrays of a .npy or .npz file, each as (n,). Raises `WrongModality` unless all numbers are integers >= 0."""
     if not data.startswith((b"\x93NUMPY", b"PK")):  # numpy would take it for a pickle
         raise WrongModality("no .npy or .npz file")
     try:
         content = np.load(io.BytesIO(data), allow_pickle=False)
         arrays = [content] if isinstance(content, np.ndarray) else [content[name] for name in content.files]
-    except Exception as error:  # what a damaged header or archive leads numpy and zipfile to
+    except Exception as error:  # numpy and zipfile raise many kinds for damaged files
         reason = " ".join(str(error).split())
         raise WrongModality(f"no .npy or .npz file of numbers, or a damaged one ({reason})") from None
     for array in arrays:
-        if not isinstance(array, np.ndarray):  # numpy gives the bytes of what else an archive holds
+        if not isinstance(array, np.ndarray):  # numpy returns other files of an archive as bytes
             raise WrongModality("an .npz file that does not hold arrays only")
         if array.dtype.kind not in "iu":
             raise WrongModality(f"an array of {array.dtype}, not of integers")
@@ -55,7 +55,7 @@ class IntegerCodec(Codec):
         return np.concatenate([np.empty(0, self.dtype), *parts]).astype(self.dtype)
 
     def decode(self, ids: ArrayLike) -> bytes:
-        """A .npy file of one row."""
+        """A .npy file with one array (n,)."""
         ids, buffer = np.asarray(ids), io.BytesIO()
         np.save(buffer, ids[ids < self.num_values].astype(self.dtype))
         return buffer.getvalue()
@@ -65,7 +65,8 @@ class IntegerCodec(Codec):
 
 
 def count_values(sources: Iterable[Source]) -> int:
-    """One more than the largest number in files. Raises `InputError` for a file that was named and holds none."""
+    """One more than the largest number in all files. Raises `InputError` for a named file that cannot be read, or if no
+    file holds a number."""
     largest = -1
     for source in sources:
         try:
@@ -76,5 +77,5 @@ def count_values(sources: Iterable[Source]) -> int:
             continue
         largest = max([largest, *(int(array.max()) for array in arrays if array.size)])
     if largest < 0:
-        raise InputError("there are no integers in these files; give .npy or .npz files of whole numbers from 0 on")
+        raise InputError("no integers in these files; give .npy or .npz files of whole numbers from 0 on")
     return largest + 1

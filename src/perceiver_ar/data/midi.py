@@ -1,6 +1,6 @@
-"""Piano music as ids: what was played, when, for how long and how hard; and ids as MIDI, sound and a picture.
+"""Piano music as ids, and ids as MIDI, sound and a picture.
 
-Every codec here goes through the notes of a piece (n, 4), as `midi_file` has them.
+Every codec here works on the notes of a piece (n, 4), in the form that `midi_file` defines.
 """
 
 from abc import abstractmethod
@@ -20,7 +20,7 @@ from perceiver_ar.files import atomic_path
 
 
 class MusicCodec(Codec):
-    """What codecs of music share: MIDI in and out, and results to be heard and seen."""
+    """The common part of music codecs: MIDI in and out, and results as sound and pictures."""
 
     ending = ".mid"
 
@@ -39,7 +39,7 @@ class MusicCodec(Codec):
         """Any ids -> notes (n, 4)."""
 
     def seconds(self, ids: np.ndarray) -> float:
-        """The time of the next event after ids (n,)."""
+        """The time in seconds of the next event after ids (n,)."""
         return self.amounts(ids)["second"]
 
     def show(
@@ -52,8 +52,8 @@ class MusicCodec(Codec):
         original: np.ndarray | None = None,
         soundfont: str | None = None,
     ) -> list[Path]:
-        """For each row STEM.mid, STEM.wav and STEM.png, a piano roll with a line where the prompt ends; and, if
-        anything was added to a prompt, STEM-continuation.mid, the music from that line on."""
+        """Writes STEM.mid, STEM.wav and STEM.png for each row; the picture is a piano roll with a line at the prompt's
+        end. If a prompt was continued, STEM-continuation.mid has the music after that line."""
         paths = []
         prompt = np.asarray(rows[0][:prompt_len])
         for number, ids in enumerate(rows, 1):
@@ -77,15 +77,15 @@ class MusicCodec(Codec):
 
 
 def _sounding(pitches: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Which pitches sound after events (n,), each the start (True) or the end of a pitch: (128,) bool."""
+    """Which pitches sound after events (n,), in which a note of `pitches` starts (True) or ends: (128,) bool."""
     last = np.zeros((2, 128), dtype=np.int64)
-    last[starts.astype(np.int64), pitches] = np.arange(1, len(pitches) + 1)  # of several assignments the last stays
+    last[starts.astype(np.int64), pitches] = np.arange(1, len(pitches) + 1)  # the last assignment to an index stays
     return last[1] > last[0]
 
 
 ON, OFF, SHIFT, VELOCITY, END = 0, 128, 256, 356, 388
-"""Where each kind of id begins: note on and off by pitch, time shifts of 10 ms ... 1 s, 32 velocities; a separator."""
-STEPS = 100  # a second
+"""First id of each kind: note on and note off by pitch, time shifts of 10 ms ... 1 s, 32 velocities, the separator."""
+STEPS = 100  # per second
 
 
 class PerformanceCodec(MusicCodec):
@@ -124,8 +124,8 @@ class PerformanceCodec(MusicCodec):
         return np.array(ids, dtype=self.dtype)
 
     def decode_notes(self, ids: np.ndarray) -> np.ndarray:
-        """Events that mean nothing (the end of a note that does not sound) are passed over; what still sounds at the
-        end or at a separator ends there; a note of no length lasts 10 ms."""
+        """Events without effect (the end of a note that does not sound) are ignored. Notes that still sound at the end
+        or at a separator end there. A note lasts at least 10 ms."""
         notes: list[tuple[int, int, int, int]] = []
         sounding: dict[int, int] = {}  # pitch -> which note
         now, velocity = 0, 64
@@ -152,7 +152,7 @@ class PerformanceCodec(MusicCodec):
         return clean(np.array(notes, dtype=np.float64).reshape(-1, 4)) / [STEPS, STEPS, 1, 1]
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray:
-        """A note ends where it sounds and starts where it does not; after a velocity only a note may start."""
+        """A note may end only if it sounds, and start only if it does not. After a velocity, only a note may start."""
         ids = np.asarray(ids)
         ends = np.flatnonzero(ids == END)
         ids = ids[ends[-1] + 1 :] if len(ends) else ids
@@ -190,21 +190,22 @@ class PerformanceCodec(MusicCodec):
 
 Kind = Literal["remi", "tsd", "midilike"]
 RESOLUTION = {(0, 4): 25, (4, 16): 5}
-"""Steps a beat, by the length of what is counted in beats: 20 ms for less than two seconds, else 100 ms."""
+"""Steps per beat, by length in beats: steps of 20 ms below two seconds, of 100 ms above."""
 
 
 class MidiTokCodec(MusicCodec):
     """A tokenisation of MidiTok (Fradet et al. 2021, arXiv 2310.17202): REMI, TSD or MIDI-Like.
 
-    Performances have no beats of their own, so all are counted at 120 a minute: a beat is half a second, a bar of REMI
-    two. Starts are rounded to 20 ms and velocities to 32 levels; pitch 127 is left out. The last id separates pieces.
+    Performances have no marked beats, so the tempo is always 120 beats per minute: a beat is half a second, a REMI bar
+    two seconds. Starts are rounded to 20 ms and velocities to 32 levels; pitch 127 is left out. The last id separates
+    pieces.
     """
 
     name = "miditok"
     files = ("miditok.json",)
 
     def __init__(self, kind: Kind, tokenizer: Any = None) -> None:
-        """tokenizer: one of MidiTok's made before. Raises `InputError` where MidiTok is not installed."""
+        """tokenizer: an existing MidiTok tokenizer. Raises `InputError` if MidiTok is not installed."""
         try:
             import miditok
             import symusic  # noqa: F401
@@ -229,7 +230,7 @@ class MidiTokCodec(MusicCodec):
         self._types = np.array([tokens[i].split("_")[0] for i in range(self.vocab_size - 1)] + ["End"])
         starts = "NoteOn" if kind == "midilike" else "Pitch"
         self._is_note = self._types == starts
-        self._pitch = np.full(self.vocab_size, -1)  # of ids that are about one
+        self._pitch = np.full(self.vocab_size, -1)  # of each id; -1: none
         self._seconds, self._position = np.zeros(self.vocab_size), np.zeros(self.vocab_size)  # the latter in a bar
         for index, token in tokens.items():
             kind_of, value = token.split("_")
@@ -243,7 +244,7 @@ class MidiTokCodec(MusicCodec):
                 beats, steps, per_beat = map(int, value.split("."))
                 self._seconds[index] = (beats + steps / per_beat) / 2
         first = ["Bar"] if kind == "remi" else ["TimeShift", starts]
-        self._follow = {"End": np.isin(self._types, first)}  # by type of the last id
+        self._follow = {"End": np.isin(self._types, first)}  # by the type of the last id
         for one, others in self.tokenizer.tokens_types_graph.items():
             names = others | ({"End"} if starts in others or "Bar" in others else set())
             self._follow[one] = np.isin(self._types, sorted(names - {"PAD"}))
@@ -272,7 +273,7 @@ class MidiTokCodec(MusicCodec):
         return clean(np.concatenate(parts))
 
     def seconds(self, ids: np.ndarray) -> float:
-        """The sum of the time shifts; in REMI, the last bar and the position in it."""
+        """The sum of the time shifts; in REMI, the time of the last bar and position."""
         if self.kind != "remi":
             return super().seconds(ids)
         ids = np.asarray(ids, dtype=np.int64)
@@ -282,7 +283,7 @@ class MidiTokCodec(MusicCodec):
         return 2.0 * (len(bars) - 1) + float(self._position[ids[bars[-1] :]].max())
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray:
-        """What MidiTok's graph of token types lets follow the last one; a note ends only where it sounds."""
+        """The ids that MidiTok's graph of token types allows after the last one; a note may end only if it sounds."""
         follow = self._follow[str(self._types[ids[-1]]) if len(ids) else "End"]
         if self.kind != "midilike":
             return follow
@@ -325,7 +326,7 @@ class MidiTokCodec(MusicCodec):
         path = directory / "miditok.json"
         try:
             tokenizer = _tokenizer_class(settings["kind"])(params=path)
-        except Exception as error:  # whatever a damaged file leads to
+        except Exception as error:  # MidiTok raises many kinds for damaged files
             reason = " ".join(str(error).split())
             raise InputError(f"cannot read {path} ({reason}); copy it again from the original run") from None
         return cls(settings["kind"], tokenizer)

@@ -3,16 +3,16 @@
     notes (n, 4) float64: start and end in seconds, pitch 0 ... 127, velocity 1 ... 127; sorted by start, then pitch;
     no pitch sounds twice at the same time
 
-All tracks but drums become one. Events of one tick act in the order of the file, tracks one after another.
+All tracks but drums become one. Events at the same tick act in file order, one track after another.
 
 *Releases.* The k-th release of a key ends its k-th stroke, as in symusic. (pretty_midi ends all strokes of the key at
-its first release, which makes notes shorter than they were held.) A stroke has lost its release if, from then on, the
-key never has as many releases as strokes. It lasts until the key is struck again or the track ends, and the other
-strokes keep their own releases. A release without a stroke is nothing.
+its first release, which makes notes shorter than they were held.) A stroke has lost its release if the key
+has fewer releases than strokes from then on. It lasts until the key is struck again or the track ends; the other
+strokes keep their own releases. A release without a stroke is ignored.
 
 *Pedal.* The sustain pedal becomes length: a note whose key is released while the pedal of its channel is down sounds
-until the pedal goes up or the key is struck again (as MAESTRO is prepared; Hawthorne et al. 2019, arXiv 1810.12247; but
-note_seq lets pedals act before releases of their tick, which lengthens notes by a pedal that comes after them). Tracks
+until the pedal goes up or the key is struck again (as in MAESTRO; Hawthorne et al. 2019, arXiv 1810.12247. But note_seq
+applies pedals before the releases of the same tick, so a pedal that comes after a release lengthens its note). Tracks
 share their channels; each port has channels of its own. The sostenuto and soft pedals are left out.
 
 Files are read here because mido 1.3 refuses wrong track lengths and .rmi files, loses tracks beyond the header's count,
@@ -32,20 +32,20 @@ from perceiver_ar.data.codec import WrongModality
 DRUMS = 9
 """The channel (counted from 0) of General MIDI whose pitches are drums."""
 LONGEST = 24 * 3600.0
-"""Seconds. A file that lasts longer is damaged."""
+"""Maximum length of a piece in seconds; a longer file is damaged."""
 
 NOTE_OFF, NOTE_ON, CONTROL, TRACK_END = 0x80, 0x90, 0xB0, 0xFF
 PEDAL, SOUND_OFF, RESET, NOTES_OFF = 64, 120, 121, (123, 124, 125, 126, 127)
-"""Controllers. The pedal is down from value 64 on; a reset lifts it. Changes of mode (124 on) release keys, too."""
+"""Controllers. The pedal is down at 64 or more; a reset lifts it. Mode changes (124 ... 127) release keys, too."""
 HEARD = frozenset({PEDAL, SOUND_OFF, RESET, *NOTES_OFF})
 
 
 Event = tuple[int, int, int, int, int, int]
-"""Tick, track, channel (16 times the port more), kind, pitch or controller, value."""
+"""Tick, track, channel (plus 16 times the port), kind, pitch or controller, value."""
 
 
 def read_midi(data: bytes) -> np.ndarray:
-    """The notes of a standard MIDI file. Raises `WrongModality` if it is damaged, cut off, or holds none."""
+    """The notes (n, 4) of a standard MIDI file. Raises `WrongModality` if it is damaged, cut off, or without notes."""
     try:
         events, seconds = _events(data)
     except (IndexError, struct.error):
@@ -59,9 +59,9 @@ def read_midi(data: bytes) -> np.ndarray:
 
 
 def _events(data: bytes) -> tuple[list[Event], Callable[[np.ndarray], np.ndarray]]:
-    """What all tracks do, in order, and the function from ticks to seconds.
+    """The events of all tracks in order, and the function from ticks to seconds.
 
-    Tracks are looked for to the end of the data, whatever the header's count, and between chunks of other kinds.
+    Tracks are searched to the end of the data, also between other chunks; the track count in the header is ignored.
     """
     riff = data[:4] == b"RIFF" and data[8:12] == b"RMID"  # .rmi: other chunks may come before the file
     at = data.find(b"MThd", 0, len(data) if riff else 256)
@@ -84,10 +84,10 @@ def _events(data: bytes) -> tuple[list[Event], Callable[[np.ndarray], np.ndarray
 def _read_track(
     data: bytes, at: int, size: int, track: int, tick: int, tempos: list[tuple[int, int]]
 ) -> tuple[list[Event], int]:
-    """The notes and controllers of the track at `at`, which begins at `tick`, and where the track ends in `data`.
+    """The note and controller events of the track at `at`, which begins at `tick`, and its end in `data`.
 
-    Adds its changes of tempo to `tempos`. A track ends at its end-of-track event, whatever `size` says; without one,
-    after `size` bytes. A `size` that a recorder never filled in lets it end with the data. Raises IndexError if the
+    Adds its tempo changes to `tempos`. A track ends at its end-of-track event, whatever its `size`; without that event,
+    after `size` bytes. If the recorder never filled in the `size`, it may end with the data. Raises IndexError if the
     track is cut off.
     """
     events: list[Event] = []
@@ -106,7 +106,7 @@ def _read_track(
 
     def argument() -> int:
         nonlocal at
-        while 0xF8 <= data[at] < 0xFF:  # a clock or the like in the middle of a message
+        while 0xF8 <= data[at] < 0xFF:  # real-time messages may come within others
             at += 1
         if data[at] > 127:
             raise WrongModality("a damaged MIDI file")
@@ -134,7 +134,7 @@ def _read_track(
                     port = content[0]
             elif status in (0xF0, 0xF7):  # system exclusive
                 at = length() + at
-            elif status > 0xF0:  # system common and real-time: nothing is played
+            elif status > 0xF0:  # system common and real-time: no notes
                 for _ in range({0xF1: 1, 0xF2: 2, 0xF3: 1}.get(status, 0)):
                     argument()
             else:
@@ -157,15 +157,15 @@ def _read_track(
 
 
 def _clock(division: int, tempos: list[tuple[int, int]]) -> Callable[[np.ndarray], np.ndarray]:
-    """The function from ticks to seconds. `tempos`: microseconds a quarter from a tick on."""
-    if division & 0x8000:  # frames a second, ticks a frame
+    """The function from ticks to seconds. `tempos`: (tick, microseconds per quarter from there on), sorted by tick."""
+    if division & 0x8000:  # frames per second, ticks per frame
         frames, per_frame = 256 - (division >> 8), division & 0xFF
         per_second = (30_000 / 1001 if frames == 29 else frames) * per_frame
         tempos = []
     else:
         per_second = 2 * division
     if per_second == 0 or any(tempo == 0 for _, tempo in tempos):
-        raise WrongModality("a damaged MIDI file: it does not tell how fast it is")
+        raise WrongModality("a damaged MIDI file: its tempo or division is 0")
     ticks = np.array([0, *(tick for tick, _ in tempos)], dtype=np.float64)
     per_tick = np.array([1 / per_second, *(tempo / 1e6 / division for _, tempo in tempos)])
     before = np.append(0.0, np.cumsum(np.diff(ticks) * per_tick[:-1]))
@@ -178,12 +178,12 @@ def _clock(division: int, tempos: list[tuple[int, int]]) -> Callable[[np.ndarray
 
 
 class _Key:
-    """What happens to one key of one channel on one track. Times are places in the list of events."""
+    """Strokes and releases of one key, of one channel and track. Times are places in the list of events."""
 
     def __init__(self) -> None:
         self.strokes: list[tuple[int, int]] = []  # place, velocity
         self.releases: list[int] = []
-        self.held: list[int] = []  # numbers of the strokes that were not released yet, were the last one released first
+        self.held: list[int] = []  # numbers of unreleased strokes, if each release ended the newest
 
     def strike(self, place: int, velocity: int) -> None:
         self.held.append(len(self.strokes))
@@ -195,7 +195,7 @@ class _Key:
             self.releases.append(place)
 
     def notes(self, end: int) -> list[tuple[int, int, int]]:
-        """Place of the stroke and of its release, velocity. `end`: of the track."""
+        """For each stroke: its place, that of its release, and its velocity. `end`: place where the track ends."""
         lost, releases = set(self.held), iter(self.releases)
         return [
             (place, end if number in lost else next(releases), velocity)
@@ -204,7 +204,7 @@ class _Key:
 
 
 def _sounding(events: list[Event], seconds: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Notes (n, 4) of events in order, with the pedal's effect; that a string is struck again is left to `clean`."""
+    """Notes (n, 4) of sorted events, with the pedal applied. `clean` then ends notes whose key is struck again."""
     keys: defaultdict[tuple[int, int, int], _Key] = defaultdict(_Key)  # by channel, track and pitch
     pedals: defaultdict[int, list[tuple[int, bool]]] = defaultdict(lambda: [(-1, False)])  # by channel: place, down?
     ends: dict[int, int] = {}  # of tracks
@@ -238,7 +238,7 @@ def _sounding(events: list[Event], seconds: Callable[[np.ndarray], np.ndarray]) 
 
 
 def _sustained(releases: np.ndarray, pedal: np.ndarray) -> np.ndarray:
-    """Places at which strings fall silent. A pedal that stays down counts to its channel's last release or change."""
+    """Places at which notes fall silent. A pedal that stays down ends at its channel's last release or pedal event."""
     places, down = pedal[:, 0], pedal[:, 1] > 0
     last = max(releases.max(initial=0), places[-1])
     up_from = np.minimum.accumulate(np.where(down, last, places)[::-1])[::-1]  # from each change on
@@ -249,8 +249,8 @@ def _sustained(releases: np.ndarray, pedal: np.ndarray) -> np.ndarray:
 def clean(notes: np.ndarray) -> np.ndarray:
     """Sorts notes and lets no pitch sound twice at the same time.
 
-    Notes of a pitch that start together are one, as long as the longest and as loud as the loudest; a note ends where
-    the same pitch starts again. Velocities are brought into 1 ... 127.
+    Notes of the same pitch and start become one, with the longest length and the highest velocity. A note ends at the
+    latest when its pitch starts again. Velocities are clipped to 1 ... 127.
     """
     notes = notes[np.lexsort((notes[:, 0], notes[:, 2]))]
     first = np.flatnonzero(np.any(np.diff(notes[:, [0, 2]], axis=0, prepend=-1) != 0, axis=1))
@@ -265,7 +265,7 @@ def write_midi(notes: np.ndarray) -> bytes:
     """A MIDI file of one piano track; a tick is a millisecond."""
     times = np.rint(1000 * notes[:, :2]).astype(np.int64)
     times[:, 1] = np.maximum(times[:, 0] + 1, times[:, 1])
-    events = []  # of one time: ends first
+    events = []  # sorted below: at the same time, ends come first
     for (start, end), (pitch, velocity) in zip(times.tolist(), notes[:, 2:].astype(int).tolist(), strict=True):
         events += [(end, bytes([0x80, pitch, 0])), (start, bytes([0x90, pitch, velocity]))]
     track, now = bytearray(b"\x00\xff\x51\x03" + (500_000).to_bytes(3) + b"\x00\xc0\x00"), 0
@@ -277,7 +277,7 @@ def write_midi(notes: np.ndarray) -> bytes:
 
 
 def _number(value: int) -> bytes:
-    """Seven bits a byte, all but the last with the eighth set."""
+    """MIDI's variable-length number: seven bits per byte; the eighth bit is set in all but the last byte."""
     digits = [value & 0x7F]
     while value := value >> 7:
         digits.append(value & 0x7F | 0x80)

@@ -1,4 +1,4 @@
-"""Which modality files are of, and the codec for it."""
+"""The modality of files, and its codec."""
 
 import csv
 import os
@@ -29,15 +29,15 @@ MAGIC = {
     rb"\x93NUMPY": "integers",
 }
 NOTES = re.compile(r"(readme|licen[cs]e|copying|changelog|citation)\b.*|.*\.(csv|tsv|json|md|cff)", re.IGNORECASE)
-"""Names of files about the files beside them; on their own they are text."""
+"""Names of files that describe the files beside them. A file with such a name alone is text."""
 BPE_BYTES = 100_000_000  # enough text to choose merges from
 
 
 def recognise(sources: Iterable[Source]) -> str:
-    """The modality that all files are of: by their ending, or else by their first bytes; text where neither says more.
+    """The modality of all files: by their ending, or else by their first bytes; text if neither is known.
 
-    Raises `InputError`, with how many there are of each, if they are of several. Notes and tables beside other files
-    (README, LICENSE, .csv, .json, .md) do not count, nor does what cannot be read.
+    Raises `InputError`, with the number of files of each, if they have several. Notes and tables beside other files
+    (README, LICENSE, .csv, .json, .md) do not count, nor do files that cannot be read.
     """
     kinds = [(source, kind) for source in sources if (kind := _kind(source)) is not None]
     kinds = [(source, kind) for source, kind in kinds if kind != "text" or not NOTES.fullmatch(source.path.name)]
@@ -45,7 +45,7 @@ def recognise(sources: Iterable[Source]) -> str:
     if len(seen) > 1:
         examples = {kind: source.name for source, kind in reversed(kinds)}
         counts = ", ".join(f"{count:,} {kind}, such as {examples[kind]}" for kind, count in seen.most_common())
-        raise InputError(f"the files are of several kinds ({counts}); name files of one kind, or say --modality which")
+        raise InputError(f"the files are of several kinds ({counts}); name files of one kind, or set --modality")
     return next(iter(seen), "text")
 
 
@@ -60,7 +60,7 @@ def _kind(source: Source) -> str | None:
         try:
             with open(source.path, "rb") as file:
                 start = file.read(16)
-        except OSError:  # whoever reads it will say what is wrong
+        except OSError:  # reported when the file is read
             return None
         for magic, modality in MAGIC.items():
             if re.match(magic, start, re.DOTALL):
@@ -69,9 +69,9 @@ def _kind(source: Source) -> str | None:
 
 
 def make_codec(modality: str, data: DataConfig, sources: Sequence[Source]) -> Codec:
-    """The codec for files of a modality, as the settings want it. Raises `InputError` where these do not go together.
+    """The codec of a modality with these settings. Raises `InputError` if they do not fit together.
 
-    `sources` are read where a codec is made from its data (tokenizers, palettes, classes).
+    Reads `sources` only for codecs that are made from data (tokenizers, palettes, integers).
     """
     if modality not in ("text", "auto") and (data.tokenizer is not None or data.bpe_vocab_size is not None):
         raise InputError(f"the modality is {modality}, but a tokenizer reads text: leave out one of them")
@@ -108,9 +108,9 @@ def make_codec(modality: str, data: DataConfig, sources: Sequence[Source]) -> Co
 
 
 def codec_settings(codec: Codec) -> dict[str, Any]:
-    """The settings that `make_codec` makes such a codec from, by their names in a recipe, such as "data.image_size".
+    """The settings from which `make_codec` makes such a codec, by their names in a recipe, such as "data.image_size".
 
-    What a codec has learned from data (a tokenizer, a palette, classes) is not in them.
+    They do not include what a codec learned from data (a tokenizer, a palette, classes).
     """
     own = codec.settings()
     match codec.name:
@@ -134,10 +134,10 @@ def codec_settings(codec: Codec) -> dict[str, Any]:
 
 
 def official_split(sources: Sequence[Source]) -> tuple[list[Source], list[Source], str] | None:
-    """Training files, validation files, and a line about them, as a table among `sources` says; None without one.
+    """Training files, validation files and a message about them, if `sources` contain a table of the split; else None.
 
-    Such a table is a .csv with columns `split` (train, validation, test) and `midi_filename` or `audio_filename`,
-    relative to itself, as MAESTRO has (Hawthorne et al. 2019). Files of other splits are left out.
+    The table is a .csv file with columns `split` (train, validation, test) and `midi_filename` or `audio_filename`,
+    relative to its folder, as in MAESTRO (Hawthorne et al. 2019). Files of other splits are left out.
     """
     for table in (source for source in sources if source.path.suffix.lower() == ".csv"):
         try:
@@ -162,6 +162,7 @@ def official_split(sources: Sequence[Source]) -> tuple[list[Source], list[Source
         if not train:
             continue
         left = sum(map(len, parts.values()))
-        line = f"{table.name} says: {len(train):,} files to train on, {len(validation):,} to validate, {left:,} neither"
+        counts = f"{len(train):,} files to train on, {len(validation):,} to validate, {left:,} left out"
+        line = f"split of {table.name}: {counts}"
         return train, validation, line
     return None

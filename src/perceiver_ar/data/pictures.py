@@ -1,4 +1,4 @@
-"""What results look like: piano rolls, spectrograms and grids, painted with Pillow (which matplotlib brings along)."""
+"""Pictures of results: piano rolls, spectrograms and grids, drawn with Pillow (a dependency of matplotlib)."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ RANGE = 80  # decibels of a spectrogram
 
 
 def piano_roll(notes: np.ndarray, boundary: float = 0.0) -> Image.Image:
-    """Notes (n, 4) as `perceiver_ar.data.midi_file` has them: time to the right, pitch upwards, loud notes darker.
+    """Notes (n, 4) as in `perceiver_ar.data.midi_file`: time to the right, pitch upwards, loud notes darker.
 
-    What sounds before `boundary`, in seconds, is orange, the rest blue, with a line between them.
+    Sound before `boundary`, in seconds, is orange, the rest is blue; a line separates them.
     """
     seconds = max(1.0, float(notes[:, 1].max(initial=0.0)), boundary)
     width = int(np.clip(40 * seconds, 600, 6000))
@@ -54,7 +54,7 @@ def piano_roll(notes: np.ndarray, boundary: float = 0.0) -> Image.Image:
 
 
 def grid(pictures: Sequence[np.ndarray], labels: Sequence[str], scale: int, columns: int = 8) -> Image.Image:
-    """Pictures (rows, columns, 3) uint8 of one size side by side, each pixel `scale` wide, each above its label."""
+    """Pictures (rows, columns, 3) uint8 of one size side by side, enlarged `scale` times, each above its label."""
     font = ImageFont.load_default(13)
     height, width = (scale * size for size in pictures[0].shape[:2])
     gap, line, columns = max(8, scale), 20, min(columns, len(pictures))
@@ -70,7 +70,7 @@ def grid(pictures: Sequence[np.ndarray], labels: Sequence[str], scale: int, colu
 
 
 def spectrogram(samples: np.ndarray, rate: int, boundary: int = 0) -> Image.Image:
-    """Samples (n,): time to the right, frequency upwards, 80 dB from black to yellow, which is the loudest.
+    """Samples (n,) at `rate` Hz: time to the right, frequency upwards, 80 dB from black to yellow (the loudest).
 
     A line shows where the prompt of `boundary` samples ends.
     """

@@ -1,8 +1,7 @@
 """Documents that are rows: a column of text in a table.
 
-.jsonl, .ndjson, .csv and .tsv files are read line by line, so of each row only the column matters. .parquet and .arrow
-files are read by Hugging Face datasets. Nothing is copied to that library's cache: files are streamed, and memory holds
-a part of one, such as a row group.
+.jsonl, .ndjson, .csv and .tsv files are read line by line. Hugging Face datasets reads .parquet and .arrow files: they
+are streamed, so nothing is copied to that library's cache, and memory holds a part of a file, such as a row group.
 """
 
 import csv
@@ -23,15 +22,15 @@ from perceiver_ar.errors import InputError
 
 TABLE = re.compile(r".+\.(?:(parquet|arrow)|(jsonl|ndjson|csv|tsv)(?:\.(?:gz|xz|bz2|zst))?)", re.IGNORECASE)
 CACHED = re.compile(r"cache-.*\.arrow")
-"""What datasets leave in a folder of `save_to_disk` after `map` and `filter`."""
+"""Cache files that `map` and `filter` of datasets leave in a folder of `save_to_disk`."""
 MISSING = object()
 ROWS_AT_ONCE = 100  # of Parquet
-ROWS_TO_SEARCH = 1000  # for a column, before it is taken to be missing
+ROWS_TO_SEARCH = 1000  # rows without the column after which it counts as missing
 
 
 @dataclass(frozen=True)
 class Rows(Source):
-    """A file of rows, each of which is a document: the text in `column`, which may be a field of a field (doc.text)."""
+    """A file of rows. Each row is a document: the text in `column`, which may be a field of a field (doc.text)."""
 
     of_rows: ClassVar[bool] = True
     column: str = "text"
@@ -41,7 +40,7 @@ class Rows(Source):
     ) -> Iterator[tuple[str, Iterator[bytes]]]:
         """As `Source.documents`; `separator` separates several documents in one row.
 
-        Raises `InputError` if there is no such column, if it holds something else than text, or where `chunks` does.
+        Raises `InputError` if there is no such column, if it does not hold text, or as `chunks` does.
         """
         columns, found = dict[str, None](), False
         for number, row in enumerate(self._rows(advance), 1):
@@ -76,10 +75,10 @@ class Rows(Source):
         )
 
     def _rows(self, advance: Callable[[int], Any]) -> Iterator[dict[str, Any] | None]:
-        """None is a row that cannot be read."""
+        """Yields None for a row that cannot be read."""
         reader = _reader(self)
         if reader in ("parquet", "arrow"):
-            if next(self.chunks(), None) is not None:  # which says, too, what keeps a file from being read
+            if next(self.chunks(), None) is not None:  # raises, too, if the file cannot be read
                 yield from self._table(reader)
             advance(self.size)
             return
@@ -94,9 +93,9 @@ class Rows(Source):
                 continue
             number += 1
             try:
-                row = json.loads(line, strict=False)  # that is: with control characters
+                row = json.loads(line, strict=False)  # allows control characters
             except (ValueError, RecursionError) as error:
-                if "\0" in line:  # what a crash leaves of a row
+                if "\0" in line:  # a row that a crash cut short
                     yield None
                     continue
                 raise self._damaged(f"row {number}: {error}") from None
@@ -105,8 +104,8 @@ class Rows(Source):
             yield None if "\0" in line and self._has_nul(row) else row
 
     def _records(self, lines: Iterator[str], reader: str) -> Iterator[dict[str, Any] | None]:
-        """The rows of a .csv or .tsv file, the first line of which names its columns."""
-        csv.field_size_limit(2**31 - 1)  # long texts are what this is for
+        """The rows of a .csv or .tsv file. Its first line names the columns."""
+        csv.field_size_limit(2**31 - 1)  # texts are long
         first = next(lines, "")
         delimiter = "\t" if reader == "tsv" else max(",;\t|", key=first.count)
         try:
@@ -118,18 +117,18 @@ class Rows(Source):
             raise self._damaged(str(error)) from None
 
     def _table(self, reader: str) -> Iterator[dict[str, Any]]:
-        """The rows of a file that datasets read."""
+        """The rows of a .parquet or .arrow file."""
         from datasets import load_dataset
         from pyarrow.dataset import ParquetFragmentScanOptions
 
-        path = glob.escape(os.path.abspath(self.path))  # datasets take names for patterns
-        # What is read ahead of a Parquet file is kept to its end, so that memory would grow with the file.
-        # By default they read as many rows at once as the first row group has, which may be none.
+        path = glob.escape(os.path.abspath(self.path))  # datasets treats names as patterns
+        # pre_buffer keeps what it reads until the file ends, so memory would grow with the file. The default batch_size
+        # is the number of rows in the first row group, which may be 0.
         options = {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False), "batch_size": ROWS_AT_ONCE}
         options = options if reader == "parquet" else {}
         try:
             rows = load_dataset(reader, data_files=path, split="train", streaming=True, **options)
-            if names := rows.column_names:  # or it is empty, or damaged, which reading will show
+            if names := rows.column_names:  # without names it is empty or damaged; reading finds out
                 column = self.column if self.column in names else self.column.partition(".")[0]
                 if column not in names:
                     if next(iter(rows), None) is None:
@@ -139,7 +138,7 @@ class Rows(Source):
             yield from rows
         except InputError:
             raise
-        except Exception as error:  # whatever the many libraries below raise at a damaged file
+        except Exception as error:  # the libraries below raise many kinds for damaged files
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise self._damaged(str(error) or type(error).__name__) from None
@@ -150,11 +149,11 @@ class Rows(Source):
 
     def _damaged(self, reason: str) -> InputError:
         reason = reason.splitlines()[0]
-        return InputError(f"{self.name} is damaged, or not what its ending says ({reason}); write it again")
+        return InputError(f"{self.name} is damaged, or its ending is wrong ({reason}); write it again")
 
 
 def _field(row: Any, column: str) -> Any:
-    """What a row has in `column`, or in the field of a field that this names; MISSING if there is no such thing."""
+    """The value of `column` in a row, or of the field of a field that it names; MISSING if the row has neither."""
     if column in row:
         return row[column]
     for name in column.split("."):
@@ -165,7 +164,7 @@ def _field(row: Any, column: str) -> Any:
 
 
 def _refused(error: WrongModality) -> Iterator[bytes]:
-    """A document that cannot be read."""
+    """A document that raises `error` when it is read."""
     yield from ()
     raise error
 
@@ -184,10 +183,12 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def find_rows(sources: Iterable[Source], column: str) -> list[Source]:
-    """`sources`, those that are files of rows as `Rows`. Beside them, what lies in their folders is left out if it is
-    about them (README, .json) or was made from them (cached results). A .csv file may itself be about others.
+    """`sources`, with files of rows as `Rows`.
 
-    Raises `InputError` where there are .parquet or .arrow files, but not the package datasets.
+    Beside files of rows, files that were found in folders are left out if they describe others (README, .json) or were
+    made from others (cached results). A .csv file, too, may describe others.
+
+    Raises `InputError` for .parquet and .arrow files if the package datasets is not installed.
     """
     sources = list(sources)
     readers = {_reader(source) for source in sources} - {""}
@@ -197,7 +198,7 @@ def find_rows(sources: Iterable[Source], column: str) -> list[Source]:
         except ImportError as error:
             raise missing_extra("datasets", error) from None
         logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it raises
-    lists = readers - {"csv", "tsv"}  # which are never about other files
+    lists = readers - {"csv", "tsv"}  # these never describe other files
 
     def is_left_out(source: Source) -> bool:
         name = source.path.name
@@ -214,6 +215,6 @@ def find_rows(sources: Iterable[Source], column: str) -> list[Source]:
 
 
 def _reader(source: Source) -> str:
-    """How a file of rows is read; empty for other files."""
+    """The kind of a file of rows, such as "jsonl"; empty for other files."""
     match = TABLE.fullmatch(source.path.name)
     return (match[1] or match[2]).lower() if match else ""

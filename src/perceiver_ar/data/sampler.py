@@ -14,17 +14,17 @@ from perceiver_ar.errors import InputError
 
 
 class TrainingWindows:
-    """An endless sequence of training windows, each a pure function of its index: to resume, go on at the next index.
+    """An endless sequence of training windows. Each is a pure function of its index, so resuming needs only the index.
 
     The sequence is pass after pass over the tokens x[0..n-1]. In each pass every target x[1..n-1] is in exactly one
-    window, with the T tokens before the window's last target as context, or as many as there are. A pass cuts the
-    targets every N tokens, from a random point on, and takes the pieces in a random order; both follow from (seed,
-    pass) alone, so that no list of windows is ever kept.
+    window. Its context is the T tokens before the window's last target, or all of them if there are fewer. A pass cuts
+    the targets every N tokens, starting at a random point, and takes the pieces in random order. Both depend on (seed,
+    pass) alone, so no list of windows is stored.
 
-    Where all documents have `document_length` tokens (pictures), each is cut for itself: its first token is no target,
-    and no context reaches beyond its start, so that a token's place in the context is its place in the document.
+    If all documents have `document_length` tokens (pictures), each is cut separately: its first token is not a target,
+    and no context reaches beyond its start, so a token has the same place in the context as in the document.
 
-    `augment` (`codec.augment`) may change a window's ids; its randomness follows from (seed, index) alone, too.
+    `augment` (`codec.augment`) may change a window's ids; its randomness depends on (seed, index) alone, too.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class TrainingWindows:
         document_length: int | None = None,
         augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
     ):
-        """Raises `InputError` if there are fewer than T + 1 tokens, or documents of another length."""
+        """tokens: (n,) ids. Raises `InputError` if there are fewer than T + 1, or documents of another length."""
         length = len(tokens) if document_length is None else document_length
         if not 1 <= num_latents <= context_length:
             raise InputError(f"num_latents {num_latents} is not between 1 and context_length {context_length}")
@@ -48,8 +48,8 @@ class TrainingWindows:
             )
         if document_length is not None and length != context_length + 1:
             raise InputError(
-                f"context_length is {context_length}, but it must hold documents of {length} tokens but for their last "
-                f"one; give {length - 1}"
+                f"context_length is {context_length}, but it must be one less than the {length} tokens of a document; "
+                f"give {length - 1}"
             )
         if len(tokens) % length:
             raise InputError(f"{len(tokens)} tokens are not documents of {length}; prepare the data again")
@@ -65,7 +65,7 @@ class TrainingWindows:
 
     @property
     def windows_per_pass(self) -> int:
-        """Windows in a pass: this many or, depending on where the pass begins to cut, one more for each document."""
+        """Minimum number of windows in a pass; depending on its first cut, a pass has one more for each document."""
         return self._num_documents * math.ceil((self._length - 1) / self.num_latents)
 
     def first_window(self, number: int) -> int:
@@ -84,7 +84,7 @@ class TrainingWindows:
         """The targets x[a:b] of windows first..first+count-1: (count, 2) int64 of a, b."""
         indices = np.arange(first, first + count)
         numbers = self._passes_of(indices)
-        places = np.empty(count, dtype=np.int64)  # of the window within its pass, in the order of the tokens
+        places = np.empty(count, dtype=np.int64)  # of each window within its pass, in token order
         for number in np.unique(numbers):
             here = numbers == number
             size = self.first_window(number + 1) - self.first_window(number)
@@ -98,10 +98,10 @@ class TrainingWindows:
     def batch(self, first: int, count: int) -> dict[str, torch.Tensor]:
         """Windows first..first+count-1 as `tokens` (B, T) and `labels` int64 (B, N), both right-aligned.
 
-        Tokens are uint8 where they are stored so, else of a larger type (torch does little with uint16). The last
-        token's label is the last label. Labels that are not targets of the window are -100. Where a row has fewer than
-        T tokens it starts with zeros, and only then there is a `mask` bool (B, T), True for real tokens.
-        Of windows within documents, T loses what is padding in all rows, by quarters (kernels are made for each shape).
+        Tokens are uint8 if they are stored as uint8, else of a larger signed type (torch hardly supports uint16). The
+        last label belongs to the last token. Labels that are not targets of the window are -100. A row with fewer than
+        T tokens starts with zeros; only then is there a `mask` bool (B, T), True for real tokens. With
+        `document_length`, padding that all rows share is cut from T in quarters (each new shape needs new kernels).
         """
         size = 8 if self._augment is not None else self._data.dtype.itemsize
         tokens = np.zeros((count, self.context_length), dtype={1: np.uint8, 2: np.int32}.get(size, np.int64))
@@ -110,7 +110,7 @@ class TrainingWindows:
         for row, (a, b) in enumerate(self.spans(first, count).tolist()):
             document = (b - 1) // self._length * self._length
             first_token = max(document, b - 1 - self.context_length)
-            window = self._read(first_token, b)  # the context and, one further, the last target
+            window = self._read(first_token, b)  # the context and, after it, the last target
             if self._augment is not None:
                 window = self._augment(window, np.random.default_rng((self.seed % 2**63, 2, first + row)))
             padding = self.context_length - (len(window) - 1)
@@ -129,13 +129,13 @@ class TrainingWindows:
         return self._data.read(start, stop) if isinstance(self._data, TokenFile) else self._data[start:stop]
 
     def _leads(self, numbers: np.ndarray) -> np.ndarray:
-        """How far before the first target each pass begins to cut: 0..N-1; not at all where one window has it all."""
+        """Distance from each pass's first cut to its first target: 0..N-1; 0 if one window holds a whole document."""
         if self.document_length is not None and self.num_latents >= self._length - 1:
             return np.zeros(len(numbers), dtype=np.int64)
         return (_hash(self.seed, 0, numbers) % np.uint64(self.num_latents)).astype(np.int64)
 
     def _pieces(self, leads: np.ndarray) -> np.ndarray:
-        """Into how many windows a pass cuts each document: ceil((length - 1 + lead) / N)."""
+        """Number of windows into which a pass cuts each document: ceil((length - 1 + lead) / N)."""
         return -((1 - self._length - leads) // self.num_latents)
 
     def _extend(self) -> None:
@@ -163,10 +163,9 @@ def _hash(*parts: int | np.ndarray) -> np.ndarray:
 
 
 def _permute(places: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
-    """A pseudo-random permutation of 0..size-1, given by `key`, at `places` (int64): needs no memory for the rest of
-    it.
+    """The values at `places` (int64) of a pseudo-random permutation of 0..size-1, given by `key`, without storing it.
 
-    A Feistel network permutes 0..4^half-1; what lands outside 0..size-1 goes through it again until it lands inside.
+    A Feistel network permutes 0..4^half-1; values outside 0..size-1 go through it again until they are inside.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)

@@ -1,4 +1,4 @@
-"""Sound to be heard: WAV files, and a piano made of sines where there is no soundfont."""
+"""Sound: WAV files, and a piano made of sines for use without a soundfont."""
 
 import os
 import wave
@@ -10,11 +10,11 @@ from perceiver_ar.data.codec import missing_extra
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path
 
-RATE = 22_050  # samples a second of the synthetic piano
+RATE = 22_050  # Hz, of the synthetic piano
 
 
 def wav_bytes(samples: np.ndarray, rate: int) -> bytes:
-    """Samples (n,) or (n, channels) in -1 ... 1 as a WAV file of 16 bits."""
+    """Samples (n,) or (n, channels) in -1 ... 1, at `rate` Hz, as a 16-bit WAV file."""
     import io
 
     buffer = io.BytesIO()
@@ -33,7 +33,7 @@ def write_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int) -> N
 
 
 def check_soundfont(soundfont: str) -> None:
-    """Raises `InputError` if it does not exist, or what plays it is not installed."""
+    """Raises `InputError` if it does not exist, or if symusic, which plays it, is not installed."""
     try:
         import symusic  # noqa: F401
     except ImportError as error:
@@ -43,7 +43,7 @@ def check_soundfont(soundfont: str) -> None:
 
 
 def play_notes(notes: np.ndarray, midi: bytes, soundfont: str | None) -> tuple[np.ndarray, int]:
-    """Samples in -1 ... 1 and their rate: `midi` through `soundfont`, or `notes` on the synthetic piano.
+    """Samples in -1 ... 1 and their rate in Hz: `midi` through `soundfont`, or `notes` on the synthetic piano.
 
     Raises `InputError` if the soundfont cannot be read.
     """
@@ -62,7 +62,7 @@ def play_notes(notes: np.ndarray, midi: bytes, soundfont: str | None) -> tuple[n
 
 
 def synthesise(notes: np.ndarray) -> np.ndarray:
-    """Notes (n, 4) as `perceiver_ar.data.midi` has them -> samples (RATE * seconds,).
+    """Notes (n, 4) as in `perceiver_ar.data.midi_file` -> samples (RATE * seconds,), with half a second after the end.
 
     A string's partials k = 1 ... 8, slightly sharp (f_k = k f sqrt(1 + B k^2), as stiff strings are), each with
     amplitude 1/k and a decay that is faster for high notes and high partials; keys that are released fade within 80 ms.
@@ -85,7 +85,7 @@ def synthesise(notes: np.ndarray) -> np.ndarray:
 
 
 def _string(pitch: float) -> np.ndarray:
-    """A struck string that nobody stops."""
+    """Samples (n,) of a struck string that is never released."""
     frequency = 440 * 2 ** ((pitch - 69) / 12)
     lasts = float(np.clip(3.0 * 2 ** ((60 - pitch) / 18), 0.3, 8.0))  # seconds until a partial has fallen to 1/e
     time = np.arange(int(RATE * min(2.5 * lasts, 10.0))) / RATE

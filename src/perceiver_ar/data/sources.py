@@ -1,6 +1,6 @@
-"""Where documents come from: files, folders, patterns, standard input, the standard library; plain or compressed.
+"""Sources of documents: files, folders, patterns, standard input, the standard library; plain or compressed.
 
-Finding a source never reads it. Reading is streaming: no file is ever held in memory as a whole.
+Finding a source does not read it. Files are streamed, never held in memory as a whole.
 """
 
 import bz2
@@ -26,8 +26,8 @@ from perceiver_ar.data.codec import WrongModality
 from perceiver_ar.data.text import text_only, text_pieces
 from perceiver_ar.errors import InputError
 
-CHUNK = 1 << 20  # bytes read at once
-NOT_DOCUMENTS = frozenset({"__pycache__"})  # folders that are never walked into, besides hidden ones
+CHUNK = 1 << 20  # bytes per read
+NOT_DOCUMENTS = frozenset({"__pycache__"})  # folders that are skipped, besides hidden ones
 RUN_FILES = ("recipe.yaml", "codec.json", "model.safetensors", "tokens")  # two of them make a folder a run
 NOT_LIBRARY = NOT_DOCUMENTS | {
     "site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "ensurepip",
@@ -36,10 +36,12 @@ NOT_LIBRARY = NOT_DOCUMENTS | {
 
 @dataclass(frozen=True)
 class Source:
-    """One file to read. `name` is what messages call it; `size` is in bytes as stored, compressed or not.
+    """One file to read.
 
-    `named`: the user gave this very file, so a codec that cannot read it is an error. Otherwise it was found in a
-    folder or by a pattern and is skipped.
+    name: its name in messages.
+    size: in bytes as stored, compressed or not.
+    named: the user gave this very file, so it is an error if a codec cannot read it. A file that was found in a folder
+        or by a pattern is skipped instead.
     """
 
     of_rows: ClassVar[bool] = False
@@ -50,12 +52,12 @@ class Source:
     spool: Any = field(default=None, repr=False, compare=False)  # keeps a temporary file alive as long as its source
 
     def chunks(self, advance: Callable[[int], Any] = lambda num_bytes: None) -> Iterator[bytes]:
-        """The decompressed content. `advance(n)` is told whenever another n bytes of the stored file have been read.
+        """The decompressed content. Calls `advance(n)` after each n bytes read of the stored file.
 
-        Raises `InputError` if the file vanished, is a link to nothing, may not be read, or is damaged.
+        Raises `InputError` if the file vanished, is a broken link, may not be read, or is damaged.
         """
         if _leads_nowhere(self.path):
-            raise InputError(f"{self.name} is a link to nothing; correct it or remove it")
+            raise InputError(f"{self.name} is a broken link; correct it or remove it")
         read = 0
         try:
             with open(self.path, "rb") as raw:
@@ -70,13 +72,13 @@ class Source:
         except (EOFError, OSError, zlib.error, lzma.LZMAError, _Damaged) as error:
             if isinstance(error, OSError) and error.errno is not None:  # a failing disk, not a damaged file
                 raise
-            reason = f"{self.name} is damaged, or not what its ending says ({error})"
+            reason = f"{self.name} is damaged, or its ending is wrong ({error})"
             raise InputError(f"{reason}; fetch or compress it again") from None
 
     def documents(
         self, separator: bytes | None, advance: Callable[[int], Any] = lambda num_bytes: None, text: bool = False
     ) -> Iterator[tuple[str, Iterator[bytes]]]:
-        """The documents in it, as `split_documents` has them, each after what messages call it.
+        """Pairs of a document's name in messages and its chunks, as `split_documents` yields them.
 
         text: raises `WrongModality` if the file cannot be text, such as an archive.
         """
@@ -95,7 +97,7 @@ def _permission_denied(name: str | os.PathLike[str]) -> InputError:
 
 
 def _decompressed(raw: IO[bytes], suffix: str, name: str) -> Iterator[bytes]:
-    """The content of an open file, decompressed as `suffix` says."""
+    """The content of an open file, decompressed by its `suffix`."""
     if suffix == ".zst":
         yield from _zstd_chunks(raw, name)
         return
@@ -110,7 +112,7 @@ def _zstd_chunks(raw: IO[bytes], name: str) -> Iterator[bytes]:
         import zstandard
     except ImportError:
         raise InputError(f"reading {name} needs the package zstandard: pip install zstandard") from None
-    # The package's own file reader ends quietly at a cut file, so frames are followed here.
+    # The package's own reader does not report a cut file, so frames are followed here.
     frame = None
     while data := raw.read(1 << 14):
         while data:
@@ -128,14 +130,14 @@ def _zstd_chunks(raw: IO[bytes], name: str) -> Iterator[bytes]:
 
 
 def find_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Source]:
-    """The files that `paths` mean, in order, each once, even if several paths or links lead to it.
+    """The files at `paths`, in order, each once, even if several paths or links lead to it.
 
     A path is a file, a folder (walked in sorted order, without hidden files and folders and `__pycache__`), a pattern
     (`*`, `?`, `[...]`, and `**` for any folders) or `-` for standard input. Files ending in .gz, .xz, .bz2 or .zst are
     decompressed when read. Raises `InputError` if a path does not exist, holds or matches nothing, or may not be read.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
-    sources: dict[str, Source] = {}  # by where a file really is
+    sources: dict[str, Source] = {}  # by the real path
     for path in (os.path.expanduser(path) for path in paths):
         if path == "-":
             found = [_spooled(sys.stdin.buffer, "standard input")]
@@ -161,9 +163,9 @@ def standard_library() -> list[Source]:
 
 
 def read_text(sources: Iterable[Source], max_bytes: int | None = None) -> Iterator[str]:
-    """The text of `sources` in pieces, about `max_bytes` of it at most, for `train_bpe`.
+    """Yields the text of `sources` in pieces, up to about `max_bytes` (UTF-8), for `train_bpe`.
 
-    Skips what was found but cannot be read as text; raises `InputError` for what the user named.
+    Skips files that cannot be read as text; raises `InputError` if the user named them.
     """
     total = 0
     for source in sources:
@@ -178,16 +180,16 @@ def read_text(sources: Iterable[Source], max_bytes: int | None = None) -> Iterat
                 except WrongModality:
                     if not source.of_rows:
                         raise
-        except InputError:  # damaged, gone or not to be read: whoever makes tokens of it says so
+        except InputError:  # reported when the file is tokenised
             if source.named:
                 raise
 
 
 def split_documents(chunks: Iterable[bytes], separator: bytes | None) -> Iterator[Iterator[bytes]]:
-    """The documents that `separator` separates in one file, each an iterator of chunks, without the separator itself.
+    """The documents of one file, each an iterator of chunks. `separator` stands between them and is left out.
 
-    A line end in the separator is that of Windows (CR LF) in the file, too. Use up each document before asking for the
-    next. Without a separator the file is one document.
+    LF in the separator also matches CR LF in the file. Use up each document before asking for the next. Without a
+    separator the file is one document.
     """
     if not separator:
         yield iter(chunks)
@@ -219,7 +221,7 @@ def split_documents(chunks: Iterable[bytes], separator: bytes | None) -> Iterato
 
 
 def _at(path: str) -> list[Source]:
-    """What is at a path that the user named."""
+    """The files at a path that the user named."""
     try:
         mode = os.stat(path).st_mode
     except PermissionError:
@@ -243,7 +245,7 @@ def _at(path: str) -> list[Source]:
 def _matching(pattern: str) -> list[Source]:
     """The files that match a pattern, or lie in a folder that does."""
     parts = Path(pattern).parts
-    if "**" in parts:  # not glob's own, which may follow links in circles
+    if "**" in parts:  # glob's own may follow links in circles
         depth = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         below = _walk(os.path.join(*parts[:depth] or ["."]))
         return [source for source in below if _fits(source.path.parts[depth:], parts[depth:])]
@@ -274,13 +276,13 @@ def _leads_nowhere(path: str | os.PathLike[str]) -> bool:
 
 
 def _is_file(path: str) -> bool:
-    """No folder, pipe or socket. A link to nothing was meant to be a file: it is skipped and counted like one."""
+    """Whether it is a file, not a folder, pipe or socket. A broken link counts as a file: it is skipped like one."""
     return os.path.isfile(path) or _leads_nowhere(path)
 
 
 def _walk(folder: str, skip: frozenset[str] = NOT_DOCUMENTS) -> list[Source]:
-    """All files below `folder`, sorted; links are followed, but no folder is entered twice. Folders in it that may not
-    be read, or hold a run, are skipped and named on stderr."""
+    """All files below `folder`, sorted. Links are followed, but no folder is entered twice. Folders in it that may not
+    be read or that hold a run are skipped and reported on stderr."""
     found, seen = [], set()
 
     def denied(error: OSError) -> None:
@@ -309,7 +311,7 @@ def _walk(folder: str, skip: frozenset[str] = NOT_DOCUMENTS) -> list[Source]:
 
 
 def _skipped_run(folder: str) -> bool:
-    """Whether a folder holds a run of perceiver-ar, the files of which are no documents; says so."""
+    """Whether a folder holds a run of perceiver-ar, whose files are not documents; reports it on stderr."""
     has = {name for name in RUN_FILES if os.path.exists(os.path.join(folder, name))}
     if len(has) > 1:
         print(f"skipped the folder {folder}: it holds a run; to read it, name it", file=sys.stderr)
@@ -317,7 +319,7 @@ def _skipped_run(folder: str) -> bool:
 
 
 def _spooled(stream: IO[bytes], name: str) -> Source:
-    """A stream as a file that can be read more than once; the file goes when its source goes."""
+    """A stream as a temporary file that can be read more than once; it is removed with its source."""
     spool = tempfile.NamedTemporaryFile(prefix="perceiver-ar-")  # noqa: SIM115
     shutil.copyfileobj(stream, spool, CHUNK)
     spool.flush()

@@ -1,4 +1,4 @@
-"""Which documents are held out, and copies that may not be on both sides."""
+"""Which documents are held out. Copies of a document are never on both sides."""
 
 import re
 import sys
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def document_groups(sources: Sequence[Source], pattern: str) -> list[int]:
-    """Which group each source is of, by what `pattern` finds in its name; alone where it finds nothing."""
+    """The group number of each source, by the match of `pattern` in its name; without a match a group of its own.
+
+    Raises `InputError` if the pattern matches no name.
+    """
     keys: dict[str, int] = {}
     groups, found = [], False
     for source in sources:
@@ -29,7 +32,7 @@ def document_groups(sources: Sequence[Source], pattern: str) -> list[int]:
 
 
 def drop_held_out(train: "TokenWriter", validation: "TokenWriter") -> None:
-    """Takes out of `train` what is held out as well. Raises `InputError` if that is all."""
+    """Removes from `train` all documents that are in `validation`, too. Raises `InputError` if none is left."""
     copies = np.isin(np.array(train.digests, np.uint64), np.array(validation.digests, np.uint64))
     if copies.all():
         raise InputError("all training documents are validation documents as well; give other files for validation")
@@ -39,14 +42,14 @@ def drop_held_out(train: "TokenWriter", validation: "TokenWriter") -> None:
 
 
 def choose_groups(writer: "TokenWriter", fraction: float, seed: int) -> np.ndarray:
-    """Which documents are for validation: a mask (documents,). Of a group, and of equal documents, all are or none."""
+    """Which documents are for validation: a mask (documents,). Groups and equal documents are never divided."""
     _, groups = np.unique(np.array(writer.groups, np.int64), return_inverse=True)
     sizes = np.zeros(groups.max(initial=-1) + 1, np.uint64)
     np.add.at(sizes, groups, np.array(writer.sizes, np.uint64))
     _, firsts, inverse = np.unique(np.array(writer.digests, np.uint64), return_index=True, return_inverse=True)
-    firsts = firsts[inverse]  # of each document the first one that is equal
+    firsts = firsts[inverse]  # for each document, the first equal one
     copies = np.flatnonzero(firsts != np.arange(len(firsts)))
-    together = list(range(len(sizes)))  # groups with equal documents: the way to one of them, which stands for all
+    together = list(range(len(sizes)))  # union-find over groups that share equal documents: parent of each group
 
     def root(group: int) -> int:
         while together[group] != group:
@@ -66,9 +69,9 @@ def choose_groups(writer: "TokenWriter", fraction: float, seed: int) -> np.ndarr
 def _choose(sizes: np.ndarray, together: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Which groups are for validation: a mask. Random ones until `fraction` of all bytes is reached.
 
-    Groups with the same number in `together` go together. Those that would overshoot the fraction by half are passed
-    over; if all would, the smallest is taken. At least one is taken and at least one left, so that a single one is
-    never split.
+    Groups with the same number in `together` stay together. Those that would exceed the fraction by more than half are
+    skipped; if all would, the smallest is taken. At least one is taken and at least one left; a single one is never
+    held out.
     """
     chosen = np.zeros(len(sizes), dtype=bool)
     order = together[np.random.default_rng(seed & (1 << 64) - 1).permutation(len(sizes))]

@@ -1,8 +1,8 @@
-"""Text and bytes as ids: `BytesCodec` (one id per byte), `OffsetBytesCodec` (the same behind special ids) and
+"""Text and bytes as ids: `BytesCodec` (one id per byte), `OffsetBytesCodec` (the same after special ids) and
 `TokenizerCodec` (byte-level BPE, Hugging Face tokenizers).
 
-All give back exactly the bytes they were given, and know how many bytes each id stands for, so that bits per byte
-can be compared between them.
+All decode to exactly the bytes that were encoded, and know how many bytes each id stands for, so that bits per byte
+are comparable between them.
 """
 
 import codecs
@@ -45,11 +45,11 @@ NO_TEXT: dict[bytes, tuple[str, str]] = {
         "save it as UTF-8",
     ),
 }
-"""What files that are no UTF-8 text are by their first bytes, and what to do then."""
-START = 512  # bytes that this looks at
-PIECE = 1 << 14  # characters that a tokenizer encodes as one: with 1 << 16 it takes twice as long
-PIECES = 16  # that it encodes at the same time, in threads of its own, where a document comes alone
-WORD = 256  # characters of the longest word that a tokenizer is trained on
+"""Pattern of a file's first bytes -> (what the file is, what to do)."""
+START = 512  # bytes that `NO_TEXT` is compared with
+PIECE = 1 << 14  # characters that a tokenizer encodes in one piece: 1 << 16 takes twice as long
+PIECES = 16  # pieces of a single document that it encodes in parallel, in its own threads
+WORD = 256  # maximum characters of a word that a tokenizer is trained on
 KINDS = r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s"  # letters, digits, other signs, spaces: words are runs of one kind
 LONG_WORD = re.compile("|".join(f"{kind}{{{WORD}}}(?={kind})" for kind in KINDS))
 LONG_WORDS = 1 << 20  # characters of such words that a tokenizer is trained on: almost all of their parts differ
@@ -58,8 +58,8 @@ LONG_WORDS = 1 << 20  # characters of such words that a tokenizer is trained on:
 class BytesCodec(Codec):
     """Every byte is its own id.
 
-    With `text`, documents must be valid UTF-8 without NUL, and id 0 (NUL) separates them. Without, any bytes will do,
-    all 256 ids mean themselves, and nothing stands between documents.
+    With `text`, documents must be valid UTF-8 without NUL, and id 0 (NUL) separates them. Without, any bytes are
+    allowed, all 256 ids stand for themselves, and nothing separates documents.
     """
 
     name = "bytes"
@@ -96,9 +96,9 @@ class BytesCodec(Codec):
 
 
 class OffsetBytesCodec(Codec):
-    """Byte b is id b + `reserved`, as in other implementations; the ids below are special and stand for no bytes.
+    """Byte b is id b + `reserved`, as in other implementations; the ids below `reserved` are special, without bytes.
 
-    `start_id`, one of the special ids, precedes every document; None: nothing does.
+    `start_id`, one of the special ids, precedes every document; None: no id does.
     """
 
     name = "offset_bytes"
@@ -130,9 +130,9 @@ class OffsetBytesCodec(Codec):
 class TokenizerCodec(Codec):
     """A byte-level BPE tokenizer (GPT-2, Llama 3, Qwen, or one made by `train_bpe`): every id stands for fixed bytes.
 
-    Other kinds (WordPiece, SentencePiece) are refused: they do not give back the text they were given, or only as a
-    whole, and the bytes of one id cannot be counted. A tokenizer that composes characters first (NFC) is accepted; text
-    that was not composed comes back composed. Special tokens are never made from text: a literal `<|endoftext|>` in a
+    Other kinds (WordPiece, SentencePiece) are refused: they do not decode to the encoded text, or only as a whole, and
+    the bytes of one id cannot be counted. A tokenizer that first composes characters (NFC) is accepted; its text comes
+    back composed. Special tokens are never made from text: a literal `<|endoftext|>` in a
     document is encoded like any other text. They stand for no bytes, and `<|endoftext|>`, if there is one, separates
     documents.
     """
@@ -147,14 +147,14 @@ class TokenizerCodec(Codec):
         self.tokenizer = tokenizer
         tokenizer.no_truncation()  # a saved tokenizer may cut or pad what it encodes
         tokenizer.no_padding()
-        if getattr(tokenizer.model, "dropout", None):  # which is for training it on many encodings of a text
+        if getattr(tokenizer.model, "dropout", None):  # random merges, used in training only
             tokenizer.model.dropout = None  # pyright: ignore[reportAttributeAccessIssue]
-        tokenizer.encode_special_tokens = True  # that is: encode their names as ordinary text
+        tokenizer.encode_special_tokens = True  # encodes their names as ordinary text
         if '"ByteLevel"' not in json.dumps(json.loads(tokenizer.to_str())["decoder"]):
             raise InputError(f"{where} is not byte-level; use a byte-level BPE tokenizer (GPT-2, Llama 3) or train one")
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        self._bytes = [b""] * self.vocab_size  # what each id stands for; ids without a token stand for nothing
+        self._bytes = [b""] * self.vocab_size  # of each id; ids without a token have none
         for token, index in vocab.items():
             self._bytes[index] = _token_bytes(token)
         for index, token in tokenizer.get_added_tokens_decoder().items():
@@ -164,7 +164,7 @@ class TokenizerCodec(Codec):
         for probe in _PROBES:
             if (back := self.decode(self.encode(probe.encode())).decode(errors="replace")) != probe:
                 raise InputError(
-                    f"{where} does not give text back ({probe!r} became {back!r}); use a lossless tokenizer"
+                    f"{where} does not decode to the encoded text ({probe!r} became {back!r}); use a lossless tokenizer"
                 )
 
     @classmethod
@@ -214,9 +214,9 @@ def train_bpe(texts: Iterable[str | bytes], vocab_size: int) -> TokenizerCodec:
     """Trains a lossless byte-level BPE tokenizer on `texts` (whole documents, or pieces of them: see `text_pieces`).
 
     Memory grows with the number of different words, not with the amount of text. Words of more than `WORD` characters
-    (text without spaces, such as genomes) are cut, and only the first `LONG_WORDS` characters of such words count. The
-    vocabulary holds all 256 bytes, `<|endoftext|>`, and merges up to `vocab_size`: fewer if the texts do not have that
-    many. A terminal shows the progress. Raises `InputError` if `vocab_size` is below 257 or a document is not UTF-8.
+    (text without spaces, such as genomes) are cut, and only the first `LONG_WORDS` characters of such words are used.
+    The vocabulary has all 256 bytes, `<|endoftext|>`, and merges up to `vocab_size`, or fewer if the texts do not have
+    enough. A terminal shows the progress. Raises `InputError` if `vocab_size` is below 257 or a document is not UTF-8.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -237,7 +237,7 @@ def train_bpe(texts: Iterable[str | bytes], vocab_size: int) -> TokenizerCodec:
 
 
 def _short_words(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, cut where a word is longer than `WORD`, without what is over `LONG_WORDS`.
+    """The texts, with words longer than `WORD` cut, and such words left out after `LONG_WORDS` characters.
 
     The trainer's time is quadratic in the longest word.
     """
@@ -252,10 +252,10 @@ def _short_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _interruptible(work: Callable[[Iterator[str]], Any], texts: Iterator[str]) -> None:
-    """Does `work` in another thread. Signal handlers run in this one, and what they raise ends the wait.
+    """Runs `work` in another thread. Signal handlers run in this one, and their exceptions end the wait.
 
-    The other thread then runs out of texts; what it still computes cannot be stopped and ends with the process. (A
-    thread that wants to run Python while the process ends would have it aborted, so its reading is waited for.)
+    The other thread then gets no more texts. Its running computation cannot be stopped and ends with the process. (A
+    thread that runs Python while the process ends would abort it, so this waits until it reads no more.)
     """
     failures, abandoned, done = list[BaseException](), threading.Event(), threading.Event()
 
@@ -268,7 +268,7 @@ def _interruptible(work: Callable[[Iterator[str]], Any], texts: Iterator[str]) -
 
     try:
         threading.Thread(target=run, daemon=True).start()
-        done.wait()  # not join, which may end too early after it was interrupted
+        done.wait()  # join may return too early after an interruption
     except BaseException:
         abandoned.set()
         done.wait(1)
@@ -278,7 +278,7 @@ def _interruptible(work: Callable[[Iterator[str]], Any], texts: Iterator[str]) -
 
 
 class Utf8Stream:
-    """Bytes that come piecemeal -> text for a terminal: whole characters, U+FFFD for bytes that are none."""
+    """Bytes that arrive in pieces -> text for a terminal: whole characters, U+FFFD for invalid bytes."""
 
     def __init__(self):
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -288,12 +288,12 @@ class Utf8Stream:
         return self._decoder.decode(data)
 
     def close(self) -> str:
-        """What is left at the end: U+FFFD for a character that was never completed, else nothing."""
+        """The rest at the end: U+FFFD for an incomplete character, else nothing."""
         return self._decoder.decode(b"", final=True)
 
 
 def decode_utf8(chunks: Iterable[bytes], where: str, allow_nul: bool = True) -> Iterator[str]:
-    """Chunks of bytes cut anywhere -> text, no character broken. Raises `WrongModality` naming the bad byte."""
+    """Chunks of bytes, cut anywhere -> text in whole characters. Raises `WrongModality` naming the invalid byte."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0  # of the chunk in the document
 
@@ -302,7 +302,7 @@ def decode_utf8(chunks: Iterable[bytes], where: str, allow_nul: bool = True) -> 
         return WrongModality(f"{where} is not UTF-8 text (byte 0x{byte:02x} at offset {at}); {remedy}")
 
     def decode(chunk: bytes, final: bool) -> str:
-        pending = len(decoder.getstate()[0])  # bytes of a broken character kept from the last chunk
+        pending = len(decoder.getstate()[0])  # bytes of an incomplete character from the last chunk
         try:
             return decoder.decode(chunk, final)
         except UnicodeDecodeError as error:
@@ -319,9 +319,10 @@ def decode_utf8(chunks: Iterable[bytes], where: str, allow_nul: bool = True) -> 
 
 
 def text_only(chunks: Iterable[bytes], where: str, allow_nul: bool = False) -> Iterator[bytes]:
-    """The content of a file without a byte order mark, if it can be text: no NUL, no signature of `NO_TEXT`.
+    """Yields the content of a file that can be text, without a byte order mark.
 
-    Raises `WrongModality`, naming `where`, what the file is and what to do.
+    Raises `WrongModality` for NUL (unless allowed) or a signature of `NO_TEXT`, naming `where`, the kind of the file
+    and the remedy.
     """
     chunks = iter(chunks)
     start = b""
@@ -355,10 +356,10 @@ def text_pieces(chunks: Iterable[bytes], where: str, size: int = PIECE) -> Itera
 
 
 def _cut(text: str, size: int) -> int:
-    """Where to cut `text` (longer than `size`) at `size` or before.
+    """Where to cut `text` (longer than `size`): at `size` or before.
 
-    Behind a lone line end between two lines that touch it, the usual pre-tokenizers cut anyway, so that the ids are
-    those of the uncut text. Else behind a line end or before a space, else, in text without either, anywhere.
+    First choice: after a line end with no other whitespace beside it. The usual pre-tokenizers cut there anyway, so the
+    ids are those of the uncut text. Else after a line end or before a space; in text without either, at `size`.
     """
     cut = text.rfind("\n", 0, size)
     while cut > 0:
@@ -368,7 +369,7 @@ def _cut(text: str, size: int) -> int:
     return max(text.rfind("\n", 0, size) + 1, text.rfind(" ", 1, size)) or size
 
 
-# Byte-level BPE writes each byte as one printable character: these as themselves, the others in order from U+0100 on.
+# Byte-level BPE writes each byte as one printable character: these bytes as themselves, the others from U+0100 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
@@ -380,7 +381,7 @@ def _token_bytes(token: str) -> bytes:
     """The bytes that a token of a byte-level vocabulary stands for."""
     try:
         return bytes([_BYTE_OF[character] for character in token])
-    except KeyError:  # not written in the byte alphabet: means itself
+    except KeyError:  # not in the byte alphabet: stands for itself
         return token.encode()
 
 

@@ -1,8 +1,8 @@
 """Token files: ids on disk, memory-mapped.
 
 A token file is three files: `STEM.bin` (the ids of all documents, little-endian), `STEM.documents.npy` (where each
-document starts) and `STEM.json` (what the others must be; written last). Every document is preceded by the codec's
-separator, so that its first token, too, is predicted from something.
+document starts) and `STEM.json` (what the other two must contain; written last). The codec's separator precedes every
+document, so that its first token, too, has a token to be predicted from.
 """
 
 import hashlib
@@ -32,15 +32,15 @@ from perceiver_ar.progress import ProgressBar
 __all__ = ["Source", "TokenFile", "find_files", "prepare", "read_text", "standard_library"]
 
 VERSION = 1
-BLOCK = 1 << 22  # tokens moved at once
-NAMED = 5  # so many of the files that are skipped are named, with the reason
+BLOCK = 1 << 22  # tokens moved in one piece
+NAMED = 5  # maximum number of skipped files to name, with the reason
 
 
 @dataclass(frozen=True)
 class TokenFile:
     """A finished token file. Opening it reads none of the ids; pickling it (to a data loader's worker) opens it again.
 
-    num_bytes is the size of the documents the ids came from, separators and split marks not counted.
+    num_bytes: bytes of the documents that the ids came from, without separators and `split_on`.
     """
 
     stem: Path
@@ -97,7 +97,7 @@ class TokenFile:
         return descriptor
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """A copy of tokens[start:stop]. For random places in a large file this is what to use.
+        """A copy of tokens[start:stop] (stop - start,). Use it for random places in a large file.
 
         A window of 9 kB from a file not yet in memory takes 0.1 ms this way and 2 ms through the memory map, whose
         pages also count as the process's memory from then on.
@@ -115,7 +115,7 @@ class TokenFile:
 
 
 class TokenWriter:
-    """A token file in the making: documents are added at its end, and can be taken back or moved to another one."""
+    """An unfinished token file: documents are added at its end, and can be taken back or moved to another writer."""
 
     def __init__(self, file: BinaryIO, codec: Codec):
         self.file = file
@@ -123,21 +123,21 @@ class TokenWriter:
         self.dtype = codec.dtype.newbyteorder("<")
         self.lengths = array("Q")  # tokens of each document, with its separator
         self.sizes = array("Q")  # bytes of each document
-        self.digests = array("Q")  # of the ids of each document: equal documents have equal ones
-        self.groups = array("Q")  # which group each document is of: those of a group stay together in a split
-        self.group: int | None = None  # of the documents that come; None: each is one of its own
+        self.digests = array("Q")  # hash of each document's ids: the same for equal documents
+        self.groups = array("Q")  # group number of each document: a split keeps a group together
+        self.group: int | None = None  # of the documents added next; None: each is a group of its own
         self.num_tokens = 0
 
     def write(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """Returns what was written."""
+        """Returns the bytes written."""
         data = np.asarray(ids, dtype=self.dtype).tobytes()
         self.file.write(data)
         self.num_tokens += len(ids)
         return data
 
     def add_source(self, parts: Iterable[Part]) -> list[str]:
-        """Adds the documents of one file: all, or none if it raises. Rows that the codec cannot read are left out;
-        returns why, of the first ones."""
+        """Adds the documents of one file: all, or none if it raises. Leaves out rows that the codec cannot read and
+        returns a reason for each (an empty one after the first `NAMED`)."""
         before, refused = len(self.lengths), list[str]()
         try:
             for document, own in groupby(parts, key=lambda part: part.document):
@@ -159,7 +159,7 @@ class TokenWriter:
         return refused
 
     def add(self, parts: Iterable[Part]) -> None:
-        """Adds one document; nothing if it is empty."""
+        """Adds one document, unless it is empty."""
         start, size, digest = self.num_tokens, 0, hashlib.sha256()
         try:
             self.write(self.codec.separator)
@@ -192,7 +192,7 @@ class TokenWriter:
         ends = np.cumsum(np.frombuffer(self.lengths, np.uint64)).tolist()
         edges = [0, *(np.flatnonzero(np.diff(chosen)) + 1).tolist(), len(chosen)]
         kept = 0
-        for first, last in pairwise(edges):  # runs of documents that go the same way
+        for first, last in pairwise(edges):  # successive documents that are all chosen, or all kept
             for start in range(ends[first - 1] if first else 0, ends[last - 1], BLOCK):
                 block = ids[start : min(start + BLOCK, ends[last - 1])]
                 if chosen[first]:
@@ -214,7 +214,7 @@ class TokenWriter:
 
 @contextmanager
 def _writer(stem: Path, codec: Codec) -> Iterator[TokenWriter]:
-    """Yields a writer; what it was given becomes a token file at the end, or nothing at all after an error."""
+    """Yields a writer; at the end its documents become a token file. After an error nothing is written."""
     with atomic_path(f"{stem}.bin") as binary, atomic_path(f"{stem}.documents.npy") as documents:
         with open(binary, "w+b", buffering=1 << 20) as file:
             writer = TokenWriter(file, codec)
@@ -248,20 +248,23 @@ def prepare(
 ) -> tuple[TokenFile, TokenFile | None]:
     """Encodes `sources` into the token files `train` and `validation` in `directory`, replacing those that are there.
 
-    A file is one document, or, with `split_on`, as many as that string separates, and `Rows` have at least one a row.
-    Empty documents are left out.
-    Validation is `validation_sources` (which then are not trained on, should they be among `sources`), or whole
-    documents, chosen by `seed`, of about `validation_fraction` of all bytes; None if the fraction is 0 or there is only
-    one document. Files stay on one side of that choice if the pattern `group_by` (a regular expression) finds the same
-    in their names: what its first group has, or the whole match without groups. Equal documents stay on one side, too:
-    of those that are held out, no copy is trained on. Each source is read once and memory is
-    constant. Files that were found but that cannot be read are skipped, and named on stderr with the reason, as are
-    those that hold nothing. `progress` shows a bar there, or, where it is no terminal, one line at the end.
-    Raises `InputError` if there is nothing to train on, or for a file that was named and cannot be read.
+    Each source is read once; memory is constant. Without `split_on`, a file is one document; `split_on` is the string
+    that separates several. In `Rows`, every row is at least one document. Empty documents are left out.
+
+    Validation is `validation_sources`, which are removed from `sources`, or else whole documents, chosen by `seed`,
+    with about `validation_fraction` of all bytes. It is None if the fraction is 0 or there is only one document. The
+    choice keeps files together if the regular expression `group_by` has the same match in their names (its first group,
+    or the whole match without groups). Equal documents stay together, too: no copy of a held-out document is trained
+    on.
+
+    Files that were found, not named, and that are empty or cannot be read are skipped; stderr gets their names and the
+    reasons. `progress` shows a bar on a terminal, and one line on stderr at the end.
+
+    Raises `InputError` if there is nothing to train on, or if a named file cannot be read.
     """
     sources, directory = list(sources), Path(directory)
     if not 0 <= validation_fraction < 1:
-        raise InputError(f"validation_fraction {validation_fraction} is not at least 0 and below 1; 0.05 is usual")
+        raise InputError(f"validation_fraction is {validation_fraction}: it must be in [0, 1), usually 0.05")
     if split_on == "":
         raise InputError("split_on is empty; give the string between documents, or leave it out")
     mark = split_on.encode() if split_on else None

@@ -1,5 +1,5 @@
-"""The routes. Handlers run on the event loop and never compute: texts are encoded in other threads, the model is the
-engine's."""
+"""The routes. Handlers run on the event loop and never compute: other threads encode texts, and the engine runs the
+model."""
 
 import asyncio
 import json
@@ -43,14 +43,14 @@ POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "img-src 'self' data:; media-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""The page loads nothing from elsewhere, and is in no frame of others."""
+"""The page loads nothing from other hosts, and other pages cannot frame it."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Service:
-    """What is served, and under which name."""
+    """The served run and its name."""
 
     engine: Engine
     codec: Codec
@@ -75,7 +75,7 @@ class DetokenizeRequest(BaseModel):
 
 
 class Events(EventSourceResponse):
-    """Server-sent events; `on_end` is called when they end in any way, also before they begin."""
+    """Server-sent events. Calls `on_end` when they end in any way, also before they begin."""
 
     def __init__(self, content: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
         super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -99,7 +99,7 @@ def create_app(service: Service) -> FastAPI:
         await run_in_threadpool(engine.close)
         await run_in_threadpool(worker.close)
 
-    # No pages of documentation: theirs are fetched from elsewhere.
+    # No documentation pages: FastAPI's load scripts from other hosts.
     app = FastAPI(title="perceiver-ar", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(
         Guard, api_key=service.api_key, max_body=MAX_BODY, body_seconds=BODY_SECONDS, answered=metrics.answered
@@ -108,7 +108,7 @@ def create_app(service: Service) -> FastAPI:
 
     def check_model(model: str | None) -> None:
         if model not in (None, name):
-            raise Refused(f"there is no model {model!r} here: it is {name!r}", "model", "model_not_found")
+            raise Refused(f"model is {model!r}, but this server has {name!r}", "model", "model_not_found")
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
@@ -130,7 +130,7 @@ def create_app(service: Service) -> FastAPI:
             await generation.read()
         except Refused:
             raise
-        except InputError as error:  # of a file that is no such file, or a damaged one
+        except InputError as error:  # a file of another kind, or a damaged one
             return error_response(422, str(error), param="prompt" if form.file is None else "file")
         generation.submit()
         return await answer_with(request, generation, generation.events if form.stream else None)
@@ -139,7 +139,7 @@ def create_app(service: Service) -> FastAPI:
     async def file(key: str, name: str) -> Response:
         content = results.get(key, name)
         if content is None:
-            raise HTTPException(404, "there is no such file, or not any more")
+            raise HTTPException(404, "the file does not exist or has expired")
         headers = {"Content-Disposition": f'inline; filename="{name}"', "X-Content-Type-Options": "nosniff"}
         return Response(content, media_type=media_type(name), headers=headers)
 
@@ -181,7 +181,7 @@ def create_app(service: Service) -> FastAPI:
         check_model(body.model)
         wrong = next((token for token in body.tokens if not 0 <= token < service.codec.vocab_size), None)
         if wrong is not None:
-            raise Refused(f"tokens has the id {wrong}: they are 0 ... {service.codec.vocab_size - 1}", "tokens")
+            raise Refused(f"tokens has the id {wrong}: ids must be 0 ... {service.codec.vocab_size - 1}", "tokens")
         return {"prompt": vocabulary.text(body.tokens)}
 
     return app
@@ -198,7 +198,7 @@ class Work(Protocol):
 async def answer_with(
     request: Request, work: Work, pieces: Callable[[], AsyncIterator[dict[str, Any]]] | None
 ) -> Response:
-    """The pieces of an answer as they come, or None: the whole; whoever goes away takes the work along."""
+    """Responds with `pieces` as they come; None: with the whole answer. Cancels the work if the client goes away."""
     if pieces is not None:
         return Events(events(pieces()), work.cancel)
     try:
@@ -216,7 +216,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(TooMuch)
     async def too_much(_: Request, error: TooMuch) -> Response:
-        return error_response(413, "the file takes more memory or time than it may", param="file")
+        return error_response(413, "the file exceeds the limit of memory or time", param="file")
 
     @app.exception_handler(InputError)
     async def wrong_input(_: Request, error: InputError) -> Response:
@@ -229,7 +229,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Response:
-        message = "more prompts are waiting than this server takes: try again later"
+        message = "the queue of this server is full: try again later"
         return error_response(503, message, headers={"Retry-After": str(RETRY_SECONDS)})
 
     @app.exception_handler(HTTPException)
@@ -238,11 +238,11 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failure(_: Request, error: Exception) -> Response:
-        return error_response(500, "the server has failed to answer this request; its log says why")
+        return error_response(500, "the server failed to answer this request; its log has the reason")
 
 
 async def events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Chunks as server-sent events, with a sign of life while nothing comes, up to [DONE] or an error."""
+    """Chunks as server-sent events, up to [DONE] or an error; keepalive comments while no chunk comes."""
     coming: asyncio.Task[dict[str, Any]] | None = None
     try:
         while True:
@@ -256,19 +256,19 @@ async def events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
     except StopAsyncIteration:
         yield format_sse_event(data_str="[DONE]")
     except TooMuch:
-        yield format_sse_event(data_str=json.dumps(error_body(413, "the files take more memory or time than they may")))
+        yield format_sse_event(data_str=json.dumps(error_body(413, "the files exceed the limit of memory or time")))
     except InputError as error:
         yield format_sse_event(data_str=json.dumps(error_body(400, str(error))))
     except Exception:
         logger.exception("a stream failed")
-        yield format_sse_event(data_str=json.dumps(error_body(500, "the server has failed; its log says why")))
+        yield format_sse_event(data_str=json.dumps(error_body(500, "the server failed; its log has the reason")))
     finally:
         if coming is not None:
             coming.cancel()
 
 
 async def unless_gone(request: Request, answer: Awaitable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The answer; None if the client goes away before. uvicorn does not cancel a request whose client has gone."""
+    """The answer; None if the client goes away first. uvicorn does not cancel a request whose client has gone."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

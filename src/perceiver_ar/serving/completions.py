@@ -1,4 +1,4 @@
-"""Completions: what the engine draws becomes text, log-probabilities and the ends of choices."""
+"""Completions: from tokens that the engine draws to text, log-probabilities and finish reasons."""
 
 import asyncio
 import time
@@ -21,11 +21,11 @@ from perceiver_ar.serving.text import StoppedText, Vocabulary
 
 @dataclass
 class Token:
-    """A token of a text, as `logprobs` shows it."""
+    """A token in the form of `logprobs`."""
 
     name: str
     logprob: float | None
-    """None: nothing comes before it."""
+    """In nats. None: no token comes before it."""
     top: dict[str, float] | None
     start: int
     """Bytes of the text before it."""
@@ -36,7 +36,7 @@ class Token:
 
 @dataclass
 class Delta:
-    """What is new of a choice."""
+    """The new part of a choice."""
 
     index: int
     text: str
@@ -46,7 +46,7 @@ class Delta:
     """Tokens drawn so far."""
 
     def choice(self, logprobs: bool) -> dict[str, Any]:
-        """As OpenAI writes it."""
+        """In OpenAI's form."""
         return {
             "index": self.index,
             "text": self.text,
@@ -72,20 +72,20 @@ class Choice:
         self.drawn, self.echoed, self.num_bytes, self.num_characters = 0, 0, 0, 0
 
     def echo(self, tokens: Sequence[int], logprobs: Tensor | None) -> None:
-        """Tokens of the prompt, and the log-probabilities (n, V) of each if something comes before it."""
+        """Adds tokens of the prompt. logprobs: (n, V), the log-probabilities at each; None: no token comes before."""
         for i, token in enumerate(tokens):
             self._record(token, None if logprobs is None else logprobs[i])
             self.echoed += len(self.vocabulary.bytes[token])
 
     def push(self, token: int, logprobs: Tensor, finish: Finish | None) -> Delta:
-        """One more token, drawn from these log-probabilities (V,)."""
+        """Adds a token that was drawn from these log-probabilities (V,)."""
         self.drawn += 1
         self._record(token, logprobs)
         text = self.text.push(self.vocabulary.bytes[token])
         return self.delta(text, "stop" if self.text.stopped else finish)
 
     def delta(self, text: str, finish: Finish | None = None) -> Delta:
-        """New text with those of its tokens that it holds whole, or at the end of the choice in part."""
+        """New text, with the tokens that it completes; at the end of the choice, also those that it holds in part."""
         if finish is not None:
             text += self.text.close()
         shown, ready = self.echoed + self.text.num_bytes, list[Token]()
@@ -104,7 +104,7 @@ class Choice:
         if self.top is None:
             return
         data, names = self.vocabulary.bytes[token], self.vocabulary.names
-        begins = [byte & 0xC0 != 0x80 for byte in data]  # a character, in UTF-8
+        begins = [byte & 0xC0 != 0x80 for byte in data]  # whether a UTF-8 character begins there
         offset = self.num_characters - (bool(data) and not begins[0] and self.num_characters > 0)
         logprob, top = None, None
         if logprobs is not None:
@@ -158,13 +158,13 @@ class Listener:
 
 
 class Completion:
-    """One request: its jobs, what comes of them, and the answer in OpenAI's form."""
+    """One request: its jobs, their results, and the answer in OpenAI's form."""
 
     def __init__(
         self, request: CompletionRequest, rows: Sequence[Tensor], engine: Engine, vocabulary: Vocabulary, model: str,
         metrics: Metrics,
     ) -> None:  # fmt: skip
-        """rows: the ids of each prompt. Raises Refused for settings that cannot be."""
+        """rows: the ids of each prompt. Raises Refused for invalid settings."""
         self.request, self.engine, self.metrics = request, engine, metrics
         self.results = asyncio.Queue[Delta | Exception]()
         self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
@@ -191,18 +191,18 @@ class Completion:
             self.jobs.append(Job(ids, settings, seeds if request.count else [], listener, score))
 
     def submit(self) -> None:
-        """Raises Busy where the queue is too full. `cancel` must follow, whatever happens."""
+        """Raises Busy if the queue has no room. Call `cancel` afterwards in any case."""
         self.engine.submit(self.jobs)
         self.metrics.prompt_tokens.inc(self.prompt_tokens)
 
     def cancel(self) -> None:
-        """Whatever has not ended is not wanted any more."""
+        """Cancels the choices that have not ended."""
         if self.left:
             self.metrics.gone.inc()
             self.engine.cancel(self.jobs)
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """What is new, until all choices have ended. Raises what the engine could not do."""
+        """Yields new parts until all choices have ended. Raises the engine's errors."""
         while self.left:
             delta = await self.results.get()
             if isinstance(delta, Exception):
@@ -212,7 +212,7 @@ class Completion:
             yield delta
 
     async def whole(self) -> dict[str, Any]:
-        """The answer when all has been drawn."""
+        """The complete answer."""
         whole = [Delta(index, "") for index in range(len(self.drawn))]
         async for delta in self.deltas():
             one = whole[delta.index]
@@ -240,5 +240,5 @@ class Completion:
 
 
 def as_rows(prompts: Sequence[str] | Sequence[list[int]], vocabulary: Vocabulary) -> list[Tensor]:
-    """The ids (T,) of each prompt; takes long for long texts. Raises InputError for what the codec cannot read."""
+    """The ids (T,) of each prompt; slow for long texts. Raises InputError for a prompt that the codec cannot read."""
     return [torch.from_numpy(vocabulary.prompt_ids(prompt)) for prompt in prompts]

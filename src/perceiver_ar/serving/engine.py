@@ -1,6 +1,6 @@
-"""The one thread that computes with the model: it reads prompts piece by piece and steps the rows between the pieces.
+"""The only thread that computes with the model: it reads prompts in pieces and makes steps of the rows between them.
 
-Jobs wait in a queue, first come first served. A row's tokens are those that `generation.generate` draws for it alone.
+Jobs wait in a queue, first come, first served. A row gets the same tokens as with `generation.generate` alone.
 """
 
 import logging
@@ -31,20 +31,20 @@ class Busy(Exception):
 
 
 class Listener(Protocol):
-    """Who wants a job's results. Called in the engine's thread, so it must be quick."""
+    """Receives a job's results. Its methods are called in the engine's thread, so they must be quick."""
 
     def scored(self, tokens: Sequence[int], logprobs: Tensor | None) -> None:
-        """The prompt's next tokens, and the log-probabilities (n, V) of each; None for the first token of all."""
+        """The next n tokens of the prompt, and the log-probabilities (n, V) at each; None for the first token."""
         ...
 
     def begun(self, last: bool) -> None:
-        """The prompt has been read. last: no token is to follow."""
+        """The prompt has been read. last: no tokens follow."""
         ...
 
     def token(self, sample: int, token: int, logprobs: Tensor, finish: Finish | None) -> bool:
-        """A sample's next token, and the log-probabilities (V,) from which it comes; False: no more of this sample.
+        """A sample's next token, and the log-probabilities (V,) of its draw. Returns False to end the sample.
 
-        finish: why this is the sample's last token; None: it is not.
+        finish: why this is the sample's last token; None: more follow.
         """
         ...
 
@@ -53,24 +53,24 @@ class Listener(Protocol):
         ...
 
     def failed(self, error: Exception) -> None:
-        """Nothing more comes of the job."""
+        """The job has failed; no more results follow."""
         ...
 
 
 @dataclass(eq=False)
 class Job:
-    """A prompt, and how to go on from it."""
+    """A prompt (T,) and the settings of its continuations."""
 
     prompt: Tensor
     settings: RowSettings
     seeds: Sequence[int | None]
-    """Of each sample; None: a new one. Without samples the prompt is only scored."""
+    """Seed of each sample; None: a random one. Without samples the prompt is only scored."""
     listener: Listener
     score: bool = False
     """Whether the listener wants the log-probabilities of the prompt's own tokens."""
     cancelled: bool = False
     started: float | None = field(default=None, init=False)
-    """When its prompt began to be read."""
+    """Time at which reading the prompt began, by `time.monotonic`."""
 
 
 class Engine:
@@ -87,10 +87,10 @@ class Engine:
         compile: bool = False,
     ) -> None:
         """
-        slots: rows that run at the same time.
-        max_context: tokens of context of each; None: as many as the model takes.
-        queue: jobs that wait at most.
-        seconds: after this time the rows of a job end.
+        slots: maximum number of rows that run simultaneously.
+        max_context: maximum context of a row in tokens; None: the model's.
+        queue: maximum number of waiting jobs.
+        seconds: time after which the rows of a job end.
         """
         longest = longest_context(model.config)
         context = longest if max_context is None else max_context
@@ -106,21 +106,21 @@ class Engine:
         self._closing = False
         self._reading: tuple[Job, Iterator[None]] | None = None
         self._running: dict[int, tuple[Job, int]] = {}
-        """By a row's index: its job, and which of its samples it is."""
+        """Row index -> its job, and the number of its sample."""
         self._rows = 0
         self._ready = threading.Event()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Returns when the first job could begin. Raises what goes wrong on the way, such as a lack of memory."""
+        """Returns when the first job can begin. Raises errors of the start, such as too little memory."""
         self._thread.start()
         self._ready.wait()
         if self._failure is not None:
             raise self._failure
 
     def close(self) -> None:
-        """Ends the thread; what is waiting or running fails."""
+        """Ends the thread; waiting and running jobs fail."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -141,11 +141,11 @@ class Engine:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values that it will ever hold."""
+        """Bytes of all keys and values that it ever holds."""
         return self._decoder.nbytes
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """All of these jobs wait from now on, or none: raises Busy where the queue has no room for all."""
+        """Adds all of these jobs to the queue, or none: raises Busy if it has no room for all."""
         with self._wake:
             if self._closing or len(self._waiting) + len(jobs) > self.queue:
                 raise Busy
@@ -153,7 +153,7 @@ class Engine:
             self._wake.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Nobody wants these any more: they leave the queue now, and their rows before the next step."""
+        """Removes these jobs from the queue now, and their rows before the next step."""
         with self._wake:
             for job in jobs:
                 job.cancelled = True
@@ -182,7 +182,7 @@ class Engine:
         self._fail(RuntimeError("the server is closing"))
 
     def _warm_up(self) -> None:
-        """Compiles the step: half a minute that no client should wait for."""
+        """Compiles the step before the first request, since it takes half a minute."""
         row = Row(0, torch.zeros(1, dtype=torch.int64), self.config)
         for _ in self._decoder.prefill(row):
             pass
@@ -191,7 +191,7 @@ class Engine:
         self._decoder.clear()
 
     def _wait_for_work(self) -> bool:
-        """False: there will be none."""
+        """Waits for a job; False: the engine is closing."""
         with self._wake:
             while not (self._closing or self._waiting or self._running or self._reading):
                 self._wake.wait()
@@ -217,7 +217,7 @@ class Engine:
                 del self._running[row.index]
 
     def _read_piece(self) -> None:
-        """A piece of the work that comes before the rows of the first job."""
+        """Reads a piece of the first job's prompt."""
         if self._reading is None:
             with self._wake:
                 if not self._waiting or len(self._waiting[0].seeds) > self._decoder.free:
@@ -236,7 +236,7 @@ class Engine:
             job.listener.failed(error)
 
     def _begin(self, job: Job) -> Iterator[None]:
-        """Scores a job's prompt if that is wanted, reads it once, and admits its rows."""
+        """Scores a job's prompt if requested, reads it once, and admits its rows. Yields after each piece."""
         if job.score:
             yield from self._score(job)
         if not job.seeds:
@@ -258,7 +258,7 @@ class Engine:
         job.listener.begun(last=False)
 
     def _score(self, job: Job) -> Iterator[None]:
-        """Log-probabilities of a prompt's tokens in the windows of `evaluation.evaluate`; yields after each."""
+        """Log-probabilities of a prompt's tokens, in the windows of `evaluation.evaluate`; yields after each window."""
         config, ids = self.config, job.prompt
         job.listener.scored(ids[:1].tolist(), None)
         if len(ids) < 2:
@@ -297,8 +297,8 @@ class Engine:
         self._remove(unwanted)
 
     def _fail_stuck(self, rows: list[Row], logits: Tensor) -> list[int]:
-        """Removes the rows that cannot go on after these logits, and those of the same jobs. Returns the places that
-        the logits of the others had, in the order that the decoder's rows have now."""
+        """Fails the jobs of rows that cannot continue after these logits (rows, V), and removes their rows. Returns the
+        indices in `logits` of the remaining rows, in the decoder's new order."""
         stuck = dict[int, Exception]()
         for row, one in zip(rows, logits.cpu().double(), strict=True):
             try:
@@ -314,7 +314,7 @@ class Engine:
         return [places[id(row)] for row in self._decoder.rows]
 
     def _fail(self, error: Exception) -> None:
-        """What runs, or on closing also what waits, ends with an error; what comes later begins anew."""
+        """Ends running jobs with an error, on closing also waiting jobs. Later jobs start from an empty decoder."""
         if not self._closing:
             logger.error("a step failed", exc_info=error)
         jobs = {id(job): job for job, _ in self._running.values()}

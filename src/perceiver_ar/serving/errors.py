@@ -1,4 +1,4 @@
-"""Errors as OpenAI writes them."""
+"""Errors in OpenAI's form."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 
 
 def describe(errors: Sequence[Any]) -> tuple[str, str | None]:
-    """What a list of pydantic's errors says of the first wrong field, and the field. Never what was sent."""
+    """Message and name of the first wrong field in a list of pydantic's errors. Never repeats the value sent."""
     error = errors[0]
     where = [str(part) for part in error["loc"] if part != "body"]
     if error["type"] == "json_invalid" or not where:
@@ -34,4 +34,4 @@ def describe(errors: Sequence[Any]) -> tuple[str, str | None]:
     if error["type"] == "extra_forbidden":
         name = ".".join(where)
         return f"{name} is not supported: leave it out", name
-    return f"{field} cannot be this: {error['msg']}", field
+    return f"{field} is invalid: {error['msg']}", field

@@ -1,4 +1,4 @@
-"""POST /v1/generate: music, a picture, a recording or numbers go on; what comes of it are files behind links."""
+"""POST /v1/generate: continues music, a picture, a recording or numbers; the results are files behind links."""
 
 import asyncio
 import mimetypes
@@ -26,12 +26,12 @@ from perceiver_ar.serving.worker import Worker
 
 EXPIRE_SECONDS = 3600.0
 MAX_RESULTS = 256 * 2**20
-"""Bytes of results that are kept; the oldest go first."""
+"""Maximum bytes of results to keep; the oldest are removed first."""
 EVENT_SECONDS = 0.2
 
 
 class GenerateForm(BaseModel):
-    """Fields of the form; settings are those of `perceiver-ar generate`."""
+    """Fields of the form; the settings are those of `perceiver-ar generate`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -59,7 +59,7 @@ class GenerateForm(BaseModel):
 
 
 class Results:
-    """Files in memory, each set of them under a name that nobody guesses, for an hour at most."""
+    """Sets of files in memory, each under an unguessable key, for at most an hour."""
 
     def __init__(self) -> None:
         self._sets: OrderedDict[str, tuple[float, dict[str, bytes]]] = OrderedDict()
@@ -108,7 +108,7 @@ class Tokens:
 
 
 class Generation:
-    """One request: the prompt's ids, its job, and the files in the end."""
+    """One request: the prompt's ids, its job, and the resulting files."""
 
     def __init__(self, form: GenerateForm, codec: Codec, engine: Engine, worker: Worker, results: Results) -> None:
         self.form, self.codec, self.engine, self.worker, self.results = form, codec, engine, worker, results
@@ -121,7 +121,7 @@ class Generation:
         self.left = 0
 
     async def read(self) -> None:
-        """Makes the prompt of the file. Raises InputError for one that cannot be read, TooMuch."""
+        """Makes the prompt from the form. Raises InputError for a file that cannot be read; TooMuch."""
         form, file = self.form, self.form.file
         if file is not None and form.prompt:
             raise Refused("prompt and file are both given: choose one", "prompt")
@@ -132,7 +132,7 @@ class Generation:
             document = self.original.tolist()
         self.prompt, count = prompt_and_count(self.codec, document, form.keep, form.max_new_tokens)
         if count < 1:
-            raise Refused("keep leaves nothing to draw: the picture is whole", "keep")
+            raise Refused("keep leaves nothing to draw: the prompt is a whole picture", "keep")
         self.rows = [list(self.prompt) for _ in range(self.samples)]
         separator = self.codec.separator[-1:]
         settings = RowSettings(
@@ -146,7 +146,7 @@ class Generation:
         self.jobs = [Job(torch.tensor(self.prompt), settings, seeds, self.listener)]
 
     def submit(self) -> None:
-        """Raises Busy. `cancel` must follow."""
+        """Raises Busy if the queue has no room. Call `cancel` afterwards in any case."""
         self.engine.submit(self.jobs)
         self.left = self.samples
 
@@ -155,7 +155,7 @@ class Generation:
             self.engine.cancel(self.jobs)
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Tokens as they come, some at a time, and at the end the links."""
+        """Yields tokens as they come, several together, and at the end the links."""
         new: dict[int, list[int]] = {}
         shown = time.monotonic()
         while self.left:
@@ -173,7 +173,7 @@ class Generation:
         yield {"type": "done", **await self._links()}
 
     async def whole(self) -> dict[str, Any]:
-        """What the last event says."""
+        """The last event."""
         last: dict[str, Any] = {}
         async for event in self.events():
             last = event

@@ -1,4 +1,4 @@
-"""What GET /metrics shows, in Prometheus' text form."""
+"""The content of GET /metrics, in Prometheus' text format."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -8,7 +8,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """Counts of one server; several in one process do not mix."""
+    """Metrics of one server, separate from those of others in the process."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = registry = CollectorRegistry()
@@ -33,7 +33,7 @@ class Metrics:
             Gauge(f"perceiver_ar_{name}", text, registry=registry).set_function(value)
 
     def answered(self, path: str, status: int) -> None:
-        """Paths that do not exist are one, as anybody can make up more of them."""
+        """Counts an answer. All paths that do not exist are counted as "other", as clients can invent any number."""
         self.requests.labels("other" if status == 404 else path, status).inc()
 
     def text(self) -> bytes:

@@ -1,4 +1,4 @@
-"""The body of POST /v1/completions. What cannot be done is refused, with the name of the field."""
+"""The body of POST /v1/completions. Unsupported values are refused, with the name of the field."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ Prompt = str | list[str] | list[int] | list[list[int]]
 
 
 class Refused(InputError):
-    """What is wrong with a request, and with which of its fields."""
+    """A request that cannot be served; `param` is the wrong field."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class CompletionRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: Annotated[Prompt, SkipValidation]  # `prompts` checks it: pydantic would report a mistake of every element
+    prompt: Annotated[Prompt, SkipValidation]  # `prompts` checks it: pydantic would report an error for every element
     model: str | None = None
     max_tokens: int | None = Field(None, ge=0, le=1_000_000)
     temperature: float | None = None
@@ -56,7 +56,7 @@ class CompletionRequest(BaseModel):
     logit_bias: dict[str, float] | None = None
     suffix: str | None = None
     user: str | None = None
-    """Accepted, as it changes nothing."""
+    """Accepted without effect."""
 
     @property
     def samples(self) -> int:
@@ -64,16 +64,16 @@ class CompletionRequest(BaseModel):
 
     @property
     def count(self) -> int:
-        """Tokens to draw at most; OpenAI's default."""
+        """Maximum number of tokens to draw, with OpenAI's default."""
         return 16 if self.max_tokens is None else self.max_tokens
 
     @property
     def top(self) -> int | None:
-        """How many of the likeliest tokens come with each token; None: no log-probabilities are wanted."""
+        """Number of likeliest tokens to list with each token; None: no log-probabilities."""
         return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)
 
     def check(self, slots: int) -> None:
-        """Raises Refused for what this server does not do. Values that change nothing are accepted."""
+        """Raises Refused for unsupported values. Values that change nothing are accepted."""
         neutral: dict[str, Callable[[Any], bool]] = {
             "best_of": lambda value: value in (1, self.samples),
             "suffix": lambda value: value == "",
@@ -86,10 +86,10 @@ class CompletionRequest(BaseModel):
         if self.samples > slots:
             raise Refused(f"n is {self.n}: this server draws at most {slots} samples at the same time", "n")
         if self.stream_options is not None and not self.stream:
-            raise Refused("stream_options is for streams: leave it out, or set stream", "stream_options")
+            raise Refused("stream_options needs stream: set stream, or leave it out", "stream_options")
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """Texts, or rows of ids that may lie outside of the vocabulary. Raises Refused for anything else."""
+        """Texts, or rows of ids, which may be outside of the vocabulary. Raises Refused for anything else."""
         prompt: Any = self.prompt
         if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and is_whole(prompt[0])):
             prompt = [prompt]
@@ -111,7 +111,7 @@ class CompletionRequest(BaseModel):
         return [require_unicode(stop, "stop") for stop in stops if stop]
 
     def sampling(self) -> Sampling:
-        """Raises Refused for numbers that cannot be."""
+        """Raises Refused for numbers out of range."""
 
         def value(number: float | None, default: float) -> float:
             return default if number is None else number

@@ -1,4 +1,4 @@
-"""What every request passes before anything reads it: the key, the host it names, and the limits of its body."""
+"""Checks of every request before a handler reads it: the key, the host name, and the limits of its body."""
 
 import asyncio
 import base64
@@ -18,8 +18,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 class Guard:
-    """Middleware. Without a key, only requests to a loopback name pass: a web page elsewhere could name its own host
-    and point it here (DNS rebinding)."""
+    """Middleware. Without a key, only requests to a loopback name pass: a foreign web page could let its own host name
+    resolve to this machine (DNS rebinding)."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Guard:
         body_seconds: float,
         answered: Callable[[str, int], None],
     ) -> None:
-        """answered: is told the path and the status of each answer."""
+        """answered: called with the path and the status of each answer."""
         self.app, self.max_body, self.body_seconds, self.answered = app, max_body, body_seconds, answered
         self.api_key = None if api_key is None else api_key.encode()
 
@@ -40,7 +40,7 @@ class Guard:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # What is refused here may have any path.
+                # A refused request may have any path.
                 self.answered("other" if refusal is not None else scope["path"], message["status"])
             await send(message)
 
@@ -66,7 +66,7 @@ class Guard:
         await self.app(scope, self._limited(receive), counted)
 
     def _has_key(self, authorization: str) -> bool:
-        """As a bearer token, or for browsers as the password of basic authentication."""
+        """Whether the header has the key: as bearer token, or for browsers as password of basic authentication."""
         assert self.api_key is not None
         scheme, _, value = authorization.partition(" ")
         given = value.strip().encode("latin-1")  # as it came
@@ -90,7 +90,7 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0.001))
             except TimeoutError:
-                raise HTTPException(408, f"the body did not come within {self.body_seconds:g} seconds") from None
+                raise HTTPException(408, f"the body did not arrive within {self.body_seconds:g} seconds") from None
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 ended = not message.get("more_body", False)
@@ -108,5 +108,5 @@ class Guard:
 
 
 def host_name(host: str) -> str:
-    """Of a Host header, without the port."""
+    """The host in a Host header, without the port."""
     return host[: host.rindex("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0].lower()

@@ -18,7 +18,7 @@ from perceiver_ar.serving.app import Service, create_app
 from perceiver_ar.serving.engine import Engine
 
 SHUTDOWN_SECONDS = 30
-"""How long requests that run may go on after SIGTERM."""
+"""Seconds that running requests may continue after SIGTERM."""
 
 
 def serve(
@@ -36,7 +36,7 @@ def serve(
     """Serves a run until SIGINT or SIGTERM.
 
     Raises:
-        InputError: settings that cannot be, no key where others could reach the server, an address in use.
+        InputError: invalid settings, no key although others can reach the server, or an address in use.
     """
     require(api_key is None or api_key.strip() != "", "api_key is empty: give a key that nobody guesses")
     require(
@@ -68,7 +68,7 @@ def load(
     precision: str = "32",
     device: str | None = None,
 ) -> Service:
-    """A run in memory, its engine started."""
+    """Loads a run and starts its engine. Raises InputError."""
     run = Run.open(path)
     model, codec = run.model(), run.codec()
     try:
@@ -102,7 +102,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises InputError where that is not possible."""
+    """A listening socket. Raises InputError if the address cannot be used."""
     require(0 <= port <= 65535, f"port is {port}: it must be in 0 ... 65535")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -112,7 +112,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def logging_to_stderr() -> dict[str, object]:
-    """uvicorn's messages and ours, none of which holds a prompt."""
+    """Logging settings for uvicorn's messages and ours. No message contains a prompt."""
     settings = copy.deepcopy(LOGGING_CONFIG)
     settings["handlers"]["access"]["stream"] = "ext://sys.stderr"
     settings["loggers"]["perceiver_ar"] = {"handlers": ["default"], "level": logging.getLevelName(logging.INFO)}

@@ -1,6 +1,6 @@
-"""A running decoder whose rows come and go: each has a slot of its own, and begins and ends when it will.
+"""A decoder whose rows begin and end independently, each in a slot of its own.
 
-A new row is a refill. Its prompt is read beside the running rows, piece by piece, so that they go on between pieces.
+A new row is a refill. Its prompt is read in pieces, and the running rows make steps between the pieces.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,15 +16,15 @@ from perceiver_ar.network.inputs import reach
 from perceiver_ar.network.model import PerceiverAR
 
 LATENTS = 128
-"""Latents of a prompt that are computed at once, at most."""
+"""Maximum number of a prompt's latents in one piece."""
 SCORES = 2**22
-"""Latents that are computed at once, times the tokens that each of them reads: about a tenth of a second of a CPU."""
+"""Maximum number of latents in a piece times the tokens that each reads: about a tenth of a second on a CPU."""
 
 
 class SlotDecoder(Decoder):
     """A `Decoder` with room for `slots` rows of at most `context` cached tokens each.
 
-    The prompt that was read last stays in memory: a prompt that begins with the same tokens is read from there on.
+    The last prompt stays in memory. Of a new prompt that begins with the same tokens, only the rest is read.
     """
 
     def __init__(
@@ -38,17 +38,17 @@ class SlotDecoder(Decoder):
         self.nbytes = self.prompt.nbytes + self.all.nbytes
         self._compile(compile, slots)
         self._cached_start, self._cached_ids = 0, list[int]()
-        """Which tokens the keys and values in `prompt` are of: ids of a window, and where in the row it starts."""
+        """The tokens of the keys and values in `prompt`: start of the window in its row, and ids."""
 
     @property
     def free(self) -> int:
         return self.capacity - len(self.rows)
 
     def prefill(self, row: Row, piece: int | None = None) -> Iterator[None]:
-        """Reads a row's prompt; then it, or rows equal to it, can be admitted. Yields after each piece of the work.
+        """Reads a row's prompt; then the row, or rows equal to it, can be admitted. Yields after each piece.
 
-        piece: latents that are computed at once; None: fewer for longer prompts. A new prefill may begin at any time;
-        one that was given up needs no end.
+        piece: number of latents in a piece; None: fewer for longer prompts. A new prefill may begin at any time, also
+        before the last one has ended.
         """
         ids = row.window_ids(0, row.num_tokens - row.window.start)
         same = zip(ids, self._cached_ids, strict=False) if row.window.start == self._cached_start else ()
@@ -56,13 +56,13 @@ class SlotDecoder(Decoder):
         self._cached_start, self._cached_ids = row.window.start, ids[: row.kept]
         piece = piece or min(max(SCORES // len(ids), 1), LATENTS)
         for _ in self._fill([row], self.prompt, piece):
-            # Where the model distinguishes roles, keys of latents are no keys of a prefix.
+            # With latent_keys "query", keys of latents cannot serve as keys of a prefix.
             latents = self.prompt.self_attention.counts[0] if row.config.latent_keys == "query" else 0
             self._cached_ids = ids[: int(self.prompt.cross.counts[0] - latents)]
             yield
 
     def admit(self, rows: Sequence[Row]) -> None:
-        """Rows equal to the one that was prefilled last take part from the next step on."""
+        """Adds rows that are equal to the last prefilled one, from the next step on."""
         assert len(rows) <= self.free
         for row in rows:
             self.all.copy_from(self.prompt, 0, len(self.rows))
@@ -70,11 +70,11 @@ class SlotDecoder(Decoder):
         self._view()
 
     def remove(self, rows: Sequence[Row]) -> None:
-        """Their slots are free."""
+        """Removes rows and frees their slots."""
         self._keep([all(row is not other for other in rows) for row in self.rows])
 
     def clear(self) -> None:
-        """Removes everything, also the prompt: after a failure nobody knows what the cache holds."""
+        """Removes all rows and the prompt: after a failure the content of the cache is unknown."""
         self.rows, self._cached_ids = [], []
         self._view()
 
@@ -84,7 +84,7 @@ class SlotDecoder(Decoder):
 
 
 class RecomputingSlots(Recomputing):
-    """The same for networks without a cache."""
+    """The same interface for networks without a cache."""
 
     def __init__(self, model: PerceiverAR, slots: int) -> None:
         super().__init__(model, [])

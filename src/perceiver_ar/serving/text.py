@@ -1,6 +1,6 @@
 """Text in and out: a codec's ids as bytes and names, and bytes as text that ends at a stop.
 
-Stops are bytes, as a tokenizer may write them in many ways and a character may come in several tokens.
+Stops are compared as bytes, because a text has many tokenizations and a character may take several tokens.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from perceiver_ar.errors import require
 
 
 class Vocabulary:
-    """What ids mean as text. Ids of a codec that does not write text are words: "60 388 12"."""
+    """The text of ids. Ids of a codec that does not write text are numbers: "60 388 12"."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
@@ -23,7 +23,7 @@ class Vocabulary:
         else:
             self.bytes = [f"{index} ".encode() for index in ids]
         self.names = [self._name(index) for index in ids]
-        """Text of each id, no two alike; "bytes:\\\\xe2\\\\x82" for parts of a character, as OpenAI names them."""
+        """Text of each id, all different; "bytes:\\\\xe2\\\\x82" for parts of a character, as OpenAI names them."""
         taken = set[str]()
         for index, name in enumerate(self.names):
             self.names[index] = f"{name}<|{index}|>" if name in taken else name
@@ -41,21 +41,21 @@ class Vocabulary:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> np.ndarray:
-        """The ids to go on from: of a text as the start of a document; ids as they are.
+        """The ids (T,) of a prompt: a text as the start of a document; ids unchanged.
 
         Raises:
-            InputError: text that the codec cannot read, ids outside of the vocabulary, or none.
+            InputError: text that the codec cannot read, ids outside of the vocabulary, or no ids.
         """
         if isinstance(prompt, str):
             ids = self.codec.start(prompt)
             return ids.astype(np.int64) if len(ids) else np.zeros(1, np.int64)
         require(len(prompt) > 0, "prompt has no ids: give at least one")
         wrong = next((i for i in prompt if not 0 <= i < self.codec.vocab_size), None)
-        require(wrong is None, f"prompt has the id {wrong}: this model's are 0 ... {self.codec.vocab_size - 1}")
+        require(wrong is None, f"prompt has the id {wrong}: this model's ids are 0 ... {self.codec.vocab_size - 1}")
         return np.array(prompt, dtype=np.int64)
 
     def tokenize(self, text: str, start: bool) -> list[int]:
-        """Ids of a text, behind those that begin a document if `start`; the name of a document's end is that id."""
+        """Ids of a text, after those that begin a document if `start`. END_OF_TEXT alone is its one id."""
         if text == END_OF_TEXT and self.end is not None:
             return [self.end]
         return self.codec.start(text).tolist()[0 if start else len(self.codec.separator) :]
@@ -65,21 +65,21 @@ class Vocabulary:
 
 
 class StoppedText:
-    """Bytes that come piecemeal -> text up to the first stop.
+    """Bytes that arrive in pieces -> text up to the first stop.
 
-    Held back are only the beginning of a character, and what may still become a stop.
+    Holds back only an incomplete character and bytes that may be the beginning of a stop.
     """
 
     def __init__(self, stops: Sequence[bytes] = ()) -> None:
         self.stops = [stop for stop in stops if stop]
         self.stopped = False
         self.num_bytes = 0
-        """Bytes that have become text, or the beginning of a character."""
+        """Bytes that have become text or an incomplete character."""
         self._held = b""
         self._text = Utf8Stream()
 
     def push(self, data: bytes) -> str:
-        """The text that is certain now. The stop that is complete first counts, of several the longest."""
+        """The text that is now certain. The stop that is completed first ends it; of several, the longest."""
         held = self._held + data
         found = [(at + len(stop), at) for stop in self.stops if (at := held.find(stop)) >= 0]
         if found:

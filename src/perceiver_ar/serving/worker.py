@@ -1,7 +1,7 @@
-"""A process of its own for files: it reads uploads and writes what was generated, in bounded memory and time.
+"""A separate process that reads uploaded files and writes results, in bounded memory and time.
 
-A small upload may unpack to anything (bombs, headers that lie), and the libraries that read it are many. So what goes
-wrong there ends that process alone. What passes between the processes is JSON and bytes; files have no paths.
+A small upload may unpack to any size (zip bombs, false headers), and many libraries read it. So a failure ends only
+that process. The processes exchange JSON and bytes, no paths.
 """
 
 import json
@@ -20,17 +20,17 @@ from perceiver_ar.data.codec import load_codec
 from perceiver_ar.errors import InputError
 
 MEMORY = 2 * 2**30
-"""Bytes that reading or writing a file may take beside what the process has."""
+"""Bytes that reading or writing a file may take besides the process's own memory."""
 SECONDS = 60.0
 
 
 class TooMuch(Exception):
-    """A file that takes more memory or time than it may."""
+    """A file that exceeds the limit of memory or time."""
 
 
 class Worker:
-    """The process, begun when it is first needed, and again after it has ended. Methods take long: not for the event
-    loop."""
+    """The process; it starts at the first task, and again after it has ended. Methods are slow: do not call them on the
+    event loop."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -39,12 +39,12 @@ class Worker:
         self._pipe: Connection | None = None
 
     def encode(self, data: bytes) -> np.ndarray:
-        """The ids (n,) int64 of a file. Raises InputError for one that the codec cannot read, TooMuch."""
+        """The ids (n,) int64 of a file. Raises InputError if the codec cannot read it; TooMuch."""
         [ids] = self._ask({"do": "encode"}, [data]).values()
         return np.frombuffer(ids, dtype=np.int64)
 
     def show(self, rows: list[np.ndarray], prompt_len: int, original: np.ndarray | None) -> dict[str, bytes]:
-        """What `codec.show` makes of prompts and continuations: contents by name. Raises InputError, TooMuch."""
+        """The files that `codec.show` writes, content by name. Raises InputError, TooMuch."""
         blobs = [
             np.asarray(row, dtype=np.int64).tobytes() for row in [*rows, *([] if original is None else [original])]
         ]
@@ -67,7 +67,7 @@ class Worker:
                     raise TooMuch
                 answer = json.loads(self._pipe.recv_bytes())
                 contents = [self._pipe.recv_bytes() for _ in answer["names"]]
-            except (OSError, EOFError, TooMuch):  # it has ended, or does not
+            except (OSError, EOFError, TooMuch):  # it has ended, or takes too long
                 self._end()
                 raise TooMuch from None
         if answer["error"] == "too much":
@@ -95,7 +95,7 @@ class Worker:
 
 
 def limit_memory() -> None:
-    """This process gets no more than MEMORY from now on, where the system can do that."""
+    """Limits further memory of this process to MEMORY bytes, on Linux."""
     if sys.platform != "linux":
         return
     import resource
@@ -106,7 +106,7 @@ def limit_memory() -> None:
 
 
 def work(pipe: Connection, run: str) -> None:
-    """What the process does: one task after the other, until the pipe is closed."""
+    """The process's main loop: one task after another, until the pipe is closed."""
     codec = load_codec(run)
     limit_memory()
     pipe.send_bytes(b"ready")
@@ -131,7 +131,7 @@ def work(pipe: Connection, run: str) -> None:
             error = str(wrong)
         except (MemoryError, OverflowError):
             error = "too much"
-        except Exception as wrong:  # whatever a damaged file leads a library to
+        except Exception as wrong:  # libraries raise many kinds for damaged files
             error = f"the file cannot be read ({type(wrong).__name__})"
         pipe.send_bytes(json.dumps({"error": error, "names": list(contents)}).encode())
         for content in contents.values():

@@ -11,7 +11,7 @@ from perceiver_ar.data.sampler import TrainingWindows
 
 
 class Batches:
-    """Of the micro-batches of a step, data rank r of k takes every k-th, starting with the r-th.
+    """Data rank r of k takes every k-th micro-batch of a step, starting with number r.
 
     Ranks that share a prefix are one data rank: they get the same micro-batches.
     """
@@ -22,18 +22,18 @@ class Batches:
 
     @property
     def accumulate(self) -> int:
-        """Micro-batches of a step on each rank."""
+        """Number of micro-batches per step on each rank."""
         settings = self.recipe.trainer
         return settings.batch_size // (settings.micro_batch * settings.data_ranks)
 
     def of_step(self, step: int, progress: float) -> Iterator[dict[str, Any]]:
         """The micro-batches of step 0, 1, ... on this rank; `progress`: share of the run at that step, 0 ... 1.
 
-        Each has `tokens` (B, P + N), `labels` (B, N), perhaps a `mask` (B, P + N), and
-            weight: its share of the targets of the step, times the number of micro-batches on all ranks. The mean of
-                the weighted mean losses is the mean over all targets, however the step is divided.
-            targets: the number of targets of the whole step.
-            seed: of what is random in it.
+        Each has `tokens` (B, P + N), `labels` (B, N), possibly a `mask` (B, P + N), and
+            weight: its share of the step's targets, times the number of micro-batches on all ranks. The mean of the
+                weighted mean losses is the mean over all targets, however the step is divided.
+            targets: number of targets in the whole step.
+            seed: seed of its dropout.
         """
         settings = self.recipe.trainer
         pieces, first = self.accumulate * settings.data_ranks, step * settings.batch_size
@@ -46,10 +46,10 @@ class Batches:
             yield self.shorten(batch, step, progress) | {"weight": float(weights[i]), "targets": total, "seed": seed}
 
     def shorten(self, batch: dict[str, Tensor], step: int, progress: float) -> dict[str, Tensor]:
-        """Cuts a prefix of P to 0, P/4, P/2 or 3P/4: at random in `short_prefix` of the steps, and always to what
-        `prefix_growth` allows by then.
+        """Cuts a prefix of P to 0, P/4, P/2 or 3P/4: at random in a share `short_prefix` of the steps, and always
+        to the length that `prefix_growth` allows at `progress`.
 
-        Few lengths, because kernels are made, and kept, for every new shape.
+        There are few lengths because every new shape needs new kernels, which stay in memory.
         """
         settings = self.recipe.trainer
         random = np.random.default_rng((self.recipe.seed % 2**63, step))

@@ -1,8 +1,8 @@
-"""The checkpoints of a run: all that is needed to go on, in files that can be told whole from damaged.
+"""The checkpoints of a run: everything needed to resume it, in files whose damage can be detected.
 
 A checkpoint is `step-000123.ckpt` with its manifest `step-000123.json`: the step, the bits per token on held-out text
 where that was measured, and the file's size and SHA-256. The manifest is written last and removed first, so a file
-without one is no checkpoint: a kill came in between.
+without a manifest is not a checkpoint: a kill came in between.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path, write_text
 
 NEWEST = 2
-"""So many of the newest are kept: one to go on from, and the one before, should that be damaged."""
+"""Number of newest checkpoints to keep: the last one to resume from, the one before in case it is damaged."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a manifest says. `bytes` is -1 where the manifest itself is damaged."""
+    """The content of a manifest. `bytes` is -1 if the manifest itself is damaged."""
 
     path: Path
     step: int
@@ -35,13 +35,13 @@ class Checkpoint:
         return self.path.with_suffix(".json")
 
     def damage(self) -> str | None:
-        """What is wrong with it; None: nothing. Reads all of it."""
+        """A description of its damage; None: it is intact. Reads the whole file."""
         if self.bytes < 0:
             return "its manifest is damaged"
         size = self.path.stat().st_size if self.path.is_file() else 0
         if size != self.bytes:
             return f"{size:,} bytes instead of {self.bytes:,}"
-        return None if checksum(self.path) == self.sha256 else "its checksum is another"
+        return None if checksum(self.path) == self.sha256 else "its checksum does not match"
 
     def remove(self) -> None:
         self.manifest.unlink(missing_ok=True)
@@ -49,12 +49,12 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints in one folder: the newest ones and the `keep_best` best on held-out text are kept."""
+    """The checkpoints in one folder: keeps the newest `NEWEST` and the `keep_best` best on held-out text."""
 
     def __init__(self, folder: Path, keep_best: int = 1) -> None:
         self.folder, self.keep_best = folder, keep_best
         self.damaged: set[int] = set()
-        """Steps of those found damaged."""
+        """Steps of the damaged ones found so far."""
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.ckpt"
@@ -77,7 +77,7 @@ class Checkpoints:
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole one; None: there are no checkpoints. Newer ones that are damaged are put into `damaged`.
+        """The newest intact one; None: there are no checkpoints. Adds damaged newer ones to `damaged`.
 
         Raises:
             InputError: there are checkpoints, and all are damaged.
@@ -91,15 +91,13 @@ class Checkpoints:
             first = first or f"{checkpoint.path} is damaged ({damage})"
         if first is None:
             return None
-        raise InputError(
-            f"{first}, and there is no whole one before it: restore it, or start a new run in another --out"
-        )
+        raise InputError(f"{first}, and no earlier one is intact: restore it, or start a new run in another --out")
 
     @contextmanager
     def writing(self, step: int, validation_bits: float | None = None) -> Iterator[Path]:
         """Yields the temporary path to write the checkpoint of `step` to; then removes old ones.
 
-        On any error nothing is left of it, and all others are as they were.
+        After an error nothing is left of it, and the others are unchanged.
         """
         path = self.path(step)
         manifest = path.with_suffix(".json")
@@ -118,9 +116,9 @@ class Checkpoints:
         self.remove_old(step)
 
     def remove_old(self, step: int) -> None:
-        """Removes all but those to keep, now that the one of `step` is safe.
+        """Removes all but those to keep, after the one of `step` has been written.
 
-        Later ones are of a future that is being made again: the run went on from an earlier one than them.
+        Later ones are removed, too: the run was resumed from an earlier one and repeats their steps.
         """
         checkpoints = self.all()
         whole = [each for each in checkpoints if each.step <= step and each.step not in self.damaged]
@@ -142,7 +140,7 @@ def checksum(path: Path) -> str:
 
 
 def flush_names(folder: Path) -> None:
-    """Makes renames in `folder` outlive a power cut, before anything is removed in reliance on them."""
+    """Makes renames in `folder` survive a power cut. Call it before removing files that they replace."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

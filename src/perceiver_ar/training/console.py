@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 
 console = Console(stderr=True, highlight=False, markup=False)
-"""Quiet on all ranks but the first, see `resources.resolve`."""
+"""Quiet on all ranks but the first (see `resources.resolve`)."""
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-TERMINALS = [stream for stream in (1, 2) if os.isatty(stream)]  # once a terminal has hung up, nobody can tell
+TERMINALS = [stream for stream in (1, 2) if os.isatty(stream)]  # found now: after a hangup isatty is False
 
 
 def say(message: str, style: str | None = None) -> None:
@@ -22,7 +22,7 @@ def say(message: str, style: str | None = None) -> None:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training ended early because the user asked for it; the message tells how to go on."""
+    """Training ended early because the user asked for it. The message has the command that resumes it."""
 
 
 class StopAtOnce(BaseException):
@@ -30,9 +30,9 @@ class StopAtOnce(BaseException):
 
 
 def take_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Gives SIGINT, SIGTERM and SIGHUP to `handler`; returns their earlier handlers.
+    """Installs `handler` for SIGINT, SIGTERM and SIGHUP; returns their earlier handlers.
 
-    Ignored signals stay ignored, as nohup wants it. Only the main thread can take signals.
+    Ignored signals stay ignored, as nohup needs. Only the main thread can handle signals; others do nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -41,7 +41,7 @@ def take_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
 
 
 def drop_terminal_after_hangup(number: int) -> None:
-    """After a SIGHUP, output to the terminal is dropped: writing to a lost one raises OSError."""
+    """After a SIGHUP, discards output to the terminal: writing to a closed one raises OSError."""
     if number not in (signal.SIGINT, signal.SIGTERM):
         for stream in TERMINALS:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -80,4 +80,4 @@ class StopRequest:
         if self.made:
             raise StopAtOnce
         self.made = True
-        say("\nStopping after this step; once more to stop at once.")
+        say("\nStopping after this step; once more to stop immediately.")

@@ -32,7 +32,7 @@ def finish(prepared: Prepared, training: Training, model: PerceiverAR, track: Tr
     some = recipe.trainer.evaluation_tokens
     result = score(prepared, model, 10 * some)
     if result is not None and held_out is not None:
-        # The curve on the way was of fewer tokens.
+        # Evaluations during training scored fewer tokens.
         shorter = score(prepared, model, some, spread=True) if result.tokens > some else result
         assert shorter is not None
         references = compressors(codec, held_out.tokens[: 10 * some + 1])
@@ -59,7 +59,10 @@ def finish(prepared: Prepared, training: Training, model: PerceiverAR, track: Tr
 def draw_loss(
     run: Run, last: list[tuple[float, float]], references: dict[str, float], tokens_per_byte: float | None
 ) -> None:
-    """tokens_per_byte: of the held-out text that was scored on the way, separators counted; None: no text."""
+    """Draws loss.png.
+
+    tokens_per_byte: of the held-out text scored during training, with separators; None: it is not text.
+    """
     from perceiver_ar.plots import plot_loss
 
     rows = read_metrics(run.metrics_file)
@@ -82,11 +85,11 @@ def draw_loss(
 
 
 def draw_context(prepared: Prepared, model: PerceiverAR, held_out: TokenFile) -> None:
-    """Bits per byte of the same held-out text with more and more context, up to all that the model can take."""
+    """Draws bits per byte of the same held-out text against the context length, up to the model's maximum."""
     from perceiver_ar.plots import plot_context
 
     run, recipe, codec = prepared.run, prepared.recipe, prepared.codec
-    longest = min(recipe.model.context_length, len(held_out) // 2)  # and as many targets
+    longest = min(recipe.model.context_length, len(held_out) // 2)  # the other half are targets
     lengths = [longest, *(longest // 4**i for i in (1, 2, 3) if longest // 4**i >= 16)]
     results = evaluate_context_lengths(
         model,

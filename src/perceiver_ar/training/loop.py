@@ -20,10 +20,10 @@ from perceiver_ar.training.watch import Watch
 
 
 def fit(prepared: Prepared, track: Track) -> Training | None:
-    """Trains to the end of the recipe. None on other ranks than the first if the run has stopped before.
+    """Trains to the end of the recipe. Returns None on other ranks than the first if the run stopped before the end.
 
     Raises:
-        Interrupted: a signal stopped it.
+        Interrupted: a signal stopped the run (first rank).
         InputError: too little memory, or training diverged.
     """
     recipe, first = prepared.recipe, prepared.resources.rank == 0
@@ -41,26 +41,26 @@ def fit(prepared: Prepared, track: Track) -> Training | None:
     except StopAtOnce:
         if not first:
             return None
-        raise Interrupted(f"stopped at once; go on from the last checkpoint with: {go_on}") from None
+        raise Interrupted(f"stopped immediately; resume from the last checkpoint with: {go_on}") from None
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise InputError(out_of_memory(recipe, model.num_parameters(), prepared.resources.device)) from error
         lost = "closed by peer" in str(error) or isinstance(error, torch.distributed.DistError)
         if prepared.resources.devices > 1 and lost:
-            say(f"perceiver-ar: another process of the run has died; go on from the last checkpoint with: {go_on}")
+            say(f"perceiver-ar: another process of the run has died; resume from the last checkpoint with: {go_on}")
             raise SystemExit(1) from None
         raise
     if training.trouble and first:
         raise InputError(training.trouble)
     if stop and first:
-        raise Interrupted(f"stopped at step {training.step:,}, everything saved; go on with: {go_on}")
+        raise Interrupted(f"stopped at step {training.step:,}, everything saved; resume with: {go_on}")
     return None if training.trouble or stop else training
 
 
 def run_steps(
     prepared: Prepared, training: Training, checkpoints: Checkpoints, request: StopRequest, track: Track
 ) -> bool:
-    """The steps from where `training` is to the end; returns whether it stopped before, as some rank was asked to."""
+    """Makes the remaining steps. Returns True if it stopped before the end because a rank received a signal."""
     recipe = prepared.recipe
     batches = Batches(prepared.windows, recipe, prepared.resources.rank)
     training.start_clock()
@@ -79,7 +79,7 @@ def run_steps(
 
 
 def make_model(prepared: Prepared, begins: bool) -> PerceiverAR:
-    """The network with its initial weights, or with those of `init_from` if training begins.
+    """The network with its initial weights; if training begins, with those of `init_from`.
 
     Raises InputError if they do not fit into memory.
     """

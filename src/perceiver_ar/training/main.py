@@ -18,19 +18,19 @@ from perceiver_ar.training.tracking import tracking
 
 
 def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> dict[str, Any]:
-    """Makes the run that `recipe` describes, or goes on with the one in `recipe.out`.
+    """Makes the run that `recipe` describes, or resumes the one in `recipe.out`.
 
-    Started again by torchrun or SLURM after one of its processes died, it goes on with what it had begun. `find_batch`
-    takes the largest micro-batch that the memory holds instead of the recipe's.
+    A restart by torchrun or SLURM after one of its processes died resumes, too. `find_batch` replaces the recipe's
+    micro-batch by the largest one that fits into memory.
 
-    Returns its summary: `bits_per_byte`, `nats_per_token` and more on the held-out documents (absent if nothing is
+    Returns the summary: `bits_per_byte`, `nats_per_token` and more on the held-out documents (absent if nothing is
     held out), `gzip_bits_per_byte` and `xz_bits_per_byte` of the same bytes, `train_seconds`, `tokens_seen` (targets),
     `steps`, `skipped_steps`, `parameters`. It is empty in all processes but the first.
 
     Raises:
         InputError: the files, the settings or the run directory do not allow it, or another process is training there.
-            Nothing half-made is left.
-        Interrupted: stopped by SIGINT, SIGTERM or SIGHUP, and saved.
+            No half-written run is left.
+        Interrupted: SIGINT, SIGTERM or SIGHUP stopped it; the run can be resumed.
     """
     resources = resolve(recipe.trainer)
     devices, ranks = resources.devices, recipe.trainer.prefix_ranks

@@ -1,4 +1,4 @@
-"""What a run measures on held-out data, and what it lets the model write."""
+"""Evaluation and samples during a run."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ from perceiver_ar.training.prepare import Prepared
 
 
 def score(prepared: Prepared, model: PerceiverAR, max_tokens: int, spread: bool = False) -> Evaluation | None:
-    """Bits on at most `max_tokens` held-out tokens, the first ones or spread over all; None if nothing is held out."""
+    """Scores at most `max_tokens` held-out tokens, the first ones or spread over all; None if nothing is held out."""
     held_out, codec = prepared.held_out, prepared.codec
     if held_out is None or len(held_out) < 2:
         return None
@@ -35,9 +35,9 @@ def evaluation_precision(prepared: Prepared) -> Literal["32", "bf16"]:
 
 
 def sample(prepared: Prepared, model: PerceiverAR, step: int, whole: bool = False) -> None:
-    """Keeps what the model generates from nothing, and shows it on stderr if it is text.
+    """Writes a sample that the model generates without a prompt, and shows it on stderr if it is text.
 
-    whole: where all documents have one length, the sample has it, too, whatever the recipe says.
+    whole: if all documents have the same length, the sample is a whole document unless `sample_tokens` is 0.
     """
     codec, run, recipe = prepared.codec, prepared.run, prepared.recipe
     length = recipe.trainer.sample_tokens

@@ -1,4 +1,4 @@
-"""The C library's allocator, as training on a CPU needs it."""
+"""Settings of the C library's allocator for training on a CPU."""
 
 import ctypes
 import os
@@ -12,12 +12,12 @@ MEBIBYTE = 2**20
 
 @contextmanager
 def keep_freed_memory() -> Iterator[None]:
-    """Within it, freed memory stays with this process, for its next allocations; afterwards it is given back.
+    """Inside, freed memory stays with this process for its next allocations; afterwards it is returned.
 
-    Each training step allocates what the step before has freed. By default glibc returns it to the kernel in between,
-    and the kernel clears every page again: about a tenth of a step's time. Blocks above 32 MiB, the highest threshold
-    of glibc's own rule, are still returned. Only glibc's allocator changes, and only if no environment variable
-    configures it.
+    Each training step allocates what the step before freed. By default glibc returns it to the kernel in between, and
+    the kernel clears every page again, which takes about a tenth of a step's time. Blocks above 32 MiB, the highest
+    threshold of glibc's own rule, are still returned. Only glibc's allocator changes, and only if no environment
+    variable configures it.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     configured = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)

@@ -13,7 +13,7 @@ COLUMNS: tuple[str, ...] = (
 
 
 class Metrics:
-    """The rows so far; those after `step` are of a future that is being made again, and are removed."""
+    """The rows up to `step`. Later ones are removed: a resumed run repeats their steps."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -21,7 +21,7 @@ class Metrics:
         self.write_all()
 
     def add(self, row: Mapping[str, object], whole: bool) -> None:
-        """`whole`: writes the file anew, as the last row may be half there."""
+        """Adds a row. `whole`: rewrites the file, because its last row may be cut off."""
         self.rows.append({name: str(row.get(name, "")) for name in COLUMNS})
         if whole:
             self.write_all()
@@ -37,7 +37,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The whole rows of metrics.csv; a row cut off by a kill is left out, and all rows of another table."""
+    """The complete rows of metrics.csv, without one that a kill cut off; [] if the file has other columns."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8", errors="replace") as file:

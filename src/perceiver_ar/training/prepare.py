@@ -1,4 +1,4 @@
-"""Before training: the run directory with recipe, tokens and codec, made or checked."""
+"""Before training: makes or checks the run directory with recipe, tokens and codec."""
 
 import math
 import os
@@ -32,7 +32,7 @@ from perceiver_ar.training.trouble import ROOM, free_bytes, gigabytes, largest_m
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that training starts from."""
+    """Everything that training needs."""
 
     run: Run
     recipe: Recipe
@@ -44,9 +44,9 @@ class Prepared:
 
 
 def prepare(run: Run, recipe: Recipe, resources: Resources, resume: bool, find_batch: bool) -> Prepared:
-    """The first rank makes the run directory, or checks the one to go on with; the others wait for it.
+    """The first rank makes the run directory, or checks the one to resume; the others wait for it.
 
-    Raises InputError if files, settings or the directory do not allow it. A new directory is removed then.
+    Raises InputError if files, settings or the directory do not allow training; then removes what it made.
     """
     if resources.rank == 0:
         precision = choose_precision(recipe.trainer.precision, resources.device)
@@ -54,7 +54,7 @@ def prepare(run: Run, recipe: Recipe, resources: Resources, resume: bool, find_b
             return prepare_first(run, with_trainer(recipe, precision=precision), resources, resume, find_batch)
     wait_for_first(run)
     recipe = with_settings_taken(recipe, run.recipe())
-    first = run.recipe().trainer  # what was measured there
+    first = run.recipe().trainer  # the first rank has measured them
     precision = first.precision if recipe.trainer.precision == "auto" else recipe.trainer.precision
     recipe = with_trainer(recipe, precision=choose_precision(precision, resources.device))
     if find_batch:
@@ -83,7 +83,7 @@ def prepare_first(run: Run, recipe: Recipe, resources: Resources, resume: bool, 
         run.summary_file.unlink(missing_ok=True)  # from here on the run is unfinished
         run.write_recipe(prepared.recipe)
     except BaseException:
-        if not resume:  # nothing was learned yet: leave no trace
+        if not resume:  # nothing has been trained yet, so remove everything
             run.remove_prepared(None if prepared is None else prepared.codec)
         raise
     return prepared
@@ -96,14 +96,14 @@ def with_tokens(run: Run, recipe: Recipe, resources: Resources) -> Prepared:
 
 
 def copy_origin(run: Run, recipe: Recipe) -> None:
-    """Copies what the run starts from into it, unless that was done before or training has begun."""
+    """Copies the weights and codec of `init_from` into the run, unless they are there or training has begun."""
     if recipe.init_from is None or run.initial.exists() or Checkpoints(run.checkpoints).all():
         return
     Origin.open(recipe.init_from).write(recipe.model, run.initial)
 
 
 def with_settings_taken(recipe: Recipe, of: Recipe) -> Recipe:
-    """With the settings of `of` that init_from decides."""
+    """`recipe` with the settings of `of` that init_from determines."""
     return recipe if recipe.init_from is None else replace(recipe, model=of.model, modality=of.modality, data=of.data)
 
 
@@ -112,7 +112,7 @@ def with_trainer(recipe: Recipe, **settings: Any) -> Recipe:
 
 
 def wait_for_first(run: Run, seconds: float = 24 * 3600.0) -> None:
-    """Until the first process has made what all read. Launchers end the others if it fails."""
+    """Waits until the first process has made the files that all read. If it fails, launchers end the others."""
     deadline = time.monotonic() + seconds
     while not (run.path / "codec.json").exists():
         if time.monotonic() > deadline:
@@ -121,7 +121,7 @@ def wait_for_first(run: Run, seconds: float = 24 * 3600.0) -> None:
 
 
 def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | None, Codec]:
-    """The token files of the run and its codec: opened if they are there, made from the files if not."""
+    """The run's token files and codec: opened if they exist, else made from the files of the recipe."""
     if (run.path / "codec.json").exists():  # written last
         held_out = (run.tokens / "validation.json").exists()
         validation = TokenFile.open(run.tokens / "validation") if held_out else None
@@ -159,21 +159,21 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
 
 
 def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> TrainingWindows:
-    """The sequence of training windows. Raises InputError where there are too few tokens."""
+    """The sequence of training windows. Raises InputError for too few tokens, or settings that do not fit."""
     require(
         recipe.trainer.prefix_growth == 0 or codec.document_length is None,
-        "trainer.prefix_growth cannot be had with pictures, whose prefixes are never cut: leave it out",
+        "trainer.prefix_growth does not work with pictures, whose prefixes are never cut: leave it out",
     )
     model, blocks = recipe.model, recipe.blocks
     require(
         recipe.window_latents <= model.context_length,
-        f"trainer.blocks is {blocks}, with {model.num_latents} latents each more than context_length "
+        f"trainer.blocks is {blocks}: with {model.num_latents} latents each they exceed context_length "
         f"{model.context_length}: lower it",
     )
     require(
         blocks == 1 or model.blocks_allowed,
         f"trainer.blocks is {blocks}, which a network with latent_keys query, positions_from_end, learned_queries each "
-        "or latents_per_position cannot have: leave it out",
+        "or latents_per_position does not allow: leave it out",
     )
     return TrainingWindows(
         tokens,
@@ -188,7 +188,8 @@ def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> TrainingWin
 def with_largest_micro_batch(recipe: Recipe, resources: Resources) -> Recipe:
     if resources.devices > 1 and resources.launched:
         raise InputError(
-            "--find_batch looks at one machine: use it without torchrun or SLURM first, then give what it found"
+            "--find_batch measures one machine: first use it without torchrun or SLURM, then set "
+            "trainer.micro_batch_size to the size that it found"
         )
     with torch.device("meta"):
         parameters = PerceiverAR(recipe.model).num_parameters()
@@ -202,11 +203,11 @@ def with_largest_micro_batch(recipe: Recipe, resources: Resources) -> Recipe:
     return with_trainer(recipe, micro_batch_size=size)
 
 
-# Going on with a run.
+# Resuming a run.
 
 
 def check_resumable(run: Run, recipe: Recipe) -> Recipe:
-    """The recipe so far. Raises InputError unless there is one and `recipe` keeps all that its steps depend on."""
+    """The run's earlier recipe. Raises InputError if it is missing, or if `recipe` changes what its steps depend on."""
     before = Run.open(run.path).recipe()
     if recipe.init_from is not None:
         data = before.data if recipe.modality == "auto" else recipe.data  # a recipe.yaml has all that was taken
@@ -222,24 +223,23 @@ def check_resumable(run: Run, recipe: Recipe) -> Recipe:
     if changed:
         changes = ", ".join(f"{name} changed from {was[name]!r} to {now[name]!r}" for name in changed)
         raise InputError(
-            f"{run.path}: --resume goes on with the same recipe, but {changes}: "
+            f"{run.path}: --resume continues with the same recipe, but {changes}: "
             "leave that out, or start a new run in another --out"
         )
     return before
 
 
 def check_weights_have_a_checkpoint(run: Run) -> None:
-    """Raises InputError for a trained model without checkpoints: training would start anew and overwrite it.
+    """Raises InputError for a trained model without checkpoints: training would start from scratch and overwrite it.
 
-    A kill within the first save leaves weights without a checkpoint, too, but also a part of that: such weights are
-    removed, to be made again.
+    A kill during the first save leaves weights and an incomplete checkpoint: then the weights are removed.
     """
     if Checkpoints(run.checkpoints).all() or not (run.weights_file.exists() or run.summary_file.exists()):
         return
     begun = [*run.checkpoints.glob(f"{TEMPORARY}*"), *run.checkpoints.glob("step-*.ckpt")]
     if run.summary_file.exists() or not begun:
         raise InputError(
-            f"{run.path} holds a trained model but no checkpoint to go on from, and training from the start would "
+            f"{run.path} holds a trained model but no checkpoint to resume from, and training from the start would "
             f"overwrite it: put {run.checkpoints} back, or start a new run from its weights with "
             f"--init_from {shlex.quote(str(run.path))} and another --out"
         )
@@ -247,7 +247,7 @@ def check_weights_have_a_checkpoint(run: Run) -> None:
 
 
 def flat(settings: dict[str, Any], group: str = "") -> dict[str, Any]:
-    """Settings in groups as one table, by names such as model.dim."""
+    """Nested settings as one flat dict, with names such as model.dim."""
     parts = (
         flat(value, f"{name}.") if isinstance(value, dict) else {group + name: value}
         for name, value in settings.items()
@@ -256,7 +256,7 @@ def flat(settings: dict[str, Any], group: str = "") -> dict[str, Any]:
 
 
 def goes_further(recipe: Recipe, before: Recipe) -> bool:
-    """Whether `recipe` asks for more training than the recipe `before` did."""
+    """Whether `recipe` trains longer than the recipe `before`."""
     steps = (recipe.max_steps or math.inf) > (before.max_steps or math.inf)
     seconds = (recipe.max_seconds or math.inf) > (before.max_seconds or math.inf)
     return steps or seconds

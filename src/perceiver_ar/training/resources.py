@@ -1,4 +1,4 @@
-"""Where a run computes: devices, processes and precision. All of it is found out once."""
+"""The resources of a run: devices, processes and precision. They are determined once."""
 
 import os
 import timeit
@@ -27,24 +27,24 @@ FABRIC_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
     "fp16": "16-mixed",
 }
 FIRST_PROCESS = "PERCEIVER_AR_FIRST_PROCESS"
-"""Environment variable with the id of the process that has started this one as a further rank."""
+"""Environment variable with the id of the process that started this one as another rank."""
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-"""Where launchers leave the rank of a process; the first that is there counts, as in Fabric."""
+"""Environment variables in which launchers put the rank of a process; the first one set counts, as in Fabric."""
 
 
 @dataclass(frozen=True)
 class Resources:
     device: Literal["cpu", "cuda", "mps"]
     devices: int
-    """Of the whole run; each has a process."""
+    """In the whole run; each has a process."""
     machines: int
     launched: bool
-    """torchrun or SLURM start all processes."""
+    """Whether torchrun or SLURM starts all processes."""
     rank: int
 
 
 def resolve(settings: TrainerConfig) -> Resources:
-    """Raises InputError if this machine lacks what `settings` ask for, or the environment misleads."""
+    """Raises InputError if this machine lacks the devices in `settings`, or for a launcher's leftover variables."""
     check_launcher(settings)
     devices, machines, launched = settings.devices, 1, True
     if TorchElasticEnvironment.detect():
@@ -61,10 +61,10 @@ def resolve(settings: TrainerConfig) -> Resources:
 
 
 def check_launcher(settings: TrainerConfig) -> None:
-    """Raises InputError for variables of a launcher that has not started this process.
+    """Raises InputError for the variables of a launcher that did not start this process.
 
-    It would wait for other processes, or take itself for another rank. (sbatch and salloc set SLURM_NTASKS for the srun
-    inside, which is what sets SLURM_STEP_ID.)
+    The process would wait for others, or believe it is another rank. (sbatch and salloc set SLURM_NTASKS for the srun
+    inside them; only srun sets SLURM_STEP_ID.)
     """
     if TorchElasticEnvironment.detect() or os.environ.get(FIRST_PROCESS) == str(os.getppid()):
         return
@@ -76,7 +76,7 @@ def check_launcher(settings: TrainerConfig) -> None:
         return
     alone = dict.fromkeys(RANK_VARIABLES, 0) | {"WORLD_SIZE": 1}
     alone |= {"SLURM_NTASKS": 1} if slurm else {}
-    alone |= {"LOCAL_RANK": -1} if settings.devices > 1 else {}  # Fabric then starts no others
+    alone |= {"LOCAL_RANK": -1} if settings.devices > 1 else {}  # Fabric then does not start the others
     values = {name: os.environ.get(name, "") for name in alone}
     left = [name for name in alone if values[name].isdecimal() and int(values[name]) > alone[name]]
     require(
@@ -93,7 +93,7 @@ def choose_device(settings: TrainerConfig, devices: int, machines: int) -> Liter
     else:
         device = settings.device
     if not available[device]:
-        raise InputError(f"trainer.device is {settings.device}, but there is none on this machine: use auto")
+        raise InputError(f"trainer.device is {settings.device}, but this machine has none: use auto")
     if device == "cuda" and devices // machines > torch.cuda.device_count():
         raise InputError(f"trainer.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs")
     if device == "mps" and devices > 1:
@@ -117,7 +117,8 @@ def choose_precision(asked: Literal["auto", "32", "bf16", "fp16"], device: str) 
 def bfloat16_is_faster() -> bool:
     """Whether the CPU multiplies bfloat16 matrices clearly faster than float32 ones.
 
-    The instructions alone do not tell: AMD's have four times the pace of float32, Intel's without AMX half of it.
+    The instruction set does not decide it: AMD's bfloat16 is four times as fast as float32, Intel's without AMX half
+    as fast.
     """
 
     def seconds(dtype: torch.dtype) -> float:
@@ -129,7 +130,7 @@ def bfloat16_is_faster() -> bool:
 
 
 def launch_fabric(resources: Resources, settings: TrainerConfig, precision: str) -> Fabric:
-    """All processes of the run, started and connected; this one is among them."""
+    """Starts and connects all processes of the run, of which this is one."""
     strategy: DDPStrategy | ModelParallelStrategy | str = "auto"
     if resources.devices > 1:
         os.environ[FIRST_PROCESS] = str(os.getpid())  # for the processes that Fabric starts
@@ -150,8 +151,8 @@ def launch_fabric(resources: Resources, settings: TrainerConfig, precision: str)
 def shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Divides the network of a `WeightedLoss` among all ranks, layer by layer (FSDP2).
 
-    Gradients are averaged over all ranks, also over those that share a prefix. Theirs are equal but for rounding, and
-    averaging keeps their weights from drifting apart.
+    Gradients are averaged over all ranks, including those that share a prefix. Theirs differ only by rounding;
+    averaging keeps their weights equal.
     """
     network: nn.Module = module.model  # type: ignore[assignment]
     for layer in (*network.cross_attention, *network.self_attention, network):  # type: ignore[misc]

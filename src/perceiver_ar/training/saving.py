@@ -1,7 +1,7 @@
-"""The files of a checkpoint, and how they hold what is divided among ranks.
+"""The content of checkpoint files, also when weights and states are divided among ranks.
 
-A checkpoint has all weights and states in one file, whatever the number of devices, and numbers the optimizer's states
-as the model's parameters. So every run can go on with every file.
+A checkpoint has all weights and states in one file, whatever the number of devices. Optimizer states have the numbers
+of the model's parameters. So a run can resume with any number of devices.
 """
 
 import errno
@@ -25,18 +25,18 @@ Gather = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 def write_checkpoint(
     run: Run, checkpoints: Checkpoints, checkpoint: dict[str, Any], model: PerceiverAR, validation_bits: float | None
 ) -> None:
-    """Writes the weights for use and a checkpoint; each file replaces the last good one when it is whole.
+    """Writes model.safetensors and a checkpoint; each file replaces the previous one only when it is complete.
 
-    The checkpoint comes last: resuming from one at the end of the run saves no weights again.
+    The checkpoint comes last: resuming from one at the end of the run does not save the weights again.
 
     Raises:
-        OSError: they cannot be written; what was there before still is.
+        OSError: they cannot be written; the earlier files are unchanged.
     """
     try:
         with checkpoints.writing(checkpoint["global_step"], validation_bits) as temporary:
-            model.save_pretrained(run.path)  # inside: so that a kill leaves a sign beside the weights
+            model.save_pretrained(run.path)  # inside, so that a kill leaves an incomplete checkpoint, too
             torch.save(checkpoint, temporary)
-    except (OSError, SafetensorError, RuntimeError) as error:  # writers turn an OSError into the last
+    except (OSError, SafetensorError, RuntimeError) as error:  # some writers raise these instead of OSError
         message = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise OSError(errno.EIO, f"cannot save ({message}); make room on the disk", str(run.path)) from error
 
@@ -46,16 +46,16 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def newest(checkpoints: Checkpoints) -> Checkpoint | None:
-    """The checkpoint to go on from; reports newer ones that are damaged."""
+    """The checkpoint to resume from; reports newer ones that are damaged."""
     found = checkpoints.newest()
     for step in sorted(checkpoints.damaged):
-        before = f"going on from the one before, of step {found.step:,}" if found else ""
-        say(f"{checkpoints.path(step)} is damaged, so it is passed over: {before}")
+        before = f"resuming from the earlier one of step {found.step:,}" if found else ""
+        say(f"{checkpoints.path(step)} is damaged, so it is skipped: {before}")
     return found
 
 
 def stored_optimizer(optimizer: Optimizer, model: nn.Module, gathered: Gather) -> dict[str, Any]:
-    """The state of an optimizer, as a checkpoint holds it."""
+    """The state of an optimizer in the form that checkpoints hold."""
     numbers = {id(parameter): i for i, parameter in enumerate(model.parameters())}
     groups = [
         {**group, "params": [numbers[id(parameter)] for parameter in group["params"]]}
@@ -82,7 +82,7 @@ def load_optimizer(optimizer: Optimizer, model: nn.Module, stored: dict[str, Any
 
 
 def divided_as(own: Tensor, values: Tensor) -> Tensor:
-    """A copy of `values` on the device of `own`, divided among the ranks as FSDP has divided that."""
+    """A copy of `values` on the device of `own`, divided among the ranks as FSDP divided `own`."""
     if isinstance(own, DTensor) and not isinstance(values, DTensor):
         values = values.to(own.device_mesh.device_type)
         return distribute_tensor(values, own.device_mesh, own.placements, src_data_rank=None)

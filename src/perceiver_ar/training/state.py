@@ -1,4 +1,4 @@
-"""What a training step changes: the network, its optimizer, and how far they have come."""
+"""The state that training steps change: the network, its optimizer and the progress."""
 
 import math
 import statistics
@@ -21,19 +21,19 @@ from perceiver_ar.training.saving import divided_as, load_optimizer, stored_opti
 from perceiver_ar.training.trouble import first_not_finite
 
 FAILURES = 5
-"""Steps in a row without finite gradients that end the run."""
+"""Number of consecutive steps without finite gradients that ends the run."""
 SPIKES = 100
-"""Gradient norms that a spike is compared with."""
+"""Number of last gradient norms with which a spike is compared."""
 
 
 class WeightedLoss(nn.Module):
-    """The loss of a micro-batch, as `Batches` makes them."""
+    """The weighted loss of a micro-batch from `Batches`, a scalar in nats."""
 
     def __init__(self, model: PerceiverAR, recipe: Recipe) -> None:
         super().__init__()
         self.model, self.recipe = model, recipe
         model.activation_checkpointing = recipe.trainer.activation_checkpointing
-        # In a list, so that the parameters are not listed a second time.
+        # In a list, so that its parameters are not registered twice.
         self.compiled: list[Any] = [torch.compile(model) if recipe.trainer.compile else model]
         self.prefix_group: Any = None
 
@@ -52,7 +52,7 @@ class WeightedLoss(nn.Module):
         return batch["weight"] * loss
 
     def has_large_vocabulary(self, labels: Tensor) -> bool:
-        """Whether logits would take a large share of the memory, and nothing needs all of them at once."""
+        """Whether logits would take a large share of the memory, and no setting needs all of them together."""
         settings, rule, device = self.recipe.trainer, self.recipe.optim, labels.device
         size = 4 * labels.numel() * self.recipe.model.vocab_size
         needed = settings.compile or settings.strategy == "fsdp" or rule.label_smoothing or rule.z_loss
@@ -60,7 +60,7 @@ class WeightedLoss(nn.Module):
 
 
 class Training:
-    """The network, its optimizer, and how far they have come: all that a checkpoint holds."""
+    """The network, its optimizer and the progress: the content of a checkpoint."""
 
     def __init__(self, model: PerceiverAR, recipe: Recipe, fabric: Fabric, checkpoint: dict[str, Any] | None) -> None:
         self.recipe, self.fabric, self.model = recipe, fabric, model
@@ -80,19 +80,19 @@ class Training:
         self.step = 0
         """Optimizer steps made, skipped ones included."""
         self.tokens_seen = 0
-        """Targets of all steps; windows at the ends of a pass, or of a picture, have fewer."""
+        """Targets of all steps. Windows at the ends of a pass or of a picture have fewer than others."""
         self.skipped = 0
         self.norms: list[float] = []
-        """Gradient norms of the last steps."""
+        """Gradient norms of the last `SPIKES` steps."""
         self.mean: dict[str, Tensor] = {}
-        """The running mean of the weights if the recipe asks for one."""
+        """The running mean of the weights; empty if `optim.ema` is 0."""
         self.seconds_before = 0.0
-        """Spent in earlier parts of a resumed run."""
+        """Seconds spent in earlier parts of a resumed run."""
         self.started = time.perf_counter()
         self.now = 0.0
-        """Seconds spent training that all ranks go by."""
+        """Seconds spent training, the same on all ranks."""
         self.failures = 0
-        """Steps without finite gradients in a row, up to the last one."""
+        """Number of consecutive steps without finite gradients, up to the last step."""
         self.trouble: str | None = None
         """Why the run cannot go on."""
         self.grad_norm = 0.0
@@ -106,7 +106,7 @@ class Training:
     # A step.
 
     def make_step(self, micro_batches: Iterable[dict[str, Any]], count: int) -> None:
-        """Adds up the gradients of this rank's `count` micro-batches, then changes the weights, or skips the step."""
+        """Accumulates the gradients of this rank's `count` micro-batches, then updates the weights, or skips that."""
         step_loss: Tensor | float = 0.0
         batch: dict[str, Any] = {}
         for i, batch in enumerate(micro_batches):
@@ -136,9 +136,9 @@ class Training:
             )
 
     def skips_step(self) -> bool:
-        """Whether the gradient would do harm; the same on all ranks."""
+        """Whether to skip the update because the gradient is not finite or a spike; the same on all ranks."""
         if self.recipe.trainer.precision == "fp16" and not math.isfinite(self.grad_norm):
-            return False  # the scaler tries how far it can go, and skips such steps itself
+            return False  # the scaler raises its scale until this happens, and skips such steps itself
         reason = self.why_to_skip()
         if math.isfinite(self.grad_norm):
             self.failures = 0
@@ -152,15 +152,15 @@ class Training:
 
     def why_to_skip(self) -> str | None:
         if not math.isfinite(self.grad_norm):
-            return f"the norm of the gradient is {self.grad_norm}"
+            return f"the gradient norm is {self.grad_norm}"
         factor = self.recipe.optim.skip_spikes
         if factor and len(self.norms) >= 10 and self.grad_norm > factor * (usual := statistics.median(self.norms)):
-            return f"the norm of the gradient is {self.grad_norm:.3g}, where {usual:.3g} is usual"
+            return f"the gradient norm is {self.grad_norm:.3g}, but usually {usual:.3g}"
         return None
 
     def update_mean(self) -> None:
         if self.mean:
-            # Short runs and beginnings would otherwise remember where they started.
+            # A fixed decay would keep the initial weights in the mean of short runs and early steps.
             decay = min(self.recipe.optim.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 for name, own in self.weights().items():
@@ -172,7 +172,7 @@ class Training:
         self.loss_sum, self.losses = 0.0, 0
         return float(self.fabric.all_reduce(mean, reduce_op="mean"))  # type: ignore[arg-type]
 
-    # How far it has come.
+    # Progress.
 
     def start_clock(self) -> None:
         self.started = time.perf_counter()
@@ -184,7 +184,7 @@ class Training:
         return self.seconds_before + time.perf_counter() - self.started
 
     def agree(self, stop: bool) -> bool:
-        """Takes the first rank's clock; returns whether any rank asks to stop. All ranks have to call it."""
+        """Sets `now` to the first rank's clock; returns whether any rank asks to stop. All ranks have to call it."""
         self.now = self.seconds
         if self.recipe.trainer.devices > 1:
             first = self.fabric.global_rank == 0
@@ -205,16 +205,16 @@ class Training:
         by_time = self.recipe.max_seconds is not None and self.progress >= 1.0
         return by_time or (self.recipe.max_steps is not None and self.step >= self.recipe.max_steps)
 
-    # What others take from it.
+    # For evaluation, samples and checkpoints.
 
     def weights(self) -> dict[str, Tensor]:
-        """By all their names."""
+        """The parameters by name; a shared one under each of its names."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters(remove_duplicate=False)}
 
     def usable(self) -> PerceiverAR:
-        """The network to measure, to sample from and to write: with the running mean of the weights if there is one.
+        """The network to evaluate, sample from and save; with the running mean of the weights if there is one.
 
-        Under FSDP all ranks have to call this, and only the first gets the weights.
+        Under FSDP all ranks have to call this; only the first one gets the weights.
         """
         if not (self.mean or self.recipe.trainer.sharded):
             return self.model
@@ -225,7 +225,7 @@ class Training:
         return model.to(self.fabric.device)
 
     def gathered(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All of what FSDP has divided, in the first rank's main memory; nothing on the others."""
+        """The whole tensors that FSDP has divided, in the first rank's main memory; {} on other ranks."""
         if not self.recipe.trainer.sharded:
             return state
         device, first = self.fabric.device, self.fabric.global_rank == 0
@@ -233,7 +233,7 @@ class Training:
         return {name: tensor.cpu() for name, tensor in values if first}
 
     def checkpoint(self) -> dict[str, Any]:
-        """What `load` takes. Under FSDP all ranks have to call this, and only the first gets all of it."""
+        """The content of a checkpoint. Under FSDP all ranks have to call this; only the first one gets the tensors."""
         state = {f"model.{name}": tensor for name, tensor in self.gathered(self.model.state_dict()).items()}
         checkpoint: dict[str, Any] = {
             "global_step": self.step,
@@ -249,7 +249,7 @@ class Training:
         return checkpoint | ({"mean": self.gathered(self.mean)} if self.mean else {})
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """All but the weights."""
+        """Loads everything but the weights from a checkpoint."""
         load_optimizer(self.optimizer, self.model, checkpoint["optimizer_states"][0])
         scaler = checkpoint.get("scaler") or checkpoint.get("MixedPrecision")  # written by Lightning's Trainer
         if scaler:

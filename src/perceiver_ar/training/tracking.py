@@ -1,4 +1,4 @@
-"""Metrics to Weights & Biases or to trackio, which have one interface; each is an extra."""
+"""Metrics to Weights & Biases or to trackio, which have the same interface; each is an extra."""
 
 import importlib.util
 import secrets
@@ -13,7 +13,7 @@ from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import write_text
 
 Track = Callable[[Mapping[str, float], int], None]
-"""Takes the values of some metrics at a step."""
+"""(metrics by name, step) -> None"""
 
 
 def check_tracker(name: str) -> None:
@@ -26,10 +26,11 @@ def check_tracker(name: str) -> None:
 
 @contextmanager
 def tracking(path: Path, recipe: Recipe) -> Iterator[Track]:
-    """Meanwhile, what is passed to the function goes to the tracker of the recipe, for the run directory `path`.
+    """Yields a function that sends metrics to the recipe's tracker, for the run directory `path`.
 
-    `tracker_id` there lets a resumed run go on with what it began. Where things go, and whether at once, is as the
-    packages' own environment variables say (WANDB_MODE, TRACKIO_SPACE_ID, ...). Raises InputError if there is no start.
+    With the file `tracker_id` in it, a resumed run continues the same tracker run. The packages' own environment
+    variables (WANDB_MODE, TRACKIO_SPACE_ID, ...) choose the destination. Raises InputError if the tracker fails to
+    start.
     """
     name, file = recipe.trainer.tracker, path / "tracker_id"
     if name == "none":
@@ -41,17 +42,17 @@ def tracking(path: Path, recipe: Recipe) -> Iterator[Track]:
     settings: dict[str, Any] = {"project": "perceiver-ar", "config": recipe.to_dict(), "resume": "allow"}
     package = importlib.import_module(name)
     if name == "wandb":
-        options = package.Settings(console="off")  # stdout is not its business
+        options = package.Settings(console="off")  # leave stdout alone
         settings |= {"name": path.name, "id": identity, "dir": str(path), "settings": options}
     else:
-        settings |= {"name": f"{path.name}-{identity}"}  # runs are known by their names
-    with redirect_stdout(sys.stderr):  # for what trackio has to say; ours is for results
+        settings |= {"name": f"{path.name}-{identity}"}  # trackio identifies runs by name
+    with redirect_stdout(sys.stderr):  # trackio prints messages; our stdout is for results
         try:
             run = package.init(**settings)
-        except Exception as error:  # whatever the packages raise for what they are not given
+        except Exception as error:  # the packages raise many kinds
             reason = " ".join(str(error).split())
             raise InputError(
-                f"{name} does not start ({reason}): mend that or set trainer.tracker to none, then go on with --resume"
+                f"{name} does not start ({reason}): fix this or set trainer.tracker to none, then use --resume"
             ) from error
     failed = True
     try:

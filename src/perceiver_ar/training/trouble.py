@@ -1,4 +1,4 @@
-"""What to tell a user whose training goes wrong: where numbers stop being finite, and what takes the memory."""
+"""Diagnosis of failed training: the first values that are not finite, and the memory that training needs."""
 
 import math
 import os
@@ -19,7 +19,7 @@ ROOM = {"cuda": 0.8, "mps": 0.8, "cpu": 0.5}
 
 
 def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str:
-    """Which weights are not finite, or else which layer's output is not, first, in `forward` of `model`; in words."""
+    """A sentence naming the first weights that are not finite, or else the first such layer output in `forward`."""
     from perceiver_ar.optim import whole  # with torch.distributed.tensor, half of torch's own time to import
 
     for name, parameter in model.named_parameters():
@@ -35,7 +35,7 @@ def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str:
 
         return hook
 
-    # A hook on these would have the whole prefix held; what is wrong in them is seen in the layer that reads them.
+    # Hooks on streamed modules would hold the whole prefix. Bad values in them show in the layer that reads them.
     networks = [module for module in model.modules() if isinstance(module, PerceiverAR)]
     streamed = {module for network in networks for module in network.streamed_modules().values()}
     modules = [(name, module) for name, module in model.named_modules() if name and module not in streamed]
@@ -52,7 +52,7 @@ def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str:
 
 
 def expected_bytes(recipe: Recipe, parameters: int, device: str, windows: int | None = None) -> float:
-    """`training_bytes` where the prefix is streamed, or not, as it would be on a device."""
+    """`training_bytes`, with the prefix streamed or not as on `device`. windows: micro-batch; None: the recipe's."""
     config, chunk = recipe.model, recipe.model.prefix_chunk
     if chunk is None:
         length = int((config.context_length - recipe.window_latents) * (1 - config.prefix_dropout))
@@ -69,9 +69,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(recipe: Recipe, parameters: int, device: str) -> str:
-    """What was too much, and what to lower, by how much."""
+    """The error message: the memory needed, and the setting to change."""
     each = recipe.trainer.micro_batch
-    needed = f"{each} windows at once need about {gigabytes(expected_bytes(recipe, parameters, device))}"
+    needed = f"micro-batches of {each} windows need about {gigabytes(expected_bytes(recipe, parameters, device))}"
     if each > 1:
         half = max(size for size in range(1, each // 2 + 1) if each % size == 0)
         less = gigabytes(expected_bytes(recipe, parameters, device, half))
@@ -85,7 +85,7 @@ def out_of_memory(recipe: Recipe, parameters: int, device: str) -> str:
 
 
 def largest_micro_batch(recipe: Recipe, parameters: int, device: str, room: float) -> int | None:
-    """The most windows at once that `room` bytes hold by the estimate; None: not even one."""
+    """The largest micro-batch that fits into `room` bytes by the estimate; None: not even one window."""
     share = recipe.trainer.batch_size // recipe.trainer.data_ranks
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     fitting = [size for size in sizes if expected_bytes(recipe, parameters, device, size) <= room]
@@ -93,7 +93,7 @@ def largest_micro_batch(recipe: Recipe, parameters: int, device: str, room: floa
 
 
 def free_bytes(device: str) -> float:
-    """Memory that can be had on a device; infinite where nobody says."""
+    """Bytes of free memory on a device; infinite if unknown."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     limits = [math.inf]
@@ -106,7 +106,7 @@ def free_bytes(device: str) -> float:
                 limits.append(soft - int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
     with suppress(OSError, ValueError):
         limits.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with suppress(OSError, StopIteration), open("/proc/meminfo") as file:  # counts what caches would give back
+    with suppress(OSError, StopIteration), open("/proc/meminfo") as file:  # includes caches that can be freed
         limits[-1] = 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
     return min(limits)
 

@@ -1,6 +1,6 @@
 """What happens between steps: progress bar, metrics, evaluations and samples, checkpoints, and when to stop.
 
-What decides when something happens is the same on all ranks; what happens, the first one does.
+All ranks decide alike when something happens; the first one does it.
 """
 
 import errno
@@ -51,11 +51,11 @@ class Watch:
                 self.tensorboard.close()
 
     def after_step(self, stop: bool) -> None:
-        """`stop`: the run ends with this step, before its end."""
+        """`stop`: the run stops after this step, before its end."""
         training = self.training
         finished = training.finished
         if training.trouble or (training.failures and not finished):
-            return  # what is saved is known to give finite gradients
+            return  # only weights that gave finite gradients are saved
         if finished or training.now - self.logged_at >= 1.0:
             self.report()
         due = int(training.progress * self.settings.evaluations)
@@ -72,7 +72,7 @@ class Watch:
         self.save(model, bits, may_fail=not (finished or stop))
 
     def save(self, model: PerceiverAR, validation_bits: float | None, may_fail: bool) -> None:
-        """Raises OSError on the first rank if it fails, but must not."""
+        """Writes a checkpoint. On failure, raises OSError on the first rank unless `may_fail`."""
         training, failure = self.training, None
         checkpoint = training.checkpoint()
         try:
@@ -80,28 +80,28 @@ class Watch:
                 write_checkpoint(self.run, self.checkpoints, checkpoint, model, validation_bits)
         except OSError as error:
             failure = error
-        training.fabric.barrier()  # also after a failure, so that no rank waits for ever
+        training.fabric.barrier()  # also after a failure, so that no rank waits forever
         if failure is not None:
             if not may_fail:
                 raise failure
             last = self.checkpoints.all()
-            safe = f"the last good checkpoint is that of step {last[-1].step:,}" if last else "there is none yet"
-            say(f"step {training.step:,}: {failure.strerror}; {safe}, going on")
+            safe = f"the last good checkpoint is that of step {last[-1].step:,}" if last else "no checkpoint exists yet"
+            say(f"step {training.step:,}: {failure.strerror}; {safe}, continuing")
 
     @contextmanager
     def despite_full_disk(self) -> Iterator[None]:
-        """A full disk loses what is written inside, but does not end the training."""
+        """Inside, writes that fail because the disk is full are lost, but do not end the training."""
         try:
             yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             if not self.disk_full:
-                say(f"{error.strerror}: {error.filename or self.run.path}; going on without samples and metrics")
+                say(f"{error.strerror}: {error.filename or self.run.path}; continuing without samples and metrics")
             self.disk_full = True
 
     def report(self) -> None:
-        """A row of metrics about training. All ranks have to call it."""
+        """Adds a row of training metrics. All ranks have to call it."""
         training = self.training
         bits, seconds = training.take_mean_loss() / math.log(2), training.now
         rate = (training.tokens_seen - self.logged_tokens) / (seconds - self.logged_at + 1e-9)
@@ -119,7 +119,7 @@ class Watch:
             self.printed_at = seconds
 
     def examine(self, model: PerceiverAR) -> float | None:
-        """Measures bits per token on held-out text, if there is any, and lets the model write some."""
+        """Evaluates on held-out text, if there is any, and writes a sample. Returns bits per token."""
         result = score(self.prepared, model, self.settings.evaluation_tokens, spread=True)
         if result is not None:
             self.add_row(validation_bits=result.bits_per_token)
@@ -141,7 +141,7 @@ class Watch:
 
 
 def open_tensorboard(path: Path) -> Any:
-    """A writer of event files if TensorBoard is installed."""
+    """A writer of event files, or None if TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
