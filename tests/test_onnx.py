@@ -26,7 +26,13 @@ from perceiver_ar.windows import Window, next_window
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "context_length": 24, "num_latents": 8, "dim": 32, "num_layers": 1}
 NETWORKS: dict[str, dict[str, Any]] = {
-    "rows and columns": {"num_heads": 2, "local_context": 2, "position_table": "learned", "index_dims": (6, 4), "norm": "layernorm"},
+    "rows and columns": {
+        "num_heads": 2,
+        "local_context": 2,
+        "position_table": "learned",
+        "index_dims": (6, 4),
+        "norm": "layernorm",
+    },
 }
 FROM_END: dict[str, Any] = {"num_heads": 2, "positions_from_end": True, "latents_per_position": 2}
 QUERY_KEYS: dict[str, Any] = {"num_heads": 2, "cross_layers": (0, 1), "latent_keys": "query", "local_context": 1}

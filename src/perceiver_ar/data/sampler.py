@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from perceiver_ar.data.tokens import TokenFile
+from perceiver_ar.data.token_files import TokenFile
 from perceiver_ar.errors import InputError
 
 

@@ -3,15 +3,12 @@
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from perceiver_ar.data.sources import Source
+from perceiver_ar.data.token_files import TokenWriter
 from perceiver_ar.errors import InputError
-
-if TYPE_CHECKING:
-    from perceiver_ar.data.tokens import TokenWriter
 
 
 def document_groups(sources: Sequence[Source], pattern: str) -> list[int]:
@@ -31,7 +28,7 @@ def document_groups(sources: Sequence[Source], pattern: str) -> list[int]:
     return groups
 
 
-def drop_held_out(train: "TokenWriter", validation: "TokenWriter") -> None:
+def drop_held_out(train: TokenWriter, validation: TokenWriter) -> None:
     """Removes from `train` all documents that are in `validation`, too. Raises `InputError` if none is left."""
     copies = np.isin(np.array(train.digests, np.uint64), np.array(validation.digests, np.uint64))
     if copies.all():
@@ -41,7 +38,7 @@ def drop_held_out(train: "TokenWriter", validation: "TokenWriter") -> None:
         print(f"{copies.sum():,} documents are held out as well, so they are not trained on", file=sys.stderr)
 
 
-def choose_groups(writer: "TokenWriter", fraction: float, seed: int) -> np.ndarray:
+def choose_groups(writer: TokenWriter, fraction: float, seed: int) -> np.ndarray:
     """Which documents are for validation: a mask (documents,). Groups and equal documents are never divided."""
     _, groups = np.unique(np.array(writer.groups, np.int64), return_inverse=True)
     sizes = np.zeros(groups.max(initial=-1) + 1, np.uint64)
