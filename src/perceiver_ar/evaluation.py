@@ -172,7 +172,7 @@ def evaluate(
         document_length: tokens of each document, if all have the same length (`codec.document_length`). Each is then
             scored separately, without its first token, and no context reaches beyond its start.
         batch_size: windows per forward.
-        max_tokens: score at most this many targets; of documents of one length, the first ones that contain them.
+        max_tokens: score at most this many targets; of documents of one length, as many whole ones as contain them.
         spread: score about `max_tokens` targets, in windows (or documents of one length) that are spread evenly over
             the text.
         first_target: index (in each document of one length) of the first token to score; those before are context only.

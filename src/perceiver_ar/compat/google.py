@@ -81,7 +81,7 @@ def load_google(path: str | Path, settings: str | Path | Mapping[str, Any] | Non
 
     Raises:
         InputError: the file is missing, damaged, of another kind or only readable by running code in it, or settings
-                are missing.
+            are missing.
     """
     return read(Path(path), settings, **more)[0]
 

@@ -248,7 +248,7 @@ def read(path: Path, cross_attn_seq_len: int | None, heads: int | None) -> tuple
 def package_arguments(
     state: dict[str, Tensor], cross_attn_seq_len: int | None, heads: int | None, where: str
 ) -> dict[str, Any]:
-    """The constructor's arguments, told by the weights. Raises InputError if they do not tell one that is None."""
+    """The constructor's arguments, from the weights. Raises InputError if an argument that is None must be given."""
 
     def shape(name: str, axis: int) -> int:
         if name not in state or state[name].ndim != 2:

@@ -67,7 +67,7 @@ class PerceiverARCache(transformers_caches.Cache):
             )
             room = network.config.context_length if self.max_length is None else max(self.max_length - T, 0) + 1
             rows = [Row(r, row, network.config) for r, row in enumerate(prompts)]
-            # Beams and samples of one prompt are equal neighbouring rows: it is read once.
+            # Beams and samples of one prompt are equal neighbouring rows: the prompt is read once.
             sizes = [n for n in range(1, B + 1) if B % n == 0]
             copies = max(n for n in sizes if all(torch.equal(prompts[r], prompts[r - r % n]) for r in range(B)))
             if network.config.cacheable:
