@@ -539,7 +539,7 @@ def test_other_ways_round_the_windows_are_refused() -> None:
         adapted(NETWORK)(ids(2, 1), cache=cache)
     with pytest.raises(InputError, match="row 0 of input_ids does not begin with the 4 tokens"):
         MODEL.generate(ids(2, 6, seed=9), cache=cache, max_new_tokens=3)
-    with pytest.raises(InputError, match=r"shape \(2, 0\) behind 4 cached columns: give \(B, T\), at least one new"):
+    with pytest.raises(InputError, match=r"shape \(2, 0\) after 4 cached columns: give \(B, T\), at least one new"):
         MODEL(ids(2, 0), cache=cache)
 
 

@@ -1,4 +1,4 @@
-"""What a network costs, counted from its settings; no torch.
+"""Costs of a network, computed from its settings, without torch.
 
 FLOPs count two per multiply-add of the matrix products, attention at its causal half among the latents; element-wise
 work is left out. A training step is three forward passes' worth (each product has two in the backward pass).
@@ -11,7 +11,7 @@ from perceiver_ar.config import PerceiverARConfig, Recipe
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one window of `context` tokens with `latents` latents."""
+    """Costs of one window of `context` tokens with `latents` latents."""
 
     forward_flops: float
     """Operations of one forward pass."""
@@ -29,9 +29,9 @@ def costs(config: PerceiverARConfig, context: int | None = None, latents: int | 
             + per self layer   2 (3 N D W + N W D + 2 N D F)   + 4 W (N^2 / 2) / blocks
 
     with T context, N latents, P = T - N, D dim, E embedding width, W heads times channels, F hidden, V vocabulary, and
-    R = T embeddings that are projected; with local context T + 2, because the one before the prefix and the one before
-    the latents are, too, or with position tables 2 T (see `inputs.mix`). Several latents per position are as many
-    rows of the batch; only the logits are computed once.
+    R = T embeddings that are projected. With local context R = T + 2, because the one before the prefix and the one
+    before the latents are, too; with position tables as well, R = 2 T (see `inputs.mix_local_context`). K latents per
+    position are K rows of the batch; only the logits are computed once.
     """
     T = context or config.context_length
     N = min(latents or config.num_latents, T)
@@ -54,25 +54,25 @@ def costs(config: PerceiverARConfig, context: int | None = None, latents: int | 
 def training_bytes(
     recipe: Recipe, parameters: int, windows: int | None = None, prefix_chunk: int | None = None
 ) -> float:
-    """About the most memory that training takes on a device, with so many windows at once; default: the recipe's.
+    """Estimated maximum of bytes that training takes on a device, with `windows` per forward; None: the recipe's.
 
-    `prefix_chunk` tokens of a prefix are read at once; None: as the model's settings say; 0, or left open there: all.
+    `prefix_chunk`: tokens of the prefix in a piece, 0: all; None: as in the model's settings, or all if left open.
 
         weights, their gradients, Muon's one moment or Adam's two, the mean of the weights, DDP's buckets;
         under FSDP a share of each
       + per window  3 N V                                                        logits and their gradients
                   + per cross layer  N (4 D + 7 W + 2 E + 2 F) + P (2 E + 5 W)   kept for the backward pass
                   + with local context  P (E + W) more of these, 3 times as much with position tables and 5 times
-                                     with prefix dropout, whose embeddings share no rows (`inputs.mix`)
+                                     with prefix dropout, whose embeddings share no rows (`inputs.mix_local_context`)
                   + per self layer   N (4 D + 7 W + 2 F)
 
-    floats; for the letters see `costs`, but P is what prefix dropout leaves of it, a device's share of that, or one
-    piece. Keys and values of the prefix have 3 W kept and 2 W of gradients, when little else is left. With activation
-    checkpointing a layer keeps its input, and one at a time all of it. Autocast keeps 2.3 bytes instead of 4, the mean
-    of what is kept in two and in four, and a copy of the weights in two. Several latents per position keep as many
-    times as much, but for the logits.
+    floats, with the letters of `costs`. But P is the prefix that is left by prefix dropout, a device's share of it, or
+    one piece. Keys and values of the prefix keep 3 W; 2 W are their gradients, when little else is left. With
+    activation checkpointing a layer keeps its input, and one layer at a time keeps everything. Under autocast a float
+    takes 2.3 bytes instead of 4, the mean of those kept in two and in four, and a copy of the weights takes two. K
+    latents per position keep K times as much, except for the logits.
 
-    This is what is allocated. On a CPU the C library's allocator may hold half as much again (docs/log.md).
+    This is allocated memory. On a CPU the C library's allocator may hold half as much again (docs/log.md).
     """
     config = recipe.model
     B, K = recipe.trainer.micro_batch if windows is None else windows, config.latents_per_position

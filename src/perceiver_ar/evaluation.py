@@ -1,4 +1,4 @@
-"""Strided scoring: how well a model predicts a text, every token of it exactly once, each with much context before it.
+"""Strided scoring: how well a model predicts every token of a text, exactly once, with much context before it.
 
 Shapes: B batch, T context_length, N num_latents, V vocabulary; n tokens x[0 ... n-1], whose targets are x[1 ... n-1].
 """
@@ -42,8 +42,8 @@ def windows(
 ) -> Iterator[ScoredWindow]:
     """The windows that score each of the targets x[first_target ... num_tokens-1] exactly once, in order.
 
-    The first window is all latents and has as many targets, as far as there are any. Each further one has the next
-    `stride` targets (the last window: what is left) and the last T tokens before its last target as input, or all if
+    The first window is all latents and has a target for each, if there are enough. Each further one has the next
+    `stride` targets (the last window: the rest) and the last T tokens before its last target as input, or all if
     there are fewer; its last N are latents. So a target has at least T - stride + 1 tokens of context once there are
     T before it; with stride 1 each is predicted as by `model(x[max(0, i - T) : i])[:, -1]`.
 
@@ -80,7 +80,7 @@ def windows(
 def _spread_windows(
     num_tokens: int, context_length: int, num_latents: int, stride: int, first_target: int, max_tokens: int
 ) -> list[ScoredWindow]:
-    """Of `windows` so many, evenly spread, as have about `max_tokens` targets."""
+    """Evenly spread ones of `windows`, with about `max_tokens` targets together."""
     first = next(windows(num_tokens, context_length, num_latents, stride, first_target))
     count = 1 + -(-(num_tokens - first.end) // stride)
     return [
@@ -92,7 +92,7 @@ def _spread_windows(
 
 
 def _evenly(count: int, wanted: int, spread: bool) -> list[int]:
-    """`wanted` numbers of 0 ... count - 1: from everywhere, or the first ones."""
+    """`wanted` numbers of 0 ... count - 1: evenly spread, or the first ones."""
     wanted = min(count, wanted)
     return [(2 * i + 1) * count // (2 * wanted) if spread else i for i in range(wanted)]
 
@@ -114,14 +114,14 @@ class Evaluation:
     standard_error: float | None
     """Of nats_per_token, with windows as independent blocks: if window w has mean m_w over its n_w targets, there are
     K windows and m is the mean over all targets, it is sqrt(K / (K - 1) * sum_w (n_w (m_w - m))^2) / sum_w n_w.
-    Neighbours do have something in common, so the truth is larger, the more so the smaller the stride. None for one
+    Neighbouring windows are not independent, so the true error is larger, above all with a small stride. None for one
     window."""
     context_length: int
     num_latents: int
     stride: int
     seconds: float
     amounts: dict[str, float] = dataclasses.field(default_factory=dict)
-    """What these targets stand for, by unit, such as {"note": 812, "second": 95.3}."""
+    """Unit -> its amount in these targets, such as {"note": 812, "second": 95.3}."""
 
     def nats_per(self, unit: str) -> float:
         """All nats over all of a unit: nats per note are sum(-log p(target)) / number of notes among the targets."""
@@ -132,7 +132,7 @@ class Evaluation:
         return self.nats_per(unit) / math.log(2)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, and for each unit there is some of `scored_UNITs`, `nats_per_UNIT` and `bits_per_UNIT`."""
+        """The fields, and `scored_UNITs`, `nats_per_UNIT` and `bits_per_UNIT` for each unit with an amount above 0."""
         fields = dataclasses.asdict(self)
         for unit in (unit for unit, amount in fields.pop("amounts").items() if amount > 0):
             fields |= {f"scored_{unit}s": self.amounts[unit]}
@@ -157,27 +157,26 @@ def evaluate(
     precision: Literal["32", "bf16"] = "32",
     progress: Callable[[int, int], Any] | None = None,
 ) -> Evaluation:
-    """Scores every token after the first, once, in the windows that `windows` gives.
+    """Scores every token after the first, once, in the windows of `windows`.
 
     The model may be in any mode; it computes in evaluation mode without gradients and is left as it was.
 
     Args:
         tokens: (n,) integer ids, n >= 2; a memory map is read window by window.
-        stride: new targets per window, 1 ... num_latents. Less is slower and, as each target has more context, a better
-            and truer score. None: half of num_latents.
+        stride: new targets per window, 1 ... num_latents. A smaller stride is slower, but gives each target more
+            context and so a better and truer score. None: half of num_latents.
         num_latents: more or fewer than in training is allowed (paper, section 5). None: the model's.
         context_length: at most the model's. None: the model's.
-        byte_lengths: (V,) how many bytes each id stands for (`codec.byte_lengths()`), for bits per byte; where no id
-            stands for any, as None.
-        amounts: how much of each unit ids stand for (`codec.amounts`), for nats per note and the like.
-        document_length: where all documents have as many tokens (`codec.document_length`): each is scored for itself,
-            but for its first token, and no context reaches beyond its start.
+        byte_lengths: (V,) bytes that each id stands for (`codec.byte_lengths()`), for bits per byte; all 0: as None.
+        amounts: ids -> the amount of each unit (`codec.amounts`), for nats per note and the like.
+        document_length: tokens of each document, if all have the same length (`codec.document_length`). Each is then
+            scored separately, without its first token, and no context reaches beyond its start.
         batch_size: windows per forward.
-        max_tokens: score this many targets at most; of documents of one length, the first ones that have so many.
+        max_tokens: score at most this many targets; of documents of one length, as many whole ones as contain them.
         spread: score about `max_tokens` targets, in windows (or documents of one length) that are spread evenly over
             the text.
         first_target: index (in each document of one length) of the first token to score; those before are context only.
-        precision: "32": as the weights are; "bf16": autocast.
+        precision: "32": in the weights' dtype; "bf16": autocast.
         progress: called with the number of targets scored so far, and of all.
 
     Raises:
@@ -223,7 +222,7 @@ def evaluate(
         targets = [(window.first_target, window.end) for window in chosen]
     total = sum(stop - start for start, stop in targets)
     began = time.perf_counter()
-    # The first window of each document, then the second of each: those alike are computed together.
+    # The first window of each document, then the second of each: windows of one shape are computed together.
     plan = ((base, window) for window in chosen for base in bases)
     with (
         evaluation_mode(model),
@@ -232,7 +231,7 @@ def evaluate(
     ):
         for (_, prefix_len, start), alike in groupby(plan, key=lambda item: _shape(item[1], document_length)):
             while batch := [_shifted(window, base) for base, window in islice(alike, batch_size)]:
-                ids = np.stack([x[window.start : window.end] for window in batch])  # in the type they are stored in
+                ids = np.stack([x[window.start : window.end] for window in batch])  # in their stored dtype
                 _check_ids(ids, batch, config.vocab_size)
                 sizes = [window.end - window.first_target for window in batch]
                 sums += _nats(model, torch.from_numpy(ids).to(device), prefix_len, sizes, start)
@@ -246,7 +245,7 @@ def evaluate(
     nats = math.fsum(sums) / total
     require(
         math.isfinite(nats),
-        "the model's weights give NaN: use weights from before training diverged, or train at a lower rate",
+        "the model's weights give NaN: use weights from before training diverged, or train at a lower learning rate",
     )
     bits = nats / math.log(2)
     return Evaluation(
@@ -268,7 +267,7 @@ def evaluate(
 def _amounts(
     amounts: Callable[[np.ndarray], Mapping[str, float]], x: np.ndarray, targets: Iterable[tuple[int, int]]
 ) -> dict[str, float]:
-    """What all targets stand for."""
+    """Unit -> its amount in all targets."""
     totals: dict[str, float] = {}
     for start, stop in targets:
         for unit, amount in amounts(np.asarray(x[start:stop])).items():
@@ -277,7 +276,7 @@ def _amounts(
 
 
 def _shape(window: ScoredWindow, document_length: int | None) -> tuple[int, int, int | None]:
-    """What windows computed together have in common: tokens, prefix, and in documents of one length their place."""
+    """The key of windows that are computed together: length, prefix and, in documents of one length, the start."""
     return window.end - window.start, window.prefix_len, None if document_length is None else window.start
 
 
@@ -288,8 +287,8 @@ def _shifted(window: ScoredWindow, base: int) -> ScoredWindow:
 
 
 def _nats(model: PerceiverAR, ids: Tensor, prefix_len: int, sizes: Sequence[int], start: int | None) -> list[float]:
-    """Of each row of ids (B, input + 1), the sum over its last `size` targets. `start`: the first position, if it
-    matters."""
+    """The sum of nats over the last `size` targets of each row of ids (B, input + 1). `start`: the first position, if
+    it matters."""
     if start is None or model.config.positions_from_end:
         positions = None
     else:
@@ -332,14 +331,14 @@ def evaluate_context_lengths(
 ) -> list[Evaluation]:
     """`evaluate` at each context length, always on the same targets: those with the longest context before them.
 
-    So the first target is x[max(context_lengths)], and a length has neither easier targets than another nor less
-    context than it says. At length L there are at most L latents, and the stride is at most max(1, L // 2), so that
-    targets have at least half of L.
+    So the first target is x[max(context_lengths)]: no length has easier targets than another, nor too few tokens before
+    them. At length L there are at most L latents, and the stride is at most max(1, L // 2), so that targets have a
+    context of at least L / 2.
 
     Args:
-        stride: at each length as far as it allows. None: as in `evaluate`.
-        num_latents: likewise.
-        first_target: 1 scores all, the first ones with less context than a length says.
+        stride: as far as each length allows. None: as in `evaluate`.
+        num_latents: as far as each length allows. None: the model's.
+        first_target: 1 scores all, but the first ones have less context than a length allows.
         settings: further ones of `evaluate`.
 
     Raises:

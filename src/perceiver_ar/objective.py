@@ -22,8 +22,8 @@ def next_token_loss(
 ) -> Tensor:
     """Cross-entropy in nats, computed in float32 or better.
 
-    With label_smoothing s the target holds 1 - s and the other V - 1 ids s / (V - 1) each, and the entropy of that
-    distribution is taken off, so that the least loss is still 0. z_loss z adds z log^2(sum exp(logits)), which keeps
+    With label_smoothing s the target has probability 1 - s, and the other V - 1 ids s / (V - 1) each. The entropy of
+    that distribution is subtracted, so that the minimum is still 0. z_loss z adds z log^2(sum exp(logits)), which keeps
     logits from drifting. Both as in google's Perceiver AR (and T5X, arXiv 2203.17189).
 
     Args:
@@ -45,7 +45,7 @@ def next_token_loss(
     labels = labels.long()
     exact = logits if logits.element_size() >= 4 else logits.float()
     V, s = logits.shape[-1], label_smoothing
-    if s != 0:  # torch.compile reads no messages with sizes in them
+    if s != 0:  # torch.compile cannot read messages with sizes in them
         require(0 < s < 1 - 1 / V, f"label_smoothing is {s}: with {V} ids it must be in [0, {1 - 1 / V:.4g})")
     plain = s == 0 and z_loss == 0
     loss = F.cross_entropy(
@@ -53,7 +53,7 @@ def next_token_loss(
         labels,
         ignore_index=ignore_index,
         reduction=reduction if plain else "none",
-        label_smoothing=s * V / max(V - 1, 1),  # torch spreads its share over all V ids, the target among them
+        label_smoothing=s * V / max(V - 1, 1),  # torch spreads its share over all V ids, including the target
     )
     if plain:
         return loss
@@ -68,7 +68,7 @@ def next_token_loss(
 
 
 def head_loss(latents: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
-    """`next_token_loss(head(latents), labels)`, in pieces where torch can (2.13 can), so that memory holds few logits.
+    """`next_token_loss(head(latents), labels)`, in pieces if torch can (2.13 can), so that memory holds few logits.
 
     For large vocabularies: it takes a sixth of the memory, and on a CPU twice the time.
 

@@ -4,27 +4,27 @@
 
     prefix (B, P), latents (B, N)   ->   logits (B, N, V)
 
-`step.onnx`: one more latent of each row, behind what its caches hold.
+`step.onnx`: one more latent for each row, after the tokens in its caches.
 
     tokens, positions (B, 1), context_held, latents_held (B,), CACHES   ->   logits (B, V), CACHES with the new token
 
-`read.onnx`: prefix tokens for the caches.
+`read.onnx`: keys and values of prefix tokens, for the caches.
 
     tokens, positions (B, K)   ->   context_k, context_v, of these tokens alone
 
 With local context, `tokens` of `step` and `read` are (B, n + 1) and (B, n + K): first come the n tokens before them;
--1 stands for what is in front of the window (n is the setting `local_context`, or 0 where that is 1).
+-1 stands for tokens before the window (n is the setting `local_context`, or 0 if that is 1).
 
 Ids, positions and counts are int64, the rest is float32. CACHES are context_k, context_v (cross-attention layers, B, H,
-room, C) and latent_k, latent_v (layers, B, H, room, C), finite everywhere. Of a row the first `context_held` places of
-the first two count, and the first `latents_held` of the others. How much room there is is the caller's choice.
+room, C) and latent_k, latent_v (layers, B, H, room, C), finite everywhere. Each row uses the first `context_held` slots
+of the first two, and the first `latents_held` slots of the others. The caller chooses the room.
 
-A window of P prefix tokens and N latents: `read` the prefix, put it at the first places, then a `step` for each latent.
-Every further step is a window that has grown by one. To refill, go on with latents_held = 0 and, as context_held, the
-longer prefix of the new window: what is held of tokens that stay prefix is right as it is, and what is held of former
-latents, too, unless the setting `latent_keys` is "query" (then `read` them). If the window's
-start has moved: with position tables, `read` the whole prefix again; otherwise move what stays to the first places, and
-`read` the first n tokens of the window again, as what was before them has left. These are all windows of `generate`.
+For a window of P prefix tokens and N latents, `read` the prefix, put it into the first slots, and run a `step` for each
+latent. Every further step is for a window that is longer by one token. To refill, continue with latents_held = 0 and
+with the longer prefix of the new window as context_held: the slots of prefix tokens stay valid, and those of former
+latents, too, unless the setting `latent_keys` is "query" (then `read` these tokens). If the window's start has moved:
+with position tables, `read` the whole prefix again; otherwise move the remaining slots to the front, and `read` the
+first n tokens of the window again, because the tokens before them have left. These are all windows of `generate`.
 Positions count from a row's start or, with position tables, from the window's.
 """
 
@@ -49,7 +49,7 @@ CACHES: tuple[str, ...] = ("context_k", "context_v", "latent_k", "latent_v")
 
 
 class Scoring(nn.Module):
-    """A context in its two parts, so that each has a length of its own."""
+    """A context in its two parts, so that each has its own length."""
 
     def __init__(self, model: PerceiverAR) -> None:
         super().__init__()
@@ -58,13 +58,13 @@ class Scoring(nn.Module):
     def forward(self, prefix: Tensor, latents: Tensor) -> Tensor:
         tokens = torch.cat([prefix, latents], dim=1)
         positions = torch.arange(tokens.shape[1])
-        if self.model.config.positions_from_end:  # as the network does by a sum over a mask, which exporters lose
+        if self.model.config.positions_from_end:  # the network does it by a sum over a mask, which exporters lose
             positions = tokens.shape[1] - 1 - positions
         return self.model(tokens, prefix.shape[1], positions=positions)
 
 
 class Step(nn.Module):
-    """One latent of each row over caches that come and go as tensors."""
+    """One latent for each row, over caches that are input and output tensors."""
 
     def __init__(self, model: PerceiverAR) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class TracedCache(NamedTuple):
 
 
 class Written:
-    """What a network writes to a cache, layer by layer: `cache.KeysValues` where nothing changes in place."""
+    """Collects what the network writes to a cache, by layer: `cache.KeysValues` without changes in place."""
 
     def __init__(self) -> None:
         self.k: list[Tensor] = []
@@ -123,7 +123,7 @@ class Written:
 
 
 class Slots(Written):
-    """Into keys and values (layers, B, H, room, C) of which each row holds `held` (B,): the next place is written."""
+    """Writes the slot after the first `held` (B,) of each row, in keys and values (layers, B, H, room, C)."""
 
     def __init__(self, k: Tensor, v: Tensor, held: Tensor) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Slots(Written):
 
 
 def empty_caches(model: PerceiverAR, rows: int, context: int) -> dict[str, Tensor]:
-    """Caches for `step.onnx` by name, with room for a context of so many tokens and for num_latents latents."""
+    """Caches for `step.onnx` by name, with room for `context` tokens and for num_latents latents."""
     cache = Cache.empty(model.config, rows, context, torch.float32, torch.device("cpu"))
     stacked = [torch.stack(x) for part in (cache.cross, cache.self_attention) for x in zip(*part.layers, strict=True)]
     return dict(zip(CACHES, stacked, strict=True))
@@ -149,7 +149,7 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
     """Writes `model.onnx` and, for networks whose latents can be cached, `step.onnx` and `read.onnx`.
 
     Each comes with its weights in a file NAME.onnx.data. Returns their names.
-    Raises InputError where a package of the extra `onnx` is missing, or the model is too small for the exporter.
+    Raises InputError if a package of the extra `onnx` is missing, or the model is too small for the exporter.
     """
     try:
         import onnx  # noqa: F401
@@ -157,9 +157,9 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
     except ImportError as error:
         raise missing_extra("onnx", error) from None
     model = copy.deepcopy(model).float().eval()
-    model.config = model.config.replace(prefix_chunk=0)  # streaming is an operator of ours
-    # In the example lengths of 0 and 1 would become constants, equal lengths one length, and inputs that are one tensor
-    # one input.
+    model.config = model.config.replace(prefix_chunk=0)  # exporters cannot translate the streaming operator
+    # The exporter would make example lengths of 0 and 1 constants, equal lengths one length, and inputs that are one
+    # tensor one input.
     rows, ids = Dim("rows"), torch.zeros(2, 9, dtype=torch.int64)
     most = model.config.context_length
     latents = model.config.num_latents if model.config.learned_queries == "each" else most

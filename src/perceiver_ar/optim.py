@@ -3,7 +3,7 @@
 Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a matrix by the nearest
 orthogonal matrix, so that every direction learns at the same pace. Embeddings, the head, norms and biases are not such
 maps, and get AdamW. Ours differs from torch.optim.Muon in one thing, which is worth more than most settings here
-(docs/log.md): projections fused into one parameter are orthogonalised apart, as the separate maps they are.
+(docs/log.md): projections fused into one parameter are orthogonalised separately, as they are separate maps.
 """
 
 import math
@@ -18,13 +18,13 @@ from torch.optim import AdamW, Optimizer
 from perceiver_ar.config import OptimConfig
 
 FUSED = {"qkv_proj.weight": 3, "kv_proj.weight": 2}
-"""Parameters that hold several matrices, one above the other, by the end of their names."""
+"""End of a parameter's name -> number of matrices in it, one above the other."""
 
 
 class MuonAdamW(Optimizer):
     """Muon and AdamW behind one optimizer, so that one schedule, one state and one step serve both.
 
-    The first parameter group is Muon's. `pieces[i]` is how many matrices its i-th parameter holds. The AdamW part owns
+    The first parameter group is Muon's. Its i-th parameter holds `pieces[i]` matrices. The AdamW part owns
     no state: it works on this optimizer's second group and state.
     """
 
@@ -72,7 +72,7 @@ class MuonAdamW(Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
             step = group["lr"] * math.sqrt(max(1.0, rows / columns))
             orthogonal = orthogonalize(matrices, self.dtype).flatten(0, 1)
-            if isinstance(update, DTensor):  # each rank has made all of it, and takes its share
+            if isinstance(update, DTensor):  # each rank has computed all of it, and takes its share
                 orthogonal = distribute_tensor(orthogonal, update.device_mesh, update.placements, src_data_rank=None)
             parameter.add_(orthogonal, alpha=-step)
         self.adamw.step()
@@ -80,12 +80,12 @@ class MuonAdamW(Optimizer):
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which FSDP gives each rank a share. All ranks have to call it."""
+    """The whole tensor, if FSDP has split it among the ranks. All ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
-    """Each of (M, rows, columns) with its singular values brought near 1 (0.7 ... 1.2), by Newton-Schulz in `dtype`.
+    """Brings the singular values of each of (M, rows, columns) near 1 (0.7 ... 1.2), by Newton-Schulz in `dtype`.
 
     The quintic x -> a x + b x^3 + c x^5 with Jordan's coefficients, which trade exactness for few steps. So bfloat16
     is exact enough.
@@ -103,9 +103,9 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: i
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32) -> Optimizer:
-    """The optimizer of `config` over the trainable parameters of `model`; each group keeps its peak as `initial_lr`.
+    """The optimizer of `config` over the trainable parameters of `model`; each group has its peak as `initial_lr`.
 
-    `dtype`: of Muon's matrix products; bfloat16 learns as well and is faster where the device is faster in it.
+    `dtype`: of Muon's matrix products; bfloat16 learns as well, and is faster if the device is faster in it.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = {name: p for name, p in parameters.items() if p.ndim == 2 and name.endswith("_proj.weight")}
@@ -126,7 +126,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype = t
 
 
 def lr_factor(config: OptimConfig, progress: float) -> float:
-    """What to multiply the peak learning rates by after a share `progress` (0 ... 1) of the run."""
+    """The factor on the peak learning rates after a share `progress` (0 ... 1) of the run."""
     rise = min(1.0, progress / config.warmup) if config.warmup > 0 else 1.0
     left = max(0.0, 1.0 - progress)
     if config.schedule == "wsd" and config.decay > 0:

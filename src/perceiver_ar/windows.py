@@ -1,7 +1,7 @@
 """Windows: which tokens of a row are context, and how many of them latents, for each next token.
 
-Windows follow from numbers of tokens alone. Every token adds a latent; when all are used, the same context is taken
-again with fewer (refill; the authors' sampling, Hawthorne et al. 2022, arXiv 2202.07765).
+Windows depend on numbers of tokens alone. Every token adds a latent; when all latents are used, the context is
+computed again with fewer (refill; the authors' sampling, Hawthorne et al. 2022, arXiv 2202.07765).
 """
 
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ from perceiver_ar.config import PerceiverARConfig
 
 @dataclass(frozen=True)
 class Window:
-    """Of a row's tokens 0 ... t - 1, those from `start` on are the context, and its last `num_latents` are latents."""
+    """The context is tokens start ... t - 1 of a row's t tokens; its last `num_latents` are latents."""
 
     start: int
     num_latents: int
     refill: bool = False
-    """All latents are computed anew; else the last alone, and the others are those of the window before."""
+    """All latents are computed again; else only the last one, and the others are those of the window before."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How windows go on; see `generation.stream`."""
+    """How one window follows another; see `generation.stream`."""
 
     refill_latents: int | None = None
     prompt_latents: int | None = None
@@ -31,7 +31,7 @@ class Schedule:
 
 
 def longest_context(config: PerceiverARConfig) -> int:
-    """Most tokens of a window: as many as the model takes and can tell apart."""
+    """Maximum length of a window in tokens, as context_length and the position tables allow."""
     return min(config.context_length, config.max_positions or config.context_length)
 
 
@@ -52,10 +52,10 @@ def next_window(
         start = 0 if num_tokens <= longest else num_tokens - max(longest - (most - num_latents), 1)
         return Window(start, min(num_latents, num_tokens - start), refill=True)
     full = num_tokens - previous.start > longest
-    if schedule.slide and not (full and config.table_sizes):  # a moved position table means other keys
+    if schedule.slide and not (full and config.table_sizes):  # with position tables, another start means other keys
         return Window(max(previous.start, num_tokens - longest), min(previous.num_latents + 1, most))
-    # Past the context length the start moves, but only at refills, and then far enough to grow again: latents remember
-    # the tokens they have read, so what a cache keeps of them is true only as long as the context begins where it did.
+    # Past the context length the start moves, but only at refills, and then far enough for the context to grow again.
+    # Latents depend on all tokens they have read, so cached ones are valid only as long as the start stays.
     if full or previous.num_latents >= most:
         start = num_tokens - max(longest - (most - fewer), 1) if full else previous.start
         return Window(start, min(fewer, num_tokens - start), refill=True)
@@ -63,7 +63,7 @@ def next_window(
 
 
 class Block(NamedTuple):
-    """One forward, over tokens start ... end - 1, for the tokens that follow positions first ... end - 1."""
+    """One forward over tokens start ... end - 1, which predicts the tokens after positions first ... end - 1."""
 
     start: int
     prefix_len: int
@@ -72,7 +72,7 @@ class Block(NamedTuple):
 
 
 def blocks(config: PerceiverARConfig, num_tokens: int) -> Iterator[Block]:
-    """The forwards that predict what follows each of a row's tokens, in order and each once.
+    """The forwards that predict the next token at every position of a row, in order and each once.
 
     Position i is predicted over the window that generation from the row's first token would have for token i + 1
     (`next_window` from 1 on). So its context depends on i alone, not on how many tokens there are.
@@ -80,7 +80,7 @@ def blocks(config: PerceiverARConfig, num_tokens: int) -> Iterator[Block]:
     most, longest = config.num_latents, longest_context(config)
     t, window = 1, next_window(config, None, 1)
     while True:
-        # Until the next refill all windows are one, cut off at their ends: causality gives the logits of each.
+        # Until the next refill every window is the beginning of the same one, so causality gives the logits of each.
         end = min(num_tokens, t + most - window.num_latents, window.start + longest) if config.cacheable else t
         num_latents = window.num_latents + end - t
         yield Block(window.start, end - window.start - num_latents, t - 1, end)

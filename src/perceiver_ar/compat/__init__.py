@@ -1,4 +1,4 @@
-"""Names, arguments and weights of other implementations, on top of our network: their checkpoints in, and back.
+"""Other implementations' names, arguments and weights for our network: loads their checkpoints, and saves some.
 
 | package | in | out |
 |---|---|---|

@@ -21,7 +21,7 @@ from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path
 
 MANY = 8
-"""How many names an error lists before it only counts."""
+"""Maximum number of names that an error lists; it counts the others."""
 
 
 def listed(names: Sequence[str]) -> str:
@@ -51,9 +51,9 @@ class StandIn:
 
 
 def read_torch(path: Path, stand_ins: str | None = None) -> Any:
-    """What `torch.save` or safetensors wrote, the former read by torch's restricted reader.
+    """Reads a file of `torch.save`, by torch's restricted reader, or of safetensors.
 
-    numpy's scalars become numbers; what else is `HARMLESS`, and objects of the package `stand_ins`, `StandIn`s.
+    numpy's scalars become numbers. Other `HARMLESS` objects, and those of the package `stand_ins`, become `StandIn`s.
 
     Raises:
         InputError: missing, damaged, not a torch file, or it needs code to run; the message names that code.
@@ -63,7 +63,7 @@ def read_torch(path: Path, stand_ins: str | None = None) -> Any:
     with open(existing_file(path), "rb") as file:
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        except Exception:  # not a zip file: the oldest torch files, or none at all, as the reader will say
+        except Exception:  # not a zip file: a very old torch file, or none, which the reader reports
             foreign = list(HARMLESS)
         known = {name: HARMLESS[name] for name in foreign if name in HARMLESS}
         if stand_ins is not None:
@@ -77,7 +77,7 @@ def read_torch(path: Path, stand_ins: str | None = None) -> Any:
         try:
             with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in known.items()]):
                 return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception:  # torch's own words would advise to run the code
+        except Exception:  # torch's own message would advise to run the code
             raise InputError(
                 f"{path} is damaged, or not of torch.save, or holds Python objects that only code could rebuild, and "
                 "code in files is not run: get it again, or save the state dict alone where it was written"
@@ -85,7 +85,7 @@ def read_torch(path: Path, stand_ins: str | None = None) -> Any:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Raises InputError where it is missing or damaged."""
+    """Raises InputError if the file is missing or damaged."""
     try:
         return load_file(existing_file(path))
     except SafetensorError as error:
@@ -98,18 +98,18 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Raises InputError where it is missing or damaged, or holds anything but arrays of numbers."""
+    """Raises InputError if the file is missing or damaged, or holds anything but arrays of numbers."""
     with open(existing_file(path), "rb") as file:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
-        except Exception as error:  # what a damaged header or archive leads numpy and zipfile to
+        except Exception as error:  # numpy and zipfile raise various errors for damaged files
             reason = " ".join(str(error).split())
             raise InputError(f"{path} is damaged or no .npz of plain arrays ({reason})") from None
 
 
 def read_dill(path: Path) -> Any:
-    """What dill or pickle wrote, where it consists of containers, numbers, strings and arrays alone.
+    """Reads a file of dill or pickle that consists of containers, numbers, strings and arrays alone.
 
     Raises:
         InputError: missing, damaged, or it names anything beyond `_ArrayUnpickler.KNOWN`.
@@ -119,12 +119,12 @@ def read_dill(path: Path) -> Any:
         return _ArrayUnpickler(io.BytesIO(data)).load()
     except InputError as error:
         raise InputError(f"{path} {error}") from None
-    except Exception as error:  # a damaged pickle may do anything to the little machine that reads it
+    except Exception as error:  # a damaged pickle may raise any error
         raise InputError(f"{path} is damaged or no pickle ({type(error).__name__}: {error})") from None
 
 
 class _Array:
-    """Stand-in of numpy.ndarray; becomes a real one when its state comes."""
+    """Stand-in of numpy.ndarray; becomes a real one when its state is set."""
 
     def __init__(self) -> None:
         self.value: np.ndarray | None = None
@@ -162,7 +162,7 @@ def _from_buffer(data: Any, dtype: _DType, shape: tuple[int, ...], order: str) -
 
 
 def _scalar(dtype: _DType, data: Any) -> Any:
-    """Stand-in of what makes numpy's scalars: plain numbers."""
+    """Stand-in of the function that makes numpy's scalars: returns plain numbers."""
     return np.frombuffer(data, dtype.real())[0].item() if dtype.is_number() else StandIn()
 
 
@@ -192,7 +192,7 @@ class _Mapping(dict[Any, Any]):
 
 
 HARMLESS: dict[str, Any] = {
-    # What files of torch hold beside weights (numbers, random states, options), and what takes its place.
+    # Objects in torch files beside weights (numbers, random states, options), and their replacements.
     "numpy.core.multiarray.scalar": _scalar,  # numpy 1
     "numpy._core.multiarray.scalar": _scalar,  # numpy 2
     "numpy.dtype": _DType,
@@ -207,7 +207,7 @@ HARMLESS: dict[str, Any] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows the names below, all of them functions and classes of this file, and no other."""
+    """Knows only the names below, which stand for functions and classes of this file."""
 
     KNOWN = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,  # numpy 1

@@ -32,7 +32,7 @@ from perceiver_ar.network.init import sinusoids
 from perceiver_ar.network.model import PerceiverAR
 
 DEFAULTS: dict[str, Any] = {
-    # What weights do not tell, with the defaults of their experiment.get_config; None: to be given.
+    # Settings that weights do not tell, with the defaults of their experiment.get_config; None: must be given.
     "max_context_length": None,
     "z_index_dim": None,
     "num_cross_attend_heads": None,
@@ -77,16 +77,17 @@ def load_google(path: str | Path, settings: str | Path | Mapping[str, Any] | Non
         path: checkpoint.dill, or the directory it is in; or a .npz of its params, an array for each "module/name".
         settings: keyword arguments of their PerceiverAR, which checkpoints do not hold: a name in `RELEASED`, a JSON
             file, or a mapping. Sizes are read from the weights.
-        more: single ones, on top.
+        more: single arguments, which take precedence.
 
     Raises:
-        InputError: missing, damaged, of another kind, only readable by running code in it, or settings are needed.
+        InputError: the file is missing, damaged, of another kind or only readable by running code in it, or settings
+            are missing.
     """
     return read(Path(path), settings, **more)[0]
 
 
 def read(path: Path, settings: str | Path | Mapping[str, Any] | None, **more: Any) -> tuple[PerceiverAR, Codec | None]:
-    """The network, and the codec where the vocabulary is that of their bytes."""
+    """The network, and the codec if the vocabulary is that of their bytes."""
     path = existing(path) / "checkpoint.dill" if path.is_dir() else path
     given = read_settings(settings) | {name: value for name, value in more.items() if value is not None}
     model = network(read_params(path), given, str(path))
@@ -95,13 +96,13 @@ def read(path: Path, settings: str | Path | Mapping[str, Any] | None, **more: An
 
 
 def network(params: Mapping[str, Tensor], settings: Mapping[str, Any], where: str) -> PerceiverAR:
-    """The network of their parameters, by "module/name" and as torch has them, and keyword arguments."""
+    """The network for their parameters, by "module/name" in torch's layout, and their keyword arguments."""
     try:
         config = to_config(params, settings, where)
     except (LookupError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{where}: its weights and settings are not of their PerceiverAR ({error!r})") from None
     if len(config.table_sizes) == 1 and not config.positions_from_end:
-        # Positions from the data start at 1, ours at 0: row 0 is for padding, which nobody sees.
+        # Positions from the data start at 1, ours at 0: row 0 is for padding, which no query sees.
         params = {**params, **{name: params[name][1:] for name in table_names(params)}}
     model = PerceiverAR(config)
     model.load_tensors(to_ours(names(config), params, where), where=where)
@@ -179,7 +180,7 @@ def to_config(params: Mapping[str, Tensor], given: Mapping[str, Any], where: str
         needed.append("additional_cross_attend_after_layers")
     if missing := [name for name in needed if of[name] is None]:
         raise InputError(
-            f"{where} does not tell {', '.join(missing)}: give them, or settings: a JSON file or {', '.join(RELEASED)}"
+            f"{where} does not tell {', '.join(missing)}: give them, or settings (a JSON file or {', '.join(RELEASED)})"
         )
     after = sorted(of["additional_cross_attend_after_layers"] or ())
     if len(after) != max(more, 0):
@@ -190,7 +191,7 @@ def to_config(params: Mapping[str, Tensor], given: Mapping[str, Any], where: str
             raise InputError(f"{name} is {of[name]!r}: only {', '.join(ACTIVATIONS)} are computed here")
     activation, *query_activation = [ACTIVATIONS[of[name]] for name in activation_names]
     if of["mask_style"] != "final_block":
-        raise InputError(f"mask_style is {of['mask_style']!r}: only 'final_block' is here")
+        raise InputError(f"mask_style is {of['mask_style']!r}: only 'final_block' is supported")
 
     V, E = params[f"{ROOT}embed/embeddings"].shape
     D = params[f"{ROOT}logits/w"].shape[1]
@@ -305,7 +306,7 @@ def names(config: PerceiverARConfig) -> list[Weight]:
 def from_trailing_zeros(tokens: Tensor, input_idxs: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Their inputs as arguments of our `forward`: tokens (B, T), mask (B, T), positions.
 
-    Rows end at their first 0; what follows is moved in front, where it is padding, so that all rows end together.
+    Rows end at their first 0. The rest of a row becomes padding in front of it, so that all rows end together.
 
     Args:
         tokens: (B, T) ids.

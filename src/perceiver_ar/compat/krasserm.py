@@ -2,8 +2,8 @@
 
     from perceiver_ar.compat import load_krasserm
 
-The same function of weights and tokens, but for one thing: where left padding reaches the latents, the package lets
-padded latents read every key, the future too, and later latents read those; ours never does.
+The function of weights and tokens is the same, with one exception: if left padding reaches the latents, the package
+lets padded latents read every key, future ones included, and later latents read those; ours never does.
 """
 
 import json
@@ -35,7 +35,7 @@ from perceiver_ar.network.model import PerceiverAR
 
 MARKER = "input_adapter.txt_embedding.weight"
 INV_FREQ = "input_adapter.frq_pos_encoding.inv_freq"
-SETTINGS = {  # the package's defaults; None: must be there
+SETTINGS = {  # the package's defaults; None: required
     "vocab_size": None,
     "max_seq_len": None,
     "max_latents": None,
@@ -68,13 +68,13 @@ def load_krasserm(path: str | Path) -> PerceiverAR:
             checkpoint (.ckpt). Dropouts but that of the prefix are not taken over: they are settings of training.
 
     Raises:
-        InputError: missing, damaged, of another kind, or only readable by running code in it.
+        InputError: the file is missing, damaged, of another kind, or only readable by running code in it.
     """
     return read(Path(path))[0]
 
 
 def read(path: Path) -> tuple[PerceiverAR, Codec | None]:
-    """The network, and the codec where the checkpoint says that its tokens are bytes."""
+    """The network, and the codec if the checkpoint states that its tokens are bytes."""
     existing(path)
     if path.is_dir() or path.name in ("pytorch_model.bin", "model.safetensors", "config.json"):
         directory = path if path.is_dir() else path.parent
@@ -156,7 +156,7 @@ def to_config(settings: Mapping[str, Any], where: str = "the settings") -> Perce
 
 
 def rotated(config: PerceiverARConfig) -> int:
-    """How many channels of a head the package asks to be turned; where that is odd, it turns one more."""
+    """Rotated channels of a head by the package's settings; if the number is odd, it rotates one more."""
     return config.width_head // 2 if config.position_table == "learned" else config.width_head
 
 
@@ -201,10 +201,10 @@ def names(config: PerceiverARConfig) -> list[Weight]:
 
 
 def save_krasserm(model: PerceiverAR, directory: str | Path) -> dict[str, Any]:
-    """Writes what the package's `from_pretrained` reads, config.json and model.safetensors; returns the former.
+    """Writes config.json and model.safetensors for the package's `from_pretrained`; returns the former.
 
     Raises:
-        InputError: the package has no settings for this function; names the ones in the way.
+        InputError: the package has no settings for this function; names those of ours in the way.
     """
     config = model.config
     theirs = {

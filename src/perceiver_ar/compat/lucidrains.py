@@ -5,7 +5,7 @@
 
 There is no second network here: both classes set up `perceiver_ar.PerceiverAR` and translate names. The parameters also
 come in the package's order and shapes, so a saved optimizer state loads too. Training step, loss and greedy generation
-equal the package's up to rounding. What the package gets wrong on valid use is put right:
+equal the package's up to rounding. Errors of the package on valid use are corrected:
 
 - a sequence no longer than `cross_attn_seq_len` has one latent, its last position (the package raises AssertionError);
 - a prefix mask of any length up to the sequence's works together with prefix dropout (the package fails on indexing);
@@ -14,7 +14,7 @@ equal the package's up to rounding. What the package gets wrong on valid use is 
 - heads of fewer than 32 channels are rotated whole (the package crashes);
 - positions are rotated in float32 or better whatever the model's dtype (the package's bfloat16 positions collapse);
 - in `generate`, an EOS in the prompt does not end the sampling, `temperature=0` is greedy, and at least one candidate
-  survives `filter_thres` in small vocabularies (the package stops at once, divides by zero, draws from nothing).
+  survives `filter_thres` in small vocabularies (the package stops immediately, divides by zero, draws from nothing).
 """
 
 from pathlib import Path
@@ -121,13 +121,13 @@ class PerceiverAR(nn.Module):
         ignore_index: int = 0,
         prefix_keep: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, N, num_tokens) of the positions from cross_attn_seq_len on, or the loss where labels are given.
+        """Logits (B, N, num_tokens) of the positions from cross_attn_seq_len on, or the loss if labels are given.
 
         Args:
             x: (B, T) ids, 1 <= T <= max_seq_len.
             prefix_mask: (B, up to T) bool, True where the cross-attention may read a key; a short one is extended with
-                True. One that reaches beyond the prefix also hides latent positions there, from the cross-attention
-                alone, as in the package.
+                True. One that is longer than the prefix also hides latent positions, but from cross-attention only, as
+                in the package.
             labels: (B, T) the next id of every position; those before cross_attn_seq_len are not used.
             ignore_index: the label that is no target. The package ignores label 0.
             prefix_keep: as in `perceiver_ar.PerceiverAR.forward`, to fix what prefix dropout keeps.
@@ -171,8 +171,8 @@ class AutoregressiveWrapper(nn.Module):
         """Samples up to seq_len new ids after start_tokens (B, n), n >= 1; returns only the new ones.
 
         The prefix stays at cross_attn_seq_len tokens while latents grow to fill max_seq_len, over a cache; then the
-        window slides by one token at a time, and every latent is computed anew for each (`perceiver_ar.stream` is far
-        faster there). Draws come from torch's global generator, one per row and step, as in the package.
+        window slides by one token at a time, and all latents are recomputed for each (`perceiver_ar.stream` is far
+        faster then). Draws come from torch's global generator, one per row and step, as in the package.
 
         Args:
             eos_token: when every row has drawn it, sampling ends, and everything after it in a row becomes pad_value.
@@ -184,7 +184,7 @@ class AutoregressiveWrapper(nn.Module):
         """
         shape = tuple(start_tokens.shape)
         require(len(shape) == 2, f"start_tokens have shape {shape}: they must be (batch, length)")
-        Sampling(temperature)  # says if it cannot be
+        Sampling(temperature)  # raises InputError if it is invalid
         out = torch.stack(prompt_rows(start_tokens, self.net.model.config.vocab_size))
         n = out.shape[1]
         decoder: Decoder | None = None
@@ -209,7 +209,7 @@ class AutoregressiveWrapper(nn.Module):
         return out[:, n:]
 
     def decoder(self, tokens: Tensor, more: int) -> Decoder:
-        """Behind the prefix all tokens (B, T) are latents, and so will be `more` that come."""
+        """A decoder in which all tokens (B, T) after the prefix are latents, and so are `more` that follow."""
         config, rows = self.net.model.config, prompt_rows(tokens, self.net.model.config.vocab_size)
         settings = RowSettings(schedule=Schedule(prompt_latents=tokens.shape[1] - self.net.cross_attn_seq_len))
         rows = [Row(r, row, config, settings) for r, row in enumerate(rows)]
@@ -225,18 +225,18 @@ def load_lucidrains(
         path: what `torch.save` or safetensors wrote: a state dict of PerceiverAR or AutoregressiveWrapper, alone or
             somewhere in a training checkpoint, with any prefix before its names. Tensors beside it that are not of the
             network are left out, and a warning names them.
-        cross_attn_seq_len: the prefix length, which no weight tells.
-        heads: of attention; only needed where the weights leave a choice (512 may be 8 heads of 64 or 16 of 32).
+        cross_attn_seq_len: the prefix length, which the weights do not tell.
+        heads: attention heads; only needed if the weights leave a choice (512 may be 8 heads of 64 or 16 of 32).
 
     Raises:
-        InputError: missing, damaged, of another kind, only readable by running code in it, or one of these arguments
-            is needed.
+        InputError: the file is missing, damaged, of another kind or only readable by running code in it, or one of
+            these arguments is needed.
     """
     return read(Path(path), cross_attn_seq_len, heads)[0]
 
 
 def read(path: Path, cross_attn_seq_len: int | None, heads: int | None) -> tuple[network.PerceiverAR, Codec | None]:
-    """The network, and the codec where the vocabulary is that of single bytes."""
+    """The network, and the codec if the vocabulary is that of single bytes."""
     state = find_state(read_torch(path), "token_emb.weight", "perceiver-ar-pytorch", str(path))
     net = PerceiverAR(**package_arguments(state, cross_attn_seq_len, heads, str(path)))
     state.pop(INV_FREQ, None)
@@ -248,7 +248,7 @@ def read(path: Path, cross_attn_seq_len: int | None, heads: int | None) -> tuple
 def package_arguments(
     state: dict[str, Tensor], cross_attn_seq_len: int | None, heads: int | None, where: str
 ) -> dict[str, Any]:
-    """The constructor's arguments, as far as weights tell; the two that they may not are asked for."""
+    """The constructor's arguments, from the weights. Raises InputError if an argument that is None must be given."""
 
     def shape(name: str, axis: int) -> int:
         if name not in state or state[name].ndim != 2:
@@ -294,7 +294,7 @@ def package_arguments(
 
 
 def save_lucidrains(model: network.PerceiverAR, file: str | Path) -> dict[str, Any]:
-    """Writes the package's state dict with `torch.save`; returns the constructor's arguments it belongs to.
+    """Writes the package's state dict with `torch.save`; returns the constructor's arguments for it.
 
     Raises:
         InputError: the package has no arguments for this function; names the settings in the way.

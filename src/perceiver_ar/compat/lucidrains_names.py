@@ -21,7 +21,7 @@ def use_package_names(net: nn.Module) -> None:
 
 
 def package_names(config: PerceiverARConfig) -> dict[str, str]:
-    """The package's parameter names, in its order, with ours."""
+    """The package's parameter names -> ours, in the package's order."""
     names = {"token_emb.weight": "embed.weight", "pos_emb.weight": "position_embed.0.weight"}
     mlp = {
         "0.weight": "norm.weight",
@@ -52,9 +52,9 @@ def _modules(net: Any) -> dict[str, str]:
 
 
 def _renamed(name: str, modules: dict[str, str]) -> str:
-    """The name of a tensor with its module renamed, also where torch parametrizes or prunes the tensor.
+    """The name of a tensor with its module renamed, even if torch parametrizes or prunes the tensor.
 
-    What else is put into a module, such as peft's adapters, keeps the name by which its makers look for it.
+    Other additions to a module, such as peft's adapters, keep the names that their libraries look for.
     """
     module = name.partition(".parametrizations.")[0]
     module = name.rpartition(".")[0] if module == name else module
@@ -93,7 +93,7 @@ def _from_package_names(
 
 
 def _say_package_names(net: Any, incompatible: Any) -> None:
-    """After loading: what was missing, unexpected or of a wrong shape goes by the package's names."""
+    """After loading: puts the package's names into the lists of missing, unexpected and misshaped tensors."""
     (prefix, errors), net.loading = net.loading, ("", [])
     modules = {ours: theirs for theirs, ours in _modules(net).items()}
     ours = re.compile(rf"(?<![\w.]){re.escape(prefix)}(model\.[\w.]+)")

@@ -16,19 +16,19 @@ from perceiver_ar.network.model import PerceiverAR
 
 
 class Weight(NamedTuple):
-    """One parameter of ours, and the parameters of theirs that it holds, one above the other."""
+    """One parameter of ours, and the parameters of theirs that it holds, concatenated along the first axis."""
 
     ours: str
     theirs: tuple[str, ...]
     rows: tuple[Tensor | None, ...] = ()
-    """For each of `theirs`, which of its rows come in which order; None, or (): as they are."""
+    """For each of `theirs`, the order in which its rows are taken; None, or (): unchanged."""
 
     def orders(self) -> Sequence[Tensor | None]:
         return self.rows or (None,) * len(self.theirs)
 
 
 def to_ours(weights: Iterable[Weight], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Their tensors under our names. Raises InputError that lists, in their names, what is missing or unknown.
+    """Their tensors under our names. Raises InputError that lists missing and unknown ones by their names.
 
     Warns of unknown integers: they are counters, not weights.
     """
@@ -59,7 +59,7 @@ def to_ours(weights: Iterable[Weight], tensors: Mapping[str, Tensor], where: str
 
 
 def plain_tensors(model: PerceiverAR) -> dict[str, Tensor]:
-    """What to write for others. Raises InputError where some weights are made of others."""
+    """The tensors to export. Raises InputError if some weights are made of other weights."""
     tensors = model.stored_tensors()
     if replaced := [name for name in tensors if REPLACED.search(name)]:
         raise InputError(
@@ -81,9 +81,10 @@ def to_theirs(weights: Iterable[Weight], tensors: Mapping[str, Tensor]) -> dict[
 
 
 def from_interleaved(heads: int, channels: int, rotated: int) -> Tensor:
-    """Rows of query and key projections in our order, where theirs turn the pairs (2j, 2j + 1) of each head.
+    """The order of rows that turns their query and key projections into ours.
 
-    Ours are (j, j + rotated / 2). Scores do not change when queries and keys are reordered alike.
+    They rotate the pairs (2j, 2j + 1) of each head, we (j, j + rotated / 2). Scores do not change when queries and keys
+    are reordered alike.
     """
     pairs = torch.arange(rotated // 2)
     one = torch.cat([2 * pairs, 2 * pairs + 1, torch.arange(rotated, channels)])
@@ -91,7 +92,7 @@ def from_interleaved(heads: int, channels: int, rotated: int) -> Tensor:
 
 
 def rotated_channels(config: PerceiverARConfig, channels: int) -> int:
-    """How many channels of a head are turned."""
+    """Number of rotated channels of a head."""
     return 2 * int(config.rotary_fraction * channels / 2 + 1e-6)
 
 
@@ -103,14 +104,14 @@ def inverse_frequencies(rotated: int) -> Tensor:
 def rotary_settings(rotated: int, head_dim: int) -> dict[str, float]:
     """Our settings for `inverse_frequencies(rotated)` on heads of `head_dim` channels.
 
-    An odd number has (rotated + 1) / 2 frequencies, so these implementations turn one channel more.
+    An odd number has (rotated + 1) / 2 frequencies, so these implementations rotate one channel more.
     """
     turned = rotated + rotated % 2
     return {"rotary_fraction": turned / head_dim, "rotary_base": 10000.0 ** (turned / rotated) if rotated else 10000.0}
 
 
 def refuse_differences(ours: PerceiverARConfig, theirs: PerceiverARConfig, package: str) -> None:
-    """Raises InputError naming the settings in which the function of `ours` differs from the nearest of `package`."""
+    """Raises InputError that names the settings by which `ours` computes another function than `theirs`."""
     one, other = (_function(config) for config in (ours, theirs))
     if different := [f"{name} is {one[name]!r}, not {other[name]!r}" for name in one if one[name] != other[name]]:
         raise InputError(f"{package} cannot compute what this model does: {', '.join(different)}")
@@ -138,7 +139,7 @@ def _function(config: PerceiverARConfig) -> dict[str, Any]:
 
 
 class LeftOut(UserWarning):
-    """Names what a checkpoint holds beside the network, and what is therefore not read."""
+    """Names tensors in a checkpoint that are not of the network, and are not read."""
 
 
 def say_left_out(names: Sequence[str], where: str) -> None:
@@ -147,11 +148,11 @@ def say_left_out(names: Sequence[str], where: str) -> None:
 
 
 WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile, FSDP and activation checkpointing put into names, before any module's."""
+"""Wrappers that torch.compile, FSDP and activation checkpointing put into names of modules."""
 REPLACED = re.compile(
     r"\.(?:parametrizations|base_layer|modules_to_save)\.|\.lora_|\.(?:weight|bias)_(?:g|v|orig|mask)$"
 )
-"""Names that weights have where adapters, parametrizations or pruning make them of others."""
+"""Names of weights that adapters, parametrizations or pruning make of other weights."""
 OPTIMIZER = re.compile(r"(?:^|[^a-z])optim(?:izer)?s?(?:$|[^a-z])", re.IGNORECASE)
 
 
@@ -164,22 +165,21 @@ class Found(NamedTuple):
     tensors: dict[str, Tensor]
     """By their names without the prefix."""
     others: list[str]
-    """What else is in the mapping."""
+    """Names of the other tensors in the mapping."""
 
 
 def find_state(content: Any, marker: str, package: str, where: str) -> dict[str, Tensor]:
-    """The state dict in what `torch.save` saved, without the prefix before its parameter `marker`.
+    """The state dict in the content of a file of `torch.save`, without the prefix before its parameter `marker`.
 
-    It may be the whole content, an entry, or lie deeper where no entry is one; its names may have any prefix (net.,
+    It may be the whole content or an entry, or lie deeper if no entry is one; its names may have any prefix (net.,
     module., ema_model.). Warns of tensors beside it without the prefix: a criterion, counters of an average.
 
     Raises:
-        InputError: there is none, or more than one, or some of its weights are made of others.
+        InputError: it is missing, there are several, or some weights are made of other weights.
     """
     found: dict[str, Found] = {}
     mappings = list(_mappings(content))
     for depth, place, mapping in mappings:
-        # What is no tensor has nothing to do with weights.
         tensors = {WRAPPERS.sub("", str(name)): x for name, x in mapping.items() if isinstance(x, Tensor)}
         for name in tensors:
             prefix = name.removesuffix(marker)
@@ -219,7 +219,7 @@ def _mappings(content: Any) -> Iterator[tuple[int, str, Mapping[Any, Any]]]:
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two prefixes in a state dict are of one module."""
+    """Whether two state dicts are equal, as those of one module under two prefixes."""
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
     )

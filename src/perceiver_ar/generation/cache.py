@@ -1,7 +1,7 @@
-"""What a decoder keeps between calls: keys and values of cross-attention and of self-attention, row by row.
+"""A decoder's cache: keys and values of cross-attention and self-attention for each row.
 
-The network writes into a cache and reads from it (`KeysValues.update`), but only the caller moves on (`advance`): a
-forward that is run twice over the same cache gives the same twice.
+The network writes to a cache and reads from it (`KeysValues.update`), but only the caller keeps what was written
+(`advance`). So a forward that runs twice over the same cache gives the same result twice.
 
 Shapes: B rows, H heads, N new positions, C channels per head.
 """
@@ -20,29 +20,29 @@ from perceiver_ar.network.attention import Piece
 
 
 class _Plan(NamedTuple):
-    """What `update` does with new positions, in every layer: made once for all, as Python's time is a decoder's."""
+    """Where `update` writes new positions and what they see: made once for all layers, to save Python's time."""
 
     new: list[tuple[Tensor, Tensor]]
-    """For each layer, where the new keys and values go, if all rows write to the same slots."""
+    """For each layer, views to write the new keys and values to, if all rows write to the same slots."""
     slots: tuple[Tensor, Tensor] | None
-    """Else (B,) rows and (B,) the slot of each."""
+    """Else row indices (B,), and the slot of each (B,)."""
     seen: list[tuple[Tensor, Tensor]]
-    """For each layer, the keys and values that were there before or, with a single new position, that it sees."""
+    """For each layer, the cached keys and values that new positions see; a single new position sees itself there."""
     mask: Tensor | None
-    """(B, K), True where a row has something; None: everywhere."""
+    """(B, K) bool, True for filled slots; None: all are."""
 
 
 class KeysValues:
     """Keys and values of the attention layers of one kind, in memory of fixed size.
 
-    Every row holds its last `room` positions. Slots are used in a circle: where there is no room left, a new position
-    takes the place of the oldest. Keys carry their rotation, so attention does not mind the order.
+    Every row is a ring buffer of its last `room` positions: when it is full, a new position overwrites the oldest. Keys
+    are rotated already, so attention does not depend on their order.
     """
 
     def __init__(self, layers: list[tuple[Tensor, Tensor]], room: int, counts: np.ndarray) -> None:
         """layers: keys and values, each (B, H, room, C), finite; counts: (B,) int64, positions written so far.
 
-        All are shared with the views that `rows` gives.
+        All are shared with the views that `rows` returns.
         """
         self.layers, self.room, self.counts = layers, room, counts
         self._plan: tuple[bytes, _Plan] | None = None
@@ -52,7 +52,7 @@ class KeysValues:
     def empty(
         cls, layers: int, rows: int, heads: int, room: int, channels: int, dtype: torch.dtype, device: torch.device
     ) -> "KeysValues":
-        def zeros() -> Tensor:  # what is masked is still multiplied, by 0: no NaN
+        def zeros() -> Tensor:  # masked values are multiplied by 0, so NaN would spread
             return torch.zeros(rows, heads, room, channels, dtype=dtype, device=device)
 
         return cls([(zeros(), zeros()) for _ in range(layers)], room, np.zeros(rows, dtype=np.int64))
@@ -60,8 +60,8 @@ class KeysValues:
     def update(self, k: Tensor, v: Tensor, layer_idx: int) -> list[Piece]:
         """Writes new keys and values (B, H, N, C) of a layer; returns the pieces that their queries attend to.
 
-        Until `advance`, the next call writes to the same places. More than one new position at a time needs rows with
-        equally many positions so far, and room for all.
+        Until `advance`, the next call writes to the same slots. N > 1 needs rows with equally many positions so far,
+        and room for N more.
         """
         N = k.shape[2]
         plan = self._prepare(N) if self._fixed is None else self._fixed
@@ -78,11 +78,11 @@ class KeysValues:
         return [seen] if N == 1 else [seen, Piece(k, v, causal=True)]  # the newest position sees everything
 
     def advance(self, n: int) -> None:
-        """The last n positions that were written are there to stay."""
+        """Keeps the last n positions that were written."""
         self.counts += n
 
     def keep(self, n: int, dropped: int = 0) -> None:
-        """Of every row, keeps n positions: not the first `dropped`, and nothing behind the n next to them."""
+        """Keeps n positions of every row: those after the first `dropped`. The others are forgotten."""
         assert n == 0 or ((dropped + n <= self.counts) & (self.counts <= self.room)).all()
         if dropped and n:
             for layer in self.layers:
@@ -91,7 +91,7 @@ class KeysValues:
         self.counts[:] = n
 
     def grow(self, room: int) -> None:
-        """Room for more positions, in new memory. None may have been overwritten so far."""
+        """Makes room for more positions, in new memory. No position may have been overwritten before."""
         assert (self.counts <= self.room).all() and self._fixed is None
         wider = (0, 0, 0, room - self.room)
         self.layers = [(F.pad(k, wider), F.pad(v, wider)) for k, v in self.layers]
@@ -106,7 +106,7 @@ class KeysValues:
         self.copy_from(self, source, target)
 
     def copy_from(self, other: "KeysValues", source: int, target: int) -> None:
-        """What row `source` of a cache of equal room holds becomes row `target`."""
+        """Copies row `source` of another cache, of equal room, to row `target`."""
         assert other.room == self.room
         held = min(int(other.counts[source]), self.room)
         for layer, theirs in zip(self.layers, other.layers, strict=True):
@@ -121,9 +121,9 @@ class KeysValues:
         return KeysValues(layers, self.room, self.counts[list(rows)])
 
     def fix(self) -> None:
-        """From here on, one position at a time, in operations whose shapes stay: for torch.compile and CUDA graphs.
+        """From now on a step writes one position, in operations of constant shapes: for torch.compile and CUDA graphs.
 
-        `aim` comes before each.
+        Call `aim` before each step.
         """
         if not self.layers:
             return
@@ -131,13 +131,13 @@ class KeysValues:
         slots = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
         mask = torch.zeros(B, self.room, dtype=torch.bool, device=device)
         self._fixed = _Plan([], slots, self.layers, mask)
-        if device.type == "cpu":  # no CUDA graphs there, and what has a fixed address is taken for a constant
+        if device.type == "cpu":  # no CUDA graphs here, and torch takes tensors of static address for constants
             return
         for x in (*slots, mask, *chain(*self.layers)):
             torch._dynamo.mark_static_address(x, guard=False)  # type: ignore[reportPrivateImportUsage]
 
     def aim(self) -> None:
-        """The next update of a fixed cache writes behind what each row has, and sees that."""
+        """Makes the next step of a fixed cache write to each row's next slot, and see the filled ones."""
         if self._fixed is not None and self._fixed.slots is not None and self._fixed.mask is not None:
             held = torch.from_numpy(np.minimum(self.counts + 1, self.room)).to(self._fixed.mask.device)
             self._fixed.slots[1].copy_(torch.from_numpy(self.counts % self.room))
@@ -171,7 +171,7 @@ class KeysValues:
 
 
 class Cache:
-    """Of each row: its context for every cross-attention layer, its latents in every self-attention layer."""
+    """For each row, its context in every cross-attention layer and its latents in every self-attention layer."""
 
     def __init__(self, cross: KeysValues, self_attention: KeysValues) -> None:
         self.cross, self.self_attention = cross, self_attention
@@ -187,7 +187,7 @@ class Cache:
         return cls(cross, KeysValues.empty(layers, rows, heads, config.num_latents, channels, dtype, device))
 
     def advance(self, n: int) -> None:
-        """The last n latents that were computed are there to stay, as context and as latents."""
+        """Keeps the last n latents that were computed, as context and as latents."""
         self.cross.advance(n)
         self.self_attention.advance(n)
 

@@ -1,4 +1,4 @@
-"""The step of a decoder with `torch.compile`.
+"""A decoder's step under `torch.compile`.
 
 Shapes: B rows, V vocabulary.
 """
@@ -31,17 +31,17 @@ def next_logits(model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Ca
 
 
 def compiled_step(model: PerceiverAR, device: str, tuned: bool) -> NextLogits:
-    """`next_logits` for a fixed cache, once `compile_and_run` has compiled it.
+    """`next_logits` for a fixed cache, to be compiled by `compile_and_run`.
 
-    tuned: with kernels that are tried out for this machine. On a CPU the weights then become constants, laid out as
-    the kernels want them, so the step is for these weights only.
+    tuned: with kernels that are benchmarked on this machine. On a CPU the weights then become constants in the kernels'
+    layout, so the step is for these weights only.
     """
     if not tuned or device != "cpu":
         return _shared_step(device, tuned)
     weights = [fingerprint(x) for x in chain(model.parameters(), model.buffers())]
     with _lock:
         if model not in _tuned or _tuned[model][0] != weights:
-            # torch keeps what it compiled by code object, and looks at a constant's identity, not at its value.
+            # torch caches compiled code by code object, and checks a constant's identity, not its value.
             own = FunctionType(next_logits.__code__.replace(), next_logits.__globals__)
             _tuned[model] = weights, torch.compile(own, fullgraph=True, dynamic=False)
         return _tuned[model][1]
@@ -49,22 +49,22 @@ def compiled_step(model: PerceiverAR, device: str, tuned: bool) -> NextLogits:
 
 _lock = RLock()
 _tuned = WeakKeyDictionary[PerceiverAR, tuple[list[int], NextLogits]]()
-"""The steps in which weights are constants, with the fingerprints of these weights."""
+"""Steps whose weights are constants, each with the fingerprints of these weights."""
 
 
 @lru_cache
 def _shared_step(device: str, tuned: bool) -> NextLogits:
-    cuda = "reduce-overhead" if device == "cuda" else None  # CUDA graphs, which "max-autotune" has, too
+    cuda = "reduce-overhead" if device == "cuda" else None  # CUDA graphs, which "max-autotune" uses, too
     return torch.compile(next_logits, fullgraph=True, dynamic=False, mode="max-autotune" if tuned else cuda)
 
 
 def compile_and_run(
     step: NextLogits, model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Cache, *, tuned: bool
 ) -> Tensor:
-    """A `compiled_step` that may have to be compiled first.
+    """Runs a `compiled_step`, which is compiled first if necessary.
 
     Raises:
-        InputError: there is nothing to compile with.
+        InputError: the step does not compile, for example because there is no C++ compiler.
     """
     from torch._dynamo import config as dynamo_config  # a second to import
     from torch._dynamo.exc import BackendCompilerFailed
@@ -85,7 +85,7 @@ def compile_and_run(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch does not print which kernels it tries out, nor warn of itself."""
+    """Keeps torch from printing which kernels it tries, and from warning of its own code."""
     from torch._inductor import config, select_algorithm  # seconds to import
 
     printing = select_algorithm.PRINT_AUTOTUNE
@@ -100,25 +100,25 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _constant_weights() -> Iterator[None]:
-    """What torch compiles inside takes weights for constants, and they go when the step goes."""
+    """Inside this context torch compiles weights as constants, which are freed with the step."""
     from torch._inductor import config
     from torch._inductor.codecache import PyCodeCache
 
     before = len(PyCodeCache.modules)
     try:
-        # Not from the cache on disk: it knows constants by their shapes.
+        # Without the cache on disk, which tells constants apart by their shapes only.
         with config.patch(
             freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN", fx_graph_cache=False
         ):
             yield
     finally:
-        for module in PyCodeCache.modules[before:]:  # with the constants of what was just compiled
+        for module in PyCodeCache.modules[before:]:  # they hold the constants
             sys.modules.pop(module.__name__, None)
         del PyCodeCache.modules[before:]
 
 
 def fingerprint(x: Tensor) -> int:
-    """CRC-32 of a tensor's memory, of some gigabytes a second."""
+    """CRC-32 of a tensor's memory, at some gigabytes per second."""
     if is_traceable_wrapper_subclass(x):  # int8 weights: numbers and their scales
         return hash(tuple(fingerprint(getattr(x, name)) for name in x.__tensor_flatten__()[0]))
     return zlib.crc32(x.detach().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """Rows and the decoder that continues them: windows over cached keys and values (windows.py, cache.py).
 
-Each step computes one latent per row; where a row's window refills, its other latents are computed anew before, over
-the same prefix. (Networks whose latents change when tokens follow are computed anew for every token:
-`config.cacheable`.) Rows know nothing of each other, so a row gives the same tokens alone and in any batch.
+Each step computes one latent per row. If a row's window refills, its other latents are computed again first, over the
+same prefix. (Networks whose latents change when tokens follow are computed again for every token: `config.cacheable`.)
+Rows do not depend on each other, so a row gets the same tokens alone and in any batch.
 
 Shapes: B rows, T tokens of a row so far, V vocabulary.
 """
@@ -29,7 +29,7 @@ from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.windows import Schedule, longest_context, next_window
 
 READ = 4096
-"""Prefix tokens whose keys and values are made at once, over all rows: their activations are all beside the cache."""
+"""Prefix tokens read in one forward, over all rows. It bounds the memory of activations, which adds to the cache."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class RowSettings:
 
     @property
     def plain(self) -> bool:
-        """Whether logits are drawn from as they are, but for temperature and filters."""
+        """Whether nothing but temperature and filters changes the logits."""
         return not (self.sampling.penalises or self.needs_ids)
 
     @property
     def needs_ids(self) -> bool:
-        """Whether something looks at all ids of the row so far."""
+        """Whether a setting reads all ids of the row so far."""
         return bool(self.logits_processors or self.allowed_next)
 
 
@@ -67,8 +67,8 @@ class Row:
         settings: RowSettings | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """prompt: (T,). config: the network's, or the same with a shorter context_length. generator: None where others
-        draw."""
+        """prompt: (T,). config: the network's, or the same with a shorter context_length. generator: None if the
+        caller draws."""
         longest = longest_context(config)
         self.index, self.config, self.settings = index, config, settings or RowSettings()
         self.generator = generator or torch.Generator()
@@ -81,11 +81,11 @@ class Row:
         self.finish_reason: Literal["stop", "length"] | None = None
         self.window = next_window(config, None, self.num_tokens, self.settings.schedule)
         self.kept, self.dropped = 0, 0
-        """Of the cached context: how many positions hold after a refill, behind how many that left the window."""
+        """At a refill: cached positions that stay valid, and positions before them that left the window."""
 
     @property
     def origin(self) -> int:
-        """The token at position 0. Rotations only know differences, so without tables it can stay where it is."""
+        """Index of the token at position 0. Without tables only differences of positions count, so it stays 0."""
         return self.window.start if self.config.table_sizes else 0
 
     @property
@@ -93,17 +93,17 @@ class Row:
         return self.num_tokens - self.window.start - self.window.num_latents
 
     def last_ids(self, n: int) -> list[int]:
-        """The last n ids, oldest first; NOTHING in front of the window."""
+        """The last n ids, oldest first; NOTHING before the window."""
         inside = min(n, self.num_tokens - self.window.start)
         return [NOTHING] * (n - inside) + list(islice(reversed(self.ids), inside))[::-1]
 
     def window_ids(self, first: int, last: int) -> list[int]:
-        """Ids first ... last - 1 of the window; NOTHING in front of it."""
+        """Ids first ... last - 1 of the window; NOTHING before it."""
         start = len(self.ids) - (self.num_tokens - self.window.start)
         return [NOTHING] * -min(first, 0) + list(islice(self.ids, start + max(first, 0), start + last))
 
     def add(self, token: int) -> bool:
-        """One more token, and the window for the next; False where the row ends, which `finish_reason` explains."""
+        """Adds a token and moves on to the next window; False if the row ends, for the reason `finish_reason`."""
         if self.history is not None:
             self.history[self.num_tokens] = token
         self.num_tokens += 1
@@ -125,19 +125,19 @@ class Row:
             next_window(self.config, self.window, self.num_tokens, self.settings.schedule),
         )
         if self.window.refill:
-            # All but the newest token are cached; the keys of those that were latents may have come from elsewhere.
-            true = self.num_tokens - 1 - before.start
-            true -= before.num_latents if self.config.latent_keys == "query" else 0
+            # All but the newest token are cached; keys of latents may be other than the keys of prefix tokens.
+            valid = self.num_tokens - 1 - before.start
+            valid -= before.num_latents if self.config.latent_keys == "query" else 0
             self.dropped = self.window.start - before.start
             moved = self.dropped > 0 and self.config.table_sizes
-            self.kept = 0 if moved else min(max(true - self.dropped, 0), self.prefix_len)
+            self.kept = 0 if moved else min(max(valid - self.dropped, 0), self.prefix_len)
         return True
 
     def adjust(self, logits: Tensor) -> Tensor:
-        """Logits (V,) after penalties, processors and what is allowed.
+        """Logits (V,) after penalties, processors and `allowed_next`.
 
         Raises:
-            InputError: no id may come next, or `allowed_next` does not give a mask.
+            InputError: no id is allowed next, logits are NaN, or `allowed_next` does not return a mask.
         """
         sampling, settings = self.settings.sampling, self.settings
         if settings.plain:
@@ -170,7 +170,7 @@ class Row:
         return logits
 
     def fork(self) -> "Row":
-        """The same row, to go on with other tokens."""
+        """A copy of the row, to continue with other tokens."""
         row = copy.copy(self)
         for name in ("ids", "seen", "drawn", "ending"):
             setattr(row, name, copy.copy(getattr(self, name)))
@@ -179,14 +179,14 @@ class Row:
 
 
 def draw(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], Tensor]:
-    """The next id of each row, by its own settings and from its own generator, given its logits (rows, V).
+    """Draws the next id of each row from its logits (rows, V), with its own settings and generator.
 
-    Also the log-probabilities (rows, V) under the logits, float64 on the CPU.
+    Returns the ids, and the log-probabilities (rows, V) of the given logits, in nats, float64 on the CPU.
 
     Raises:
-        InputError: the logits are not finite, or a row may not go on with any id.
+        InputError: the logits are not finite, or a row has no allowed next id.
     """
-    exact = logits.cpu().double()  # what a seed gives does not depend on the device
+    exact = logits.cpu().double()  # so draws of a seed do not depend on the device
     require_finite(exact)
     adjusted = exact
     if not all(row.settings.plain for row in rows):
@@ -203,11 +203,11 @@ def draw(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], Tensor]:
 
 
 def require_finite(logits: Tensor) -> None:
-    """Raises InputError unless every row of logits (B, V) has a finite largest one."""
+    """Raises InputError unless the largest logit of every row (B, V) is finite."""
     require(
         bool(logits.amax(-1).isfinite().all()),
         "the model's weights give NaN or infinite logits: use weights from before training diverged, or "
-        "train at a lower rate",
+        "train at a lower learning rate",
     )
 
 
@@ -217,7 +217,7 @@ def _kind(value: Any) -> str:
 
 
 class Decoder:
-    """The network over a cache of which every row has a slot. `rows` are those that go on, in the slots' order."""
+    """The network over a cache with a slot for each row. `rows` are the unfinished ones, in the order of the slots."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class Decoder:
         max_new_tokens: int,
         compile: bool | Literal["max-autotune"] = False,
     ) -> None:
-        """rows: every prompt num_samples times in a row; each prompt is read once. compile: see `generation.stream`."""
+        """rows: num_samples neighbours for each prompt, which is read once. compile: see `generation.stream`."""
         longest = max(row.num_tokens for row in rows) + max_new_tokens
         if compile:  # one size for many lengths
             longest = 2 ** (longest - 1).bit_length()
@@ -244,9 +244,9 @@ class Decoder:
         self._compile(compile, len(rows))
 
     def _compile(self, compile: bool | Literal["max-autotune"], slots: int) -> None:
-        """Decides by which function steps are made. A compiled one is for `slots` rows over the cache of now."""
+        """Prepares compiled steps, if wanted, for `slots` rows over the present cache."""
         self.slots = slots if compile else None
-        """Of a compiled decoder: rows that end keep their slots, as all shapes stay."""
+        """Number of slots of a compiled decoder, whose shapes stay: rows that end keep their slots. Else None."""
         if compile:
             self.cache.fix()
             self._step = compiled_step(self.model, self.model.device.type, compile == "max-autotune")
@@ -266,16 +266,16 @@ class Decoder:
             step = self._first_step or self._step
             logits = step(self.model, self._tensor(tokens + [[0] * (self.reach + 1)] * ended), at, self.cache)
             self._first_step = None
-            logits = logits[: len(self.rows)].clone()  # CUDA graphs write the next ones to the same place
+            logits = logits[: len(self.rows)].clone()  # CUDA graphs write the next ones to the same memory
         self.cache.advance(1)
         return logits
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Each row's next token. Rows that end with it give up their slots."""
+        """Adds each row's next token. Rows that end with it give up their slots."""
         self._keep([row.add(token) for row, token in zip(self.rows, tokens, strict=True)])
 
     def _keep(self, going_on: Sequence[bool]) -> None:
-        """Of each row whether it goes on; else its slot goes to the last row."""
+        """Removes the rows that do not go on; the last row takes over a free slot."""
         for slot in reversed(range(len(self.rows))):
             if not going_on[slot]:
                 last = len(self.rows) - 1
@@ -287,13 +287,13 @@ class Decoder:
                     self.cache = self.cache.rows(0, last)
 
     def reserve(self, num_tokens: int) -> None:
-        """Makes room for rows of this length, as far as contexts go."""
+        """Makes room for rows of this length, but at most for the longest context."""
         room, longest = self.cache.cross.room, longest_context(self.model.config)
         if room < min(num_tokens, longest):
             self.cache.cross.grow(min(max(num_tokens, 2 * room), longest))
 
     def reorder(self, order: Sequence[int]) -> None:
-        """Row r goes on from where row order[r] is, as beam search has it."""
+        """Replaces row r by a copy of row order[r], for beam search."""
         self.rows = [self.rows[source].fork() for source in order]
         self.cache = self.cache.select(order)
 
@@ -315,7 +315,7 @@ class Decoder:
                 pass
 
     def _fill(self, rows: Sequence[Row], cache: Cache, piece: int) -> Iterator[None]:
-        """`_refill` for rows of one shape that have all of `cache`. Yields after each piece of the prefix, and of
+        """`_refill` for rows of equal lengths, those of `cache`. Yields after each piece of the prefix, and after each
         `piece` latents."""
         row = rows[0]
         kept, P, N = row.kept, row.prefix_len, row.window.num_latents
@@ -336,7 +336,7 @@ class Decoder:
             row.window = replace(row.window, refill=False)
 
     def _read(self, rows: Sequence[Row], cache: Cache, first: int, last: int) -> Iterator[None]:
-        """Caches the keys and values of tokens first ... last - 1 of each row's window, behind what the cache holds.
+        """Caches the keys and values of tokens first ... last - 1 of each row's window, after those in the cache.
 
         Yields after each piece.
         """
@@ -351,14 +351,14 @@ class Decoder:
             yield
 
     def _window(self, rows: Sequence[Row], first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Tokens first ... last - 1 of each row's window behind those before them, and their positions."""
+        """Tokens first ... last - 1 of each row's window with the `reach` tokens before them, and their positions."""
         tokens = [row.window_ids(first - self.reach, last) for row in rows]
         return self._tensor(tokens), self._positions(
             [row.window.start + first - row.origin for row in rows], last - first
         )
 
     def _positions(self, first: Sequence[int], n: int) -> Tensor:
-        """n positions from each of `first` on: (rows, n), or (1, n) where all are the same."""
+        """n positions, starting at each of `first`: (rows, n), or (1, n) if all are the same."""
         starts = first[:1] if len(set(first)) == 1 else first
         return self._tensor(starts)[:, None] + torch.arange(n, device=self.model.device)
 
@@ -367,9 +367,9 @@ class Decoder:
 
 
 def empty_cache(model: PerceiverAR, rows: int, context: int) -> Cache:
-    """A cache of the type in which the model computes: that of its weights, or of autocast."""
+    """A cache of the dtype in which the model computes: that of its weights, or of autocast."""
     device, dtype = model.device, model.embed.weight.dtype
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # which autocast leaves alone
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # autocast does not change float64
         dtype = torch.get_autocast_dtype(device.type)
     return Cache.empty(model.config, rows, context, dtype, device)
 

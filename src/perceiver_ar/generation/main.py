@@ -1,4 +1,4 @@
-"""Generation: every token is drawn from the logits of a forward over a stated window of its row (windows.py).
+"""Generation: every token is drawn from the logits of a forward over a reported window of its row (windows.py).
 
 Shapes: B batch, T tokens of a row so far, V vocabulary.
 """
@@ -22,19 +22,19 @@ Prompt = Tensor | np.ndarray | Sequence[Any]
 
 
 class Step(NamedTuple):
-    """One new token per row. In a row that finished before, everything repeats the step that drew its last token."""
+    """One new token per row. A row that has finished repeats the step that drew its last token."""
 
     tokens: Tensor
     """(B,) int64, on the prompt's device (CPU for lists)."""
     logits: Tensor
-    """(B, V) what they were drawn from, before temperature and filters: the last logits of
+    """(B, V), before temperature, penalties and filters: the last logits of
     `model(row[start:], prefix_len=len(row) - start - num_latents)`."""
     window_start: Tensor
-    """(B,) int64."""
+    """(B,) int64, index in the row of the window's first token."""
     num_latents: Tensor
-    """(B,) int64."""
+    """(B,) int64, latents of the window."""
     logprobs: Tensor
-    """(B,) float64, the tokens' log-probabilities under the logits."""
+    """(B,) float64, the tokens' log-probabilities under the logits, in nats."""
 
 
 def stream(
@@ -62,47 +62,48 @@ def stream(
 ) -> Iterator[Step]:
     """Continues every row of a prompt token by token.
 
-    Whatever mode the model is in, it computes in evaluation mode and without gradients; between steps it is as it was.
-    The cache has the type of the model's weights, or of autocast, and room for the longest context that comes up.
+    The model computes in evaluation mode and without gradients; between steps it is in the mode in which it was before.
+    The cache has the dtype of the model's weights, or of autocast, and room for the longest context that can occur.
 
     Args:
-        prompt: see `Prompt`; every row has at least one token. Of longer rows the model sees the last context_length.
-        max_new_tokens: most steps to make.
-        temperature: divides the logits; 0: always the most likely token, and no filter matters but the penalties.
+        prompt: see `Prompt`; every row has at least one token. The model sees the last context_length tokens of a row.
+        max_new_tokens: maximum number of steps.
+        temperature: divides the logits; 0: always the most likely token, after penalties and processors.
         top_k: see `keep_top_k` in `perceiver_ar.generation.sampling`. Applied as in Hugging Face transformers:
             penalties, processors, temperature, top-k, top-p, min-p.
         top_p: see `keep_top_p`.
         min_p: see `keep_min_p`.
-        repetition_penalty: see `penalise_repetition`; of ids in the row's prompt and output.
+        repetition_penalty: see `penalise_repetition`; for ids in the row's prompt and output.
         frequency_penalty: subtracted from an id's logit for each time that the row has drawn it.
         presence_penalty: subtracted once from the logit of an id that the row has drawn.
         logits_processors: callables that turn a row's ids so far (1, T) and logits (1, V) float64, on the CPU, into
             other logits, as those of Hugging Face transformers.
-        allowed_next: from a row's ids so far (T,) to (V,) bool, True where an id may come next; say a codec's order.
+        allowed_next: from a row's ids so far (T,) to (V,) bool, True for ids that are allowed next, such as
+            `codec.constraint()`.
         stop_tokens: a row that draws one of these ids is finished: it repeats that id and costs nothing more. The
             stream ends when all rows are finished.
         stop_sequences: a row whose output ends with one of these sequences of ids is finished likewise.
         num_samples: rows of output for each row of the prompt, next to each other; the prompt is read once.
-        seed: of the draws. An integer: row r uses seed + r; a sequence: one for each row; None: new ones each time.
+        seed: of the draws. An integer: row r uses seed + r; a sequence: one for each row; None: other draws each time.
             What a row draws depends on its own seed and tokens only.
-        refill_latents: with how many latents to go on when all are used, 1 ... num_latents; None: half of them. Fewer:
+        refill_latents: number of latents after a refill, 1 ... num_latents; None: half of num_latents. With fewer,
             refills are rarer, and the tokens right after one are predicted with less depth.
-        prompt_latents: with how many to begin, 1 ... num_latents; None: as many as the prompt has tokens, or, if that
-            is too many, refill_latents. 1, with half at refills, is how the authors sample.
+        prompt_latents: number of latents at the start, 1 ... num_latents; None: as many as the prompt has tokens, or,
+            if that is too many, refill_latents. 1, with half at refills, is how the authors sample.
         slide: instead of refills, drop the oldest latent, and the oldest token of a full context. Every step then costs
-            the same, but the remaining latents still know what the dropped ones knew: after the first drop the logits
-            are those of no single forward. With position tables a full context is still followed by a refill.
-        compile: the step with `torch.compile`, as CUDA graphs on CUDA: takes half a minute first, and again for
-            another model, number of rows or size of the cache, which is the next power of two; then every token is
-            faster. On a CPU it needs a C++ compiler. (Every step reads the whole cache, so a long context that is
-            still growing gains nothing.) "max-autotune", as torch calls it: kernels are tried out for this machine,
-            which takes a minute and pays from some ten thousand tokens on. On a CPU it also holds another copy of the
-            weights, laid out for them, for each number of rows and size of the cache; the weights must not change
-            during a stream, and where they have since the last one, all is compiled anew.
+            the same, but the remaining latents still depend on the dropped ones: after the first drop no single
+            forward gives these logits. With position tables a full context is still followed by a refill.
+        compile: run the step under `torch.compile`, on CUDA as CUDA graphs. Compiling takes half a minute, for each
+            model, number of rows and size of the cache (a power of two); then every token is faster. On a CPU it needs
+            a C++ compiler. (Every step reads the whole cache, so a long context that is still growing gains nothing.)
+            "max-autotune", a mode of torch: kernels are benchmarked on this machine, which takes a minute and pays
+            from some ten thousand tokens on. On a CPU it also holds another copy of the weights, in the kernels'
+            layout, for each number of rows and size of the cache; the weights must not change during a stream, and if
+            they have changed since the last one, everything is compiled again.
 
     Raises:
-        InputError: at once for arguments that cannot work; later if the model's weights give NaN, or a row may not go
-            on with any id.
+        InputError: immediately for arguments that cannot work; later if the model's weights give NaN, a row has no
+            allowed next id, or the step does not compile.
     """
     config = model.config
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty)
@@ -118,9 +119,7 @@ def stream(
     require(
         compile in (False, True, "max-autotune"), f"compile is {compile!r}: it must be True, False or 'max-autotune'"
     )
-    require(
-        config.cacheable or not compile, "compile is for networks with a cache, which these settings rule out: leave it"
-    )
+    require(config.cacheable or not compile, "compile needs a cache, which these settings rule out: leave compile out")
     stops = [(int(token),) for token in stop_tokens] + [tuple(map(int, sequence)) for sequence in stop_sequences]
     for stop in stops:
         require(len(stop) > 0, "a stop sequence is empty: give at least one id, or leave it out")
@@ -166,7 +165,7 @@ def stream(
                     tokens[row.index], starts[row.index] = token, row.window.start
                     latents[row.index] = row.window.num_latents
                 decoder.add(drawn)
-            # Copies, as what was computed for inference alone is not for others to use.
+            # Copies, because inference tensors are of no use to autograd.
             logits = fresh.new_empty(len(rows), fresh.shape[-1]) if logits is None else logits
             logits = logits.index_copy(0, order.to(fresh.device), fresh)
             logprobs = logprobs.index_copy(0, order, chosen)
@@ -182,9 +181,9 @@ def stream(
 
 
 def generate(model: PerceiverAR, prompt: Prompt, max_new_tokens: int, **settings: Any) -> Tensor:
-    """The new ids (B, n) int64, on the prompt's device (CPU for lists); `stream` says which settings there are.
+    """The new ids (B, n) int64, on the prompt's device (CPU for lists); `stream` explains the settings.
 
-    B counts every sample, and n is max_new_tokens, or less where all rows stop before.
+    B counts every sample; n is max_new_tokens, or less if all rows finish before.
 
     Raises:
         InputError: see `stream`.
@@ -199,7 +198,7 @@ def prompt_rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:
     """The rows of a prompt, each (T,) int64, T its own.
 
     Raises:
-        InputError: no rows, an empty row, or what is not an id below `vocab_size`; names the row and the id.
+        InputError: no rows, an empty row, or a value that is not an id below `vocab_size`; names the row and the id.
     """
     if isinstance(prompt, Tensor | np.ndarray):
         require(prompt.ndim in (1, 2), f"the prompt has shape {tuple(prompt.shape)}: it must be (B, T) or (T,)")
@@ -211,7 +210,7 @@ def prompt_rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:
             row = ids if isinstance(ids, Tensor) else torch.tensor(ids)
         except (TypeError, ValueError, RuntimeError):
             raise InputError(f"prompt row {r} is no sequence of ids: encode it with the model's codec") from None
-        require(row.ndim > 0, f"prompt row {r} is a single id: give a list of rows, even if it is one")
+        require(row.ndim > 0, f"prompt row {r} is a single id: give a list of rows, even for one row")
         require(row.ndim == 1, f"prompt row {r} has shape {tuple(row.shape)}: a row is a 1-D sequence of ids")
         require(len(row) > 0, f"prompt row {r} is empty: generation needs a start token, such as the codec's separator")
         whole = not (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool)
@@ -238,7 +237,8 @@ def _generators(seed: int | Sequence[int] | None, rows: int) -> list[torch.Gener
     require(all(map(is_whole, numbers)), f"seed is {seed!r}: give a whole number, or one for each row")
     seeds = numbers if isinstance(seed, Sequence) else [int(seed) + r for r in range(rows)]
     require(
-        len(seeds) == rows, f"seed has {len(seeds)} numbers, the prompt {rows} rows: give each row one, or one in all"
+        len(seeds) == rows,
+        f"seed has {len(seeds)} numbers, the prompt {rows} rows: give one for each row, or a single one",
     )
     for generator, one in zip(generators, seeds, strict=True):
         generator.manual_seed(int(one) % 2**64)
@@ -252,7 +252,7 @@ def _inference(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
-    """Every submodule in evaluation mode, and afterwards in the mode it was in."""
+    """A context with every submodule in evaluation mode, and afterwards in the mode it was in."""
     return _evaluating(list(model.modules()))
 
 

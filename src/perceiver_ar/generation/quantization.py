@@ -1,4 +1,4 @@
-"""Weights in eight bits for generation, by torchao: half of bfloat16's bytes to hold, and to read for every token."""
+"""Int8 weights for generation, by torchao: half of bfloat16's bytes to hold, and to read for every token."""
 
 import logging
 
@@ -8,17 +8,16 @@ from perceiver_ar.data.codec import missing_extra
 
 
 def int8_weights(model: nn.Module) -> None:
-    """Turns the weights of all linear layers into int8, in place: for each output the nearest of 255 equal steps.
+    """Rounds the weights of all linear layers to int8, in place: 255 equal steps for each output.
 
-    Everything else stays as it is, the embeddings and what is computed too, for which bfloat16 suits best. Compiled
-    steps (`stream(..., compile=True)`) read int8; without a compiler every step makes the weights anew, which is slow.
-    For use only: such weights cannot be trained or saved.
+    Embeddings and activations keep their dtype; bfloat16 suits best. Compiled steps (`stream(..., compile=True)`) read
+    int8; others convert the weights back at every step, which is slow. Such weights cannot be trained or saved.
 
     Raises:
         InputError: torchao is not installed.
     """
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # that there are kernels for other devices
+    logging.disable(logging.WARNING)  # about kernels for other devices
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Sampling: from logits to ids. Functions of logits (..., V), V vocabulary; what may not be drawn becomes -inf."""
+"""Sampling: from logits to ids. Functions of logits (..., V), V vocabulary; ids that must not be drawn get -inf."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ def is_whole(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw; `generation.stream` says what the settings mean."""
+    """How to draw; `generation.stream` explains the settings."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -43,11 +43,11 @@ class Sampling:
         require(m is None or 0 <= m <= 1, f"min_p is {m}: it must be in [0, 1], or left out")
         require(
             0 < self.repetition_penalty < math.inf,
-            f"repetition_penalty is {self.repetition_penalty}: it must be more than 0, where 1 changes nothing",
+            f"repetition_penalty is {self.repetition_penalty}: it must be finite and more than 0; 1 changes nothing",
         )
         for name in ("frequency_penalty", "presence_penalty"):
             value = getattr(self, name)
-            require(math.isfinite(value), f"{name} is {value}: it must be finite, where 0 changes nothing")
+            require(math.isfinite(value), f"{name} is {value}: it must be finite; 0 changes nothing")
 
     @property
     def penalises(self) -> bool:
@@ -57,7 +57,7 @@ class Sampling:
         """One id for each row of (B, V), after penalties; each row from its own generator."""
         if self.temperature == 0:
             return sample(logits, 0.0).tolist()
-        # Less the largest: a temperature near zero may not overflow.
+        # Subtract the largest, so that a temperature near zero does not overflow.
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None:
             logits = keep_top_k(logits, self.top_k)
@@ -75,7 +75,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps the fewest most likely ids that have probability p together (nucleus sampling, arXiv 1904.09751)."""
+    """Keeps the fewest most likely ids whose probabilities reach p (nucleus sampling, arXiv 1904.09751)."""
     if p >= 1:  # rounding could reach 1 too early
         return logits
     values, ids = logits.sort(dim=-1, descending=True)

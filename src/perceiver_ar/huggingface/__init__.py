@@ -1,4 +1,4 @@
-"""Hugging Face transformers: importing this makes a run what `AutoModelForCausalLM` and `AutoTokenizer` load.
+"""Hugging Face transformers: after this import `AutoModelForCausalLM` and `AutoTokenizer` load runs.
 
 Nothing is converted: a run's config.json and model.safetensors are read and written as they are.
 """

@@ -1,4 +1,4 @@
-"""What generation by Hugging Face transformers keeps between calls: a decoder, behind the interface of their caches.
+"""The cache for generation by Hugging Face transformers: a decoder behind the interface of their caches.
 
 Shapes: B batch, T columns of input_ids, V vocabulary.
 """
@@ -17,27 +17,27 @@ from perceiver_ar.generation.decoder import Decoder, Recomputing, Row
 from perceiver_ar.network.model import PerceiverAR
 
 CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__annotations__)
-"""What transformers call what is kept between calls: `past_key_values` up to 5.23."""
+"""The name of the cache in outputs of transformers: `past_key_values` up to 5.23."""
 
 
 class PerceiverARCache(transformers_caches.Cache):
-    """What generation keeps of its rows: a `Decoder`, so that windows, refills and reuse are those of `generate`.
+    """Holds a `Decoder`, so that windows, refills and reuse are those of `generate`.
 
-    Rows know nothing of each other nor of their padding. A first call reads prompts, (B, T) with any left padding;
+    Rows depend neither on each other nor on their padding. The first call reads prompts, (B, T) with any left padding;
     further tokens continue the rows as if they had been drawn.
     """
 
     def __init__(self, max_length: int | None = None) -> None:
-        """max_length: how many columns to make room for at first; None: a whole context. More take more memory."""
+        """max_length: columns with room from the beginning; None: a whole context. Further ones take more memory."""
         super().__init__(layers=[])
         self.max_length, self.length = max_length, 0
         self.decoder: Decoder | Recomputing | None = None
 
     def read(self, network: PerceiverAR, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Takes tokens (B, T) behind those before and gives the logits of what follows: (B, T, V), or (B, 1, V) of the
-        last token of prompts.
+        """Appends tokens (B, T); returns the logits after each of them (B, T, V), or after the last one of prompts
+        (B, 1, V).
 
-        mask: (B, columns so far and T), as transformers have it; 0: padding.
+        mask: (B, columns so far + T), 0 for padding, as in transformers.
 
         Raises:
             InputError: padding to the right of a token, rows of padding alone, another network or other rows than
@@ -45,7 +45,7 @@ class PerceiverARCache(transformers_caches.Cache):
         """
         require(
             tokens.ndim == 2 and 0 not in tokens.shape,
-            f"input_ids have shape {tuple(tokens.shape)} behind {self.length} cached columns: give (B, T), at least "
+            f"input_ids have shape {tuple(tokens.shape)} after {self.length} cached columns: give (B, T), at least "
             "one new token for each row",
         )
         B, T = tokens.shape
@@ -67,7 +67,7 @@ class PerceiverARCache(transformers_caches.Cache):
             )
             room = network.config.context_length if self.max_length is None else max(self.max_length - T, 0) + 1
             rows = [Row(r, row, network.config) for r, row in enumerate(prompts)]
-            # Beams and samples of one prompt come as equal rows, side by side: it is read once.
+            # Beams and samples of one prompt are equal neighbouring rows: the prompt is read once.
             sizes = [n for n in range(1, B + 1) if B % n == 0]
             copies = max(n for n in sizes if all(torch.equal(prompts[r], prompts[r - r % n]) for r in range(B)))
             if network.config.cacheable:
@@ -84,7 +84,7 @@ class PerceiverARCache(transformers_caches.Cache):
             found = counts if mask is None else mask[:, : self.length].bool().sum(1).tolist()
             require(
                 found == counts,
-                f"attention_mask has {found} real tokens in cached columns, the cache {counts}: give that of before",
+                f"attention_mask has {found} real tokens in cached columns, the cache {counts}: give it as before",
             )
             if isinstance(self.decoder, Decoder):
                 self.decoder.reserve(max(counts) + T)
@@ -96,7 +96,7 @@ class PerceiverARCache(transformers_caches.Cache):
         return torch.stack(logits, dim=1)
 
     def require_same(self, tokens: Tensor, mask: Tensor | None) -> None:
-        """Raises InputError unless tokens (B, columns so far or more), with their mask, begin with what was read."""
+        """Raises InputError unless tokens (B, columns so far or more), with their mask, begin with those read."""
         rows = [] if self.decoder is None else self.decoder.rows
         for r, row in enumerate(rows if len(rows) == len(tokens) else []):
             before = tokens[r, : self.length]
@@ -108,7 +108,7 @@ class PerceiverARCache(transformers_caches.Cache):
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PerceiverARCache":
-        """For prompts that share a beginning: what was read is copied, the network is not."""
+        """For prompts that share a beginning: copies the rows and their cache, but not the network."""
         new = copy.copy(self)
         if self.decoder is not None:
             new.decoder = copy.copy(self.decoder)

@@ -11,7 +11,7 @@ from perceiver_ar.errors import require
 
 THEIR_NAMES = {"hidden_size": "dim", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
                "n_positions": "context_length", "tie_word_embeddings": "tie_embeddings"}  # fmt: skip
-"""What transformers call settings of ours: to be read, and set under our names."""
+"""transformers' names of our settings, for reading only: they are set under our names."""
 
 
 class PerceiverARModelConfig(PreTrainedConfig):
@@ -20,7 +20,7 @@ class PerceiverARModelConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
 
     def __init__(self, network: PerceiverARConfig | None = None, **settings: Any) -> None:
-        """settings: those that transformers have of their own."""
+        """settings: transformers' own."""
         self.network = network or PerceiverARConfig()
         for name, value in {"architectures": ["PerceiverARForCausalLM"], "auto_map": {}}.items():
             settings.setdefault(name, value)  # TRL reads both
@@ -63,8 +63,8 @@ class PerceiverARModelConfig(PreTrainedConfig):
 
     @property
     def n_positions(self) -> int:
-        """Of the context. Under the name `max_position_embeddings` transformers would take it for a limit to sequences,
-        which there is none; this one lm-eval reads."""
+        """Context length in tokens; lm-eval reads it. transformers would take `max_position_embeddings` for a limit of
+        the sequence length, and there is no limit."""
         return self.network.context_length
 
     @property
@@ -73,7 +73,7 @@ class PerceiverARModelConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         code = {"auto_map": self.auto_map} if self._auto_class and self.auto_map else {}
-        return json.loads(self.network.to_json()) | code  # where this file has come with the weights, it goes with them
+        return json.loads(self.network.to_json()) | code  # if this file came with the weights, it is saved with them
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()

@@ -22,7 +22,7 @@ SOURCES = [
     *(f"generation/{name}" for name in GENERATION),
     *(f"huggingface/{name}" for name in ("configuration", "caching", "modeling")),
 ]
-"""What the model is made of, each after those that it imports."""
+"""The model's modules, each after those that it imports."""
 
 
 def export(model: PerceiverARForCausalLM, codec: Codec | None, directory: Path) -> None:
@@ -45,14 +45,14 @@ class _Statement(NamedTuple):
 
 
 def flat_source(wanted: set[str]) -> str:
-    """`SOURCES` as one module, without what the names in `wanted` do not need: imports once and on top."""
+    """`SOURCES` as one module with the statements that the names in `wanted` need, and imports once, on top."""
     root = Path(__file__).parents[1]
     imports: dict[str, set[str]] = {}
     sources = {name: list(_statements((root / f"{name}.py").read_text(encoding="utf-8"), imports)) for name in SOURCES}
     statements = [statement for source in sources.values() for statement in source]
     names = [name for statement in statements for name in statement.defines]
     twice = {name for name in names if names.count(name) > 1}
-    assert not twice, f"{twice} would be one in a flat file: give one of each another name"
+    assert not twice, f"{twice} would collide in a flat file: rename one of each"
 
     needed: set[str] = set()
     more = wanted.union(*(statement.uses for statement in statements if not statement.defines))
@@ -74,7 +74,7 @@ def flat_source(wanted: set[str]) -> str:
 
 
 def _statements(text: str, imports: dict[str, set[str]]) -> Iterator[_Statement]:
-    """The statements of a module but for its docstring and imports; those of others' names are added to `imports`."""
+    """The statements of a module without its docstring and imports; adds imports of other packages to `imports`."""
     lines, nodes = text.splitlines(), ast.parse(text).body
     end = nodes[0].end_lineno or 0
     for node, following in zip(nodes[1:], [*nodes[2:], None], strict=True):

@@ -2,9 +2,9 @@
 
 Weights keep their names and files (`model.safetensors` of a run); every logit is that of a window of `windows.py`:
 
-    forward(input_ids)       every position: `blocks`, that is, as generation from the row's first token would have it;
+    forward(input_ids)       every position: `blocks`, that is, those of generation from the row's first token;
                              with position_ids, every document of a packed row is a row of its own
-    generate, or a cache     the next token: `next_window` from the prompt on, as `perceiver_ar.generate` has it
+    generate, or a cache     the next token: `next_window` from the prompt on, as in `perceiver_ar.generate`
 
 Shapes: B batch, T columns of input_ids, D dim, V vocabulary.
 """
@@ -30,11 +30,11 @@ from perceiver_ar.objective import IGNORE
 from perceiver_ar.windows import blocks
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""What collators of packed documents give beside position_ids, which say the same."""
+"""Arguments of collators of packed documents beside position_ids, which hold the same information."""
 
 
 class PerceiverARBaseModel(PerceiverAR):
-    """The network. Called with `input_ids`, as TRL calls a base model, it gives the latents of every position."""
+    """The network. Called with `input_ids`, as TRL calls a base model, it returns the latents of every position."""
 
     def forward(
         self,
@@ -49,7 +49,7 @@ class PerceiverARBaseModel(PerceiverAR):
         """Without `input_ids`: the network's own forward. With: `last_hidden_state` (B, T or less, D), from which
         the head makes the logits of `PerceiverARForCausalLM.forward`; same arguments.
 
-        With a cache: the logits that `cache.read` gives.
+        With a cache: the logits that `cache.read` returns.
         """
         if input_ids is None:
             return super().forward(*args, **others)
@@ -60,21 +60,21 @@ class PerceiverARBaseModel(PerceiverAR):
         return BaseModelOutputWithPast(last_hidden_state=cast(Any, h))
 
     def every_position(self, tokens: Tensor, document: Tensor, place: Tensor, keep: int | Tensor) -> Tensor:
-        """(B, T or less, D), from what `_documents` gives."""
-        # What comes after a token changes nothing, so no mask is needed.
+        """Latents (B, T or less, D), for the results of `_documents`."""
+        # Later tokens change nothing, so no mask is needed.
         columns = slice(-keep, None) if isinstance(keep, int) else keep  # -0: all
         lengths = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         lengths = lengths.scatter_reduce(0, document.flatten(), place.flatten() + 1, "amax")
         document, place = document[:, columns], place[:, columns]
         least, length = int(place.min()), int(place.max()) + 1
-        index = torch.zeros(len(tokens), length, dtype=torch.int64, device=tokens.device)  # of a position among latents
+        index = torch.zeros(len(tokens), length, dtype=torch.int64, device=tokens.device)  # of positions among latents
         parts = list[Tensor]()
         for block in blocks(self.config, length):
             if block.end <= least:
                 continue
             targets = (lengths.clamp(max=block.end) - block.first).clamp(min=0)
             size = targets.double().log2().ceil()  # -inf: the document ends before
-            for one in size[targets > 0].unique():  # packed documents differ much in length: each beside its like
+            for one in size[targets > 0].unique():  # packed documents differ much in length: group similar ones
                 rows = (size == one).nonzero()[:, 0]
                 n = int(targets[rows].max())
                 end, count = block.first + n, sum(map(len, parts))
@@ -85,9 +85,9 @@ class PerceiverARBaseModel(PerceiverAR):
 
 
 def _documents(tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Documents as rows (documents, T), and of each column of `tokens` (B, T) its document and its place therein.
+    """Documents as rows (documents, T), and the document (B, T) of each of `tokens` (B, T) and its place there (B, T).
 
-    A row is one document, without its padding; or, with position_ids, one from each position 0 on.
+    A row without its padding is one document; with position_ids, a document begins at each position 0.
     """
     require(tokens.ndim == 2 and 0 not in tokens.shape, f"input_ids have shape {tuple(tokens.shape)}: give (B, T)")
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
@@ -120,7 +120,7 @@ def _documents(tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None)
 
 
 def _refuse(others: dict[str, Any], position_ids: Tensor | None) -> None:
-    """Raises InputError for arguments with a value, as there is nothing to do with it."""
+    """Raises InputError for arguments that have a value, because it would be ignored."""
     known = () if position_ids is None else PACKED
     given = sorted({name for name, value in others.items() if value is not None and value is not False} - {*known})
     require(not given, f"{', '.join(given)}: this network has no such input or output, leave it out")
@@ -131,7 +131,7 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = PerceiverARModelConfig
     base_model_prefix = "network"
-    _tied_weights_keys = {"network.head.weight": "network.embed.weight"}  # noqa: RUF012  (where tie_word_embeddings)
+    _tied_weights_keys = {"network.head.weight": "network.embed.weight"}  # noqa: RUF012  (if tie_word_embeddings)
     _is_stateful = True
     _no_split_modules = ["CrossLayer", "SelfLayer"]  # noqa: RUF012
     supports_gradient_checkpointing = True
@@ -144,7 +144,7 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The network has drawn its weights."""
+        """Nothing to do: the network has drawn its weights."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.network.embed
@@ -166,12 +166,12 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
     ) -> None:
-        """Layers are computed again without re-entering autograd, also if `use_reentrant` is given."""
-        require(every_n_layers == 1, f"every_n_layers is {every_n_layers}: all layers are computed again, leave it out")
+        """Recomputes layers without re-entering autograd, even if `use_reentrant` is given."""
+        require(every_n_layers == 1, f"every_n_layers is {every_n_layers}: all layers are recomputed, leave it out")
         self.gradient_checkpointing = self.network.activation_checkpointing = enable
 
     def enable_input_require_grads(self) -> None:
-        """Nothing to do: `_set_gradient_checkpointing`. (transformers' hook would keep the prefix from streaming.)"""
+        """Nothing to do, see `_set_gradient_checkpointing`. (transformers' hook would prevent streaming the prefix.)"""
 
     disable_input_require_grads = enable_input_require_grads
 
@@ -194,23 +194,23 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         from that first token would draw token i + 1: contexts from `windows.blocks`, which depend on i alone. A context
         is all tokens so far, and past context_length at least the last context_length - num_latents / 2 of them; the
         first num_latents positions are all latents, later ones have num_latents / 2 ... num_latents latents. So a row's
-        logits depend on no other row, nor on padding, on either side; those at padding mean nothing. Rows may be of any
-        length. With a cache, those after the last token are what generation from here would draw from.
+        logits depend on no other row, nor on padding on either side; logits at padding mean nothing. Rows may have any
+        length. With a cache, the logits after the last token are those from which generation would draw.
 
         Args:
             input_ids: (B, T).
             attention_mask: (B, T), 0 for padding; None: no padding. With a cache: of all columns so far.
             labels: (B, T) ids that belong to input_ids: the loss is the mean cross-entropy, in nats, of those that are
                 not -100 and follow a real token.
-            cache: what was read before.
+            cache: of the tokens before.
             past_key_values: another name of `cache`.
             use_cache: begin a cache, if none is given. None: no.
-            logits_to_keep: the last so many positions only, or those at these indices; 0: all.
+            logits_to_keep: n: the last n positions only, 0: all; a tensor: the positions at these indices.
             return_dict: False: a tuple.
-            num_items_in_batch: what the losses are summed over and divided by, instead of their mean: labels in all
-                batches of one step, as transformers' Trainer counts them.
-            others: position_ids (B, T), each document of a row counted from 0: so packed documents do not see each
-                other (no cache). The rest None or False, as wrappers such as PEFT's give arguments without a value.
+            num_items_in_batch: number of labels in all batches of one step, as transformers' Trainer counts them. The
+                loss is then the sum of the losses over this number, instead of their mean.
+            others: position_ids (B, T), which count each document of a row from 0, so that packed documents do not see
+                each other (not with a cache). All others must be None or False, as from wrappers such as PEFT's.
 
         Raises:
             InputError: shapes that do not fit; padding on the right with a cache; another library's cache; others.
@@ -250,7 +250,7 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             if labels is not None:
                 if position_ids is not None:  # a document's first token is predicted from nothing
                     labels = labels.masked_fill(position_ids == 0, IGNORE)
-                if attention_mask is not None:  # what follows padding is predicted from nothing
+                if attention_mask is not None:  # so is a token after padding
                     before = nn.functional.pad(attention_mask.bool(), (1, -1))
                     counted, labels = labels, labels.masked_fill(~(before & attention_mask.bool()), IGNORE)
                     if num_items_in_batch is not None:
@@ -271,7 +271,7 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return self.network.head(output.last_hidden_state)
 
-    # Generation: GenerationMixin's, over a cache of ours.
+    # Generation: GenerationMixin's, over our own cache.
 
     def _prepare_cache_for_generation(
         self,
@@ -285,7 +285,7 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         model_kwargs[CACHE] = PerceiverARCache(max_length) if cache is None else cache
 
     def prepare_inputs_for_generation(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Without the tokenizer of stop strings, which transformers hand on to the network."""
+        """Drops the tokenizer of stop strings, which transformers pass on to the network."""
         cache = only_cache(kwargs.get("cache"), kwargs.get("past_key_values"))
         if kwargs.get("is_first_iteration") and args and isinstance(cache, PerceiverARCache):
             cache.require_same(args[0], kwargs.get("attention_mask"))
@@ -293,10 +293,10 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         return prepare(*args, **kwargs)
 
     def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, *rest: Any) -> None:
-        """Refuses what would not give the windows' own logits."""
+        """Refuses settings that would not give the logits of the windows."""
         require(
             generation_mode != GenerationMode.ASSISTED_GENERATION,
-            "assisted decoding takes drafted tokens back, which latents do not forget: leave out assistant_model and "
+            "assisted decoding removes drafted tokens, which latents cannot forget: leave out assistant_model and "
             "prompt_lookup_num_tokens",
         )
         require(generation_config.use_cache is not False, "use_cache is False: windows need it, leave it out")
@@ -314,7 +314,7 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         validate(generation_mode, generation_config, *rest)
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
-        raise InputError("continuous batching pages keys and values, which refills make anew: use generate")
+        raise InputError("continuous batching pages keys and values, but refills compute them again: use generate")
 
     continuous_batching_context_manager = init_continuous_batching
     generate_batch = init_continuous_batching
@@ -328,7 +328,7 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         Generation ends at the codec's end of a document, if there is one and no generation_config.json says otherwise.
 
         Raises:
-            InputError: weights are missing or unknown; lists them. Or embedding and head are to be one and are not.
+            InputError: weights are missing or unknown (lists them), or tie_embeddings is set and the head has its own.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True)
@@ -356,14 +356,14 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
 
-# By this name transformers' Trainer knows that its label smoothing is to move labels by one.
+# With this entry the label smoothing of transformers' Trainer shifts labels by one.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MODEL_TYPE, PerceiverARForCausalLM.__name__)
 
 
 def _names_of_a_run(model: PerceiverARForCausalLM, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before `load_state_dict`: weights under the names that `save_pretrained` gives them are the network's.
+    """Before `load_state_dict`: renames weights from the names in files of `save_pretrained` to the model's own.
 
-    So transformers' Trainer, which reads its checkpoints itself, finds them when it resumes.
+    transformers' Trainer reads its checkpoints itself, so it needs this to resume.
     """
     own = model.network.state_dict()
     for name in own:
@@ -371,20 +371,20 @@ def _names_of_a_run(model: PerceiverARForCausalLM, state_dict: dict[str, Tensor]
             state_dict[f"{prefix}network.{name}"] = state_dict.pop(prefix + name)
     if model.config.tie_word_embeddings:
         for name, source in model._tied_weights_keys.items():
-            if prefix + source in state_dict and name.removeprefix("network.") in own:  # not so where PEFT wraps it
+            if prefix + source in state_dict and name.removeprefix("network.") in own:  # not if PEFT wraps it
                 state_dict.setdefault(prefix + name, state_dict[prefix + source])
 
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Arguments of `from_pretrained` that say where a file is."""
+"""Arguments of `from_pretrained` that locate a file."""
 WRONG = {"missing": "missing_keys", "unknown": "unexpected_keys"}
 
 
 def end_of_document(path: Any, kwargs: dict[str, Any]) -> int | None:
-    """The id that ends a document, as a run's codec has it; None where there is none, or nothing to read it with."""
+    """The id with which a run's codec ends a document; None if there is no such id, or no package to read the codec."""
     try:
         from perceiver_ar.data.codec import load_codec
-    except ImportError:  # this file has gone with the weights alone
+    except ImportError:  # this file was exported with the weights alone
         return None
     hub = {name: value for name, value in kwargs.items() if name in HUB}
     file = cached_file(path, "codec.json", _raise_exceptions_for_missing_entries=False, **hub)

@@ -24,7 +24,7 @@ PADDING = "<|padding|>"
 
 
 class PerceiverARTokenizer:
-    """What `AutoTokenizer` finds for a run; `from_pretrained` makes an ordinary tokenizer from the run's codec."""
+    """`AutoTokenizer` finds this class for a run; `from_pretrained` makes an ordinary tokenizer of the run's codec."""
 
     @classmethod
     def from_pretrained(cls, path: Any, *_: Any, **kwargs: Any) -> PreTrainedTokenizerFast:
@@ -59,7 +59,7 @@ def codec_tokenizer(codec: Codec, **options: Any) -> PreTrainedTokenizerFast:
 
 
 def id_tokenizer(codec: Codec) -> Tokenizer:
-    """Text to ids and back, as the codec has them, without a start."""
+    """Text to the codec's ids and back, without a start."""
     if isinstance(codec, TokenizerCodec):
         settings = json.loads(codec.tokenizer.to_str())
         vocab = settings["model"]["vocab"]
@@ -75,7 +75,7 @@ def id_tokenizer(codec: Codec) -> Tokenizer:
         if codec.separator:
             names[first + 0xFF] = PADDING
         vocab = {name: index for index, name in names.items()}
-        # NUL has no name of its own where it separates texts.
+        # NUL has no name of its own if it separates texts.
         tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=END_OF_TEXT if END_OF_TEXT in vocab else None))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()

@@ -50,16 +50,16 @@ def attend(q: Tensor, pieces: Sequence[Piece], *, dropout: float = 0.0) -> Tenso
     if dropout > 0.0 or q.device.type != "cpu":
         return _attend_whole(q, pieces, dropout)
     if not torch.is_grad_enabled():
-        if not torch.compiler.is_compiling():  # the same without the dispatcher's detour
+        if not torch.compiler.is_compiling():  # same result, without the dispatcher's overhead
             return attend_pieces(q, pieces)[0]
-        if len(pieces) == 1:  # a step of a decoder
+        if len(pieces) == 1:  # a decoding step
             return _attend_whole(q, pieces, 0.0)
     k, v, causal, masks = (list(column) for column in zip(*pieces, strict=True))
     return _attention(q, k, v, causal, masks)[0]
 
 
 def side_by_side(piece: Piece, K: int) -> list[Piece]:
-    """Keys whose batch holds K latents of each position as K rows -> K pieces, so that each latent sees all K."""
+    """A piece whose batch has K latents per position as K neighbouring rows -> K pieces, which each latent sees."""
     k, v = piece.k.unflatten(0, (-1, K)), piece.v.unflatten(0, (-1, K))
     return [
         Piece(k[:, i].repeat_interleave(K, 0), v[:, i].repeat_interleave(K, 0), piece.causal, piece.mask)
@@ -72,9 +72,9 @@ _ordinary = False
 
 @contextmanager
 def ordinary_attention() -> Iterator[None]:
-    """Inside, `attend` is one call of PyTorch's attention under a mask: what exporters to other runtimes can translate.
+    """Inside this context, `attend` is one call of PyTorch's attention under a mask.
 
-    Slower, and the mask is held; the operators of our own mean nothing outside of this package.
+    Exporters to other runtimes can translate that, but not this package's own operators. Slower, and holds the mask.
     """
     global _ordinary
     before, _ordinary = _ordinary, True
@@ -107,8 +107,8 @@ def attend_pieces(q: Tensor, pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
 
 
 def piece_gradients(d_out: Tensor, q: Tensor, piece: Piece, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `piece` gives to the gradients of q, and those of its k and v; `out` and `lse` are the merged ones."""
-    # Where nothing is seen every probability is exp(-inf - lse) = 0 for a finite lse.
+    """The gradients of q (the share of `piece`), k and v; `out` and `lse` are the merged ones."""
+    # A query that sees nothing has lse -inf. With a finite one its probabilities are exp(-inf - lse) = 0.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     k, v = _neighbours(piece.k), _neighbours(piece.v)
     return choose_kernels(q, piece.mask is not None).backward(d_out, q, k, v, out, lse, piece.causal, _bias(piece, q))
@@ -131,7 +131,7 @@ def piece_weight(piece_lse: Tensor, lse: Tensor) -> Tensor:
 
 
 def _bias(piece: Piece, q: Tensor) -> Tensor | None:
-    """The mask as the kernels take it: (B, H, N, K), 0 where seen and -inf where not; stride 0 makes it small."""
+    """The mask as an additive bias (B, H, N, K): 0 where seen, else -inf. Stride 0 over H and N keeps it small."""
     if piece.mask is None:
         return None
     B, K = piece.mask.shape
@@ -141,7 +141,7 @@ def _bias(piece: Piece, q: Tensor) -> Tensor | None:
 
 
 def _neighbours(x: Tensor) -> Tensor:
-    """Kernels read channels as neighbours in memory whatever the stride says."""
+    """`x` with its channels contiguous in memory: the kernels ignore the stride of the last dimension."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -150,7 +150,7 @@ def heads_inside(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-# The same as one operator, opaque to torch.compile, with its gradient.
+# `attend_pieces` as one operator, opaque to torch.compile, with its gradient.
 
 
 @torch.library.custom_op("perceiver_ar::attention", mutates_args=())
@@ -166,7 +166,7 @@ def _(q: Tensor, k: Any, v: Any, causal: Any, masks: Any) -> tuple[Tensor, Tenso
 
 
 def fake_attention(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Shapes and layouts of what `attend_pieces` returns."""
+    """Empty tensors with the shapes and layouts of the results of `attend_pieces`."""
     B, H, N, _ = q.shape
     lse = torch.float64 if q.dtype == torch.float64 else torch.float32
     return fake_heads(q), q.new_empty(B, H, N, dtype=lse)
@@ -215,7 +215,7 @@ def _gradients(ctx: Any, d_out: Tensor, d_lse: Any) -> tuple[Any, ...]:
     q, *saved, out, lse = ctx.saved_tensors
     k, v, masks = (saved[i * pieces : (i + 1) * pieces] for i in range(3))
     d_q, d_k, d_v = _attention_backward(d_out, q, k, v, ctx.causal, masks, out, lse)
-    # To torch, a list with a None in it is no list of tensors, and takes one None in all.
+    # torch does not take a list with a None in it for a list of tensors: its gradient is a single None.
     d_masks = None if any(mask is None for mask in masks) else [None] * pieces
     return d_q, d_k, d_v, None, d_masks
 
@@ -224,7 +224,7 @@ _attention.register_autograd(_gradients, setup_context=_save)
 
 
 def _attend_whole(q: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
-    """All keys in one call of PyTorch's attention: other devices, and dropout on probabilities.
+    """All keys in one call of PyTorch's attention, for devices other than the CPU and for dropout on probabilities.
 
     Without masks and dropout the lower-right causal bias keeps it a fused kernel that builds no mask.
     """
@@ -251,7 +251,7 @@ def _joined(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
 
 
 def _attend_masked(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
-    """The same, of the joined `pieces`, with what each query sees written out."""
+    """`_attend_whole` under an explicit mask; `k` and `v` are those of all `pieces`, joined."""
     queries = q.shape[2]
     columns = []
     for piece in pieces:

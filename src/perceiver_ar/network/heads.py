@@ -38,8 +38,8 @@ def merge_blocks(x: Tensor, blocks: int) -> Tensor:
 def split_keys_values(kv: Tensor, K: int, rotary: Rotary | None, config: PerceiverARConfig) -> tuple[Tensor, Tensor]:
     """The fused projection of K context tokens -> keys, rotated, and values, each (B, H, K, C).
 
-    kv: (B, K, 2 * H * C); with local context (B, K + 1 or 2 K, 2 * H * C) as `inputs.mix` orders it, and the second
-    half of a key's channels is that of the token before.
+    kv: (B, K, 2 * H * C). With local context: (B, K + 1 or 2 K, 2 * H * C), ordered as by `inputs.mix_local_context`;
+    the second half of a key's channels is then that of the token before.
     """
     k, v = (split_heads(x, config.heads_cross) for x in kv.chunk(2, dim=-1))
     if config.local_context > 1:
@@ -59,11 +59,11 @@ def normalize_and_rotate(x: Tensor, rotary: Rotary | None, config: PerceiverARCo
 def rotary_tables(config: PerceiverARConfig, positions: Tensor, *, cross: bool, dtype: torch.dtype) -> Rotary | None:
     """Cosines and sines (B or 1, H or 1, K, R) of integer positions (B or 1, K); None for a model without rotary.
 
-    Sines are negative in the first half of the channels, so that `rotate` needs no halves of its own.
+    Sines are negative in the first half of the channels, so `rotate` does not have to split them.
 
-    `cross`: for the heads of cross-attention, else of self-attention. `dtype`: of the network; the tables are float32,
-    or float64 if it is. Angles are computed in float64 where the device has it: float32 angles are off by 0.06 at
-    position 10^6, and bfloat16 cannot tell positions apart beyond 256.
+    `cross`: for the heads of cross-attention, else of self-attention. `dtype`: the network's; the tables are float64 if
+    it is float64, else float32. Angles are computed in float64 if the device supports it: float32 angles are off by
+    0.06 at position 10^6, and bfloat16 cannot distinguish positions beyond 256.
     """
     if not config.rotary:
         return None
@@ -76,16 +76,16 @@ def rotary_tables(config: PerceiverARConfig, positions: Tensor, *, cross: bool, 
 
 
 def rotary_speeds(config: PerceiverARConfig, cross: bool, device: torch.device) -> Tensor:
-    """Angles from one position to the next: (H or 1, 1, R / 2) in float64, or float32 on devices without it."""
+    """Radians per position (H or 1, 1, R / 2), in float64, or in float32 on devices without it."""
     heads, channels = (config.heads_cross, config.width_head_cross) if cross else (config.num_heads, config.width_head)
     pairs = int(config.rotary_fraction * channels / 2 + 1e-6)
-    if cross and config.local_context > 1:  # the other half searches by content
+    if cross and config.local_context > 1:  # the other half is for search by content
         pairs = min(pairs, (channels - channels // 2) // 2)
     base = config.context_length if config.rotary_base is None else config.rotary_base
     j = torch.arange(pairs, dtype=torch.float64)
     exponent = j / max(pairs - 1, 1) if config.rotary_endpoint else j / max(pairs, 1)
     speeds = (base**-exponent)[None, None]
-    if config.rotary_heads_fraction < 1:  # the other heads turn by angle 0
+    if config.rotary_heads_fraction < 1:  # the other heads have angle 0
         turned = torch.arange(heads) < int(config.rotary_heads_fraction * heads + 1e-6)
         speeds = speeds * turned[:, None, None]
     return speeds.to(device, torch.float32 if device.type == "mps" else torch.float64)
@@ -95,7 +95,7 @@ _kept_rotary_speeds = lru_cache(rotary_speeds)
 
 
 def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
-    """Turns the channel pairs (c, c + R/2), c < R/2, of x (B, H, K, C) by their angles; the rest passes."""
+    """Rotates the channel pairs (c, c + R/2), c < R/2, of x (B, H, K, C) by their angles; other channels stay."""
     if rotary is None:
         return x
     cos, sin = rotary

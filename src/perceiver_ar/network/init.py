@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 QUERY_GAIN = 1.5
-"""Factor of the cross-attention's scores before training, for each head."""
+"""Initial value of the learned factor on the scores of each cross-attention head."""
 
 
 def init_weights(model: Any) -> None:
@@ -36,8 +36,8 @@ def init_weights(model: Any) -> None:
                     nn.init.zeros_(module.bias)
     if model.local_conv is not None:
         nn.init.normal_(model.local_conv, std=0.5)
-        # Queries and keys begin as the same map, so from the first step on a latent looks for what resembles it. Half
-        # of a key is the token before, so it finds where its own local context stood, and the value is what followed.
+        # Queries and keys start as the same map, so a latent attends to similar tokens from the first step on. Half of
+        # a key is the token before, so the latent finds copies of its local context; their values tell what followed.
         for layer in model.cross_attention:
             if layer.q_proj.in_features == layer.kv_proj.in_features:
                 layer.kv_proj.weight.data[: layer.q_proj.out_features] = layer.q_proj.weight

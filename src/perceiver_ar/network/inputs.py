@@ -1,15 +1,15 @@
-"""What cross-attention reads: tokens, their positions, and embeddings that know the tokens before them.
+"""The input of cross-attention: tokens, their positions, and embeddings with local context.
 
-Local context. A token's key has to say what came *before* the token: only then can a query that stands behind the same
-words find it, and its value says what came next (the look-up of an induction head, arXiv 2209.11895). So the embedding
-of token j is a causal depthwise convolution of width W = `local_context`, and half of each head's key channels come
-from the embedding of the token before:
+Local context. A token's key must describe the tokens *before* it: only then can a query after the same words find it.
+The token's value tells what came next (the look-up of an induction head, arXiv 2209.11895). So the embedding of token j
+is a causal depthwise convolution of width W = `local_context`, and half of each head's key channels come from the
+embedding of the token before:
 
-    h_j = e_j + sum_{0 < i < W} a_i * e_{j-i}        the latents' first values; values; the first half of key channels
+    h_j = e_j + sum_{0 < i < W} a_i * e_{j-i}        the initial latents; values; the first half of key channels
     h_{j-1}                                          the second half of key channels (key offset)
 
-with a_i (E,) learned and e_j the vector of token j's id. Before the first token, and instead of padding, the vector is
-zero. A key thus depends on its token and `reach` tokens before it.
+with a_i (E,) learned and e_j the vector of token j's id. The vector is zero before the first token and for padding. A
+key thus depends on its token and `reach` tokens before it.
 
 Shapes: B batch, T context, P prefix, K some tokens, E embedding width, W local context, n = `reach(config)`.
 """
@@ -30,21 +30,21 @@ NOTHING = -1
 
 
 class Tables(NamedTuple):
-    """The weights that embeddings are made of."""
+    """The weights of the embedding."""
 
     tokens: Tensor
     """(V, E)"""
     taps: Tensor | None
-    """(W - 1, E), the convolution: row i - 1 weighs the token i places before. None where W is 1."""
+    """(W - 1, E), the convolution: row i - 1 weighs the token i places before. None if W is 1."""
     positions: list[Tensor]
-    """(rows, E) for each axis."""
+    """(rows, E) per axis."""
 
     def flat(self) -> list[Tensor]:
         return [self.tokens, *([] if self.taps is None else [self.taps]), *self.positions]
 
     @classmethod
     def of(cls, config: PerceiverARConfig, flat: Sequence[Tensor]) -> "tuple[Tables, list[Tensor]]":
-        """The tables at the beginning of `flat`, in the order of the method of this name, and what follows them."""
+        """The inverse of the method `flat`: the tables at the beginning of `flat`, and the tensors that follow them."""
         first = 1 + (config.local_context > 1)
         last = first + len(config.table_sizes)
         return cls(flat[0], flat[1] if first > 1 else None, list(flat[first:last])), list(flat[last:])
@@ -58,7 +58,7 @@ class EmbeddedTokens(NamedTuple):
     positions: Tensor
     """(B or 1, K)"""
     rotary: Rotary | None
-    """Their rotation as keys."""
+    """Rotates their keys."""
     mask: Tensor | None
     """(B, K) bool, True where the token is real; None: all are."""
 
@@ -83,17 +83,17 @@ class TokenSource(NamedTuple):
         return self.tokens.shape[1] if self.keep is None else self.keep.shape[1]
 
     def first(self, P: int, keep: Tensor | None) -> "TokenSource":
-        """The first P tokens, or of these the ones at the indices `keep` (B, kept)."""
+        """The first P tokens; `keep` (B, kept): only those at these indices."""
         positions, mask = (None if x is None else x[:, :P] for x in (self.positions, self.mask))
         return self._replace(tokens=self.tokens[:, :P], positions=positions, mask=mask, keep=keep)
 
     def part(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids, positions and mask of the K tokens from `start` to `stop`: what is dropped is never looked at.
+        """Ids, positions and mask of the K tokens from `start` to `stop`; dropped tokens are never read.
 
-        The ids are as `mix` takes them: (B, n + K), or (B, K, 1 + n).
+        The ids are as `mix_local_context` takes them: (B, n + K), or (B, K, 1 + n).
         """
         device, n = self.tables.tokens.device, self.reach
-        if device.type == "meta":  # weights that are fetched when their module is called
+        if device.type == "meta":  # offloaded weights, loaded when their module is called
             device = self.tokens.device
 
         def take(x: Tensor, back: int = 0) -> Tensor:
@@ -127,11 +127,11 @@ def reach(config: PerceiverARConfig) -> int:
 
 
 def with_predecessors(tokens: Tensor, mask: Tensor, n: int) -> Tensor:
-    """(B, T) ids, of which `mask` (B, T) says which are real -> (B, T, 1 + n): each id, then the n real ones before it.
+    """(B, T) ids and the mask (B, T) of the real ones -> (B, T, 1 + n): each id, then the n real ones before it.
 
-    The nearest comes first; NOTHING where there is none.
+    The nearest comes first; NOTHING replaces missing ones.
     """
-    tokens, place = tokens.long(), mask.cumsum(1) - mask.long()  # how many real ones are before each
+    tokens, place = tokens.long(), mask.cumsum(1) - mask.long()  # number of real tokens before each
     real = tokens.gather(1, (~mask).byte().argsort(dim=1, stable=True))
     before = [real.gather(1, (place - i).clamp(min=0)).masked_fill(place < i, NOTHING) for i in range(1, n + 1)]
     return torch.stack([tokens, *before], dim=-1)
@@ -148,29 +148,30 @@ def token_source(
 
 
 def position_vectors(tables: Iterable[Callable[[Tensor], Tensor]], coordinates: Tensor) -> Tensor | None:
-    """(B or 1, K, E): the sum of what the position tables give for these coordinates; None without tables."""
+    """(B or 1, K, E): the sum of the position tables' vectors at these coordinates; None without tables."""
     vectors = [table(coordinates[..., axis]) for axis, table in enumerate(tables)]
     return sum(vectors[1:], vectors[0]) if vectors else None
 
 
 def mix_local_context(ids: Tensor, rows: Tensor, taps: Tensor | None, at: Tensor | None) -> Tensor:
-    """(B, K + 1 or 2 K, E): row i < K is that of the token before token i; the last K rows are those of the tokens.
+    """Embeddings of K tokens: (B, K, E), or with local context (B, K + 1 or 2 K, E).
 
-    Without local context there are only the tokens: (B, K, E). The offset embeddings are for search by content, so
-    positions are not in them.
+    With local context, row i < K is that of the token before token i, and the last K rows are those of the tokens. The
+    former are for search by content, so no positions are added to them.
 
     Args:
-        ids: as `TokenSource.part` gives them.
+        ids: as from `TokenSource.part`.
         rows: their token embeddings.
+        taps: as in `Tables`.
         at: from `position_vectors`.
     """
     if taps is None:
         return rows if at is None else rows + at
     n = len(taps) + 1
-    if ids.ndim == 3:  # (B, K, 1 + n, E): every token brings those before it
+    if ids.ndim == 3:  # (B, K, 1 + n, E): each token has its own predecessors
         K, by_distance = ids.shape[1], rows.masked_fill((ids < 0)[..., None], 0.0).unbind(2)
         h = torch.cat([_weigh(by_distance[1:], taps), _weigh(by_distance[:n], taps)], dim=1)
-    else:  # (B, n + K, E): neighbours share them, and NOTHING is among the first n only
+    else:  # (B, n + K, E): neighbours share them; only the first n can be NOTHING
         K, first = ids.shape[1] - n, rows[:, :n].masked_fill((ids[:, :n] < 0)[..., None], 0.0)
         rows = torch.cat([first, rows[:, n:]], dim=1)
         if torch.compiler.is_compiling():  # compilers fuse the plain formula
@@ -188,9 +189,9 @@ def _weigh(by_distance: Sequence[Tensor], taps: Tensor) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """`_weigh` over neighbours, (B, n + K, E) -> (B, K + 1, E), in less time.
+    """`_weigh` over neighbours, (B, n + K, E) -> (B, K + 1, E), but faster.
 
-    Autograd would write the gradient of each shifted slice to a tensor of its own.
+    Autograd would write the gradient of each shifted slice to its own tensor.
     """
 
     @staticmethod
@@ -222,7 +223,7 @@ def coordinates(config: PerceiverARConfig, positions: Tensor) -> Tensor:
     sizes = config.table_sizes
     if positions.ndim == 3:
         return positions
-    axes = []  # the first axis takes what is left, so that too large a position is an error
+    axes = []  # the first axis takes the quotient, so that too large a position is an error
     for size in reversed(sizes[1:]):
         axes.insert(0, positions % size)
         positions = positions // size
@@ -230,14 +231,14 @@ def coordinates(config: PerceiverARConfig, positions: Tensor) -> Tensor:
 
 
 def flat_positions(config: PerceiverARConfig, coordinates: Tensor) -> Tensor:
-    """The inverse of `coordinates`: positions (B or 1, K), which rotary angles are made of."""
+    """The inverse of `coordinates`: positions (B or 1, K), for the rotary angles."""
     flat = coordinates[..., 0]
     for axis, size in enumerate(config.table_sizes[1:], start=1):
         flat = flat * size + coordinates[..., axis]
     return flat
 
 
-# What a caller gives, checked and completed.
+# Arguments of a forward call: checks and defaults.
 
 
 def resolve_prefix_len(
@@ -279,16 +280,16 @@ def resolve_prefix_len(
     if blocks > 1 and not config.blocks_allowed:
         raise InputError(
             f"blocks is {blocks}: with latent_keys query, positions_from_end, learned_queries each or "
-            "latents_per_position a block's forward is another one, so give each block alone"
+            "latents_per_position the result would not be that of separate forwards, so run each block separately"
         )
     eager, V = not torch.compiler.is_compiling(), config.vocab_size
     comparable = tokens.dtype not in (torch.uint16, torch.uint32, torch.uint64)
-    # Only where a look costs no wait for a GPU, and at real numbers (fake tensors have none).
+    # Only if this does not wait for a GPU, and if there are values (fake tensors have none).
     if eager and type(tokens) is Tensor and tokens.device.type == "cpu" and comparable:
         wrong = [id for id in map(int, tokens.aminmax()) if not 0 <= id < V]
         if wrong:
             raise InputError(f"tokens have the id {wrong[0]}: with vocab_size {V} they must be in 0 ... {V - 1}")
-    # An index behind the prefix would let latents see the future.
+    # An index beyond the prefix would let latents see the future.
     if eager and prefix_keep is not None and prefix_keep.device.type == "cpu":
         wrong = prefix_keep[(prefix_keep < 0) | (prefix_keep >= P)].tolist()
         if wrong:
@@ -308,7 +309,7 @@ def resolve_positions(
         if mask is None and longest is not None and longest < T:
             raise InputError(
                 f"{T} tokens are more than the {longest} positions of the tables {config.table_sizes}: "
-                "give fewer, or positions of their own"
+                "give fewer tokens, or give positions"
             )
         if mask is None and not config.positions_from_end:
             return None
@@ -320,14 +321,14 @@ def resolve_positions(
     positions = positions if positions.ndim > 1 else positions[None]
     fits = positions.ndim == 2 or (positions.ndim == 3 and axes > 1 and shape[-1] == axes)
     if not fits or positions.shape[0] not in (1, tokens.shape[0]) or positions.shape[1] != tokens.shape[1]:
-        raise InputError(f"positions have shape {tuple(shape)}, tokens {tuple(tokens.shape)}: give one each")
+        raise InputError(f"positions have shape {tuple(shape)}, tokens {tuple(tokens.shape)}: give one for each token")
     return positions
 
 
 def repeat_rows(
     times: int, tokens: Tensor, positions: Tensor | None, mask: Tensor | None, prefix_keep: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Every row of the batch `times` times in a row."""
+    """Repeats every row of the batch `times` times; copies are neighbours."""
     positions = positions if positions is None or len(positions) == 1 else positions.repeat_interleave(times, 0)
     mask = None if mask is None else mask.repeat_interleave(times, 0)
     prefix_keep = None if prefix_keep is None else prefix_keep.repeat_interleave(times, -2)
@@ -337,7 +338,7 @@ def repeat_rows(
 def prefix_keeps(
     config: PerceiverARConfig, tokens: Tensor, P: int, prefix_keep: Tensor | None, training: bool
 ) -> Sequence[Tensor | None]:
-    """Indices (B, K) of the prefix tokens that are read, for each cross-attention layer or once for all; None: all."""
+    """Indices (B, K) of the prefix tokens to read, per cross-attention layer or once for all layers; None: all."""
     if prefix_keep is not None:
         return prefix_keep.unbind() if prefix_keep.ndim == 3 else [prefix_keep]
     dropped = int(P * config.prefix_dropout) if training else 0

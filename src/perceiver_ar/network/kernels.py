@@ -1,6 +1,6 @@
 """PyTorch's fused attention kernels that return the lse, each as a forward and a backward for one piece of the keys.
 
-They are no public interface: a new torch is tried before it is let in.
+They are private functions of torch, so test a new torch version before allowing it.
 
 Shapes: B batch, H heads, N queries, K keys, C channels per head. The lse (B, H, N) is the log of the sum of a query's
 exponentiated scores.
@@ -31,7 +31,7 @@ class Kernels(Protocol):
 
 
 def choose_kernels(q: Tensor, masked: bool) -> type[Kernels]:
-    """The fastest kernels for queries of this device, type and width, with or without a mask of keys."""
+    """The fastest kernels for queries of this device, dtype and width, with or without a mask of keys."""
     if q.device.type == "cpu":
         return CpuFlash
     if q.device.type == "cuda":
@@ -77,7 +77,7 @@ class CudaFlash:
 
 
 class CudaEfficient:
-    """Memory-efficient attention on CUDA: float32, and masks. Its lse is as long as the next multiple of 32."""
+    """Memory-efficient attention on CUDA: float32, and masks. It pads the lse to a multiple of 32 queries."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class CudaEfficient:
 
 
 class Plain:
-    """Any device and type, in ordinary operations: holds the scores of the piece."""
+    """Any device and dtype, in ordinary operations; holds the scores of the piece."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:

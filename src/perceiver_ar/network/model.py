@@ -68,8 +68,8 @@ class PerceiverAR(StoredModule):
     `activation_checkpointing = True` recomputes each layer in the backward pass instead of keeping its activations.
     `prefix_group = group`, a process group of torch.distributed, makes its ranks share the prefix: all get the same
     tokens, each reads its part of the prefix, and all have the same logits and, after backward, the same gradients
-    (with dropout: if their random states are the same). Keys and values then take a rank's share of memory and time.
-    (Ring attention, arXiv 2310.01889, without a ring: the latents' queries are few, so every rank has them all.)
+    (with dropout: if their random states are the same). Each rank spends memory and time on its share of the keys and
+    values only. (Ring attention, arXiv 2310.01889, without a ring: the queries are few, so every rank has them all.)
     """
 
     def __init__(self, config: PerceiverARConfig) -> None:
@@ -81,7 +81,7 @@ class PerceiverAR(StoredModule):
         W = config.local_context
         self.local_conv = nn.Parameter(torch.empty(W - 1, config.width_embed)) if W > 1 else None
         tables = [nn.Embedding(rows, config.width_embed) for rows in config.table_sizes]
-        # No list without tables: PEFT's `modules_to_save=["embed"]` takes whatever ends in embed, and refuses lists.
+        # A tuple if empty: PEFT's `modules_to_save=["embed"]` matches every name that ends in embed, and refuses lists.
         self.position_embed = nn.ModuleList(tables) if tables else ()
         self.query_proj = nn.Linear(config.width_embed, config.dim) if config.query_proj else nn.Identity()
         self.query_mlp = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(config.query_mlp_layers))
@@ -107,11 +107,11 @@ class PerceiverAR(StoredModule):
         prefix_keep: Tensor | None = None,
         blocks: int = 1,
     ) -> Tensor:
-        """Logits (B, N, V) of the tokens that follow each of the last N = T - prefix_len positions.
+        """Logits (B, N, V) of the next token at each of the last N = T - prefix_len positions.
 
         Args:
             tokens: (B, T) integer ids, 1 <= T <= context_length, of any integer type. They may be on another device
-                than the model: the part that is being read is fetched.
+                than the model: each part is copied when it is read.
             prefix_len: how many of the first tokens are prefix, 0 <= prefix_len < T; None: as many latents as
                 num_latents allows. An explicit value may ask for more or fewer latents than in training.
             mask: (B, T) bool, True for real tokens, False for padding. No query sees a padded key, and by default
@@ -121,9 +121,9 @@ class PerceiverAR(StoredModule):
                 None: 0 ... T - 1, less the padding before a token.
             prefix_keep: (B, K) or (cross layers, B, K) indices below prefix_len, distinct within a row: the prefix
                 tokens that survive prefix dropout. None: drawn at `config.prefix_dropout` in training, else all.
-            blocks: how many blocks of N / blocks latents there are, one behind the other. Self-attention stays within
-                a block. So the logits are those of `blocks` forwards, each over the tokens up to the end of its block
-                with that block as latents; but the context is embedded and its keys and values are made only once.
+            blocks: number of consecutive blocks, each of N / blocks latents. Self-attention stays within a block. So
+                the logits are those of `blocks` forwards, each over the tokens up to the end of its block with that
+                block as latents; but the context is embedded and its keys and values are made only once.
 
         Raises:
             InputError: shapes or lengths that do not fit together; the message has the numbers.
@@ -145,7 +145,7 @@ class PerceiverAR(StoredModule):
         K = self.config.latents_per_position
         P = resolve_prefix_len(self.config, tokens, prefix_len, mask, prefix_keep, blocks)
         positions = resolve_positions(self.config, tokens, mask, positions)
-        if K > 1:  # the latents of a position are rows of the batch, side by side
+        if K > 1:  # the K latents of a position are neighbouring rows of the batch
             tokens, positions, mask, prefix_keep = repeat_rows(K, tokens, positions, mask, prefix_keep)
         tables = Tables(self.embed.weight, self.local_conv, [cast(nn.Embedding, t).weight for t in self.position_embed])
         context = token_source(self.config, tables, tokens, positions, mask)
@@ -161,7 +161,7 @@ class PerceiverAR(StoredModule):
         Writes their keys and values to the cache; `cache.advance(N)` keeps them.
 
         Args:
-            tokens: (B, n + N); the first n = `inputs.reach(config)` are the tokens before them, -1 where there is none.
+            tokens: (B, n + N); the first n = `inputs.reach(config)` are the tokens before them, -1 if missing.
             positions: (B or 1, N) of the N tokens.
         """
         prefixes = [CachedPrefix(partial(cache.cross.update, layer_idx=c)) for c in range(len(self.cross_attention))]
@@ -180,7 +180,7 @@ class PerceiverAR(StoredModule):
         cache: NetworkCache | None = None,
         blocks: int = 1,
     ) -> Tensor:
-        """The N tokens at the latent positions, and for each cross-attention layer what comes before -> (B, N, D)."""
+        """The N tokens at the latent positions, and a prefix per cross-attention layer -> final latents (B, N, D)."""
         config = self.config
         # Autocast would start the residual stream in half precision.
         u = self.first_latents(tokens.h[:, -tokens.positions.shape[1] :]).to(tokens.h.dtype)
@@ -200,7 +200,7 @@ class PerceiverAR(StoredModule):
         return self.norm(u)
 
     def prefix(self, tokens: TokenSource) -> PrefixAttention:
-        """The prefix in the cheaper form: held, or streamed in pieces where it is too long to hold."""
+        """The prefix in the cheaper form: held, or streamed in pieces if it is too long to hold."""
         group, dropout = self.prefix_group, self.config.attention_dropout if self.training else 0.0
         chunk = choose_chunk(self.config, tokens, group, dropout, self.streamed_modules(), self.device)
         if chunk > 0:
@@ -208,18 +208,18 @@ class PerceiverAR(StoredModule):
         return HeldPrefix(self.embedded(*tokens.part(0, tokens.length)), dropout)
 
     def streamed_modules(self) -> dict[str, nn.Module]:
-        """The modules of which streaming reads the weights only, by name."""
+        """Name -> module, for the modules whose weights streaming reads without calling them."""
         layers = [(f"cross_attention.{c}", layer) for c, layer in enumerate(self.cross_attention)]
         modules = {f"{name}.{part}": getattr(layer, part) for name, layer in layers for part in CrossLayer.STREAMED}
         tables = {f"position_embed.{axis}": table for axis, table in enumerate(self.position_embed)}
         return {"embed": self.embed, **tables, **modules}
 
     def embedded(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> EmbeddedTokens:
-        """Embeds tokens, given as `TokenSource.part` gives them."""
+        """Embeds tokens, given as returned by `TokenSource.part`."""
         by_axis = coordinates(self.config, positions)
         positions = flat_positions(self.config, by_axis)
         known = ids if self.local_conv is None else ids.clamp(min=0)
-        rows = self.embed(known.flatten(1)).unflatten(1, known.shape[1:])  # called: it may be more than its weight
+        rows = self.embed(known.flatten(1)).unflatten(1, known.shape[1:])  # called, as it may be more than its weight
         h = mix_local_context(ids, rows, self.local_conv, position_vectors(self.position_embed, by_axis))
         rotary = rotary_tables(self.config, positions, cross=True, dtype=self.embed.weight.dtype)
         return EmbeddedTokens(h, positions, rotary, mask)
@@ -255,7 +255,7 @@ class CrossLayer(nn.Module):
     def __init__(self, config: PerceiverARConfig) -> None:
         super().__init__()
         self.config = config
-        self.settings = config.to_json()  # as the streaming operator takes them
+        self.settings = config.to_json()  # for the streaming operator
         width = config.heads_cross * config.width_head_cross
         self.query_norm = make_norm(config, config.dim)
         self.context_norm = make_norm(config, config.width_embed)
@@ -305,7 +305,7 @@ class SelfLayer(nn.Module):
 
         Args:
             mask: (B, N), True where a latent is a real token.
-            update: of a cache with earlier latents.
+            update: of a cache with earlier latents; None: no cache.
             blocks: see `PerceiverAR.forward`; each is attended to separately.
         """
         qkv = self.qkv_proj(self.norm(u)).unflatten(-1, (3, self.config.num_heads, -1)).permute(2, 0, 3, 1, 4)

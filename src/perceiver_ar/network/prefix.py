@@ -1,4 +1,4 @@
-"""The prefix in the forms in which cross-attention reads it: held, streamed, or in a cache.
+"""The forms of the prefix that cross-attention reads: held, streamed, or cached.
 
 Every form has one method, `attend`, which the layers call. The results are equal; time and memory differ.
 """
@@ -29,7 +29,7 @@ class LayersCache(Protocol):
 
 
 class NetworkCache(Protocol):
-    """What the network asks of a cache; `cache.Cache` is one."""
+    """The cache interface that the network needs; `generation.cache.Cache` has it."""
 
     @property
     def cross(self) -> LayersCache: ...
@@ -39,7 +39,7 @@ class NetworkCache(Protocol):
 
 
 class Reader(Protocol):
-    """What the forms use of a cross-attention layer."""
+    """The part of a cross-attention layer that the forms use."""
 
     settings: str
 
@@ -53,6 +53,8 @@ class Reader(Protocol):
 
 
 class PrefixAttention(Protocol):
+    """One form of the prefix."""
+
     def attend(self, layer: Reader, q: Tensor, latents: Piece) -> Tensor:
         """Attention of the latents' queries (B, H, N, C) to the prefix and to the latents themselves (B, H, N, C)."""
         ...
@@ -75,7 +77,7 @@ class StreamedPrefix(NamedTuple):
 
     tokens: TokenSource
     chunk: int
-    """Tokens of a row in a piece."""
+    """Tokens per row in a piece."""
     group: str
     """Name of the process group whose ranks share the prefix; "": none."""
 
@@ -85,7 +87,7 @@ class StreamedPrefix(NamedTuple):
 
 
 class CachedPrefix(NamedTuple):
-    """A cache holds the keys and values of all that comes before the latents."""
+    """A cache holds the keys and values of all tokens before the latents."""
 
     update: CacheUpdate
 
@@ -101,14 +103,14 @@ def choose_chunk(
     modules: dict[str, nn.Module],
     device: torch.device,
 ) -> int:
-    """Tokens of a row in a piece if the prefix is to be streamed; 0: hold it.
+    """Tokens per row in a piece if the prefix is streamed; 0: hold the prefix.
 
     Args:
         modules: those whose weights streaming reads, by name.
         device: where the network computes.
 
     Raises:
-        InputError: streaming is demanded, but the weights alone are not what a module computes, or there is dropout.
+        InputError: `prefix_chunk` or `group` demands streaming, but a module is not plain; `group` with dropout.
     """
     chunk, length = config.prefix_chunk, prefix.length
     if group is not None:
@@ -119,7 +121,7 @@ def choose_chunk(
     if changed is not None and (chunk or group is not None):
         raise InputError(
             f"{changed} is {type(modules[changed]).__name__} with a hook, an adapter or other weights, and "
-            "streaming reads plain weights only: set prefix_chunk to 0, and no prefix_group"
+            "streaming reads plain weights only: set prefix_chunk to 0 and no prefix_group"
         )
     if dropout > 0 or changed is not None:
         return 0
@@ -131,9 +133,9 @@ def choose_chunk(
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module computes what its weights alone say.
+    """Whether a module's output depends on its weights alone.
 
-    Not so with an adapter (PEFT), a parametrization, a hook (of torch or accelerate), or quantised weights (torchao).
+    False with an adapter (PEFT), a parametrization, a hook (of torch or accelerate), or quantised weights (torchao).
     """
     plain = type(module) in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
     hooks = any(getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))

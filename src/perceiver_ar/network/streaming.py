@@ -1,9 +1,9 @@
 """Cross-attention to a prefix that is never held: embed, normalise, project a piece, attend, merge, drop it.
 
-Memory for keys and values does not grow with the context, only the token ids do, in whatever integer type and on
-whatever device they are. The backward pass makes every piece again. Output and gradients are those of the dense
-computation (attention.py says why the pieces merge exactly). The processes of a group can share the prefix of a
-sequence: each reads its part, and what they have read is merged in the same way.
+Memory for keys and values does not grow with the context. Only the token ids do, in any integer type and on any device.
+The backward pass makes every piece again. Output and gradients are those of the dense computation (the reason is in
+attention.py). The processes of a group can share the prefix of a sequence: each reads its part, and their results are
+merged in the same way.
 
 Shapes: B batch, P prefix, K some of its tokens, N latents, E embedding width, H heads, C channels per head.
 """
@@ -42,36 +42,36 @@ from perceiver_ar.network.inputs import (
 )
 
 SHARE = 1 / 128
-"""The prefix is streamed where its keys and values would take more than this share of the device's memory."""
+"""The prefix is streamed if its keys and values would take more than this share of the device's memory."""
 CPU_BYTES = 32 << 20
-"""On a CPU also where they would take more than this: pieces stay in its caches and in memory that the process has."""
+"""On a CPU, it is also streamed if they would take more bytes than this: pieces stay in the caches and reuse memory."""
 PIECE = {"cpu": 2048, "cuda": 32768}
-"""Tokens of a piece, over all rows of a batch: enough to keep the device busy, few enough to stay in its caches. (Of
-each row at least twice num_latents: every piece costs a pass over the latents' output so far.)"""
+"""Tokens of a piece, over all rows of a batch: enough to keep the device busy, few enough to stay in its caches. (But
+at least 2 * num_latents of each row, because every piece costs a pass over the latents' output so far.)"""
 
 
 def automatic_chunk(config: PerceiverARConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens of a piece of a prefix of `length` tokens in each of `rows` rows; 0: hold the prefix as a whole."""
+    """Tokens per row in a piece, for a prefix of `rows` rows with `length` tokens each; 0: hold the whole prefix."""
     width = config.heads_cross * config.width_head_cross
     size = len(config.cross_layers) * rows * length * 2 * width * dtype.itemsize
-    most = SHARE * device_memory(device.type, device.index or 0)
-    if size <= (min(most, CPU_BYTES) if device.type == "cpu" else most):
+    limit = SHARE * device_memory(device.type, device.index or 0)
+    if size <= (min(limit, CPU_BYTES) if device.type == "cpu" else limit):
         return 0
     return piece_length(config, rows, device)
 
 
 def piece_length(config: PerceiverARConfig, rows: int, device: torch.device) -> int:
-    """Tokens of each row that are read at once."""
+    """Tokens per row in a piece."""
     return max(2 * config.num_latents, PIECE.get(device.type, PIECE["cpu"]) // rows)
 
 
 def device_memory(kind: str, index: int) -> int:
-    """Bytes that the device has."""
+    """Total memory of the device in bytes."""
     return _device_memory(kind, index)
 
 
 device_memory._dynamo_marked_constant = True  # type: ignore[reportFunctionMemberAccess]
-"""As `torch.compiler.assume_constant_result` does, which loads torch's compiler first: a second."""
+"""The effect of `torch.compiler.assume_constant_result`, which would load torch's compiler (one second)."""
 
 
 @lru_cache
@@ -94,10 +94,10 @@ def stream_attention(
     """Attention of the latents' queries (B, H, N, C) to the prefix and to `latents`, their own piece. Gradients flow.
 
     Args:
-        settings: the network's, as JSON.
+        settings: the network's config as JSON.
         norm: weights of the context norm, with its bias if it has one.
         projection: weight of the fused key and value projection, with its bias if it has one.
-        chunk: tokens of a row in a piece.
+        chunk: tokens per row in a piece.
         group: name of the process group whose ranks share the prefix; "": this process reads it all.
     """
     weights = [*prefix.tables.flat(), *norm, *projection]
@@ -106,7 +106,7 @@ def stream_attention(
 
 
 class _Reader:
-    """Makes the pieces of a prefix, with the projection's weights in the type of the queries."""
+    """Makes the pieces of a prefix, with the projection's weights in the dtype of the queries."""
 
     def __init__(
         self, prefix: list[Any], weights: Sequence[Tensor], settings: str, chunk: int, group: str, dtype: torch.dtype
@@ -121,20 +121,20 @@ class _Reader:
         self.first, self.end = (self.prefix.length * rank // self.ranks for rank in (self.rank, self.rank + 1))
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Ids, coordinates and mask, part after part of what this rank reads."""
+        """Ids, coordinates and mask of each part of this rank's share."""
         for start in range(self.first, self.end, self.chunk):
             ids, positions, mask = self.prefix.part(start, min(start + self.chunk, self.end))
             yield ids, coordinates(self.config, positions), mask
 
     def sources(self, ids: Tensor, coords: Tensor) -> list[Tensor]:
-        """The tensors that `keys_values` makes a part's keys and values of."""
+        """The tensors from which `keys_values` makes a part's keys and values."""
         tables = [partial(F.embedding, weight=table) for table in self.tables.positions]
         at, taps = position_vectors(tables, coords), self.tables.taps
         rows = F.embedding(ids.clamp(min=0), self.tables.tokens)
         return [x for x in (rows, taps, at, *self.norm, *self.projection) if x is not None]
 
     def keys_values(self, ids: Tensor, rotary: Rotary | None, *sources: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys in their coords and values, each (B, H, K, C)."""
+        """Rotated keys, and values, each (B, H, K, C)."""
         rest = list(sources[1:])
         taps = rest.pop(0) if self.tables.taps is not None else None
         at = rest.pop(0) if self.tables.positions else None
@@ -154,7 +154,7 @@ class _Reader:
             yield Piece(*self.keys_values(ids, self.rotary(coords), *self.sources(ids, coords)), mask=mask)
 
     def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention to what all ranks have read, from what this one has."""
+        """Merges this rank's output and lse with those of the other ranks."""
         if self.group is None:
             return out, lse
         lses = [torch.empty_like(lse) for _ in range(self.ranks)]
@@ -165,7 +165,7 @@ class _Reader:
         return total.to(out.dtype), merged
 
     def add_up(self, *gradients: Tensor) -> None:
-        """Sums over the ranks, in place."""
+        """Sums each gradient over the ranks, in place."""
         if self.group is not None:
             for gradient in gradients:
                 dist.all_reduce(gradient, group=self.group)
@@ -230,9 +230,9 @@ def _stream_backward(
         d_weights = [torch.zeros_like(weight, memory_format=torch.contiguous_format) for weight in weights]
         d_tables, d_rest = Tables.of(reader.config, d_weights)
         d_taps = [] if d_tables.taps is None else [d_tables.taps]
-        d_q = torch.zeros_like(q, dtype=lse.dtype)  # of many pieces: half precision would lose them
+        d_q = torch.zeros_like(q, dtype=lse.dtype)  # a sum over many pieces: half precision would lose small ones
         for ids, coords, part_mask in reader.parts():
-            # The gradient of any way to make keys and values: nothing of it is written down twice.
+            # Differentiates `keys_values` itself, so no formula is written down twice.
             make = partial(reader.keys_values, ids, reader.rotary(coords))
             (part_k, part_v), gradients = torch.func.vjp(make, *reader.sources(ids, coords))  # type: ignore[misc]
             part_d_q, *d_piece = piece_gradients(d_out, q, Piece(part_k, part_v, mask=part_mask), out, lse)

@@ -1,4 +1,4 @@
-"""Weights on disk, as config.json and model.safetensors, and from and to the Hub."""
+"""Weights on disk, as config.json and model.safetensors, and on the Hub."""
 
 import inspect
 import json
@@ -53,7 +53,7 @@ class StoredModule(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar",
         """The model in a directory (a run is one) or, with huggingface_hub's arguments, on the Hub; in evaluation mode.
 
         Raises:
-            InputError: files missing, damaged, or not ours; arguments that nobody has.
+            InputError: files are missing, damaged or not ours; an argument is unknown.
         """
         unknown = sorted(set(kwargs) - set(inspect.signature(snapshot_download).parameters))
         require(not unknown, f"from_pretrained has no argument {', '.join(unknown)}: leave it out")
@@ -64,7 +64,7 @@ class StoredModule(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar",
                 path = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=files, **kwargs))
             except Exception as error:
                 raise InputError(
-                    f"{pretrained_model_name_or_path}: no such directory, and no such model to be had from the Hub "
+                    f"{pretrained_model_name_or_path}: no such directory, and loading it from the Hub failed "
                     f"({type(error).__name__})"
                 ) from error
         model = cls(PerceiverARConfig.load(path))
@@ -78,7 +78,7 @@ class StoredModule(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar",
                 shards = [path / Path(name).name for name in names]  # never outside of the directory
             tensors: dict[str, Tensor] = {}
             for file in shards:
-                file.open("rb").close()  # safetensors takes what may not be read for missing
+                file.open("rb").close()  # safetensors reports a file without read permission as missing
                 tensors |= load_file(file)
         except PermissionError:
             raise
@@ -98,7 +98,7 @@ class StoredModule(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar",
         }
 
     def load_tensors(self, tensors: dict[str, Tensor], where: str) -> None:
-        """Loads every tensor by name. Raises InputError that lists what is missing, unknown or has another shape."""
+        """Loads every tensor by name. Raises InputError that lists missing, unknown and misshaped ones."""
         own = self.stored_tensors()
         wrong = [f"{name} is missing" for name in own if name not in tensors]
         wrong += [f"{name} is unknown" for name in tensors if name not in own]
