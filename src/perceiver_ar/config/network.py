@@ -57,7 +57,8 @@ class PerceiverARConfig:
     prefix_chunk: int | None = None
     """Number of prefix tokens in each piece that cross-attention reads, so that memory does not grow with the context.
     It does not change the results. 0: no pieces. None: no pieces unless keys and values of the whole prefix would take
-    more than 1/128 of the device's memory, or on a CPU more than 32 MiB."""
+    more than 1/128 of the device's memory, or on a CPU more than 32 MiB. Training with attention_dropout has no
+    pieces."""
 
     # Shape of a block.
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"

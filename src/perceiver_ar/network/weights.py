@@ -63,9 +63,9 @@ class StoredModule(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar",
                 files = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
                 path = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=files, **kwargs))
             except Exception as error:
+                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
                 raise InputError(
-                    f"{pretrained_model_name_or_path}: no such directory, and loading it from the Hub failed "
-                    f"({type(error).__name__})"
+                    f"{pretrained_model_name_or_path}: no such directory, and loading it from the Hub failed: {reason}"
                 ) from error
         model = cls(PerceiverARConfig.load(path))
         file = path / "model.safetensors"
