@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perceiver_ar.config import PRESETS, PerceiverARConfig
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.config.presets import PUBLISHED
 from perceiver_ar.errors import InputError
 from perceiver_ar.network import model as network
 from perceiver_ar.network.heads import rotary_tables
@@ -317,9 +318,9 @@ def test_causality_holds_bit_by_bit_in_bfloat16(case: Case, how: str, data: st.D
 
 
 @pytest.mark.parametrize("how", ["autocast", "model.bfloat16()"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PUBLISHED)
 def test_bfloat16_trains_and_differs_from_float32_by_rounding_only(preset: str, how: str) -> None:
-    model = small(**{**PRESETS[preset], "head_dim": 8, "cross_layers": (0,), "prefix_dropout": 0.0})
+    model = small(**{**PUBLISHED[preset], "head_dim": 8, "cross_layers": (0,), "prefix_dropout": 0.0})
     tokens = random_tokens(model, 2, 12)
     exact = model(tokens)
     reference = gradients(model, next_token_loss(exact, tokens[:, -5:]))

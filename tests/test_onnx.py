@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, Run, generate, stream
 from perceiver_ar.cli import main
-from perceiver_ar.config import PRESETS
+from perceiver_ar.config.presets import PUBLISHED
 from perceiver_ar.data.codec import save_codec
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.errors import InputError
@@ -37,7 +37,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 FROM_END: dict[str, Any] = {"num_heads": 2, "positions_from_end": True, "latents_per_position": 2}
 QUERY_KEYS: dict[str, Any] = {"num_heads": 2, "cross_layers": (0, 1), "latent_keys": "query", "local_context": 1}
 OTHERS = {"keys of the query": QUERY_KEYS, "positions from the end": FROM_END} | {
-    name: {**settings, "head_dim": None, "num_heads": 2} for name, settings in PRESETS.items()
+    name: {**settings, "head_dim": None, "num_heads": 2} for name, settings in PUBLISHED.items()
 }
 LENGTHS = [(1, 0, 1), (2, 0, 8), (1, 1, 1), (3, 16, 8), (1, 23, 1), (2, 5, 3)]
 

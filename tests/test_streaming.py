@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._dynamo import lookup_backend
 from torch.utils._pytree import tree_map_only
 
-from perceiver_ar.config import PRESETS, PerceiverARConfig
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.config.presets import PUBLISHED
 from perceiver_ar.errors import InputError
 from perceiver_ar.network import attention, streaming
 from perceiver_ar.network.attention import Piece, attend_pieces, piece_gradients
@@ -96,10 +97,10 @@ def test_gradients_of_what_is_looked_up_are_not_summed_in_half_precision(chunk: 
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 37])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PUBLISHED)
 def test_in_float32_too(preset: str, chunk: int) -> None:
     sizes = {"context_length": 128, "num_latents": 32, "dim": 64, "prefix_dropout": 0.3, "vocab_size": 50}
-    dense, streamed = pair(chunk, **{**PRESETS[preset], **sizes})
+    dense, streamed = pair(chunk, **{**PUBLISHED[preset], **sizes})
     tokens = tokens_of(dense, 2, 128)
     mask = torch.ones(2, 128, dtype=torch.bool)
     mask[1, :30] = False

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from reference import assert_close, configs, randomize
 from torch import Tensor
 
-from perceiver_ar.config import PRESETS, PerceiverARConfig
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.config.presets import PUBLISHED
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation import generate, stream
 from perceiver_ar.network.model import PerceiverAR
@@ -50,7 +51,7 @@ def small_presets(draw: st.DrawFn) -> PerceiverARConfig:
     context_length = draw(st.integers(1, 10))
     num_layers = draw(st.integers(0, 2))
     return PerceiverARConfig.preset(
-        draw(st.sampled_from(sorted(PRESETS))),
+        draw(st.sampled_from(sorted(PUBLISHED))),
         vocab_size=draw(st.integers(2, 7)),
         context_length=context_length,
         num_latents=draw(st.integers(1, context_length)),

@@ -2,13 +2,15 @@
 
 from typing import Any
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # What learned best at equal time in our measurements.
-    "default": {},
+SIZES: dict[str, dict[str, Any]] = {
     # The demo's network, 4M parameters: what learned best within minutes on two CPU cores.
     "laptop": {"context_length": 1024, "num_latents": 128, "dim": 256, "num_layers": 4, "num_heads": 2},
     # 315M parameters, for a GPU with 24 GB or more and hours of training. Not measured yet.
     "gpu": {"context_length": 8192, "num_latents": 1024, "dim": 1024, "num_layers": 24, "num_heads": 16},
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    # What learned best at equal time in our measurements.
+    "default": {},
     # Hawthorne et al. 2022 as released in google-research/perceiver-ar, rotary form (arXiv 2202.07765, appendix).
     "paper": {
         "local_context": 1,
@@ -56,3 +58,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         "init": "normal",
     },
 }
+PRESETS = SIZES | PUBLISHED
