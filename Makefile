@@ -22,7 +22,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check docs benchmark constraints clean
+.PHONY: help demo test quick check docs benchmark constraints clean
 
 help:  ## this list
 	@echo 'make TARGET [PYTHON=python3.12] [WORKERS=4], where TARGET is'
@@ -37,6 +37,11 @@ demo: .venv/.ready  ## train a small model for some minutes on Python's own sour
 
 test: .venv/.ready  ## all tests but the slow ones; ARGS='-m slow' or ARGS=tests/test_files.py go to pytest
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+QUICK := attention config files layering lock objective optim windows generation/cache generation/sampling data/codec \
+  data/midi_file data/text model
+quick: .venv/.ready  ## within a minute: the tests of the network, its parts and the settings
+	$(BIN)/pytest -n $(WORKERS) $(foreach name,$(QUICK),tests/$(dir $(name))test_$(notdir $(name)).py) $(ARGS)
 
 check: .venv/.ready  ## lint, format, types, and the documentation
 	$(BIN)/ruff check
