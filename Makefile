@@ -38,7 +38,7 @@ demo: .venv/.ready  ## train a small model for some minutes on Python's own sour
 test: .venv/.ready  ## all tests but the slow ones; ARGS='-m slow' or ARGS=tests/test_files.py go to pytest
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
-QUICK := attention config files layering lock objective optim windows generation/cache generation/sampling data/codec \
+QUICK := attention config files kernels layering lock objective optim windows generation/cache generation/sampling data/codec \
   data/midi_file data/text model
 quick: .venv/.ready  ## within a minute: the tests of the network, its parts and the settings
 	$(BIN)/pytest -n $(WORKERS) $(foreach name,$(QUICK),tests/$(dir $(name))test_$(notdir $(name)).py) $(ARGS)

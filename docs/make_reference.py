@@ -138,7 +138,8 @@ def commands_page() -> str:
         "| status | meaning |\n|---|---|\n| 0 | done |\n"
         "| 2 | something that you can change, such as wrong input, a full disk or training that diverges; one line "
         "says what, where and what to do |\n"
-        "| 1 | any other failure, with its traceback |\n| 130 | interrupted |\n\n"
+        "| 1 | any other failure, with its traceback; or another process of the run has died |\n"
+        "| 130 | interrupted |\n\n"
         "Results go to standard output, progress and messages to standard error.\n"
     )
     return "\n".join(parts)

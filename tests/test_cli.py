@@ -1118,6 +1118,15 @@ def test_info_shows_what_the_run_is(finished: Path, capsys: pytest.CaptureFixtur
     assert [line.split("  ")[0] for line in shown] == [name.replace("_", " ") for name in facts]
 
 
+def test_info_says_why_an_unfinished_run_has_stopped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "summary.json").unlink()
+    (run / "stopped.txt").write_text("stopped at step 60, everything saved\n")
+    assert main(["info", str(run)]) == 0
+    assert re.search(r"^stopped +stopped at step 60, everything saved$", capsys.readouterr().out, re.MULTILINE)
+    assert main(["train", "--out", str(run), "--resume", "--max_steps=61"]) == 0
+    assert not (run / "stopped.txt").exists()
+
+
 # Runs that cannot be used.
 
 

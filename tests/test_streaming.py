@@ -20,8 +20,6 @@ from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.config.presets import PUBLISHED
 from perceiver_ar.errors import InputError
 from perceiver_ar.network import attention, streaming
-from perceiver_ar.network.attention import Piece, attend_pieces, piece_gradients
-from perceiver_ar.network.kernels import Plain
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import next_token_loss
 
@@ -271,27 +269,6 @@ def test_compiled_once_for_all_prefix_lengths_with_the_same_numbers(chunk: int, 
         assert_same(run(compiled, tokens), run(loss, tokens), 1e-5)
         first = first or len(graphs)  # torch may start over once, to take the settings' floats for constants
     assert len(graphs) == first <= 2
-
-
-# Kernels that this machine's device does not use by itself.
-
-
-@settings(max_examples=40)
-@given(seed=st.integers(0, 1000), causal=st.booleans(), masked=st.booleans())
-def test_attention_in_ordinary_operations_is_that_of_the_fused_kernel(seed: int, causal: bool, masked: bool) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v, d_out = (torch.randn(2, 2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(4))
-    mask = torch.rand(2, 5, generator=generator) < 0.7
-    mask[:, 0] = True
-    piece = Piece(k, v, causal, mask if masked else None)
-    out, lse = attend_pieces(q, [piece])
-    bias = attention._bias(piece, q)
-    plain_out, plain_lse = Plain.forward(q, k, v, causal, bias)
-    assert_close(plain_out, out, 1e-12)
-    assert_close(plain_lse, lse, 1e-12)
-    expected = piece_gradients(d_out, q, piece, out, lse)
-    for a, b in zip(Plain.backward(d_out, q, k, v, out, lse, causal, bias), expected, strict=True):
-        assert_close(a, b, 1e-12)
 
 
 # Several processes.

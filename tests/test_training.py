@@ -341,6 +341,7 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_then_equals_an_undisturb
     assert not (run / "summary.json").exists()
     last = server.messages()[-1]
     assert last.startswith(f"perceiver-ar: stopped at step {step},")
+    assert Run(run).stopped_file.read_text() in f"{last}\n"
     *_, words = last.partition("resume with: perceiver-ar ")
     assert server.run(*shlex.split(words)) == 0, server.messages()
     assert_same_runs(run, undisturbed)
@@ -373,7 +374,7 @@ def test_a_run_stopped_before_its_first_step_can_be_resumed(
     server: Server, command: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    ready = appears(run, "tensorboard/*")  # written when Lightning sets up, which takes SIGTERM for itself
+    ready = appears(run, "tensorboard/*")  # written shortly before the first step
     assert server.run(*command, "--out", run, signals=[(ready, signal.SIGTERM)]) == 130
     assert server.messages()[-1].endswith(f"resume with: perceiver-ar train --out {run} --resume")
     assert server.run("train", "--out", run, "--resume") == 0, server.messages()

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perceiver_ar import InputError, PerceiverAR, Recipe, train
+from perceiver_ar import InputError, PerceiverAR, Recipe, Run, train
 from perceiver_ar.config import OptimConfig, PerceiverARConfig, TrainerConfig
 from perceiver_ar.data.sampler import TrainingWindows
 from perceiver_ar.data.tokens import TokenFile
@@ -105,6 +105,7 @@ def test_too_high_a_learning_rate_ends_the_run_with_a_diagnosis(recipe: Recipe) 
     optim = OptimConfig(name="adamw", lr=1e30, schedule="constant", warmup=0.0, grad_clip=0.0)
     with pytest.raises(InputError, match=r"diverged: .* lower optim.lr"):
         train(replace(recipe, optim=optim, max_steps=50))
+    assert "training diverged" in Run(recipe.out).stopped_file.read_text()
 
 
 def test_the_first_layer_that_gives_no_finite_output_is_named() -> None:
@@ -161,7 +162,7 @@ def test_out_of_memory_names_what_to_lower_and_by_how_much(tmp_path: Path) -> No
     assert result.returncode == 2, result.stderr
     last = result.stderr.splitlines()[-1]
     assert "out of memory: micro-batches of 128 windows need about" in last
-    assert "set trainer.micro_batch_size to 64 (about " in last
+    assert "--resume with trainer.micro_batch_size 64 (about " in last
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to the limit")

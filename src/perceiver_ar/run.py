@@ -43,6 +43,7 @@ class Run:
             raise InputError(f"{real!r} is not UTF-8 ({byte}): give another --out, or rename the folder")
         self.recipe_file = self.path / "recipe.yaml"
         self.summary_file = self.path / "summary.json"
+        self.stopped_file = self.path / "stopped.txt"
         self.weights_file = self.path / "model.safetensors"
         self.metrics_file = self.path / "metrics.csv"
         self.tokens = self.path / "tokens"

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 
-from perceiver_ar.config import DataConfig
+from perceiver_ar.config import DataConfig, Recipe
 from perceiver_ar.data.modalities import make_codec, official_split, recognise
 from perceiver_ar.data.sources import find_files
 from perceiver_ar.errors import InputError
@@ -115,3 +117,11 @@ def test_a_missing_extra_says_how_to_install_it(tmp_path: Path) -> None:
     for line, (package, extra) in zip(lines, packages, strict=True):
         assert package in line and line.endswith(f"pip install 'perceiver-ar[{extra}]'")
     assert not (tmp_path / "run").exists()
+
+
+def test_every_modality_that_a_recipe_can_name_has_its_codec(tmp_path: Path) -> None:
+    for modality in get_args(get_type_hints(Recipe)["modality"]):
+        sources = find_files(folder_of(tmp_path, "a.npy")) if modality == "integers" else []
+        if sources:
+            np.save(tmp_path / "a.npy", np.arange(3))
+        make_codec(modality, DataConfig(), sources)  # an AssertionError otherwise

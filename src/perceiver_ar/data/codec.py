@@ -21,7 +21,8 @@ from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path, write_text
 
-# Codec names in `codec.json` -> their classes. A new modality adds one line; nothing else is ever imported by name.
+# Codec names in `codec.json` -> their classes; one modality may have several. Nothing else is ever imported by name.
+# docs/modalities.md lists what else a new modality has to add.
 CODECS = {
     "bytes": "perceiver_ar.data.text:BytesCodec",
     "offset_bytes": "perceiver_ar.data.text:OffsetBytesCodec",
@@ -76,7 +77,10 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, data: bytes) -> np.ndarray:
-        """One whole document, or a prompt -> ids (n,) of `dtype`, without separators. Raises `WrongModality`."""
+        """One whole document, or a prompt -> ids (n,) of `dtype`, without the separator before it.
+
+        Raises `WrongModality`.
+        """
 
     def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
         """One document that comes in `chunks` cut anywhere -> its ids, piece by piece. `where` names it in errors.
@@ -98,7 +102,8 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, ids: ArrayLike) -> bytes:
-        """Ids (n,) -> the bytes they stand for. Takes any ids, also the first half of a document."""
+        """Ids (n,) -> the bytes they stand for. Never raises for ids that no document has, such as half a
+        document."""
 
     def fit(self, config: PerceiverARConfig) -> PerceiverARConfig:
         """`config` with the settings that follow from the codec filled in."""
@@ -114,7 +119,10 @@ class Codec(ABC):
         return np.append(separator, self.encode(prompt.encode("utf-8", errors="surrogateescape")))
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray | None:
-        """Which ids may follow `ids` (n,), the row so far: (vocab_size,) bool; None: all may."""
+        """Which ids may follow `ids` (n,), the whole row with separator and prompt: (vocab_size,) bool; None: all may.
+
+        At least one must be allowed.
+        """
         return None
 
     def constraint(self) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -104,6 +104,7 @@ def make_codec(modality: str, data: DataConfig, sources: Sequence[Source]) -> Co
     if data.bpe_vocab_size is not None:
         print(f"training a tokenizer of {data.bpe_vocab_size:,} tokens", file=sys.stderr)
         return train_bpe(read_text(sources, max_bytes=BPE_BYTES), data.bpe_vocab_size)
+    assert modality in ("auto", "text", "bytes"), f"make_codec does not know {modality!r}"
     return BytesCodec(text=modality != "bytes")
 
 
@@ -130,7 +131,9 @@ def codec_settings(codec: Codec) -> dict[str, Any]:
             return {"modality": "audio", "data.audio_codec": own["kind"], "data.codebooks": own["codebooks"]}
         case "integers":
             return {"modality": "integers"}
-    return {"modality": "text"}
+        case "tokenizer" | "offset_bytes":
+            return {"modality": "text"}
+    raise AssertionError(f"codec_settings does not know {codec.name!r}")
 
 
 def official_split(sources: Sequence[Source]) -> tuple[list[Source], list[Source], str] | None:

@@ -9,8 +9,8 @@ For a query, piece c of the keys gives an output O_c and lse_c, the log of the s
 is attention over all keys, and the gradient of piece c needs only q, k_c, v_c, the merged O and lse, and dO, because
 the probabilities are exp(score - lse) with the merged lse. Fused kernels take exactly these (FlashAttention, arXiv
 2205.14135; ring attention, arXiv 2310.01889, uses the same two facts). So a cross-attention of latents to prefix and
-latents is one plain piece and one square causal piece, and no rectangular mask is ever built; and a piece can be made,
-read and dropped before the next one is made (streaming.py).
+latents is one plain piece and one square causal piece, without a rectangular mask (only dropout, padding off the CPU
+and exports need one); and a piece can be made, read and dropped before the next one is made (streaming.py).
 """
 
 import math
@@ -84,7 +84,7 @@ def ordinary_attention() -> Iterator[None]:
         _ordinary = before
 
 
-# Piece by piece: for callers that make their pieces one after another. No gradients flow through these two.
+# Piece by piece, forward and backward: `attend` and streaming.py both go through these. Autograd does not see them.
 
 
 def attend_pieces(q: Tensor, pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def attend_pieces(q: Tensor, pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
     total: Tensor | None = None
     lse = q.new_empty(0)
     for piece in pieces:
-        out, piece_lse = _forward(q, piece)
+        out, piece_lse = piece_forward(q, piece)
         if total is None:
             total, lse = out, piece_lse
         else:
@@ -110,14 +110,15 @@ def piece_gradients(d_out: Tensor, q: Tensor, piece: Piece, out: Tensor, lse: Te
     """The gradients of q (the share of `piece`), k and v; `out` and `lse` are the merged ones."""
     # A query that sees nothing has lse -inf. With a finite one its probabilities are exp(-inf - lse) = 0.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
-    k, v = _neighbours(piece.k), _neighbours(piece.v)
+    d_out, q, k, v = map(_neighbours, (d_out, q, piece.k, piece.v))
     return choose_kernels(q, piece.mask is not None).backward(d_out, q, k, v, out, lse, piece.causal, _bias(piece, q))
 
 
-def _forward(q: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+def piece_forward(q: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+    """Output and lse of one piece: 0 and -inf for a query that sees nothing in it."""
     k, v, bias = _neighbours(piece.k), _neighbours(piece.v), _bias(piece, q)
     out, lse = choose_kernels(q, piece.mask is not None).forward(q, k, v, piece.causal, bias)
-    if bias is not None:  # for a query that sees nothing here, the kernels return lse 0 and an output that may be NaN
+    if bias is not None:  # for a query that sees nothing here, kernels return anything
         seen = bias[..., 0, :] == 0
         seen = seen.cummax(-1).values if piece.causal else seen.any(-1, keepdim=True)
         lse = lse.masked_fill(~seen, float("-inf"))
@@ -188,7 +189,6 @@ def _attention_backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    d_out, q = _neighbours(d_out), _neighbours(q)
     d_q: Tensor | None = None
     d_k, d_v = [], []
     for piece in map(Piece, k, v, causal, masks):
@@ -224,7 +224,7 @@ _attention.register_autograd(_gradients, setup_context=_save)
 
 
 def _attend_whole(q: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
-    """All keys in one call of PyTorch's attention, for devices other than the CPU and for dropout on probabilities.
+    """All keys in one call of PyTorch's attention: on devices other than the CPU, for dropout, and in compiled steps.
 
     Without masks and dropout the lower-right causal bias keeps it a fused kernel that builds no mask.
     """

@@ -1,9 +1,9 @@
-"""PyTorch's fused attention kernels that return the lse, each as a forward and a backward for one piece of the keys.
+"""Kernels for one piece of an attention, forward and backward: PyTorch's fused ones that return the lse, and `Plain`.
 
-They are private functions of torch, so test a new torch version before allowing it.
+The fused ones are private functions of torch, so test a new torch version before allowing it. Only `piece_forward` and
+`piece_gradients` (attention.py) call kernels. tests/test_kernels.py holds each kernel to the contract of `Kernels`.
 
-Shapes: B batch, H heads, N queries, K keys, C channels per head. The lse (B, H, N) is the log of the sum of a query's
-exponentiated scores.
+Shapes: B batch, H heads, N queries, K keys, C channels per head.
 """
 
 from typing import Protocol
@@ -16,9 +16,16 @@ aten = torch.ops.aten
 
 
 class Kernels(Protocol):
-    """Attention to one piece.
+    """Attention of q (B, H, N, C) to k and v (B, H, K, C), one piece of all keys; scores are scaled by C^-1/2.
 
-    `bias` (B, H, N, K) is an additive mask, 0 where seen and -inf where not; the lse given to `backward` is finite.
+    `forward` returns out (B, H, N, C) in q's dtype, and lse (B, H, N), the log of the sum of a query's exponentiated
+    scores in this piece, in float32 (float64 for float64). `backward` gets out and lse of all pieces merged: the
+    probabilities are exp(score - lse) and do not sum to 1 within the piece. It returns new tensors.
+
+    N and K may differ, unless `causal`: then query i sees keys 0 ... i. `bias` (B, H, N, K) is an additive mask, 0
+    where seen and -inf where not, with stride 0 over H and N. Channels are contiguous in memory, other strides are any.
+    For a query that sees nothing in the piece, `forward` may return anything; `backward` gets a finite lse and
+    returns zeros.
     """
 
     @staticmethod

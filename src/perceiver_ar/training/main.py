@@ -1,14 +1,16 @@
 """From a recipe to a trained run: resolve, prepare, fit, finish."""
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from perceiver_ar.config import Recipe
 from perceiver_ar.errors import InputError, require
+from perceiver_ar.files import write_text
 from perceiver_ar.lock import locked
 from perceiver_ar.run import Run
-from perceiver_ar.training.console import say
+from perceiver_ar.training.console import Interrupted, say
 from perceiver_ar.training.finish import finish
 from perceiver_ar.training.loop import fit
 from perceiver_ar.training.memory import keep_freed_memory
@@ -55,9 +57,24 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
     with locked(run.path) if resources.rank == 0 else nullcontext():
         prepared = prepare(run, recipe, resources, resume, find_batch)
         tracker = recipe.trainer.tracker if resources.rank == 0 else "none"
-        with tracking(run.path, with_trainer(prepared.recipe, tracker=tracker)) as track, keep_freed_memory():
+        recording = reason_recorded(run) if resources.rank == 0 else nullcontext()
+        tracked = with_trainer(prepared.recipe, tracker=tracker)
+        with recording, tracking(run.path, tracked) as track, keep_freed_memory():
             training = fit(prepared, track)
             if training is None:
                 return {}
             model = training.usable().eval()
             return finish(prepared, training, model, track) if resources.rank == 0 else {}
+
+
+@contextmanager
+def reason_recorded(run: Run) -> Iterator[None]:
+    """Writes why training ended before its end into the run, for `perceiver-ar info`; a kill leaves nothing."""
+    run.stopped_file.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        expected = isinstance(error, InputError | Interrupted)
+        with suppress(OSError):
+            write_text(run.stopped_file, f"{error}\n" if expected else f"{type(error).__name__}: {error}\n")
+        raise

@@ -18,6 +18,7 @@ from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.run import Run
 from perceiver_ar.training.checkpoints import Checkpoint, Checkpoints
 from perceiver_ar.training.console import say
+from perceiver_ar.training.trouble import is_out_of_memory
 
 Gather = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -37,8 +38,11 @@ def write_checkpoint(
             model.save_pretrained(run.path)  # inside, so that a kill leaves an incomplete checkpoint, too
             torch.save(checkpoint, temporary)
     except (OSError, SafetensorError, RuntimeError) as error:  # some writers raise these instead of OSError
+        if is_out_of_memory(error):
+            raise
         message = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise OSError(errno.EIO, f"cannot save ({message}); make room on the disk", str(run.path)) from error
+        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        raise OSError(number, f"cannot save ({message})", str(run.path)) from error
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

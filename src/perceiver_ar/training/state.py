@@ -128,16 +128,17 @@ class Training:
         if not skip:
             self.loss_sum, self.losses = self.loss_sum + step_loss, self.losses + count
             self.update_mean()
-        if self.failures == FAILURES:
+        if self.failures == self.most_failures:
             where = first_not_finite(self.model, lambda: self.loss.module(batch))
             self.trouble = (
-                f"training diverged: the {FAILURES} steps up to {self.step} gave no finite gradients; {where}: "
-                f"lower optim.lr or optim.muon_lr; what was saved before is kept in {self.recipe.out}"
+                f"training diverged: the {self.failures} steps up to {self.step} gave no finite gradients; {where}: "
+                f"start a new run with lower optim.lr and optim.muon_lr; {self.recipe.out} keeps earlier weights"
             )
 
     def skips_step(self) -> bool:
         """Whether to skip the update because the gradient is not finite or a spike; the same on all ranks."""
         if self.recipe.trainer.precision == "fp16" and not math.isfinite(self.grad_norm):
+            self.failures += 1
             return False  # the scaler raises its scale until this happens, and skips such steps itself
         reason = self.why_to_skip()
         if math.isfinite(self.grad_norm):
@@ -149,6 +150,11 @@ class Training:
             self.skipped += 1
             say(f"step {self.step + 1:,} skipped: {reason}")
         return reason is not None
+
+    @property
+    def most_failures(self) -> int:
+        """Steps in a row without a finite gradient that end the run; in fp16 the scaler first lowers its scale."""
+        return 50 if self.recipe.trainer.precision == "fp16" else FAILURES
 
     def why_to_skip(self) -> str | None:
         if not math.isfinite(self.grad_norm):

@@ -75,13 +75,13 @@ def out_of_memory(recipe: Recipe, parameters: int, device: str) -> str:
     if each > 1:
         half = max(size for size in range(1, each // 2 + 1) if each % size == 0)
         less = gigabytes(expected_bytes(recipe, parameters, device, half))
-        remedy = f"set trainer.micro_batch_size to {half} (about {less}), or use --find_batch"
+        remedy = f"--resume with trainer.micro_batch_size {half} (about {less}), or with --find_batch"
     elif not recipe.trainer.activation_checkpointing:
-        lower = "lower trainer.blocks" if recipe.blocks > 1 else "lower model.context_length or model.num_latents"
-        remedy = f"set trainer.activation_checkpointing, or {lower}"
+        lower = "trainer.blocks" if recipe.blocks > 1 else "model.context_length or model.num_latents"
+        remedy = f"--resume with trainer.activation_checkpointing, or start a new run with a lower {lower}"
     else:
-        remedy = "lower model.context_length, model.num_latents or model.dim"
-    return f"out of memory: {needed}; {remedy}, then --resume or start again"
+        remedy = "start a new run with a lower model.context_length, model.num_latents or model.dim"
+    return f"out of memory: {needed}; {remedy}"
 
 
 def largest_micro_batch(recipe: Recipe, parameters: int, device: str, room: float) -> int | None:

@@ -1,4 +1,4 @@
-"""What happens between steps: progress bar, metrics, evaluations and samples, checkpoints, and when to stop.
+"""What happens between steps: progress bar, metrics, evaluations, samples and checkpoints.
 
 All ranks decide alike when something happens; the first one does it.
 """
