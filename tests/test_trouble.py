@@ -175,7 +175,7 @@ def test_a_network_that_does_not_fit_says_how_large_it_is(tmp_path: Path) -> Non
 
 def test_without_windows_to_give_up_other_settings_are_named() -> None:
     recipe = Recipe(out="x", trainer=replace(TRAINER, micro_batch_size=1))
-    assert "set trainer.activation_checkpointing" in out_of_memory(recipe, 10**6, "cpu")
+    assert "trainer.activation_checkpointing" in out_of_memory(recipe, 10**6, "cpu")
     recipe = replace(recipe, trainer=replace(recipe.trainer, activation_checkpointing=True))
     assert "lower model.context_length" in out_of_memory(recipe, 10**6, "cpu")
 

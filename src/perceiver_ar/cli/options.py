@@ -4,7 +4,8 @@ import argparse
 import os
 import re
 from collections.abc import Collection
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import (
@@ -78,9 +79,14 @@ def refuse_comments(parser: ArgumentParser, argv: list[str]) -> None:
     for word, following in zip(argv, [*argv, ""][1:], strict=True):
         option, equals, value = word.partition("=")
         value, kind = value if equals else following, kinds.get(option)
-        simple = get_origin(kind) is Literal or set(get_args(kind) or [kind]) <= {int, float, bool, type(None)}
+        choices = {get_args(part)[0] if get_origin(part) is Annotated else part for part in choices_of(kind)}
+        simple = get_origin(kind) is Literal or choices <= {int, float, bool, type(None)}
         if kind is not None and simple and "#" in value:
             raise InputError(f"{option} is {value!r}: give the value without #")
+
+
+def choices_of(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def take_text_as_it_is(parser: ArgumentParser) -> None:
@@ -132,7 +138,12 @@ def plain(message: str, known: list[str]) -> str:
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the line ends of our descriptions; says each option's type and default."""
+    """Keeps the line ends of our descriptions; says each option's type, bounds and default."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return re.sub(
+            r"Annotated\[(int|float), (.+?)\](?=, default| \||\]|\))", r"\1, \2", super()._expand_help(action)
+        )
 
 
 def make_parser(verb: str, arguments: str, description: str, examples: str) -> ArgumentParser:

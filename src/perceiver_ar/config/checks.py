@@ -1,16 +1,39 @@
 """Checks that all settings share, and their messages."""
 
 import difflib
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from perceiver_ar.errors import InputError, require
 
 
-def check_types(settings: Any, group: str = "") -> None:
-    """Refuses values that are not of their field's type; lists, which YAML and JSON have, become tuples."""
+@dataclass(frozen=True)
+class Bounds:
+    """The values that a field annotated with it can have."""
+
+    words: str
+    hold: Callable[[Any], bool]
+
+    def __repr__(self) -> str:  # seen in --help
+        return self.words.removeprefix("be ")
+
+
+Positive = Annotated[int, Bounds("be at least 1", lambda x: x >= 1)]
+NotNegative = Annotated[int, Bounds("be at least 0", lambda x: x >= 0)]
+PositiveNumber = Annotated[float, Bounds("be positive and finite", lambda x: 0 < x < math.inf)]
+NotNegativeNumber = Annotated[float, Bounds("be at least 0", lambda x: x >= 0)]
+Share = Annotated[float, Bounds("be in [0, 1]", lambda x: 0 <= x <= 1)]
+ShareBelow1 = Annotated[float, Bounds("be in [0, 1)", lambda x: 0 <= x < 1)]
+
+
+def check_fields(settings: Any, group: str = "") -> None:
+    """Refuses values that are not of their field's type or beyond its bounds. Lists, which YAML and JSON have, become
+    tuples."""
+    annotated = get_type_hints(type(settings), include_extras=True)
     for name, kind in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
         if isinstance(value, (list, tuple)):
@@ -21,6 +44,17 @@ def check_types(settings: Any, group: str = "") -> None:
         ]
         words = " or ".join(map(repr, choices)) or (str(kind) if get_args(kind) else kind.__name__)
         require(fits_type(value, kind), f"{group}{name} is {value!r}: it must be {words}")
+        for bounds in find_bounds(annotated[name]):
+            require(value is None or bounds.hold(value), f"{group}{name} is {value}: it must {bounds.words}")
+
+
+def find_bounds(kind: Any) -> Iterator[Bounds]:
+    """The bounds in an annotation such as `Positive | None`."""
+    if get_origin(kind) is Annotated:
+        yield from (extra for extra in kind.__metadata__ if isinstance(extra, Bounds))
+    elif get_origin(kind) in (UnionType, Union):
+        for choice in get_args(kind):
+            yield from find_bounds(choice)
 
 
 def fits_type(value: Any, kind: Any) -> bool:

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from perceiver_ar.config.checks import check_types, unknown_words
+from perceiver_ar.config.checks import (
+    NotNegative,
+    Positive,
+    PositiveNumber,
+    Share,
+    ShareBelow1,
+    check_fields,
+    unknown_words,
+)
 from perceiver_ar.config.presets import PRESETS
 from perceiver_ar.errors import InputError, require
 
@@ -23,38 +31,38 @@ BEFORE: dict[str, dict[str, Any]] = {"model": {"local_context": 1}, "trainer": {
 class PerceiverARConfig:
     """Settings of a `PerceiverAR`. Sizes are counts; rates are shares between 0 and 1."""
 
-    vocab_size: int = 256
+    vocab_size: Positive = 256
     """Number of different token ids. Ids are 0 ... vocab_size - 1; none of them is special to the model.
     Training takes it from the codec."""
-    context_length: int = 4096
+    context_length: Positive = 4096
     """Maximum number of tokens in a context: prefix and latents together."""
-    num_latents: int = 512
+    num_latents: Positive = 512
     """Maximum number of latents (query positions) unless a call asks for more; each gives one next-token prediction."""
-    dim: int = 512
+    dim: Positive = 512
     """Width of the latents' residual stream."""
-    num_layers: int = 8
+    num_layers: NotNegative = 8
     """Self-attention layers over the latents."""
-    num_heads: int = 8
+    num_heads: Positive = 8
     """Attention heads."""
-    head_dim: int | None = None
+    head_dim: Positive | None = None
     """Channels per head; None: dim / num_heads."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: PositiveNumber = 4.0
     """Hidden width of the feed-forward blocks, as a multiple of their input width."""
     cross_layers: tuple[int, ...] = (0,)
     """Places of the cross-attention layers, each given by the number of the self-attention layer after it (num_layers:
     at the end). (0,) is the paper; (0, 0) is two in a row; (0, 3) has a second one before the fourth layer."""
-    local_context: int = 4
+    local_context: Positive = 4
     """Number of tokens in an embedding: its own and those before it, mixed by a causal depthwise convolution. More than
     1: in cross-attention, the second half of each head's channels searches by content. It is not rotated, and its keys
     come from the token before, so latents find the tokens that followed the same tokens earlier.
     1: embeddings of single tokens, as in the references and in a config.json without this setting."""
-    prefix_dropout: float = 0.0
+    prefix_dropout: ShareBelow1 = 0.0
     """Share of the prefix tokens dropped from each cross-attention in training (paper, section 3.2 and appendix)."""
-    attention_dropout: float = 0.0
+    attention_dropout: ShareBelow1 = 0.0
     """Dropout on cross-attention probabilities in training; needs a masked kernel, so it is slow."""
-    mlp_dropout: float = 0.0
+    mlp_dropout: ShareBelow1 = 0.0
     """Dropout on the hidden units of the feed-forward blocks in training."""
-    prefix_chunk: int | None = None
+    prefix_chunk: NotNegative | None = None
     """Number of prefix tokens in each piece that cross-attention reads, so that memory does not grow with the context.
     It does not change the results. 0: no pieces. None: no pieces unless keys and values of the whole prefix would take
     more than 1/128 of the device's memory, or on a CPU more than 32 MiB. Training with attention_dropout has no
@@ -87,16 +95,16 @@ class PerceiverARConfig:
     # Positions.
     rotary: bool = True
     """Rotate queries and keys by their positions (RoPE, arXiv 2104.09864)."""
-    rotary_fraction: float = 1.0
+    rotary_fraction: Share = 1.0
     """Share of each head's channels that is rotated: the first 2 * floor(fraction * head_dim / 2). In cross-attention
     with local_context above 1, at most the first half."""
-    rotary_heads_fraction: float = 1.0
+    rotary_heads_fraction: Share = 1.0
     """Share of the heads that is rotated: the first floor(fraction * heads) (google)."""
-    rotary_base: float | None = 10000.0
+    rotary_base: PositiveNumber | None = 10000.0
     """Longest rotary wavelength divided by 2 pi; None: context_length (google)."""
     rotary_endpoint: bool = False
     """Frequencies reach exactly 1 / rotary_base at the last band (google) instead of stopping one band before."""
-    rotary_layers: int | None = None
+    rotary_layers: NotNegative | None = None
     """Number of self-attention layers that are rotated, from the first on (krasserm); None: all."""
     position_table: Literal["none", "learned", "sinusoidal"] = "none"
     """Vectors added to the token embeddings by position."""
@@ -113,41 +121,29 @@ class PerceiverARConfig:
     query: the normalised query stream (lucidrains, krasserm)."""
     query_proj: bool = False
     """Make the initial latents from the embeddings with a linear layer that has a bias (google)."""
-    query_mlp_layers: int = 0
+    query_mlp_layers: NotNegative = 0
     """Number of linear layers, each followed by the activation, that the initial latents pass through (google)."""
     query_mlp_activation: Literal["relu2", "relu", "gelu", "gelu_tanh"] | None = None
     """Activation of the query_mlp_layers; None: `activation`."""
     learned_queries: Literal["none", "shared", "each"] = "none"
     """Learn the initial latents instead of reading the tokens. shared: one for all; each: one per latent (google)."""
-    latents_per_position: int = 1
+    latents_per_position: Positive = 1
     """Number of latents at each latent position. They see each other and are averaged before the logits (google)."""
     query_residual: bool = True
     """Add the cross-attention's output to its query."""
     mask_self_attention: bool = True
     """Hide padding from self-attention, too. Only lucidrains masks the cross-attention alone."""
-    embed_dim: int | None = None
+    embed_dim: Positive | None = None
     """Width of the token embeddings; None: dim. Another width needs query_proj or learned_queries (google)."""
-    cross_num_heads: int | None = None
+    cross_num_heads: Positive | None = None
     """Attention heads in cross-attention; None: num_heads."""
-    cross_head_dim: int | None = None
+    cross_head_dim: Positive | None = None
     """Channels per cross-attention head; None: head_dim, or dim / cross_num_heads without one."""
-    cross_mlp_ratio: float | None = None
+    cross_mlp_ratio: PositiveNumber | None = None
     """mlp_ratio of the cross-attention layers; None: mlp_ratio."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in (
-            "vocab_size",
-            "context_length",
-            "num_latents",
-            "dim",
-            "num_heads",
-            "latents_per_position",
-            "local_context",
-        ):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("num_layers", "query_mlp_layers"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}: it must not be negative")
+        check_fields(self)
         require(
             self.num_latents <= self.context_length,
             f"num_latents is {self.num_latents}, more than context_length {self.context_length}: "
@@ -162,28 +158,10 @@ class PerceiverARConfig:
             f"dim {self.dim} is not a multiple of cross_num_heads {self.heads_cross}: change one, "
             "or give cross_head_dim",
         )
-        for name in ("head_dim", "embed_dim", "cross_num_heads", "cross_head_dim", "cross_mlp_ratio", "rotary_base"):
-            value = getattr(self, name)
-            require(
-                value is None or 0 < value < math.inf, f"{name} is {value}: it must be positive and finite, or left out"
-            )
-        require(0 < self.mlp_ratio < math.inf, f"mlp_ratio is {self.mlp_ratio}: it must be positive and finite")
         for name, ratio in {"mlp_ratio": self.mlp_ratio, "cross_mlp_ratio": self.cross_mlp_ratio or 1.0}.items():
             require(
                 int(self.dim * ratio) >= 1, f"{name} is {ratio}: with dim {self.dim} that is no hidden unit, raise it"
             )
-        require(
-            self.prefix_chunk is None or self.prefix_chunk >= 0,
-            f"prefix_chunk is {self.prefix_chunk}: it must be at least 1, 0 for no pieces, or left out",
-        )
-        require(
-            self.rotary_layers is None or self.rotary_layers >= 0,
-            f"rotary_layers is {self.rotary_layers}: it must not be negative, or be left out for all",
-        )
-        for name in ("prefix_dropout", "attention_dropout", "mlp_dropout"):
-            require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}: it must be in [0, 1)")
-        for name in ("rotary_fraction", "rotary_heads_fraction"):
-            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}: it must be in [0, 1]")
         for at in self.cross_layers:
             require(
                 0 <= at <= self.num_layers,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, Self
 
-from perceiver_ar.config.checks import check_types, parse_duration, unknown_words
+from perceiver_ar.config.checks import check_fields, parse_duration, unknown_words
 from perceiver_ar.config.network import BEFORE, PerceiverARConfig
 from perceiver_ar.config.run import DataConfig, OptimConfig, TrainerConfig
 from perceiver_ar.errors import InputError, require
@@ -45,7 +45,7 @@ class Recipe:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_fields(self)
         require(self.out != "", "out is missing: name the run directory to make, as in --out runs/mine")
         require(self.init_from != "", "init_from is empty: name a trained run, or leave it out")
         require(self.max_steps is None or self.max_steps >= 1, f"max_steps is {self.max_steps}: it must be at least 1")

@@ -4,17 +4,25 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from perceiver_ar.config.checks import check_types, parse_duration
+from perceiver_ar.config.checks import (
+    NotNegative,
+    NotNegativeNumber,
+    Positive,
+    Share,
+    ShareBelow1,
+    check_fields,
+    parse_duration,
+)
 from perceiver_ar.errors import InputError, require
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which part of the files is what, and how they become tokens."""
+    """How files become documents and tokens, and which documents are held out."""
 
     validation: tuple[str, ...] | str = ()
     """File or folder to hold out for evaluation, or a list of them, instead of a share of the documents."""
-    validation_fraction: float = 0.05
+    validation_fraction: ShareBelow1 = 0.05
     """Share of the bytes held out, as whole documents."""
     split_on: str | None = None
     """Text that separates documents in a file, such as '\\n\\n\\n\\n'; it is removed. None: each file is a document."""
@@ -37,36 +45,29 @@ class DataConfig:
     """Rows and columns of pictures after scaling and cropping; they determine model.context_length."""
     image_colours: Literal["rgb", "grey", "palette"] = "rgb"
     """rgb: three ids per pixel (red, green, blue); grey: one; palette: one, the nearest of palette_size colours."""
-    palette_size: int = 256
+    palette_size: Positive = 256
     """Number of colours in the palette, which is chosen from the pictures."""
     classes: bool = False
     """Put a class token before each picture: the class is the picture's folder. --prompt then names a class."""
     audio_codec: Literal["mulaw", "encodec", "dac", "mimi"] = "mulaw"
     """mulaw: 8-bit mu-law samples, without a model; the others: codes of a neural codec."""
-    sample_rate: int = 16_000
+    sample_rate: Positive = 16_000
     """Sample rate of mu-law in Hz; recordings are resampled to it. Neural codecs have their own."""
     audio_weights: str | None = None
     """Weights of a neural codec: a folder or a name on the Hub; None: the codec's usual ones on the Hub."""
-    codebooks: int | None = None
+    codebooks: Positive | None = None
     """Number of a neural codec's codebooks to use, coarsest first; None: eight, or all if it has fewer."""
 
     def __post_init__(self) -> None:
-        check_types(self, "data.")
+        check_fields(self, "data.")
         if isinstance(self.validation, str):
             object.__setattr__(self, "validation", (self.validation,))
-        for name in ("palette_size", "codebooks", "sample_rate"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"data.{name} is {value}: it must be at least 1")
         require(self.palette_size <= 256, f"data.palette_size is {self.palette_size}: it must be at most 256")
         require(min(self.image_size) >= 1, f"data.image_size is {self.image_size}: rows and columns must be at least 1")
         if self.split_on is not None:  # shells pass backslashes on
             object.__setattr__(
                 self, "split_on", self.split_on.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
             )
-        require(
-            0 <= self.validation_fraction < 1,
-            f"data.validation_fraction is {self.validation_fraction}: it must be in [0, 1)",
-        )
         if self.group_by is not None:
             try:
                 re.compile(self.group_by)
@@ -89,44 +90,38 @@ class OptimConfig:
 
     name: Literal["muon", "adamw"] = "muon"
     """muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for all."""
-    muon_lr: float = 0.02
+    muon_lr: NotNegativeNumber = 0.02
     """Peak learning rate of the hidden matrices under Muon."""
-    lr: float | None = None
+    lr: NotNegativeNumber | None = None
     """Peak learning rate of AdamW; None: 0.03 with muon, 0.003 with adamw."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegativeNumber = 0.0
     """Decoupled weight decay of matrices, per unit of learning rate."""
-    momentum: float = 0.95
+    momentum: Share = 0.95
     """Muon's momentum."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates."""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     """After the warmup: wsd: stable, then linear decay to zero; cosine: half a cosine to zero; constant: stable."""
-    warmup: float = 0.02
+    warmup: Share = 0.02
     """Share of the run over which learning rates rise from zero."""
-    decay: float = 0.6
+    decay: Share = 0.6
     """wsd: share of the run over which learning rates fall to zero."""
-    grad_clip: float = 1.0
+    grad_clip: NotNegativeNumber = 1.0
     """Maximum norm of the whole gradient; 0: no clipping."""
-    skip_spikes: float = 0.0
+    skip_spikes: NotNegativeNumber = 0.0
     """Skip a step if its gradient norm exceeds the median of the last 100 by this factor, such as 10. 0: skip none."""
-    label_smoothing: float = 0.0
+    label_smoothing: NotNegativeNumber = 0.0
     """Share of each target spread over all other ids. Evaluation does not use it."""
-    z_loss: float = 0.0
+    z_loss: NotNegativeNumber = 0.0
     """Weight of log^2(sum exp(logits)) in the loss, such as 1e-4; it keeps logits from drifting. Evaluation does not
     use it."""
-    ema: float = 0.0
+    ema: ShareBelow1 = 0.0
     """Decay per step of a running mean of the weights, such as 0.999. The mean is then evaluated and saved instead of
     the weights. 0: no mean."""
 
     def __post_init__(self) -> None:
-        check_types(self, "optim.")
-        for name in ("muon_lr", "lr", "weight_decay", "grad_clip", "skip_spikes", "label_smoothing", "z_loss"):
-            value = getattr(self, name)
-            require(value is None or value >= 0, f"optim.{name} is {value}: it must not be negative")
+        check_fields(self, "optim.")
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {self.betas}: both must be in [0, 1)")
-        for name in ("warmup", "decay", "momentum"):
-            require(0 <= getattr(self, name) <= 1, f"optim.{name} is {getattr(self, name)}: it must be in [0, 1]")
-        require(0 <= self.ema < 1, f"optim.ema is {self.ema}: it must be in [0, 1)")
 
     @property
     def adamw_lr(self) -> float:
@@ -137,26 +132,26 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How the run goes through its steps."""
+    """The steps of a run: batches, devices, precision, evaluations, checkpoints."""
 
-    batch_size: int = 4
+    batch_size: Positive = 4
     """Windows per optimizer step."""
-    blocks: int | None = None
+    blocks: Positive | None = None
     """Number of blocks in each window, each of num_latents targets, one after the other. They share the keys and values
     of the text before them, so a step learns from more tokens in less time, but from fewer texts. None: 4, or as
     many as fill half of the context; 1 with prefix dropout, or if the network allows no more."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Positive | None = None
     """Windows per forward pass on each device. Fewer than its share of batch_size: less memory, with accumulated
     gradients. None: the whole share."""
-    devices: int = 1
+    devices: Positive = 1
     """Number of devices that share each step, with one process each. torchrun and SLURM set it themselves."""
-    prefix_ranks: int = 1
+    prefix_ranks: Positive = 1
     """Number of devices that read the same windows, each a share of the prefix, so that the context can grow with it.
     The windows of a step are divided among devices / prefix_ranks such groups."""
-    short_prefix: float = 0.5
+    short_prefix: Share = 0.5
     """Share of the steps whose windows have their prefix cut at random to 3/4, 1/2, 1/4 or nothing. So the model learns
     to predict from short contexts, too, and a shorter prefix is less work."""
-    prefix_growth: float = 0.0
+    prefix_growth: Share = 0.0
     """Share of the run over which the maximum prefix grows from nothing to whole, in quarters. The model learns to use
     near tokens first, at less cost. 0: it is whole from the start."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -170,24 +165,21 @@ class TrainerConfig:
     """torch.compile the network: minutes of compilation, then faster steps."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more time."""
-    evaluations: int = 10
+    evaluations: NotNegative = 10
     """Number of evaluations, each with a sample, evenly spread over the run."""
     evaluation_tokens: int = 100_000
     """Held-out tokens to score per evaluation, spread over all. The final evaluation: the first ten times as many."""
-    sample_tokens: int = 200
+    sample_tokens: NotNegative = 200
     """Length of the samples in tokens; 0: no samples. For pictures, the last sample is a whole picture."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
     """Where metrics go besides metrics.csv and TensorBoard (used if installed); each tracker is an extra to install."""
     checkpoint_every: str = "60s"
     """Time between checkpoints, written as max_time is. Each evaluation writes one, too."""
-    keep_best: int = 1
+    keep_best: NotNegative = 1
     """Number of checkpoints with the best held-out loss to keep, besides the newest two."""
 
     def __post_init__(self) -> None:
-        check_types(self, "trainer.")
-        for name in ("batch_size", "blocks", "micro_batch_size", "devices", "prefix_ranks"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"trainer.{name} is {value}: it must be at least 1")
+        check_fields(self, "trainer.")
         require(
             self.devices == 1 or self.devices % self.prefix_ranks == 0,
             f"trainer.prefix_ranks is {self.prefix_ranks}, which does not divide devices {self.devices}",
@@ -205,10 +197,6 @@ class TrainerConfig:
             + (f" times {ranks}" if self.data_ranks > 1 else "")
             + f": set it to {-(-self.batch_size // each) * each}",
         )
-        for name in ("short_prefix", "prefix_growth"):
-            require(0 <= getattr(self, name) <= 1, f"trainer.{name} is {getattr(self, name)}: it must be in [0, 1]")
-        for name in ("evaluations", "sample_tokens", "keep_best"):
-            require(getattr(self, name) >= 0, f"trainer.{name} is {getattr(self, name)}: it must not be negative")
         require(
             self.evaluation_tokens >= 2, f"trainer.evaluation_tokens is {self.evaluation_tokens}: it must be at least 2"
         )
