@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import (
-    ActionConfigFile,
     ArgumentParser,
     DefaultHelpFormatter,
     Namespace,
@@ -65,7 +64,7 @@ def hide_others(parser: ArgumentParser, shown: Collection[str]) -> None:
     for action in parser._actions:
         if action.option_strings and action.dest not in shown:
             action.help = argparse.SUPPRESS
-            hidden += not isinstance(action, ActionConfigFile | argparse._HelpAction)
+            hidden += 1
     for group in parser._action_groups:
         group.description = None
         if all(action.help is argparse.SUPPRESS for action in group._group_actions):

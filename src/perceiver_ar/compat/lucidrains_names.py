@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from perceiver_ar.compat.weights import inverse_frequencies
 from perceiver_ar.config import PerceiverARConfig
@@ -12,7 +12,7 @@ INV_FREQ = "rotary_pos_emb.inv_freq"
 """A buffer of the package, which is computed from the settings here."""
 
 
-def use_package_names(net: nn.Module) -> None:
+def use_package_names(net: Any) -> None:
     """Makes `net`, which holds our network as `model` and its `rotary_dim`, save and load under the package's names."""
     net.loading = ("", [])  # set and read by the next two: prefix, and torch's errors
     net.register_state_dict_post_hook(_to_package_names)
