@@ -24,7 +24,10 @@ def document_groups(sources: Sequence[Source], pattern: str) -> list[int]:
         key = f"/{match[1 if match.re.groups else 0]}" if match else source.name + "\0"
         groups.append(keys.setdefault(key, len(keys)))
     if not found:
-        raise InputError(f"group_by {pattern!r} finds nothing in any file name, such as {sources[0].name}; correct it")
+        raise InputError(
+            f"group_by {pattern!r} finds nothing in any file name, such as {sources[0].name}: "
+            "correct it, or give '(.*)', which takes each file for itself"
+        )
     return groups
 
 
