@@ -174,19 +174,21 @@ def test_the_prefix_is_streamed_where_it_would_take_a_large_share_of_the_memory(
     assert streaming.automatic_chunk(twice, 1, limit, torch.float32, cpu) > 0
 
 
-def test_projections_that_are_more_than_their_weights_are_not_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "CPU_BYTES", 0)
-    dense, streamed = pair(7)
+def test_projections_that_are_more_than_their_weights_are_not_streamed() -> None:
+    long = 40_000  # so long that its prefix would be streamed
+    dense, streamed = pair(7, context_length=long, cross_head_dim=64)
     automatic = PerceiverAR(dense.config.replace(prefix_chunk=None))
     automatic.load_state_dict(dense.state_dict())
-    tokens = tokens_of(dense, 2, 50)
+    assert streaming.automatic_chunk(dense.config, 1, long, torch.float32, torch.device("cpu")) > 0
+    tokens = tokens_of(dense, 1, long)
     for model in (dense, streamed, automatic):
-        adapted = Adapted(16, 32, bias=False)
+        adapted = Adapted(16, 256, bias=False)
         adapted.load_state_dict(model.cross_attention[1].kv_proj.state_dict())  # type: ignore[union-attr]
         model.cross_attention[1].kv_proj = adapted  # type: ignore[union-attr]
-    assert_close(automatic(tokens, 45), dense(tokens, 45), 1e-6)
+    with torch.no_grad():
+        assert_close(automatic(tokens, long - 5), dense(tokens, long - 5), 1e-6)
     with pytest.raises(InputError, match=r"kv_proj is Adapted .* set prefix_chunk to 0"):
-        streamed(tokens, 45)
+        streamed(tokens, long - 5)
 
 
 def test_a_negative_piece_is_refused() -> None:
