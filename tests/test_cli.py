@@ -153,6 +153,7 @@ WRONG = {
     "a run whose name is not UTF-8": (["--out", "r\udce9"], "is not UTF-8 (byte 0xe9): give another --out"),
     "no time at all": (["--max_time", "0s"], "max_time is '0s'"),
     "no steps at all": (["--max_steps", "0"], "max_steps is 0"),
+    "a number that is none": (["--optim.lr", "abc"], "--optim.lr is abc: it must be a number or left out"),
     "an unknown preset": (["--preset", "gpt5"], "gpt5"),
     "an unknown modality": (["--modality", "video"], "--modality is video: it must be auto or text or bytes or "),
     "an unknown schedule": (["--optim.schedule", "zigzag"], "optim.schedule"),
@@ -675,6 +676,25 @@ def test_options_after_a_config_win(finished: Path, tmp_path: Path) -> None:
     assert (recipe.model.dim, recipe.model.num_latents, recipe.max_steps) == (32, 8, 1)
 
 
+def test_several_files_of_settings_add_up(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "paths.yaml").write_text(f"paths: ['{corpus}']\nseed: 7\n")
+    (tmp_path / "more.yaml").write_text("max_steps: 1\nseed: 8\n")
+    configs = [f"--config={tmp_path / name}.yaml" for name in ("paths", "more")]
+    small = [option for option in SMALL if not option.startswith("--max_steps")]
+    assert main(["train", *configs, "--out", str(tmp_path / "run"), *small]) == 0
+    recipe = Run(tmp_path / "run").recipe()
+    assert (recipe.paths, recipe.seed, recipe.max_steps) == ((str(corpus),), 8, 1)
+
+
+def test_a_preset_beside_all_settings_of_the_network_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--config", finished / "recipe.yaml", "--out", tmp_path / "run"]
+    assert_refused(capsys, *command, "--preset=laptop", says="the preset changes nothing")
+    (tmp_path / "settings.yaml").write_text("preset: [laptop]\n")
+    assert_refused(capsys, "train", "--config", tmp_path / "settings.yaml", says="there is no preset")
+
+
 def test_a_file_of_settings_may_name_a_preset(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("preset: laptop\nmax_steps: 1\nmodel: {dim: 32}\n")
     small = [option for option in SMALL if not option.startswith(("--model", "--max_steps"))]
@@ -1116,6 +1136,16 @@ def test_info_shows_what_the_run_is(finished: Path, capsys: pytest.CaptureFixtur
     assert main(["info", str(finished)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in shown] == [name.replace("_", " ") for name in facts]
+
+
+def test_info_says_why_a_run_has_stopped_before_its_first_checkpoint(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    diverging = ["--optim.name=adamw", "--optim.lr=1e30", "--optim.warmup=0", "--optim.grad_clip=0"]
+    assert main(["train", str(corpus), "--out", str(run), *SMALL, *diverging]) == 2
+    assert main(["info", str(run)]) == 0
+    assert re.search(r"^stopped +training diverged: ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_info_says_why_an_unfinished_run_has_stopped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

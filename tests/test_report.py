@@ -56,6 +56,7 @@ def run(tmp_path: Path) -> Run:
     for name in ("loss.png", "context.png"):
         (run.plots / name).write_bytes(PIXEL)
     (run.samples / "step-000400.txt").write_text("early words")
+    (run.samples / "step-by-step.txt").write_text("notes of the user")
     (run.samples / "step-000848.txt").write_text("if a < b & c: <b>ü€</b>")
     return run
 

@@ -370,6 +370,15 @@ def test_a_run_whose_terminal_hangs_up_saves(command: list[str], tmp_path: Path)
     assert 0 < checkpoint(run)["global_step"] < 100000
 
 
+def test_training_goes_on_when_nobody_reads_its_messages_any_more() -> None:
+    program = "from perceiver_ar.training.console import say; say('a'); say('b'); print('done')"
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    found = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=ours, text=True)
+    os.close(ours)
+    assert (found.returncode, found.stdout) == (0, "done\n")
+
+
 def test_a_run_stopped_before_its_first_step_can_be_resumed(
     server: Server, command: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -108,6 +108,13 @@ def test_too_high_a_learning_rate_ends_the_run_with_a_diagnosis(recipe: Recipe) 
     assert "training diverged" in Run(recipe.out).stopped_file.read_text()
 
 
+def test_weights_that_gave_no_finite_gradients_in_the_last_steps_are_not_saved(recipe: Recipe) -> None:
+    optim = OptimConfig(name="adamw", lr=1e30, schedule="constant", warmup=0.0, grad_clip=0.0)
+    with pytest.raises(InputError, match=r"diverged: the last \d steps gave no finite gradients"):
+        train(replace(recipe, optim=optim, max_steps=4))
+    assert not Run(recipe.out).weights_file.exists()
+
+
 def test_the_first_layer_that_gives_no_finite_output_is_named() -> None:
     model = PerceiverAR(MODEL.replace(init="normal", num_layers=3))
     tokens = torch.randint(256, (1, 32))

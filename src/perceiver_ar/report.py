@@ -3,6 +3,7 @@
 import base64
 import json
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
@@ -107,6 +108,8 @@ def samples(folder: Path) -> Iterator[str]:
     """HTML of the last step's samples, shown by kind, and of earlier texts, folded."""
     steps: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("step-*")):
+        if not re.match(r"step-\d+(-|$)", path.stem):
+            continue  # not one of ours
         steps.setdefault("-".join(path.stem.split("-")[:2]), []).append(path)
     steps = dict(sorted(steps.items(), key=lambda item: int(item[0].removeprefix("step-"))))  # 1000000 behind 999999
     for i, (step, paths) in enumerate(reversed(steps.items())):

@@ -3,12 +3,14 @@
 config.json, model.safetensors      the network; safetensors cannot hold code
 codec.json (tokenizer.json)         the codec: files to ids and back
 recipe.yaml                         the complete settings; training it again reproduces the run
+stopped.txt                         why training ended before its end
 summary.json                        final results; written last, so a run that has it is finished
 metrics.csv, tensorboard/           measurements during training
 tracker_id, wandb/                  the run's name in a tracker, and the files of W&B; only with a tracker
 samples/, plots/, report.html       generated samples, plots, and both on one page
 tokens/, checkpoints/               only for resuming
 checkpoints/initial/                copy of init_from, until the run is finished
+.lock                               names the process that trains in it
 """
 
 import json
@@ -77,7 +79,7 @@ class Run:
         try:
             text = self.recipe_file.read_text(encoding="utf-8")
             settings = load_yaml(text)
-            if isinstance(settings, dict) and "blocks" not in (settings.get("trainer") or {}):
+            if isinstance(settings, dict) and not has_blocks(settings.get("trainer")):
                 settings = yaml.safe_load(text)  # older runs were written with it: `out: 1e-3` is text there
         except FileNotFoundError:
             raise InputError(f"{self.path} holds no recipe.yaml, so it is not a run of perceiver-ar") from None
@@ -145,3 +147,8 @@ class Run:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_text(self.summary_file, json.dumps(summary, indent=2) + "\n")
+
+
+def has_blocks(trainer: Any) -> bool:
+    """Whether a recipe is from after `trainer.blocks` was added."""
+    return isinstance(trainer, dict) and "blocks" in trainer

@@ -44,8 +44,6 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
 
     from perceiver_ar.training.trouble import expected_bytes
 
-    model = run.model()
-    config, parameters, codec = model.config, model.num_parameters(), run.codec_name()
     recipe, summary = run.recipe() if run.recipe_file.exists() else None, run.summary()
     if recipe is not None:
         yield "trained_on", list(recipe.paths) or ["Python's standard library"]
@@ -54,6 +52,10 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
         yield "finished", summary is not None
         if summary is None and run.stopped_file.exists():
             yield "stopped", " ".join(run.stopped_file.read_text(encoding="utf-8").split())
+    if summary is None and recipe is not None and not run.weights_file.exists():
+        return  # it has stopped before its first checkpoint, or has just begun
+    model = run.model()
+    config, parameters, codec = model.config, model.num_parameters(), run.codec_name()
     if codec is not None:
         yield "codec", codec
     yield "parameters", parameters

@@ -128,7 +128,11 @@ def plain(message: str, known: list[str]) -> str:
         return f"{match[1]} has no value; one that begins with a dash needs an equals sign, as in {match[1]}=-x"
     message = message.replace('Parser key "config": ', "--config: ")
     match = WRONG_TYPE.fullmatch(message)
-    kinds = [] if match is None else ["".join(found) for found in re.findall(r"'(\w+)'|(tuple)\[", match["kinds"])]
+    kinds = (
+        []
+        if match is None
+        else ["".join(found) for found in re.findall(r"'(\w+)'|(tuple)\[|Annotated\[(\w+)", match["kinds"])]
+    )
     if match is None or not kinds:
         return message
     if match["option"] in ("max_time", "trainer.checkpoint_every") and match["value"].isdecimal():
@@ -172,12 +176,17 @@ def names(paths: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def option_value(argv: list[str], option: str) -> str | None:
-    """The last value of an option that must be known before parsing; None if it is not there."""
-    found = None
+def option_values(argv: list[str], option: str) -> list[str]:
+    """All values of an option that must be known before parsing."""
+    found = []
     for i, word in enumerate(argv):
         if word == option and i + 1 < len(argv):
-            found = argv[i + 1]
+            found.append(argv[i + 1])
         elif word.startswith(option + "="):
-            found = word[len(option) + 1 :]
+            found.append(word[len(option) + 1 :])
     return found
+
+
+def option_value(argv: list[str], option: str) -> str | None:
+    """The last value of an option that must be known before parsing; None if it is not there."""
+    return next(reversed(option_values(argv, option)), None)

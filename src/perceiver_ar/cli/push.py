@@ -1,12 +1,8 @@
 """perceiver-ar push."""
 
 import sys
-from typing import TYPE_CHECKING
 
 from perceiver_ar.cli.options import make_parser, parse
-
-if TYPE_CHECKING:
-    pass
 
 
 def push_verb(argv: list[str]) -> None:

@@ -11,7 +11,7 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
-from perceiver_ar.cli.options import add_paths, make_parser, names, option_value, parse
+from perceiver_ar.cli.options import add_paths, make_parser, names, option_value, option_values, parse
 from perceiver_ar.config import BEFORE, PRESETS, Recipe, load_yaml, names_all
 from perceiver_ar.errors import InputError
 
@@ -73,22 +73,23 @@ def train_verb(argv: list[str]) -> None:
         run.recipe()  # says clearly what is wrong with it, if anything is
         argv = ["--config", str(run.recipe_file), *argv]
         from_files |= run.recipe_dict()
-    elif (config_file := os.path.expanduser(option_value(argv, "--config") or "")) and Path(config_file).is_file():
-        try:
-            loaded = load_yaml(Path(config_file).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            raise InputError(f"--config {config_file} is not YAML: give a file of settings") from None
-        from_files |= loaded if isinstance(loaded, dict) else {}
+    else:
+        for config_file in map(os.path.expanduser, option_values(argv, "--config")):
+            from_files |= settings_in(Path(config_file))
     for group, before in BEFORE.items():
         if "--resume" in argv or names_all(group, from_files.get(group)):
             parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})
     preset = option_value(argv, "--preset") or from_files.get("preset")
     if preset is not None:
-        if preset not in PRESETS:
+        if names_all("model", from_files.get("model")):
+            raise InputError("the --config file has every setting of the network, so the preset changes nothing")
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
         parser.set_defaults({f"model.{name}": value for name, value in PRESETS[preset].items()})
     init_from = option_value(argv, "--init_from") or from_files.get("init_from")
-    origin = open_origin(init_from, preset) if isinstance(init_from, str) and "--resume" not in argv else None
+    origin = (
+        open_origin(init_from, preset) if init_from and isinstance(init_from, str) and "--resume" not in argv else None
+    )
     if origin is not None:
         parser.set_defaults(origin.settings())  # so that settings that differ are settings that were given
     for name in ("resume", "find_batch"):
@@ -113,6 +114,17 @@ def train_verb(argv: list[str]) -> None:
     summary = train(recipe, resume=resume, find_batch=find_batch)
     if summary:  # of several processes the first one has it
         print(json.dumps(summary, indent=2))
+
+
+def settings_in(file: Path) -> dict[str, Any]:
+    """The settings in a --config file; {} if it is none, which the parser reports."""
+    if not file.is_file():
+        return {}
+    try:
+        settings = load_yaml(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        raise InputError(f"--config {file} is not YAML: give a file of settings") from None
+    return settings if isinstance(settings, dict) else {}
 
 
 def open_origin(path: str, preset: str | None) -> "Origin":

@@ -31,7 +31,8 @@ class Recipe:
     """text: valid UTF-8 only; bytes: any file; auto: recognised from the files."""
     init_from: str | None = None
     """Trained run, or folder with an exported one, from which to take weights, network and codec. Of these, only
-    model.context_length (without position tables), num_latents and dropout can be changed. None: train from scratch."""
+    model.context_length (without position tables), num_latents, prefix_chunk and dropout can be changed.
+    None: train from scratch."""
     max_time: str | None = None
     """Training time, such as 90s, 5m or 1h30m; the learning rate schedule fits into it. none: overrides the time in a
     --config file, so that only max_steps counts."""

@@ -188,14 +188,14 @@ class TrainerConfig:
         require(
             self.batch_size % self.data_ranks == 0,
             f"trainer.batch_size {self.batch_size} is not a multiple of {ranks}, which share it: "
-            f"set it to {-(-self.batch_size // self.data_ranks) * self.data_ranks}",
+            f"set it to {-(-self.batch_size // self.data_ranks) * self.data_ranks}, or lower devices",
         )
         each = self.data_ranks * self.micro_batch
         require(
             self.batch_size % each == 0,
             f"trainer.batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             + (f" times {ranks}" if self.data_ranks > 1 else "")
-            + f": set it to {-(-self.batch_size // each) * each}",
+            + f": set it to {-(-self.batch_size // each) * each}, or lower micro_batch_size",
         )
         require(
             self.evaluation_tokens >= 2, f"trainer.evaluation_tokens is {self.evaluation_tokens}: it must be at least 2"

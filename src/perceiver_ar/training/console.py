@@ -9,7 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
-console = Console(stderr=True, highlight=False, markup=False)
+
+class LogConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads the messages any more, as after `2>&1 | head`: training goes on without them."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+console = LogConsole(stderr=True, highlight=False, markup=False)
 """Quiet on all ranks but the first (see `resources.resolve`)."""
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))

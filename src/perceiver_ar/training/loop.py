@@ -47,8 +47,9 @@ def fit(prepared: Prepared, track: Track) -> Training | None:
             raise InputError(out_of_memory(recipe, model.num_parameters(), prepared.resources.device)) from error
         lost = "closed by peer" in str(error) or isinstance(error, torch.distributed.DistError)
         if prepared.resources.devices > 1 and lost:
-            say(f"perceiver-ar: another process of the run has died; resume from the last checkpoint with: {go_on}")
-            raise SystemExit(1) from None
+            raise SystemExit(
+                f"perceiver-ar: another process of the run has died; resume from the last checkpoint with: {go_on}"
+            ) from None
         raise
     if training.trouble and first:
         raise InputError(training.trouble)

@@ -45,7 +45,8 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
         resume = resume or run.recipe_file.exists()
     if resume:
         before = check_resumable(run, recipe)
-        if recipe.trainer.precision == "auto":
+        possible = before.trainer.precision != "fp16" or resources.device == "cuda"
+        if recipe.trainer.precision == "auto" and possible:
             recipe = with_trainer(recipe, precision=before.trainer.precision)
         recipe = with_settings_taken(recipe, before)
         if (summary := run.summary()) is not None and not goes_further(recipe, before):
@@ -74,7 +75,7 @@ def reason_recorded(run: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        expected = isinstance(error, InputError | Interrupted)
+        expected = isinstance(error, InputError | Interrupted | SystemExit)
         with suppress(OSError):
             write_text(run.stopped_file, f"{error}\n" if expected else f"{type(error).__name__}: {error}\n")
         raise

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from perceiver_ar.config import TrainerConfig
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.training.console import console
+from perceiver_ar.training.console import console, say
 
 Precision = Literal["32", "bf16", "fp16"]
 FABRIC_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
@@ -57,6 +57,8 @@ def resolve(settings: TrainerConfig) -> Resources:
     ranks = [int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ]
     rank = ranks[0] if ranks and devices > 1 else 0
     console.quiet = rank > 0
+    if launched and settings.devices not in (1, devices):
+        say(f"the launcher has started {devices} processes, so trainer.devices {settings.devices} does not count")
     return Resources(choose_device(settings, devices, machines), devices, machines, launched, rank)
 
 
@@ -95,7 +97,9 @@ def choose_device(settings: TrainerConfig, devices: int, machines: int) -> Liter
     if not available[device]:
         raise InputError(f"trainer.device is {settings.device}, but this machine has none: use auto")
     if device == "cuda" and devices // machines > torch.cuda.device_count():
-        raise InputError(f"trainer.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs")
+        raise InputError(
+            f"trainer.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs: lower it"
+        )
     if device == "mps" and devices > 1:
         raise InputError(f"trainer.devices is {devices}, but there is only one MPS device: use 1")
     return device

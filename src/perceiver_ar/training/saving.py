@@ -35,8 +35,8 @@ def write_checkpoint(
     """
     try:
         with checkpoints.writing(checkpoint["global_step"], validation_bits) as temporary:
-            model.save_pretrained(run.path)  # inside, so that a kill leaves an incomplete checkpoint, too
             torch.save(checkpoint, temporary)
+            model.save_pretrained(run.path)  # inside, so that a kill leaves an incomplete checkpoint, too
     except (OSError, SafetensorError, RuntimeError) as error:  # some writers raise these instead of OSError
         if is_out_of_memory(error):
             raise

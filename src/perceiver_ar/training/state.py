@@ -122,6 +122,8 @@ class Training:
         skip = self.skips_step()
         if not skip:
             self.fabric_optimizer.step()
+        elif (scaler := getattr(self.fabric.strategy.precision, "scaler", None)) is not None:
+            scaler.update()  # or it would refuse the next step
         self.optimizer.zero_grad()
         self.step += 1
         self.tokens_seen += batch["targets"]
@@ -131,9 +133,13 @@ class Training:
         if self.failures == self.most_failures:
             where = first_not_finite(self.model, lambda: self.loss.module(batch))
             self.trouble = (
-                f"training diverged: the {self.failures} steps up to {self.step} gave no finite gradients; {where}: "
-                f"start a new run with lower optim.lr and optim.muon_lr; {self.recipe.out} keeps earlier weights"
+                f"training diverged: the {self.failures} steps up to {self.step} gave no finite gradients; {where}; "
+                + self.after_divergence
             )
+
+    @property
+    def after_divergence(self) -> str:
+        return f"start a new run with lower optim.lr and optim.muon_lr; {self.recipe.out} keeps earlier weights"
 
     def skips_step(self) -> bool:
         """Whether to skip the update because the gradient is not finite or a spike; the same on all ranks."""
@@ -172,9 +178,14 @@ class Training:
                 for name, own in self.weights().items():
                     self.mean[name].lerp_(own, 1 - decay)
 
-    def take_mean_loss(self) -> float:
-        """Mean loss in nats, over all ranks, since the last call. All ranks have to call it."""
-        mean = torch.as_tensor(self.loss_sum / max(1, self.losses), device=self.fabric.device)
+    def take_mean_loss(self) -> float | None:
+        """Mean loss in nats, over all ranks, since the last call; None if every step was skipped.
+
+        All ranks have to call it.
+        """
+        if not self.losses:
+            return None
+        mean = torch.as_tensor(self.loss_sum / self.losses, device=self.fabric.device)
         self.loss_sum, self.losses = 0.0, 0
         return float(self.fabric.all_reduce(mean, reduce_op="mean"))  # type: ignore[arg-type]
 
@@ -225,9 +236,10 @@ class Training:
         if not (self.mean or self.recipe.trainer.sharded):
             return self.model
         state = self.gathered(self.mean or self.weights())
+        if not state:
+            return self.model
         model = PerceiverAR(self.recipe.model)
-        if state:
-            model.load_state_dict(state)
+        model.load_state_dict(state)
         return model.to(self.fabric.device)
 
     def gathered(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

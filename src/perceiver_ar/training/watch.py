@@ -37,7 +37,7 @@ class Watch:
         self.tensorboard: Any = None
         if self.first:
             self.metrics = Metrics(self.run.metrics_file, training.step)
-            self.tensorboard = open_tensorboard(self.run.path)
+            self.tensorboard = open_tensorboard(self.run.tensorboard, training.step)
         self.bar = ProgressBar("training", 1.0, console)
 
     def __enter__(self) -> Self:
@@ -54,6 +54,11 @@ class Watch:
         """`stop`: the run stops after this step, before its end."""
         training = self.training
         finished = training.finished
+        if finished and training.failures and self.settings.precision != "fp16":
+            training.trouble = (
+                f"training diverged: the last {training.failures} steps gave no finite gradients; "
+                + training.after_divergence
+            )
         if training.trouble or (training.failures and not finished):
             return  # only weights that gave finite gradients are saved
         if finished or training.now - self.logged_at >= 1.0:
@@ -103,15 +108,17 @@ class Watch:
     def report(self) -> None:
         """Adds a row of training metrics. All ranks have to call it."""
         training = self.training
-        bits, seconds = training.take_mean_loss() / math.log(2), training.now
+        loss, seconds = training.take_mean_loss(), training.now
         rate = (training.tokens_seen - self.logged_tokens) / (seconds - self.logged_at + 1e-9)
         self.logged_at, self.logged_tokens = seconds, training.tokens_seen
         if not self.first:
             return
         lr = training.optimizer.param_groups[0]["lr"]
-        self.add_row(train_bits=bits, lr=lr, grad_norm=training.grad_norm, tokens_per_second=round(rate))
+        train = {} if loss is None else {"train_bits": loss / math.log(2)}
+        self.add_row(**train, lr=lr, grad_norm=training.grad_norm, tokens_per_second=round(rate))
         progress = training.progress
-        text = f"step {training.step:,}  {bits:.3f} bits/token  {rate:,.0f} tokens/s"
+        bits = "skipped" if loss is None else f"{loss / math.log(2):.3f} bits/token"
+        text = f"step {training.step:,}  {bits}  {rate:,.0f} tokens/s"
         self.bar.update(progress, text)
         if not console.is_terminal and seconds - self.printed_at >= 10:
             left = duration(seconds * (1 - progress) / progress)
@@ -132,21 +139,21 @@ class Watch:
         training = self.training
         row = {"step": training.step, "tokens": training.tokens_seen, "seconds": round(training.seconds, 2), **values}
         with self.despite_full_disk():
-            whole, self.disk_full = self.disk_full, False
-            self.metrics.add(row, whole)
+            self.metrics.add(row, whole=self.disk_full)
+            self.disk_full = False
             if self.tensorboard is not None:
                 for name, value in values.items():
                     self.tensorboard.add_scalar(name, value, training.step)
             self.track(values, training.step)
 
 
-def open_tensorboard(path: Path) -> Any:
-    """A writer of event files, or None if TensorBoard is not installed."""
+def open_tensorboard(path: Path, step: int) -> Any:
+    """A writer of event files, or None if TensorBoard is not installed. Events after `step` are repeated."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(path / "tensorboard"))
+    return SummaryWriter(str(path), purge_step=step + 1)
 
 
 def duration(seconds: float) -> str:
