@@ -197,6 +197,9 @@ def evaluate(
     x = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asanyarray(tokens)
     require(x.ndim == 1, f"the tokens to evaluate on have shape {x.shape}: they must be one sequence, (n,)")
     require(x.dtype.kind in "iu", f"the tokens to evaluate on have type {x.dtype}: ids are integers")
+    require(
+        document_length is None or document_length >= 2, f"document_length is {document_length}: it must be at least 2"
+    )
     length = len(x) if document_length is None else document_length
     require(len(x) % max(1, length) == 0, f"{len(x)} tokens are not documents of {length}: encode them again")
     spread = spread and max_tokens is not None and max_tokens < len(x) - first_target

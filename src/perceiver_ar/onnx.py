@@ -156,7 +156,9 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise missing_extra("onnx", error) from None
-    model = copy.deepcopy(model).float().eval()
+    config = model.config
+    require(config.num_layers > 0 and config.cross_layers != (), "the exporter needs a layer of each kind")
+    model = copy.deepcopy(model).cpu().float().eval()
     model.config = model.config.replace(prefix_chunk=0)  # exporters cannot translate the streaming operator
     # The exporter would make example lengths of 0 and 1 constants, equal lengths one length, and inputs that are one
     # tensor one input.

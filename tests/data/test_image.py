@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageOps
 
-from perceiver_ar import PerceiverARConfig
+from perceiver_ar import DataConfig, PerceiverARConfig
 from perceiver_ar.data.codec import WrongModality, load_codec, save_codec
 from perceiver_ar.data.image import ImageCodec, choose_palette, read_image
+from perceiver_ar.data.modalities import make_codec
 from perceiver_ar.data.sources import find_files
+from perceiver_ar.data.tokens import prepare
 from perceiver_ar.errors import InputError
 
 RGB, GREY = ImageCodec(5, 7), ImageCodec(5, 7, "grey")
@@ -285,6 +287,28 @@ def test_the_folder_is_the_class_and_a_prompt_names_it() -> None:
         codec.start("cow")
     with pytest.raises(InputError, match="trained without any"):
         RGB.start("cow")
+
+
+def test_some_pictures_lose_their_class_so_that_the_start_without_one_is_trained() -> None:
+    codec = CODECS["classes"]
+    ids = next(iter(codec.encode_stream([GOOD], "x/cat/1.png"))).astype(np.int64)
+    variants = [codec.augment(ids, np.random.default_rng(seed)) for seed in range(300)]
+    assert {int(variant[0]) for variant in variants} == {256, 257}
+    assert 10 < sum(variant[0] == 256 for variant in variants) < 60
+    assert all((variant[1:] == ids[1:]).all() for variant in variants)
+    assert (RGB.augment(ids, np.random.default_rng(0)) == ids).all()
+
+
+def test_copies_in_folders_of_two_classes_are_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("cat", "dog"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.png").write_bytes(GOOD)
+    (tmp_path / "README.md").write_text("pictures")
+    sources = find_files(tmp_path)
+    codec = make_codec("image", DataConfig(image_size=(5, 7), classes=True), sources)
+    assert isinstance(codec, ImageCodec) and codec.classes == ("cat", "dog")
+    prepare([source for source in sources if source.name.endswith(".png")], codec, tmp_path / "out")
+    assert "are copies" in capsys.readouterr().err
 
 
 def test_the_context_is_a_picture_and_positions_are_its_axes() -> None:

@@ -233,8 +233,8 @@ def rows_of(*values: Any) -> str:
         ("x.ndjson", rows_of("a") + "a\n", r"x\.ndjson is damaged, or .* \(row 2: Expecting value"),
         ("x.csv", "", r"x\.csv is empty"),
         ("x.tsv", "text\n", r"x\.tsv is empty"),
-        ("x.jsonl", rows_of(1), r"x\.jsonl, row 1, has a int in column 'text', not text; set data\.column$"),
-        ("x.jsonl", rows_of("a", ["b"]), r"x\.jsonl.*(list|damaged)"),
+        ("x.jsonl", rows_of(1), r"x\.jsonl, row 1, has 1 in column 'text', not text; set data\.column$"),
+        ("x.csv", 'text\n"open\ntwo\n', r"x\.csv is damaged"),
         (
             "x.jsonl",
             rows_of("b\0c"),
@@ -302,6 +302,27 @@ def test_a_row_with_nul_is_skipped_and_named(tmp_path: Path, capsys: pytest.Capt
     train, _ = tokens(path, tmp_path / "out", validation_fraction=0)
     assert train is not None and TEXT.decode(train.tokens) == b"onethree"
     assert re.search(r"skipped 1 rows:\n .*x\.jsonl, row 2,", capsys.readouterr().err)
+
+
+def test_a_row_without_text_in_the_column_is_skipped_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "one"}\n{"text": 2}\n{"text": ["b"]}\n{"text": "four"}\n')
+    train, _ = tokens(path, tmp_path / "out", validation_fraction=0)
+    assert train is not None and TEXT.decode(train.tokens) == b"onefour"
+    shown = capsys.readouterr().err
+    assert "row 2, has 2 in column 'text'" in shown and "row 3, has ['b'] in column" in shown
+
+
+def test_a_row_of_csv_with_too_many_fields_is_skipped_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text('\nid,text\n1,Hello, world\n2,"Hello, world"\n')
+    train, _ = tokens(path, tmp_path / "out", validation_fraction=0)
+    assert train is not None and TEXT.decode(train.tokens) == b"Hello, world"
+    assert "row 1, has 3 fields for 2 columns: write texts with ',' in quotes" in capsys.readouterr().err
 
 
 def test_a_tokenizer_reads_nul_only_where_it_is_escaped(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def take_text_as_it_is(parser: ArgumentParser) -> None:
 
 
 UNKNOWN = re.compile(
-    r"unrecognized arguments: (?P<option>--[\w.-]+)|Option '(?P<setting>[\w.]+)' is not accepted"
+    r"unrecognized arguments: (?P<option>-{1,2}[\w.-]+)|Option '(?P<setting>[\w.]+)' is not accepted"
     r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'"
 )
 WRONG_TYPE = re.compile(
@@ -123,7 +123,8 @@ def plain(message: str, known: list[str]) -> str:
     if match := UNKNOWN.match(message):
         name = match["option"] or match["setting"] or f"{match['group']}.{match['name']}"
         known = [f"--{other}" for other in known] if match["option"] else known
-        return f"there is no option {unknown_words([name], known)}"
+        file = "" if name.startswith("--") or not match["option"] else f"; a file of that name is ./{name}"
+        return f"there is no option {unknown_words([name], known)}{file}"
     if match := re.fullmatch(r"argument (--[\w.-]+): expected one argument", message):
         return f"{match[1]} has no value; one that begins with a dash needs an equals sign, as in {match[1]}=-x"
     message = message.replace('Parser key "config": ', "--config: ")
@@ -137,7 +138,8 @@ def plain(message: str, known: list[str]) -> str:
         return message
     if match["option"] in ("max_time", "trainer.checkpoint_every") and match["value"].isdecimal():
         return f"--{match['option']} is {match['value']}: give a unit, as in {match['value']}s"
-    return f"--{match['option']} is {match['value']}: it must be {' or '.join(TYPES.get(k, k) for k in kinds)}"
+    hint = " (in a file, put it in quotes)" if "str" in kinds else ""
+    return f"--{match['option']} is {match['value']}: it must be {' or '.join(TYPES.get(k, k) for k in kinds)}{hint}"
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):

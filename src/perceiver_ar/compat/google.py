@@ -127,7 +127,9 @@ def read_params(path: Path) -> dict[str, Tensor]:
     if any(name not in flat or flat[name].ndim != 2 for name in (f"{ROOT}embed/embeddings", f"{ROOT}logits/w")):
         raise InputError(f"{path} has no {ROOT}embed or {ROOT}logits: it is not of google-research/perceiver-ar")
     say_left_out(others, str(path))
-    tensors = {name: torch.from_numpy(array) for name, array in flat.items()}
+    tensors = {
+        name: torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False)) for name, array in flat.items()
+    }
     return {name: tensor.T if name.endswith("/w") else tensor for name, tensor in tensors.items()}
 
 

@@ -200,6 +200,12 @@ class ImageCodec(Codec):
         is_value = np.arange(self.vocab_size) < self.num_values
         return is_value if len(ids) % (self.num_pixel_values + 1) else ~is_value
 
+    def augment(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """One picture in ten loses its class, so that the start id without a class is trained, too."""
+        if self.classes and ids[0] > self.num_values and random.random() < 0.1:
+            ids = np.append(self.num_values, ids[1:])
+        return ids
+
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
         """A dimension is one channel of one pixel, so that bits per dimension are comparable with other models."""
         return {"dimension": float((np.asarray(ids) < self.num_values).sum())}

@@ -197,7 +197,7 @@ class MidiTokCodec(MusicCodec):
     """A tokenisation of MidiTok (Fradet et al. 2021, arXiv 2310.17202): REMI, TSD or MIDI-Like.
 
     Performances have no marked beats, so the tempo is always 120 beats per minute: a beat is half a second, a REMI bar
-    two seconds. Starts are rounded to 20 ms and velocities to 32 levels; pitch 127 is left out. The last id separates
+    two seconds. Starts are rounded to 20 ms and velocities to 32 levels. The last id separates
     pieces.
     """
 

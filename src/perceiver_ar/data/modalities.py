@@ -86,7 +86,8 @@ def make_codec(modality: str, data: DataConfig, sources: Sequence[Source]) -> Co
         palette = None
         if data.image_colours == "palette":
             palette = choose_palette(sources, rows, columns, data.palette_size)
-        classes = sorted({source.path.parent.name for source in sources}) if data.classes else []
+        pictures = [source for source in sources if _kind(source) == "image"] if data.classes else []
+        classes = sorted({Path(os.path.realpath(source.path)).parent.name for source in pictures})
         return ImageCodec(rows, columns, data.image_colours, palette, classes)
     if modality == "audio":
         from perceiver_ar.data.audio import WEIGHTS, MuLawCodec, NeuralCodec

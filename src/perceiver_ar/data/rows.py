@@ -45,8 +45,8 @@ class Rows(Source):
         columns, found = dict[str, None](), False
         for number, row in enumerate(self._rows(advance), 1):
             where = f"{self.name}, row {number},"
-            if row is None:
-                yield where, _refused(WrongModality(f"{where} is damaged (it holds NUL)"))
+            if isinstance(row, str):
+                yield where, _refused(WrongModality(f"{where} {row}"))
                 continue
             value = _field(row, self.column)
             if not found and value is MISSING:
@@ -60,8 +60,9 @@ class Rows(Source):
                 fields = ", ".join(f"{self.column}.{name}" for name in value)
                 raise InputError(f"{where} has fields in column {self.column!r}; set data.column to one of {fields}")
             if not isinstance(value, str | None):
-                kind = type(value).__name__
-                raise InputError(f"{where} has a {kind} in column {self.column!r}, not text; set data.column")
+                reason = f"has {value!r:.40} in column {self.column!r}, not text; set data.column"
+                yield where, _refused(WrongModality(f"{where} {reason}"))
+                continue
             for document in split_documents([(value or "").encode(errors="surrogatepass")], separator):
                 yield where, document
         if columns and not found:
@@ -74,8 +75,8 @@ class Rows(Source):
             "or use --modality bytes for the file as it is"
         )
 
-    def _rows(self, advance: Callable[[int], Any]) -> Iterator[dict[str, Any] | None]:
-        """Yields None for a row that cannot be read."""
+    def _rows(self, advance: Callable[[int], Any]) -> Iterator[dict[str, Any] | str]:
+        """Yields what is wrong with a row that cannot be read."""
         reader = _reader(self)
         if reader in ("parquet", "arrow"):
             if next(self.chunks(), None) is not None:  # raises, too, if the file cannot be read
@@ -85,7 +86,7 @@ class Rows(Source):
         lines = _lines(decode_utf8(text_only(self.chunks(advance), self.name, allow_nul=True), self.name))
         yield from self._objects(lines) if reader in ("jsonl", "ndjson") else self._records(lines, reader)
 
-    def _objects(self, lines: Iterable[str]) -> Iterator[dict[str, Any] | None]:
+    def _objects(self, lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
         """The rows of JSON Lines."""
         number = 0
         for line in lines:
@@ -96,23 +97,24 @@ class Rows(Source):
                 row = json.loads(line, strict=False)  # allows control characters
             except (ValueError, RecursionError) as error:
                 if "\0" in line:  # a row that a crash cut short
-                    yield None
+                    yield NUL
                     continue
                 raise self._damaged(f"row {number}: {error}") from None
             if not isinstance(row, dict):
                 raise self._damaged(f"row {number} is no JSON object")
-            yield None if "\0" in line and self._has_nul(row) else row
+            yield NUL if "\0" in line and self._has_nul(row) else row
 
-    def _records(self, lines: Iterator[str], reader: str) -> Iterator[dict[str, Any] | None]:
+    def _records(self, lines: Iterator[str], reader: str) -> Iterator[dict[str, Any] | str]:
         """The rows of a .csv or .tsv file. Its first line names the columns."""
         csv.field_size_limit(2**31 - 1)  # texts are long
-        first = next(lines, "")
+        first = next((line for line in lines if line.strip()), "")
         delimiter = "\t" if reader == "tsv" else max(",;\t|", key=first.count)
         try:
             (header,) = csv.reader([first], delimiter=delimiter)
-            for record in csv.reader(lines, delimiter=delimiter):
+            for record in csv.reader(lines, delimiter=delimiter, strict=True):  # or a lost quote swallows rows
                 row = dict(zip(header, record, strict=False))
-                yield None if self._has_nul(row) else row
+                longer = f"has {len(record)} fields for {len(header)} columns: write texts with {delimiter!r} in quotes"
+                yield NUL if self._has_nul(row) else longer if len(record) > len(header) else row
         except (ValueError, csv.Error) as error:
             raise self._damaged(str(error)) from None
 
@@ -161,6 +163,9 @@ def _field(row: Any, column: str) -> Any:
             return MISSING
         row = row[name]
     return row
+
+
+NUL = "is damaged (it holds NUL)"
 
 
 def _refused(error: WrongModality) -> Iterator[bytes]:

@@ -16,6 +16,8 @@ def document_groups(sources: Sequence[Source], pattern: str) -> list[int]:
 
     Raises `InputError` if the pattern matches no name.
     """
+    if not sources:
+        return []
     keys: dict[str, int] = {}
     groups, found = [], False
     for source in sources:

@@ -155,6 +155,7 @@ class TokenWriter:
     def add(self, parts: Iterable[Part]) -> None:
         """Adds one document, unless it is empty."""
         start, size, digest = self.num_tokens, 0, hashlib.sha256()
+        skipped = 0 if self.codec.document_length is None else self.dtype.itemsize  # a start id may name a class
         try:
             self.write(self.codec.separator)
             for part in parts:
@@ -162,7 +163,8 @@ class TokenWriter:
                 if part.error is not None:
                     raise part.error
                 if part.content is not None:
-                    digest.update(self.write(part.content))
+                    digest.update(self.write(part.content)[skipped:])
+                    skipped = 0
         finally:
             self.lengths.append(self.num_tokens - start)
             self.sizes.append(size)

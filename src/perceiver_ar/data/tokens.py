@@ -52,7 +52,7 @@ def prepare(
         raise InputError(f"validation_fraction is {validation_fraction}: it must be in [0, 1), usually 0.05")
     if split_on == "":
         raise InputError("split_on is empty; give the string between documents, or leave it out")
-    mark = split_on.encode() if split_on else None
+    mark = split_on.encode(errors="surrogateescape") if split_on else None
     held_out = [] if validation_sources is None else list(validation_sources)
     if held_out:
         reserved = {os.path.realpath(source.path) for source in held_out}

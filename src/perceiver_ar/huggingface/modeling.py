@@ -387,6 +387,8 @@ def end_of_document(path: Any, kwargs: dict[str, Any]) -> int | None:
     except ImportError:  # this file was exported with the weights alone
         return None
     hub = {name: value for name, value in kwargs.items() if name in HUB}
+    for name in ("tokenizer.json", "miditok.json"):  # which codecs keep beside codec.json
+        cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
     file = cached_file(path, "codec.json", _raise_exceptions_for_missing_entries=False, **hub)
     separator: Sequence[int] = () if file is None else load_codec(Path(file).parent).separator
     return separator[-1] if separator else None

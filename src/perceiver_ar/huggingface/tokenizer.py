@@ -29,7 +29,8 @@ class PerceiverARTokenizer:
     @classmethod
     def from_pretrained(cls, path: Any, *_: Any, **kwargs: Any) -> PreTrainedTokenizerFast:
         hub = {name: value for name, value in kwargs.items() if name in HUB}
-        cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)  # beside codec.json
+        for name in ("tokenizer.json", "miditok.json"):  # beside codec.json
+            cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
         file = cached_file(path, "codec.json", _raise_exceptions_for_missing_entries=False, **hub)
         options = {name: value for name, value in kwargs.items() if name not in HUB and not name.startswith("_")}
         return codec_tokenizer(load_codec(path if file is None else Path(file).parent), **options)

@@ -35,6 +35,18 @@ def merge_blocks(x: Tensor, blocks: int) -> Tensor:
     return x.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)
 
 
+def split_queries_keys_values(
+    qkv: Tensor, rotary: Rotary | None, config: PerceiverARConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fused projection (B, K, 3 * H * C) -> queries and keys, rotated, and values, each (B, H, K, C)."""
+    qkv = qkv.unflatten(-1, (3, config.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if torch.compiler.is_compiling():  # Inductor cannot order the strides of both if K is a difference of lengths
+        q, k = (normalize_and_rotate(x, rotary, config) for x in qkv[:2])
+    else:  # half as many operations
+        q, k = normalize_and_rotate(qkv[:2], rotary, config)
+    return q, k, qkv[2]
+
+
 def split_keys_values(kv: Tensor, K: int, rotary: Rotary | None, config: PerceiverARConfig) -> tuple[Tensor, Tensor]:
     """The fused projection of K context tokens -> keys, rotated, and values, each (B, H, K, C).
 

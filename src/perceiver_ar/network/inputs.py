@@ -316,6 +316,8 @@ def resolve_positions(
         real = torch.ones_like(tokens[:1], dtype=torch.bool) if mask is None else mask
         positions = (real.cumsum(1) - 1).clamp_(min=0)
         return positions[:, -1:] - positions if config.positions_from_end else positions
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        raise InputError(f"positions have type {positions.dtype}: they must be integers")
     axes = len(config.table_sizes)
     shape = positions.shape
     positions = positions if positions.ndim > 1 else positions[None]

@@ -34,6 +34,7 @@ from perceiver_ar.network.heads import (
     split_blocks,
     split_heads,
     split_keys_values,
+    split_queries_keys_values,
 )
 from perceiver_ar.network.init import QUERY_GAIN, init_weights
 from perceiver_ar.network.inputs import (
@@ -308,9 +309,7 @@ class SelfLayer(nn.Module):
             update: of a cache with earlier latents; None: no cache.
             blocks: see `PerceiverAR.forward`; each is attended to separately.
         """
-        qkv = self.qkv_proj(self.norm(u)).unflatten(-1, (3, self.config.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = normalize_and_rotate(qkv[:2], rotary, self.config)
-        v = qkv[2]
+        q, k, v = split_queries_keys_values(self.qkv_proj(self.norm(u)), rotary, self.config)
         if blocks > 1:
             q, k, v = (split_blocks(x, blocks) for x in (q, k, v))
             mask = None if mask is None else mask.reshape(-1, mask.shape[1] // blocks)

@@ -227,10 +227,16 @@ def _stream_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     with torch.autocast(q.device.type, enabled=False):
         reader = _Reader([tokens, positions, mask, keep], weights, settings, chunk, group, q.dtype)
-        d_weights = [torch.zeros_like(weight, memory_format=torch.contiguous_format) for weight in weights]
+        # Sums over many pieces: in half precision they would lose small terms.
+        d_weights = [
+            torch.zeros_like(
+                weight, dtype=torch.promote_types(weight.dtype, lse.dtype), memory_format=torch.contiguous_format
+            )
+            for weight in weights
+        ]
         d_tables, d_rest = Tables.of(reader.config, d_weights)
         d_taps = [] if d_tables.taps is None else [d_tables.taps]
-        d_q = torch.zeros_like(q, dtype=lse.dtype)  # a sum over many pieces: half precision would lose small ones
+        d_q = torch.zeros_like(q, dtype=lse.dtype)
         for ids, coords, part_mask in reader.parts():
             # Differentiates `keys_values` itself, so no formula is written down twice.
             make = partial(reader.keys_values, ids, reader.rotary(coords))
@@ -248,6 +254,7 @@ def _stream_backward(
         reader.add_up(d_q, *d_weights)
         own_d_q, d_k, d_v = piece_gradients(d_out, q, Piece(k, v, causal=True, mask=own_mask), out, lse)
         d_q = (d_q + own_d_q).to(q.dtype)
+        d_weights = [total.to(weight.dtype) for total, weight in zip(d_weights, weights, strict=True)]
         return heads_inside(d_q), heads_inside(d_k), heads_inside(d_v), d_weights
 
 
@@ -255,7 +262,7 @@ def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
     """total[rows[b, i]] += values[b, i], for rows (B or 1, ...) and values (B, ..., E)."""
     if len(rows) < len(values):
         values = values.sum(0, keepdim=True)
-    total.index_add_(0, rows.reshape(-1), values.reshape(-1, values.shape[-1]))
+    total.index_add_(0, rows.reshape(-1), values.reshape(-1, values.shape[-1]).to(total.dtype))
 
 
 @_stream_backward.register_fake

@@ -37,7 +37,7 @@ class StopAtOnce(BaseException):
     """A signal that does not wait for the running step."""
 
 
-def take_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+def take_signals(handler: Callable[[int, Any], None] | signal.Handlers) -> dict[int, Any]:
     """Installs `handler` for SIGINT, SIGTERM and SIGHUP; returns their earlier handlers.
 
     Ignored signals stay ignored, as nohup needs. Only the main thread can handle signals; others do nothing.
@@ -58,6 +58,17 @@ def drop_terminal_after_hangup(number: int) -> None:
 @contextmanager
 def signals_taken_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
     handlers = take_signals(handler)
+    try:
+        yield
+    finally:
+        while handlers:
+            signal.signal(*handlers.popitem())
+
+
+@contextmanager
+def default_signals() -> Iterator[None]:
+    """Inside, a signal ends the process as if it had no handler; ignored ones stay ignored."""
+    handlers = take_signals(signal.SIG_DFL)
     try:
         yield
     finally:

@@ -9,7 +9,14 @@ from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.optim import lr_factor
 from perceiver_ar.training.batches import Batches
 from perceiver_ar.training.checkpoints import Checkpoints
-from perceiver_ar.training.console import Interrupted, StopAtOnce, StopRequest, say, signals_taken_by
+from perceiver_ar.training.console import (
+    Interrupted,
+    StopAtOnce,
+    StopRequest,
+    default_signals,
+    say,
+    signals_taken_by,
+)
 from perceiver_ar.training.prepare import Prepared
 from perceiver_ar.training.resources import FABRIC_PRECISIONS, launch_fabric
 from perceiver_ar.training.saving import newest, read_checkpoint
@@ -35,7 +42,8 @@ def fit(prepared: Prepared, track: Track) -> Training | None:
     go_on = f"perceiver-ar train --out {shlex.quote(str(prepared.run.path))} --resume"
     try:
         with signals_taken_by(request.on_signal):
-            fabric = launch_fabric(prepared.resources, recipe.trainer, recipe.trainer.precision)
+            with default_signals():  # other processes may never come, and waiting for them hears no handler
+                fabric = launch_fabric(prepared.resources, recipe.trainer, recipe.trainer.precision)
             training = Training(model, recipe, fabric, None if found is None else read_checkpoint(found))
             stop = run_steps(prepared, training, checkpoints, request, track)
     except StopAtOnce:

@@ -141,7 +141,8 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     if modality in ("midi", "audio") and not ruled and (split := official_split(sources)):
         sources, held_out_sources, line = split
         say(line)
-    codec = load_codec(run.initial) if recipe.init_from is not None else make_codec(modality, data, sources)
+    seen = [*sources, *(held_out_sources or [])] if modality == "integers" else sources  # its ids are those in files
+    codec = load_codec(run.initial) if recipe.init_from is not None else make_codec(modality, data, seen)
     tokens, validation = tokenise(
         sources,
         codec,
@@ -154,7 +155,9 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     )
     save_codec(codec, run.path)
     if validation is None and data.validation_fraction > 0:
-        say("Only one document (or group), so none is held out: give --data.validation or --data.split_on to measure.")
+        one = "Only one document (or group), so none is held out: give --data.validation or --data.split_on to measure."
+        absent = f"data.split_on {data.split_on!r} does not occur, so there is one document, and none is held out."
+        say(absent if data.split_on is not None and tokens.num_documents == 1 else one)
     return tokens, validation, codec
 
 

@@ -68,10 +68,13 @@ def check_launcher(settings: TrainerConfig) -> None:
     The process would wait for others, or believe it is another rank. (sbatch and salloc set SLURM_NTASKS for the srun
     inside them; only srun sets SLURM_STEP_ID.)
     """
-    if TorchElasticEnvironment.detect() or os.environ.get(FIRST_PROCESS) == str(os.getppid()):
-        return
-    slurm = SLURMEnvironment.detect()
-    if (slurm and "SLURM_STEP_ID" in os.environ) or LSFEnvironment.detect():
+    torchrun, slurm = TorchElasticEnvironment.detect(), SLURMEnvironment.detect()
+    started = torchrun or (slurm and "SLURM_STEP_ID" in os.environ)
+    needed = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK") if torchrun else ("SLURM_NODEID", "SLURM_PROCID")
+    if started and (missing := [name for name in needed if name not in os.environ]):
+        kept = "TORCHELASTIC_RUN_ID" if torchrun else "SLURM_STEP_ID"
+        raise InputError(f"the environment has {kept} but no {', '.join(missing)}: first `unset {kept}`")
+    if started or LSFEnvironment.detect() or os.environ.get(FIRST_PROCESS) == str(os.getppid()):
         return
     by_hand = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if by_hand and os.environ.get("WORLD_SIZE") == str(settings.devices):
