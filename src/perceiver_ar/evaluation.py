@@ -26,6 +26,7 @@ from perceiver_ar.files import atomic_path
 from perceiver_ar.generation import evaluation_mode
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import IGNORE, next_token_loss
+from perceiver_ar.windows import longest_context
 
 
 class ScoredWindow(NamedTuple):
@@ -184,11 +185,9 @@ def evaluate(
             whose weights give NaN.
     """
     config = model.config
-    T = config.context_length if context_length is None else context_length
-    require(
-        1 <= T <= config.context_length,
-        f"context_length is {T}: it must be in 1 ... {config.context_length}, the model's own",
-    )
+    longest = longest_context(config)
+    T = longest if context_length is None else context_length
+    require(1 <= T <= longest, f"context_length is {T}: it must be in 1 ... {longest}, the model's own")
     N = min(config.num_latents, T) if num_latents is None else num_latents
     stride = max(1, N // 2) if stride is None else stride
     require(batch_size >= 1, f"batch_size is {batch_size}: it must be at least 1")
@@ -348,7 +347,7 @@ def evaluate_context_lengths(
         InputError: see `evaluate`; too few tokens for the longest context.
     """
     longest = max(context_lengths, default=1)
-    own = model.config.context_length
+    own = longest_context(model.config)
     require(longest <= own, f"context_length is {longest}: it must be in 1 ... {own}, the model's own")
     if first_target is None:
         first_target = longest

@@ -2,12 +2,21 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perceiver_ar.generation.sampling import keep_min_p, keep_top_k, keep_top_p, penalise_repetition, sample
+from perceiver_ar.errors import InputError
+from perceiver_ar.generation.sampling import (
+    Sampling,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalise_repetition,
+    sample,
+)
 
 rows_of_logits = st.lists(
     st.lists(st.floats(-6, 6).map(lambda x: round(x, 3)), min_size=7, max_size=7, unique=True), min_size=1, max_size=3
@@ -50,6 +59,22 @@ def test_the_penalty_is_for_the_ids_seen(logits: Tensor, penalty: float, ids: se
     for row, after in zip(logits.tolist(), penalise_repetition(logits, seen, penalty).tolist(), strict=True):
         for i, (x, y) in enumerate(zip(row, after, strict=True)):
             assert y == (x if i not in ids else x / penalty if x > 0 else x * penalty)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", 1e-310),
+        ("repetition_penalty", 101),
+        ("frequency_penalty", -1.7e308),
+        ("frequency_penalty", math.nan),
+        ("presence_penalty", -1.7e308),
+        ("presence_penalty", 100.5),
+    ],
+)
+def test_penalties_that_make_logits_infinite_are_refused(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{name} is .*it must be in"):
+        Sampling(**{name: value})
 
 
 def test_samples_follow_the_softmax() -> None:

@@ -29,11 +29,11 @@ Serving = Callable[..., AbstractContextManager[str]]
 @pytest.fixture(scope="session")
 def serving() -> Serving:
     """A function (run, **options of `load`) whose context is the server's address."""
-    from perceiver_ar.serving.server import listen, load, web_server
+    from perceiver_ar.serving.server import Server, listen, load
 
     @contextmanager
     def serve(run: Path, **options: Any) -> Iterator[str]:
-        server, listening = web_server(load(run, **options)), listen("127.0.0.1", 0)
+        server, listening = Server(load(run, **options)), listen("127.0.0.1", 0)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
+from perceiver_ar.evaluation import evaluate
 from perceiver_ar.generation import generate
-from perceiver_ar.generation.decoder import Row, RowSettings
+from perceiver_ar.generation.decoder import Row, RowSettings, WeightsError
 from perceiver_ar.generation.sampling import Sampling
 from perceiver_ar.network.model import PerceiverAR
-from perceiver_ar.serving.engine import Busy, Engine, Job
-from perceiver_ar.serving.slots import slot_decoder
+from perceiver_ar.serving.engine import Busy, Engine, Job, TooSlow
+from perceiver_ar.serving.slots import SlotDecoder, slot_decoder
 
 SETTINGS = {"vocab_size": 11, "context_length": 24, "num_latents": 6, "dim": 8, "num_layers": 2, "num_heads": 2}
 seeds = st.integers(0, 2**20)
@@ -44,7 +45,9 @@ class Heard:
         self.scores += [(token, None if logprobs is None else logprobs[i]) for i, token in enumerate(tokens)]
 
     def begun(self, last: bool) -> None:
-        self.last = last
+        with self.changed:
+            self.last = last
+            self.changed.notify_all()
 
     def token(self, sample: int, token: int, logprobs: Tensor, finish: str | None) -> bool:
         with self.changed:
@@ -230,6 +233,107 @@ def test_a_row_that_cannot_go_on_fails_alone() -> None:
             heard(stuck).wait(2)
         for one in several[::2]:
             assert heard(one).wait(1) == generate(MODEL, one.prompt, 40, seed=0).tolist()
+
+
+def test_extreme_penalties_harm_no_other_row() -> None:
+    with running(MODEL, slots=3) as engine:
+        extremes = [{"frequency_penalty": -100, "presence_penalty": -100}, {"repetition_penalty": 0.01}]
+        several = [job([4], 40), *(job([1], 40, **extreme) for extreme in extremes)]
+        engine.submit(several)
+        for one, extreme in zip(several, [{}, *extremes], strict=True):
+            assert heard(one).wait(1) == generate(MODEL, one.prompt, 40, seed=0, **extreme).tolist()
+
+
+def broken_for_ten() -> PerceiverAR:
+    """A model that computes NaN once it reads the id 10."""
+    model = tiny()
+    with torch.no_grad():
+        model.embed.weight[10] = torch.nan
+    return model
+
+
+def test_no_row_sees_the_nan_of_a_row_that_was_in_its_slot() -> None:
+    def not_ten(ids: Tensor) -> Tensor:
+        return torch.arange(11) != 10
+
+    model, settings = broken_for_ten(), RowSettings(allowed_next=not_ten, max_new_tokens=9)
+    with running(model, slots=2) as engine:
+        wrong = [job([10] * 20, 5), job([10] * 20, 5)]
+        for one in wrong:
+            engine.submit([one])
+        for one in wrong:
+            with pytest.raises(WeightsError, match="weights give NaN"):
+                heard(one).wait(1)
+        several = [Job(torch.tensor(prompt), settings, [0], Heard()) for prompt in ([2] * 3, [1] * 15)]
+        engine.submit(several)
+        for one in several:
+            assert heard(one).wait(1) == generate(model, one.prompt, 9, seed=0, allowed_next=not_ten).tolist()
+
+
+def test_a_cleared_decoder_is_all_zeros() -> None:
+    with torch.inference_mode():
+        decoder = slot_decoder(MODEL, 2, 24)
+        assert isinstance(decoder, SlotDecoder)
+        row = Row(0, torch.tensor([1, 2, 3]), MODEL.config)
+        for _ in decoder.prefill(row):
+            pass
+        decoder.admit([row])
+        decoder.clear()
+        for kind in (decoder.all.cross, decoder.all.self_attention):
+            assert not any(x.any() for layer in kind.layers for x in layer)
+            assert not kind.counts.any()
+
+
+def test_a_prompt_that_scores_nan_fails() -> None:
+    with running(broken_for_ten(), slots=1) as engine:
+        scored = Job(torch.tensor([1, 10, 2]), RowSettings(), [], Heard(), score=True)
+        engine.submit([scored])
+        with pytest.raises(WeightsError, match="weights give NaN"):
+            heard(scored).wait(1)
+
+
+@pytest.mark.parametrize("score", [False, True])
+def test_a_prompt_that_is_read_for_too_long_ends(score: bool) -> None:
+    prompt = torch.ones(24 if not score else 5000, dtype=torch.int64)
+    with running(MODEL, slots=2, seconds=0.0) as engine:
+        one = Job(prompt, RowSettings(max_new_tokens=5), [] if score else [0, 1], Heard(), score)
+        engine.submit([one])
+        if score:
+            with pytest.raises(TooSlow):
+                heard(one).wait(1)
+            assert len(heard(one).scores) < 5000
+        else:
+            with heard(one).changed:
+                assert heard(one).changed.wait_for(lambda: heard(one).ends == {0: "late", 1: "late"}, timeout=60)
+            assert heard(one).samples == {}
+
+
+def test_position_tables_shorter_than_the_context_limit_what_is_scored() -> None:
+    model = tiny(position_table="learned", index_dims=(20,))
+    ids = torch.randint(11, (50,), generator=torch.Generator().manual_seed(0))
+    with running(model, slots=1) as engine:
+        scored = Job(ids, RowSettings(), [], Heard(), score=True)
+        engine.submit([scored])
+        with heard(scored).changed:
+            assert heard(scored).changed.wait_for(lambda: heard(scored).last or heard(scored).error, timeout=60)
+    nats = [-float(logprobs[token]) for token, logprobs in heard(scored).scores if logprobs is not None]
+    assert sum(nats) / len(nats) == pytest.approx(evaluate(model, ids).nats_per_token)
+
+
+def test_what_cannot_be_compiled_is_refused() -> None:
+    with pytest.raises(InputError, match="compile needs a cache"):
+        Engine(tiny(position_table="learned", positions_from_end=True), slots=1, compile=True)
+
+
+def test_jobs_can_be_ended_together() -> None:
+    with running(MODEL, slots=1) as engine:
+        several = [job([0], 10**9), job([0], 10**9)]
+        engine.submit(several)
+        assert heard(several[0]).first.wait(60)
+        engine.end_jobs()
+        for one in several:
+            with heard(one).changed:
+                assert heard(one).changed.wait_for(lambda one=one: heard(one).ends == {0: "late"}, timeout=60)
 
 
 def test_after_a_failure_the_next_job_is_served() -> None:

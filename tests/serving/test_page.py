@@ -2,14 +2,17 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from reference import randomize
 from samples import write_music
 
+import perceiver_ar
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import save_codec
 from perceiver_ar.data.midi import PerformanceCodec
@@ -104,6 +107,115 @@ def test_a_text_is_continued_stopped_undone_and_retried(
     assert trouble == []
     assert all(address.startswith((url, "data:")) for address in asked)
     context.close()
+
+
+def test_no_text_is_lost_when_a_request_fails(browser: Any, url: str, model: PerceiverAR) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(url)
+    text, go_on = page.get_by_role("textbox", name="Text to go on from"), page.get_by_role("button", name="Continue")
+    retry, undo = page.get_by_role("button", name="Retry"), page.get_by_role("button", name="Undo")
+
+    def ended() -> str:
+        playwright.expect(go_on).to_be_enabled()
+        return text.text_content()
+
+    def choose() -> str:
+        """Takes another token in the place of the third one; returns the text up to it."""
+        kept = page.evaluate(
+            "() => { const spans = [...text.querySelectorAll('span')].filter(span => Object.keys(span.alternatives ??"
+            " {}).some(other => other !== span.textContent && /^[!-~]$/.test(other))); const span = spans[0];"
+            " let kept = ''; for (const node of text.childNodes) {"
+            " if (node === span) break; kept += node.textContent; }"
+            " const other = Object.keys(span.alternatives).find(o => o !== span.textContent && /^[!-~]$/.test(o));"
+            " span.click(); [...choices.children].find(b => b.firstChild.textContent === other).click();"
+            " return kept + other; }"
+        )
+        return kept
+
+    text.click()
+    page.keyboard.type("Once")
+    page.get_by_label("Seed").fill("3")
+    page.get_by_role("slider", name="Length").fill("32")
+    page.get_by_role("slider", name="Temperature").fill("1")
+    go_on.click()
+    playwright.expect(page.get_by_role("status")).to_contain_text("tokens")
+    whole = ended()
+    assert len(whole) > len("Once")
+    context.set_offline(True)
+    choose()
+    assert ended() == whole
+    undo.click()
+    assert ended() == "Once"
+
+    context.set_offline(False)
+    go_on.click()
+    playwright.expect(page.get_by_role("status")).to_contain_text("tokens")
+    assert ended() == whole
+    kept = choose()
+    playwright.expect(page.get_by_role("status")).to_contain_text("tokens")
+    chosen = ended()
+    assert chosen.startswith(kept)
+    context.set_offline(True)
+    retry.click()
+    assert ended() == chosen
+    context.set_offline(False)
+    retry.click()
+    playwright.expect(page.get_by_role("status")).to_contain_text("tokens")
+    again = ended()
+    assert again.startswith(kept)
+    assert len(text.locator("span").all_text_contents()) > 0
+    ids = generate(model, [[0, *kept.encode()]], 32, seed=5, stop_tokens=[0], top_p=0.95)[0]
+    assert again == kept + BytesCodec().decode(ids.numpy()).decode(errors="replace")
+    undo.click()
+    assert ended() == whole
+    context.close()
+
+
+class Broken(BaseHTTPRequestHandler):
+    """Serves the page; the model's answers break off or are a proxy's errors."""
+
+    models: ClassVar[tuple[int, bytes]]
+    completion: ClassVar[tuple[int, bytes]]
+
+    def do_GET(self) -> None:
+        page = 200, Path(perceiver_ar.__file__).with_name("serving").joinpath("page.html").read_bytes()
+        self._answer(*(self.models if self.path == "/v1/models" else page))
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(*self.completion)
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_what_goes_wrong_is_said(browser: Any) -> None:
+    card = b'{"data": [{"id": "tiny", "context_length": 64, "writes_text": true, "document_length": null}]}'
+    delta = b'data: {"choices": [{"text": "a", "logprobs": {"tokens": ["b"]}, "finish_reason": null}]}\n\n'
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    page = browser.new_page()
+    try:
+        for models, completion, said in (
+            ((502, b"<html>"), (200, b""), "the server answers with status 502"),
+            ((200, card), (502, b"<html>"), "the server answers with status 502"),
+            ((200, card), (200, delta), "the answer broke off"),
+        ):
+            Broken.models, Broken.completion = models, completion
+            page.goto(f"http://127.0.0.1:{server.server_port}")
+            if models[0] == 200:
+                page.get_by_role("button", name="Continue").click()
+            playwright.expect(page.get_by_role("status")).to_have_text(said)
+    finally:
+        page.close()
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """A real server on loopback, and real clients."""
 
+import asyncio
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +16,20 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import CONFIG
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference import randomize
 
 from perceiver_ar.cli import main
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.data.codec import save_codec
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.evaluation import evaluate
 from perceiver_ar.generation import generate
 from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.serving.engine import Engine
+from perceiver_ar.serving.text import Vocabulary
 
 pytest.importorskip("fastapi", reason="needs perceiver-ar[serve]")
 openai = pytest.importorskip("openai", reason="needs the client openai")
@@ -55,9 +63,13 @@ def until(condition: Any, what: str) -> None:
         time.sleep(0.02)
 
 
-def rows_running(url: str) -> float:
+def metric(url: str, name: str) -> float:
     lines = http.get(f"{url}/metrics").text.splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("perceiver_ar_rows_running "))
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
+
+def rows_running(url: str) -> float:
+    return metric(url, "perceiver_ar_rows_running")
 
 
 # Completions
@@ -128,7 +140,7 @@ def test_a_text_ends_before_its_stop(client: Any, model: PerceiverAR) -> None:
 
 def test_log_probabilities_are_of_the_tokens_drawn(client: Any, model: PerceiverAR) -> None:
     answer = client.completions.create(model="tiny", prompt="x", max_tokens=12, seed=7, logprobs=7)
-    logprobs, vocabulary = answer.choices[0].logprobs, BytesCodec()
+    logprobs, names = answer.choices[0].logprobs, Vocabulary(BytesCodec()).names
     assert len(logprobs.tokens) == answer.usage.completion_tokens
     ids = generate(model, [[0, 120]], 12, seed=7)[0].tolist()
     row = [0, 120]
@@ -139,7 +151,7 @@ def test_log_probabilities_are_of_the_tokens_drawn(client: Any, model: Perceiver
         assert 7 <= len(logprobs.top_logprobs[i]) <= 8
         assert logprobs.top_logprobs[i][logprobs.tokens[i]] == logprobs.token_logprobs[i]
         row.append(token)
-    assert vocabulary.decode(ids[:1]) in (logprobs.tokens[0].encode(), vocabulary.decode(ids[:1]))
+    assert logprobs.tokens == [names[token] for token in ids[: len(logprobs.tokens)]]
 
 
 def test_an_echo_scores_the_prompt_as_evaluate_does(client: Any, model: PerceiverAR) -> None:
@@ -159,6 +171,48 @@ def test_an_echo_scores_the_prompt_as_evaluate_does(client: Any, model: Perceive
     assert only.choices[0].logprobs.token_logprobs == logprobs.token_logprobs[:-1]
     assert only.choices[0].text == prompt
     assert only.usage.completion_tokens == 0
+
+
+def test_all_samples_have_the_scores_of_the_prompt(client: Any) -> None:
+    asked = {"model": "tiny", "prompt": "A prompt", "max_tokens": 4, "echo": True, "logprobs": 2, "seed": 1}
+    [first] = client.completions.create(**asked).choices
+    both = client.completions.create(**asked, n=2).choices
+    assert both[0].text == first.text
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert getattr(both[1].logprobs, name)[:9] == getattr(first.logprobs, name)[:9]
+    assert both[1].text.startswith("A prompt")
+    assert [both[1].text[offset] for offset in both[1].logprobs.text_offset[1:9]] == list("A prompt")
+
+
+def test_prompts_with_too_many_scores_are_refused(url: str) -> None:
+    body = {"prompt": ["a" * 1000] * 2, "max_tokens": 0, "echo": True, "logprobs": 100, "n": 2}
+    answer = http.post(f"{url}/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
+    assert "prompt has 2002 tokens to score, with n 2 and logprobs 100" in answer.json()["error"]["message"]
+
+
+def test_a_client_that_does_not_read_ends_its_rows(model: PerceiverAR) -> None:
+    from perceiver_ar.serving.completions import Choice, Delta, Listener
+    from perceiver_ar.serving.metrics import Metrics
+    from perceiver_ar.serving.protocol import MAX_UNREAD
+
+    async def unread() -> tuple[bool, bool, Any]:
+        results = asyncio.Queue[Delta | Exception]()
+        choice = Choice(0, Vocabulary(BytesCodec()), [], None)
+        listener = Listener(results, [choice], None, Metrics(Engine(model, slots=1)))
+        goes_on = listener.token(0, 97, torch.zeros(256), None)
+        for _ in range(MAX_UNREAD):
+            results.put_nowait(Delta(0, "a"))
+        more = listener.token(0, 97, torch.zeros(256), None)
+        await asyncio.sleep(0)
+        last = [results.get_nowait() for _ in range(results.qsize())][-1]
+        return goes_on, more, last
+
+    goes_on, more, last = asyncio.run(unread())
+    assert goes_on
+    assert not more
+    assert last.finish == "length"
 
 
 def test_under_load_every_text_is_that_of_generate_alone(url: str, model: PerceiverAR) -> None:
@@ -207,6 +261,9 @@ def test_under_load_every_text_is_that_of_generate_alone(url: str, model: Percei
         ("logprobs", 101),
         ("stream_options", {"include_usage": True}),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-310),
+        ("frequency_penalty", -1.7e308),
+        ("presence_penalty", 101),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(url: str, field: str, value: Any) -> None:
@@ -263,7 +320,10 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = ("prompt", "max_tokens", "n", "stop", "seed", "logprobs", "echo", "stream", "temperature", "top_p", "top_k")
+FIELDS = (
+    *("prompt", "max_tokens", "n", "stop", "seed", "logprobs", "echo", "stream", "temperature", "top_p", "top_k"),
+    *("min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
+)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -277,11 +337,58 @@ def test_whatever_is_sent_is_answered(url: str, path: str, fields: dict[str, Any
     assert http.get(f"{url}/health").status_code == 200
 
 
+def test_weights_that_give_nan_are_an_error_of_the_server(serving: Any, tmp_path: Path) -> None:
+    broken = randomize(PerceiverAR(PerceiverARConfig(**CONFIG)), seed=1)
+    with torch.no_grad():
+        broken.embed.weight[98] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    save_codec(BytesCodec(), tmp_path / "broken")
+    with serving(tmp_path / "broken", slots=1) as url:
+        for body in ({"max_tokens": 3}, {"max_tokens": 0, "echo": True, "logprobs": 1}):
+            answer = http.post(f"{url}/v1/completions", json={"prompt": "abc", **body})
+            assert answer.status_code == 500
+            assert "weights give NaN" in answer.json()["error"]["message"]
+            with http.stream("POST", f"{url}/v1/completions", json={"prompt": "abc", "stream": True, **body}) as stream:
+                last = [line for line in stream.iter_lines() if line.startswith("data: ")][-1]
+            assert json.loads(last[6:])["error"]["type"] == "server_error"
+        lines = http.get(f"{url}/metrics").text
+        assert 'perceiver_ar_requests_total{path="/v1/completions",status="500"} 2.0' in lines
+        assert "perceiver_ar_disconnects_total 0.0" in lines
+
+
+def test_an_unexpected_error_is_answered_and_counted() -> None:
+    from perceiver_ar.serving.security import Guard
+
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("broken")
+
+    async def ask() -> None:
+        guard = Guard(broken, api_key=None, max_body=9, body_seconds=9, answered=lambda *of: answered.append(of))
+        scope = {"type": "http", "path": "/x", "headers": [(b"host", b"localhost")]}
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await guard(scope, receive, send)
+
+    answered, sent = list[Any](), list[Any]()
+    asyncio.run(ask())
+    assert answered == [("other", 500)]
+    assert json.loads(sent[1]["body"])["error"]["type"] == "server_error"
+
+
 # Who goes away, and who comes when there is no room
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_rows_of_clients_that_go_away_end(url: str, stream: bool) -> None:
+    def gone() -> float:
+        return metric(url, "perceiver_ar_disconnects_total")
+
+    before = gone()
     body = json.dumps({"prompt": "a", "max_tokens": 1_000_000, "n": 3, "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
         connection.sendall(
@@ -290,6 +397,7 @@ def test_rows_of_clients_that_go_away_end(url: str, stream: bool) -> None:
         )
         until(lambda: rows_running(url) >= 1, "the rows do not run")
     until(lambda: rows_running(url) == 0, "the rows still run")
+    until(lambda: gone() == before + 1, "the disconnect is not counted")
 
 
 def test_a_full_queue_says_when_to_come_again(serving: Any, run: Path) -> None:
@@ -344,6 +452,7 @@ def test_without_a_key_only_local_names_are_answered_and_no_other_origin(url: st
     for host, status in (
         ("localhost:1", 200),
         ("[::1]:1", 200),
+        ("127.0.0.2:1", 200),
         ("evil.example", 403),
         ("127.0.0.1.evil.example", 403),
     ):
@@ -373,6 +482,34 @@ def test_sigterm_lets_a_stream_end(run: Path) -> None:
     assert "Traceback" not in log
 
 
+def test_what_runs_until_the_end_of_a_shutdown_is_answered(run: Path) -> None:
+    from perceiver_ar.serving.server import Server, listen, load
+
+    server, listening = Server(load(run, slots=2)), listen("127.0.0.1", 0)
+    server.job_seconds = 0
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    body = {"prompt": [0], "max_tokens": 1_000_000, "seed": 0, "repetition_penalty": 0.5, "top_k": 1}
+
+    def whole() -> Any:
+        return http.post(f"{url}/v1/completions", json=body)
+
+    def stream() -> list[str]:
+        with http.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}) as answer:
+            return [line for line in answer.iter_lines() if line.startswith("data: ")]
+
+    with ThreadPoolExecutor(2) as pool:
+        answers = pool.submit(whole), pool.submit(stream)
+        until(lambda: rows_running(url) == 2, "the rows do not run")
+        server.should_exit = True
+        assert answers[0].result().json()["choices"][0]["finish_reason"] == "length"
+        assert json.loads(answers[1].result()[-2][6:])["choices"][0]["finish_reason"] == "length"
+        assert answers[1].result()[-1] == "data: [DONE]"
+    thread.join(60)
+    listening.close()
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -382,6 +519,8 @@ def test_sigterm_lets_a_stream_end(run: Path) -> None:
         (["--max_context", "15"], "max_context is 15"),
         (["--port", "70000"], "port is 70000"),
         (["--host", "192.0.2.1", "--api_key", "x"], "cannot listen on 192.0.2.1"),
+        (["--host", "a..b", "--api_key", "x"], "cannot listen on a..b"),
+        (["--slots", "1000000000000"], "use fewer --slots"),
         (["--device", "nowhere"], "device is nowhere"),
     ],
 )
@@ -412,6 +551,18 @@ def test_metrics_count(url: str, client: Any) -> None:
     assert 'perceiver_ar_requests_total{path="/v1/completions",status="200"}' in lines
     assert "perceiver_ar_slots 4.0" in lines
     assert "perceiver_ar_first_token_seconds_count" in lines
+
+
+def test_metrics_name_routes_and_no_paths_of_clients(url: str) -> None:
+    http.get(f"{url}/v1/files/secretkey/x.mid")
+    http.post(f"{url}/v1/files/secretkey/x.mid")
+    http.post(f"{url}/invented")
+    http.get(f"{url}/health", headers={"Host": "evil.example"})
+    lines = http.get(f"{url}/metrics").text
+    assert 'path="/v1/files/{key}/{name}",status="404"' in lines
+    assert 'path="other",status="404"' in lines
+    assert "secretkey" not in lines
+    assert "invented" not in lines
 
 
 def test_what_the_page_in_the_docs_shows_runs(url: str, capsys: pytest.CaptureFixture[str]) -> None:

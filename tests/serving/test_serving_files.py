@@ -1,7 +1,10 @@
 """Files go on over HTTP as `generate` and the codec would continue them; what is no file of the kind harms nobody."""
 
+import asyncio
 import io
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from perceiver_ar.data.integers import IntegerCodec
 from perceiver_ar.data.midi import PerformanceCodec
 from perceiver_ar.generation import generate
 from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.serving.engine import Busy
+from perceiver_ar.serving.worker import MAX_IDS, QUEUE, TooMuch, Worker
 
 pytest.importorskip("fastapi", reason="needs perceiver-ar[serve]")
 httpx = pytest.importorskip("httpx2", reason="needs httpx2")
@@ -116,3 +121,71 @@ def test_files_that_lie_are_refused_and_the_server_lives(serving: Any, made: Mad
         drawn = generate(model, [prompt], 4, seed=1, allowed_next=codec.constraint(), stop_tokens=codec.separator[-1:])
         expected = codec.decode(torch.cat([torch.tensor(prompt), drawn[0]]).numpy())
         assert http.get(link["url"]).content == expected
+        lines = http.get("/metrics").text.splitlines()
+        assert "perceiver_ar_generated_tokens_total 4.0" in lines
+        assert f"perceiver_ar_prompt_tokens_total {len(prompt)}.0" in lines
+        assert "perceiver_ar_first_token_seconds_count 1.0" in lines
+
+
+def test_files_take_turns_and_ctrl_c_is_for_the_server(made: Made) -> None:
+    run, _ = made(IntegerCodec(9))
+
+    def npy(n: int) -> bytes:
+        file = io.BytesIO()
+        np.save(file, np.zeros(n, dtype=np.uint8))
+        return file.getvalue()
+
+    async def ask() -> None:
+        worker = Worker(run)
+        try:
+            found = await asyncio.gather(*(worker.encode(npy(5)) for _ in range(QUEUE + 2)), return_exceptions=True)
+            assert [type(one) for one in found] == [np.ndarray] * QUEUE + [Busy] * 2
+            pid = worker._process.pid
+            os.kill(pid, signal.SIGINT)
+            assert (await worker.encode(npy(5))).tolist() == [*IntegerCodec(9).separator, *[0] * 5]
+            assert worker._process.pid == pid
+            with pytest.raises(TooMuch):
+                await worker.encode(npy(MAX_IDS))
+        finally:
+            worker.close()
+
+    asyncio.run(ask())
+
+
+def test_closing_waits_for_no_file(made: Made) -> None:
+    run, _ = made(IntegerCodec(9))
+
+    async def ask() -> None:
+        worker = Worker(run)
+        task = asyncio.create_task(worker.encode(b""))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(worker.close)
+        [error] = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(error, TooMuch | RuntimeError | asyncio.CancelledError)
+        assert worker._process is None
+
+    asyncio.run(ask())
+
+
+def test_a_worker_that_cannot_start_says_so(tmp_path: Path) -> None:
+    async def ask() -> None:
+        worker = Worker(tmp_path / "nothing")
+        try:
+            with pytest.raises(RuntimeError, match="did not start"):
+                await worker.encode(b"")
+        finally:
+            worker.close()
+
+    asyncio.run(ask())
+
+
+def test_results_stay_within_their_limit() -> None:
+    from perceiver_ar.serving.files import MAX_RESULTS, Results
+
+    results = Results()
+    first, second = results.add({"a": b"1"}), results.add({"b": bytes(MAX_RESULTS - 1)})
+    assert results.get(first, "a") == b"1"
+    results.add({"c": b"23"})
+    assert results.get(first, "a") is results.get(second, "b") is None
+    with pytest.raises(TooMuch):
+        results.add({"d": bytes(MAX_RESULTS + 1)})

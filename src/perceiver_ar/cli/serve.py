@@ -1,11 +1,6 @@
 """perceiver-ar serve."""
 
-from typing import TYPE_CHECKING
-
 from perceiver_ar.cli.options import make_parser, parse
-
-if TYPE_CHECKING:
-    pass
 
 
 def serve_verb(argv: list[str]) -> None:

@@ -114,6 +114,13 @@ class KeysValues:
                 x[target, :, :held] = y[source, :, :held]
         self.counts[target] = other.counts[source]
 
+    def erase(self, row: int) -> None:
+        """Makes a row empty, all zeros: masked values are multiplied by 0, so NaN would spread."""
+        for layer in self.layers:
+            for x in layer:
+                x[row].zero_()
+        self.counts[row] = 0
+
     def select(self, rows: Sequence[int]) -> "KeysValues":
         """Copies of rows, in this order; a row may come several times, or not at all."""
         index = torch.tensor(rows)
@@ -201,6 +208,10 @@ class Cache:
     def copy_from(self, other: "Cache", source: int, target: int) -> None:
         self.cross.copy_from(other.cross, source, target)
         self.self_attention.copy_from(other.self_attention, source, target)
+
+    def erase(self, row: int) -> None:
+        self.cross.erase(row)
+        self.self_attention.erase(row)
 
     @property
     def nbytes(self) -> int:

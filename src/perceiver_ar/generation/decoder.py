@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.errors import require
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.generation.cache import Cache
 from perceiver_ar.generation.compiled import NextLogits, compile_and_run, compiled_step, next_logits
 from perceiver_ar.generation.sampling import LogitsProcessor, Sampling, penalise_repetition
@@ -137,7 +137,8 @@ class Row:
         """Logits (V,) after penalties, processors and `allowed_next`.
 
         Raises:
-            InputError: no id is allowed next, logits are NaN, or `allowed_next` does not return a mask.
+            InputError: no id is allowed next, the logits become NaN or infinite, or `allowed_next` does not return a
+                mask.
         """
         sampling, settings = self.settings.sampling, self.settings
         if settings.plain:
@@ -161,12 +162,13 @@ class Row:
                     f"allowed_next gave {_kind(allowed)}: it must give a bool tensor ({len(logits)},), one for each id",
                 )
                 logits = logits.masked_fill(~allowed.cpu(), float("-inf"))
-            best = float(logits.amax())
-            require(
-                math.isfinite(best),
-                f"row {self.index} cannot go on after {len(ids)} tokens: logits_processors and allowed_next leave "
-                f"{'NaN' if math.isnan(best) else 'no id that may come next'}",
-            )
+        best = float(logits.amax())
+        left = "NaN" if math.isnan(best) else "an infinite logit" if best > 0 else "no id that may come next"
+        require(
+            math.isfinite(best),
+            f"row {self.index} cannot go on after {self.num_tokens} tokens: penalties, logits_processors and "
+            f"allowed_next leave {left}",
+        )
         return logits
 
     def fork(self) -> "Row":
@@ -184,7 +186,8 @@ def draw(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], Tensor]:
     Returns the ids, and the log-probabilities (rows, V) of the given logits, in nats, float64 on the CPU.
 
     Raises:
-        InputError: the logits are not finite, or a row has no allowed next id.
+        WeightsError: the logits are not finite.
+        InputError: a row has no allowed next id.
     """
     exact = logits.cpu().double()  # so draws of a seed do not depend on the device
     require_finite(exact)
@@ -202,13 +205,17 @@ def draw(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], Tensor]:
     return tokens, exact.log_softmax(-1)
 
 
+class WeightsError(InputError):
+    """The model's weights give NaN or infinite logits."""
+
+
 def require_finite(logits: Tensor) -> None:
-    """Raises InputError unless the largest logit of every row (B, V) is finite."""
-    require(
-        bool(logits.amax(-1).isfinite().all()),
-        "the model's weights give NaN or infinite logits: use weights from before training diverged, or "
-        "train at a lower learning rate",
-    )
+    """Raises WeightsError unless the largest logit of every row (B, V) is finite."""
+    if not logits.amax(-1).isfinite().all():
+        raise WeightsError(
+            "the model's weights give NaN or infinite logits: use weights from before training diverged, or "
+            "train at a lower learning rate"
+        )
 
 
 def _kind(value: Any) -> str:

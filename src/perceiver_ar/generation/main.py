@@ -73,9 +73,9 @@ def stream(
             penalties, processors, temperature, top-k, top-p, min-p.
         top_p: see `keep_top_p`.
         min_p: see `keep_min_p`.
-        repetition_penalty: see `penalise_repetition`; for ids in the row's prompt and output.
-        frequency_penalty: subtracted from an id's logit for each time that the row has drawn it.
-        presence_penalty: subtracted once from the logit of an id that the row has drawn.
+        repetition_penalty: see `penalise_repetition`; for ids in the row's prompt and output. In 0.01 ... 100.
+        frequency_penalty: subtracted from an id's logit for each time that the row has drawn it. In -100 ... 100.
+        presence_penalty: subtracted once from the logit of an id that the row has drawn. In -100 ... 100.
         logits_processors: callables that turn a row's ids so far (1, T) and logits (1, V) float64, on the CPU, into
             other logits, as those of Hugging Face transformers.
         allowed_next: from a row's ids so far (T,) to (V,) bool, True for ids that are allowed next, such as

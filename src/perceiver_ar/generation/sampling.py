@@ -42,12 +42,12 @@ class Sampling:
         require(p is None or 0 < p <= 1, f"top_p is {p}: it must be in (0, 1], or left out")
         require(m is None or 0 <= m <= 1, f"min_p is {m}: it must be in [0, 1], or left out")
         require(
-            0 < self.repetition_penalty < math.inf,
-            f"repetition_penalty is {self.repetition_penalty}: it must be finite and more than 0; 1 changes nothing",
+            0.01 <= self.repetition_penalty <= 100,
+            f"repetition_penalty is {self.repetition_penalty}: it must be in 0.01 ... 100; 1 changes nothing",
         )
         for name in ("frequency_penalty", "presence_penalty"):
             value = getattr(self, name)
-            require(math.isfinite(value), f"{name} is {value}: it must be finite; 0 changes nothing")
+            require(-100 <= value <= 100, f"{name} is {value}: it must be in -100 ... 100; 0 changes nothing")
 
     @property
     def penalises(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Form, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -24,9 +24,10 @@ from starlette.types import Receive, Scope, Send
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import END_OF_TEXT
 from perceiver_ar.errors import InputError
+from perceiver_ar.generation.decoder import WeightsError
 from perceiver_ar.serving.completions import Completion, as_rows
-from perceiver_ar.serving.engine import Busy, Engine
-from perceiver_ar.serving.errors import describe, error_body, error_response
+from perceiver_ar.serving.engine import Busy, Engine, TooSlow
+from perceiver_ar.serving.errors import FAILED, describe, error_body, error_response
 from perceiver_ar.serving.files import GenerateForm, Generation, Results, media_type
 from perceiver_ar.serving.metrics import Metrics
 from perceiver_ar.serving.protocol import CompletionRequest, Refused, require_unicode
@@ -44,6 +45,8 @@ POLICY = (
     "img-src 'self' data:; media-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """The page loads nothing from other hosts, and other pages cannot frame it."""
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +78,21 @@ class DetokenizeRequest(BaseModel):
 
 
 class Events(EventSourceResponse):
-    """Server-sent events. Calls `on_end` when they end in any way, also before they begin."""
+    """Server-sent events. When they end in any way, also before they begin, calls `on_end(whether all were sent)`."""
 
-    def __init__(self, content: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+    def __init__(self, content: AsyncIterator[bytes], on_end: Callable[[bool], None]) -> None:
         super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self.on_end = on_end
+        self.on_end, self.complete = on_end, False
+
+    async def stream_response(self, send: Send) -> None:
+        await super().stream_response(send)
+        self.complete = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.on_end()
+            self.on_end(self.complete)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -121,19 +128,20 @@ def create_app(service: Service) -> FastAPI:
             raise Refused(f"prompt cannot be read: {str(error).partition(';')[0]}", "prompt") from None
         completion = Completion(body, rows, engine, vocabulary, name, metrics)
         completion.submit()
-        return await answer_with(request, completion, completion.chunks if body.stream else None)
+        return await answer_with(request, completion, completion.chunks if body.stream else None, metrics)
 
     @app.post("/v1/generate")
     async def generate(request: Request, form: Annotated[GenerateForm, Form()]) -> Response:
-        generation = Generation(form, service.codec, engine, worker, results)
+        generation = Generation(form, service.codec, engine, worker, results, metrics)
         try:
-            await generation.read()
+            if await unless_gone(request, generation.read()) is None:
+                return client_gone(metrics)
         except Refused:
             raise
         except InputError as error:  # a file of another kind, or a damaged one
             return error_response(422, str(error), param="prompt" if form.file is None else "file")
         generation.submit()
-        return await answer_with(request, generation, generation.events if form.stream else None)
+        return await answer_with(request, generation, generation.events if form.stream else None, metrics)
 
     @app.get("/v1/files/{key}/{name}")
     async def file(key: str, name: str) -> Response:
@@ -196,16 +204,28 @@ class Work(Protocol):
 
 
 async def answer_with(
-    request: Request, work: Work, pieces: Callable[[], AsyncIterator[dict[str, Any]]] | None
+    request: Request, work: Work, pieces: Callable[[], AsyncIterator[dict[str, Any]]] | None, metrics: Metrics
 ) -> Response:
     """Responds with `pieces` as they come; None: with the whole answer. Cancels the work if the client goes away."""
     if pieces is not None:
-        return Events(events(pieces()), work.cancel)
+
+        def end(complete: bool) -> None:
+            work.cancel()
+            if not complete:
+                metrics.gone.inc()
+
+        return Events(events(pieces()), end)
     try:
         answer = await unless_gone(request, work.whole())
     finally:
         work.cancel()
-    return Response(status_code=499) if answer is None else JSONResponse(answer)  # 499: as nginx; nobody reads it
+    return client_gone(metrics) if answer is None else JSONResponse(answer)
+
+
+def client_gone(metrics: Metrics) -> Response:
+    """The answer that nobody reads; its status is that of nginx."""
+    metrics.gone.inc()
+    return Response(status_code=499)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -215,12 +235,10 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_response(status, str(error), param=error.param, code=error.code)
 
     @app.exception_handler(TooMuch)
-    async def too_much(_: Request, error: TooMuch) -> Response:
-        return error_response(413, "the file exceeds the limit of memory or time", param="file")
-
+    @app.exception_handler(TooSlow)
     @app.exception_handler(InputError)
-    async def wrong_input(_: Request, error: InputError) -> Response:
-        return error_response(400, str(error))
+    async def known(_: Request, error: Exception) -> Response:
+        return error_response(*status_and_message(error), param="file" if isinstance(error, TooMuch) else None)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -236,9 +254,17 @@ def add_error_handlers(app: FastAPI) -> None:
     async def http(_: Request, error: HTTPException) -> Response:
         return error_response(error.status_code, str(error.detail), headers=error.headers)
 
-    @app.exception_handler(Exception)
-    async def failure(_: Request, error: Exception) -> Response:
-        return error_response(500, "the server failed to answer this request; its log has the reason")
+
+def status_and_message(error: Exception) -> tuple[int, str]:
+    if isinstance(error, TooMuch):
+        return 413, "the file, or a result, exceeds the limit of memory, time or tokens"
+    if isinstance(error, TooSlow):
+        return 503, "the prompt could not be scored in time: send a shorter one"
+    if isinstance(error, WeightsError):
+        return 500, str(error)
+    if isinstance(error, InputError):
+        return 400, str(error)
+    return 500, FAILED
 
 
 async def events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
@@ -255,19 +281,17 @@ async def events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
             yield format_sse_event(data_str=json.dumps(chunk))
     except StopAsyncIteration:
         yield format_sse_event(data_str="[DONE]")
-    except TooMuch:
-        yield format_sse_event(data_str=json.dumps(error_body(413, "the files exceed the limit of memory or time")))
-    except InputError as error:
-        yield format_sse_event(data_str=json.dumps(error_body(400, str(error))))
-    except Exception:
-        logger.exception("a stream failed")
-        yield format_sse_event(data_str=json.dumps(error_body(500, "the server failed; its log has the reason")))
+    except Exception as error:
+        status, message = status_and_message(error)
+        if message is FAILED:
+            logger.exception("a stream failed")
+        yield format_sse_event(data_str=json.dumps(error_body(status, message)))
     finally:
         if coming is not None:
             coming.cancel()
 
 
-async def unless_gone(request: Request, answer: Awaitable[dict[str, Any]]) -> dict[str, Any] | None:
+async def unless_gone(request: Request, answer: Awaitable[T]) -> T | None:
     """The answer; None if the client goes away first. uvicorn does not cancel a request whose client has gone."""
 
     async def gone() -> None:

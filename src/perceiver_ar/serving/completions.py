@@ -14,8 +14,8 @@ from torch import Tensor
 
 from perceiver_ar.generation.decoder import RowSettings
 from perceiver_ar.serving.engine import Engine, Finish, Job
-from perceiver_ar.serving.metrics import Metrics
-from perceiver_ar.serving.protocol import CompletionRequest
+from perceiver_ar.serving.metrics import Metrics, TokenTimes
+from perceiver_ar.serving.protocol import MAX_SCORES, MAX_UNREAD, CompletionRequest, Refused
 from perceiver_ar.serving.text import StoppedText, Vocabulary
 
 
@@ -77,6 +77,11 @@ class Choice:
             self._record(token, None if logprobs is None else logprobs[i])
             self.echoed += len(self.vocabulary.bytes[token])
 
+    def echo_of(self, other: "Choice") -> None:
+        """Has the echo of another choice of the same prompt."""
+        self.tokens, self.echoed = deque(other.tokens), other.echoed
+        self.num_bytes, self.num_characters = other.num_bytes, other.num_characters
+
     def push(self, token: int, logprobs: Tensor, finish: Finish | None) -> Delta:
         """Adds a token that was drawn from these log-probabilities (V,)."""
         self.drawn += 1
@@ -123,24 +128,23 @@ class Listener:
     def __init__(
         self, results: "asyncio.Queue[Delta | Exception]", choices: Sequence[Choice], echo: str | None, metrics: Metrics
     ) -> None:
-        self.results, self.choices, self.prompt, self.metrics = results, choices, echo, metrics
-        self.loop, self.latest, self.first = asyncio.get_running_loop(), time.monotonic(), True
+        self.results, self.choices, self.prompt = results, choices, echo
+        self.loop, self.times = asyncio.get_running_loop(), TokenTimes(metrics)
 
     def scored(self, tokens: Sequence[int], logprobs: Tensor | None) -> None:
-        for choice in self.choices:
-            choice.echo(tokens, logprobs)
+        self.choices[0].echo(tokens, logprobs)
 
     def begun(self, last: bool) -> None:
+        for choice in self.choices[1:]:
+            choice.echo_of(self.choices[0])
         for choice in self.choices:
             if self.prompt is not None or last:
                 self._send(choice.delta(self.prompt or "", "length" if last else None))
 
     def token(self, sample: int, token: int, logprobs: Tensor, finish: Finish | None) -> bool:
-        if sample == 0:
-            now = time.monotonic()
-            (self.metrics.first_token if self.first else self.metrics.next_token).observe(now - self.latest)
-            self.latest, self.first = now, False
-        self.metrics.generated.inc()
+        self.times.token(sample)
+        if finish is None and self.results.qsize() >= MAX_UNREAD:
+            finish = "length"
         delta = self.choices[sample].push(token, logprobs, finish)
         if delta.text or delta.tokens or delta.finish:
             self._send(delta)
@@ -180,6 +184,13 @@ class Completion:
             stops=() if vocabulary.end is None else ((vocabulary.end,),),
             max_new_tokens=request.count,
         )
+        score = request.top is not None and bool(request.echo)
+        if request.top is not None and score and self.prompt_tokens * n * (request.top + 1) > MAX_SCORES:
+            raise Refused(
+                f"prompt has {self.prompt_tokens} tokens to score, with n {n} and logprobs {request.top}: "
+                f"tokens * n * (logprobs + 1) must be at most {MAX_SCORES}",
+                "prompt",
+            )
         self.jobs, texts = list[Job](), request.prompts()
         for number, (ids, prompt) in enumerate(zip(rows, texts, strict=True)):
             first = number * n
@@ -187,7 +198,6 @@ class Completion:
             echo = (prompt if isinstance(prompt, str) else vocabulary.text(prompt)) if request.echo else None
             listener = Listener(self.results, choices, echo, metrics)
             seeds = [None if request.seed is None else request.seed + first + i for i in range(n)]
-            score = request.top is not None and bool(request.echo)
             self.jobs.append(Job(ids, settings, seeds if request.count else [], listener, score))
 
     def submit(self) -> None:
@@ -198,7 +208,6 @@ class Completion:
     def cancel(self) -> None:
         """Cancels the choices that have not ended."""
         if self.left:
-            self.metrics.gone.inc()
             self.engine.cancel(self.jobs)
 
     async def deltas(self) -> AsyncIterator[Delta]:

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.evaluation import windows
 from perceiver_ar.generation.decoder import Row, RowSettings, draw, require_finite
 from perceiver_ar.network.model import PerceiverAR
@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 class Busy(Exception):
     """The queue is full."""
+
+
+class TooSlow(Exception):
+    """A prompt was not scored in the time of a job."""
 
 
 class Listener(Protocol):
@@ -90,8 +94,15 @@ class Engine:
         slots: maximum number of rows that run simultaneously.
         max_context: maximum context of a row in tokens; None: the model's.
         queue: maximum number of waiting jobs.
-        seconds: time after which the rows of a job end.
+        seconds: time after which a job ends, counted from when its prompt began to be read.
+
+        Raises:
+            InputError: a context that the model does not allow, or `compile` for a network without a cache.
         """
+        require(
+            model.config.cacheable or not compile,
+            "compile needs a cache, which this model's settings rule out: leave compile out",
+        )
         longest = longest_context(model.config)
         context = longest if max_context is None else max_context
         least = model.config.num_latents
@@ -104,6 +115,8 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
         self._closing = False
+        self._out_of_time = False
+        """Whether all jobs end now."""
         self._reading: tuple[Job, Iterator[None]] | None = None
         self._running: dict[int, tuple[Job, int]] = {}
         """Row index -> its job, and the number of its sample."""
@@ -118,6 +131,10 @@ class Engine:
         self._ready.wait()
         if self._failure is not None:
             raise self._failure
+
+    def end_jobs(self) -> None:
+        """Ends waiting and running jobs, and all later ones, as if they had taken too long."""
+        self._out_of_time = True
 
     def close(self) -> None:
         """Ends the thread; waiting and running jobs fail."""
@@ -179,7 +196,7 @@ class Engine:
                     self._step()
                 except Exception as error:
                     self._fail(error)
-        self._fail(RuntimeError("the server is closing"))
+            self._fail(RuntimeError("the server is closing"))
 
     def _warm_up(self) -> None:
         """Compiles the step before the first request, since it takes half a minute."""
@@ -198,21 +215,38 @@ class Engine:
             return not self._closing
 
     def _remove_unwanted(self) -> None:
-        now, removed = time.monotonic(), []
+        removed = []
         for row in self._decoder.rows:
             job, sample = self._running[row.index]
-            late = job.started is not None and now - job.started > self.seconds
+            late = self._late(job)
             if late and not job.cancelled:
                 job.listener.out_of_time(sample)
             if late or job.cancelled:
                 removed.append(row)
         self._remove(removed)
-        if self._reading is not None and self._reading[0].cancelled:
-            self._reading = None
+        if self._reading is not None:
+            job, _ = self._reading
+            late = self._late(job)
+            if late and not job.cancelled:
+                self._end_unread(job)
+            if late or job.cancelled:
+                self._reading = None
 
-    def _remove(self, rows: list[Row]) -> None:
+    def _late(self, job: Job) -> bool:
+        return self._out_of_time or (job.started is not None and time.monotonic() - job.started > self.seconds)
+
+    def _end_unread(self, job: Job) -> None:
+        """Ends a job whose prompt is not read yet. Half of the scores would look like all, so then it fails."""
+        if job.score:
+            job.listener.failed(TooSlow())
+            return
+        job.listener.begun(last=False)
+        for sample in range(len(job.seeds)):
+            job.listener.out_of_time(sample)
+
+    def _remove(self, rows: list[Row], erase: bool = False) -> None:
         if rows:
-            self._decoder.remove(rows)
+            self._decoder.remove(rows, erase)
             for row in rows:
                 del self._running[row.index]
 
@@ -247,14 +281,14 @@ class Engine:
         rows = []
         for sample, seed in enumerate(job.seeds):
             rows.append(row.fork())
-            rows[-1].index, rows[-1].generator = self._rows, torch.Generator()
+            rows[-1].index, rows[-1].generator = self._rows + sample, torch.Generator()
             if seed is None:
                 rows[-1].generator.seed()
             else:
                 rows[-1].generator.manual_seed(seed % 2**64)
-            self._running[self._rows] = job, sample
-            self._rows += 1
         self._decoder.admit(rows)
+        self._running |= {row.index: (job, sample) for sample, row in enumerate(rows)}
+        self._rows += len(rows)
         job.listener.begun(last=False)
 
     def _score(self, job: Job) -> Iterator[None]:
@@ -263,11 +297,13 @@ class Engine:
         job.listener.scored(ids[:1].tolist(), None)
         if len(ids) < 2:
             return
-        latents = min(config.num_latents, config.context_length)
-        for window in windows(len(ids), config.context_length, latents, max(1, latents // 2)):
+        context = longest_context(config)
+        latents = min(config.num_latents, context)
+        for window in windows(len(ids), context, latents, max(1, latents // 2)):
             tokens = ids[None, window.start : window.end - 1].to(self.model.device)
             targets = ids[window.first_target : window.end].tolist()
             logits = self.model.head(self.model.latents(tokens, window.prefix_len)[0, -len(targets) :])
+            require_finite(logits)
             job.listener.scored(targets, logits.float().log_softmax(-1).cpu())
             yield
 
@@ -307,7 +343,7 @@ class Engine:
             except InputError as error:
                 stuck[id(self._running[row.index][0])] = error
         failed = {id(job): job for job, _ in self._running.values() if id(job) in stuck}
-        self._remove([row for row in rows if id(self._running[row.index][0]) in stuck])
+        self._remove([row for row in rows if id(self._running[row.index][0]) in stuck], erase=True)
         for number, job in failed.items():
             job.listener.failed(stuck[number])
         places = {id(row): place for place, row in enumerate(rows)}

@@ -21,8 +21,9 @@ from perceiver_ar.errors import InputError
 from perceiver_ar.generation.decoder import RowSettings
 from perceiver_ar.generation.sampling import Sampling
 from perceiver_ar.serving.engine import Engine, Finish, Job
-from perceiver_ar.serving.protocol import Refused
-from perceiver_ar.serving.worker import Worker
+from perceiver_ar.serving.metrics import Metrics, TokenTimes
+from perceiver_ar.serving.protocol import MAX_UNREAD, Refused
+from perceiver_ar.serving.worker import TooMuch, Worker
 
 EXPIRE_SECONDS = 3600.0
 MAX_RESULTS = 256 * 2**20
@@ -65,17 +66,23 @@ class Results:
         self._sets: OrderedDict[str, tuple[float, dict[str, bytes]]] = OrderedDict()
 
     def add(self, files: dict[str, bytes]) -> str:
-        key = secrets.token_urlsafe(16)
-        self._sets[key] = time.monotonic() + EXPIRE_SECONDS, files
-        while len(self._sets) > 1 and sum(map(_size, self._sets.values())) > MAX_RESULTS:
+        """Keeps files; returns their key. Raises TooMuch if they alone exceed MAX_RESULTS."""
+        now, key = time.monotonic(), secrets.token_urlsafe(16)
+        self._expire(now)
+        self._sets[key] = now + EXPIRE_SECONDS, files
+        while sum(map(_size, self._sets.values())) > MAX_RESULTS:
             self._sets.popitem(last=False)
+        if key not in self._sets:
+            raise TooMuch
         return key
 
     def get(self, key: str, name: str) -> bytes | None:
-        now = time.monotonic()
+        self._expire(time.monotonic())
+        return self._sets[key][1].get(name) if key in self._sets else None
+
+    def _expire(self, now: float) -> None:
         for old in [other for other, (until, _) in self._sets.items() if until < now]:
             del self._sets[old]
-        return self._sets[key][1].get(name) if key in self._sets else None
 
 
 def _size(result: tuple[float, dict[str, bytes]]) -> int:
@@ -85,16 +92,19 @@ def _size(result: tuple[float, dict[str, bytes]]) -> int:
 class Tokens:
     """A listener that passes tokens on to the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self.loop, self.results = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int | None, bool] | Exception]()
+        self.times = TokenTimes(metrics)
 
     def scored(self, tokens: object, logprobs: object) -> None: ...
 
     def begun(self, last: bool) -> None: ...
 
     def token(self, sample: int, token: int, logprobs: Tensor, finish: Finish | None) -> bool:
-        self._send((sample, token, finish is not None))
-        return True
+        self.times.token(sample)
+        last = finish is not None or self.results.qsize() >= MAX_UNREAD
+        self._send((sample, token, last))
+        return not last
 
     def out_of_time(self, sample: int) -> None:
         self._send((sample, None, True))
@@ -110,8 +120,11 @@ class Tokens:
 class Generation:
     """One request: the prompt's ids, its job, and the resulting files."""
 
-    def __init__(self, form: GenerateForm, codec: Codec, engine: Engine, worker: Worker, results: Results) -> None:
+    def __init__(
+        self, form: GenerateForm, codec: Codec, engine: Engine, worker: Worker, results: Results, metrics: Metrics
+    ) -> None:
         self.form, self.codec, self.engine, self.worker, self.results = form, codec, engine, worker, results
+        self.metrics = metrics
         self.sampling = form.sampling()
         self.samples = form.n or (1 if codec.document_length is None else min(4, engine.slots))
         if self.samples > engine.slots:
@@ -120,20 +133,19 @@ class Generation:
         self.jobs: list[Job] = []
         self.left = 0
 
-    async def read(self) -> None:
-        """Makes the prompt from the form. Raises InputError for a file that cannot be read; TooMuch."""
+    async def read(self) -> bool:
+        """Makes the prompt from the form; True. Raises InputError for a file that cannot be read; TooMuch, Busy."""
         form, file = self.form, self.form.file
         if file is not None and form.prompt:
             raise Refused("prompt and file are both given: choose one", "prompt")
         if file is None:
-            document = self.codec.start(form.prompt).tolist()
+            document = await run_in_threadpool(self.codec.start, form.prompt)
         else:
-            self.original = await run_in_threadpool(self.worker.encode, await file.read())
-            document = self.original.tolist()
-        self.prompt, count = prompt_and_count(self.codec, document, form.keep, form.max_new_tokens)
+            document = self.original = await self.worker.encode(await file.read())
+        self.prompt, count = await run_in_threadpool(self._prompt_and_count, document)
         if count < 1:
             raise Refused("keep leaves nothing to draw: the prompt is a whole picture", "keep")
-        self.rows = [list(self.prompt) for _ in range(self.samples)]
+        self.drawn: list[list[int]] = [[] for _ in range(self.samples)]
         separator = self.codec.separator[-1:]
         settings = RowSettings(
             self.sampling,
@@ -142,12 +154,18 @@ class Generation:
             max_new_tokens=count,
         )
         seeds = [None if form.seed is None else form.seed + sample for sample in range(self.samples)]
-        self.listener = Tokens()
-        self.jobs = [Job(torch.tensor(self.prompt), settings, seeds, self.listener)]
+        self.listener = Tokens(self.metrics)
+        self.jobs = [Job(torch.from_numpy(self.prompt), settings, seeds, self.listener)]
+        return True
+
+    def _prompt_and_count(self, document: np.ndarray) -> tuple[np.ndarray, int]:
+        prompt, count = prompt_and_count(self.codec, document.tolist(), self.form.keep, self.form.max_new_tokens)
+        return np.array(document[: len(prompt)] if len(document) else prompt, dtype=np.int64), count
 
     def submit(self) -> None:
         """Raises Busy if the queue has no room. Call `cancel` afterwards in any case."""
         self.engine.submit(self.jobs)
+        self.metrics.prompt_tokens.inc(len(self.prompt))
         self.left = self.samples
 
     def cancel(self) -> None:
@@ -164,7 +182,7 @@ class Generation:
                 raise result
             sample, token, last = result
             if token is not None:
-                self.rows[sample].append(token)
+                self.drawn[sample].append(token)
                 new.setdefault(sample, []).append(token)
             self.left -= last
             if new and (not self.left or time.monotonic() - shown > EVENT_SECONDS):
@@ -180,16 +198,18 @@ class Generation:
         return last
 
     async def _links(self) -> dict[str, Any]:
-        rows = [np.array(row, dtype=np.int64) for row in self.rows]
-        files = await run_in_threadpool(self.worker.show, rows, len(self.prompt), self.original)
+        rows = await run_in_threadpool(self._rows)
+        files = await self.worker.show(rows, len(self.prompt), self.original)
         key = self.results.add(files)
         links = [
             {"name": name, "url": f"/v1/files/{key}/{name}", "bytes": len(content), "media_type": media_type(name)}
             for name, content in files.items()
         ]
-        drawn = sum(len(row) - len(self.prompt) for row in self.rows)
-        usage = {"prompt_tokens": len(self.prompt), "completion_tokens": drawn}
+        usage = {"prompt_tokens": len(self.prompt), "completion_tokens": sum(map(len, self.drawn))}
         return {"files": links, "expires_in": int(EXPIRE_SECONDS), "usage": usage}
+
+    def _rows(self) -> list[np.ndarray]:
+        return [np.concatenate([self.prompt, np.array(drawn, dtype=np.int64)]) for drawn in self.drawn]
 
 
 def media_type(name: str) -> str:

@@ -1,5 +1,7 @@
 """The content of GET /metrics, in Prometheus' text format."""
 
+import time
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from perceiver_ar.serving.engine import Engine
@@ -33,8 +35,22 @@ class Metrics:
             Gauge(f"perceiver_ar_{name}", text, registry=registry).set_function(value)
 
     def answered(self, path: str, status: int) -> None:
-        """Counts an answer. All paths that do not exist are counted as "other", as clients can invent any number."""
-        self.requests.labels("other" if status == 404 else path, status).inc()
+        """Counts an answer. path: a route's template, as clients can invent any number of paths."""
+        self.requests.labels(path, status).inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class TokenTimes:
+    """Counts the tokens of one prompt's samples, and measures the times of the first sample."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics, self.latest, self.first = metrics, time.monotonic(), True
+
+    def token(self, sample: int) -> None:
+        self.metrics.generated.inc()
+        if sample == 0:
+            now = time.monotonic()
+            (self.metrics.first_token if self.first else self.metrics.next_token).observe(now - self.latest)
+            self.latest, self.first = now, False

@@ -11,6 +11,10 @@ from perceiver_ar.generation.sampling import Sampling, is_whole
 MAX_PROMPTS = 128
 MAX_LOGPROBS = 100
 MAX_STOPS, MAX_STOP = 16, 1000
+MAX_SCORES = 2**18
+"""Maximum of (tokens of all scored prompts) * n * (logprobs + 1) in one request: each takes about 200 bytes."""
+MAX_UNREAD = 2**14
+"""Maximum number of tokens that a client leaves unread, before its rows end."""
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 

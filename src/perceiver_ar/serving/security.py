@@ -4,6 +4,8 @@ import asyncio
 import base64
 import binascii
 import hmac
+import ipaddress
+import logging
 import time
 from collections.abc import Callable
 
@@ -12,9 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from perceiver_ar.serving.errors import error_response
+from perceiver_ar.serving.errors import FAILED, error_response
 
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+logger = logging.getLogger(__name__)
 
 
 class Guard:
@@ -30,7 +32,7 @@ class Guard:
         body_seconds: float,
         answered: Callable[[str, int], None],
     ) -> None:
-        """answered: called with the path and the status of each answer."""
+        """answered: called with the route's template ("other" if no route was found) and the status of each answer."""
         self.app, self.max_body, self.body_seconds, self.answered = app, max_body, body_seconds, answered
         self.api_key = None if api_key is None else api_key.encode()
 
@@ -38,16 +40,19 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
+        started = False
+
         async def counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                # A refused request may have any path.
-                self.answered("other" if refusal is not None else scope["path"], message["status"])
+                started = True
+                self.answered(getattr(scope.get("route"), "path", "other"), message["status"])
             await send(message)
 
         headers = Headers(scope=scope)
         refusal: JSONResponse | None = None
         if self.api_key is None:
-            if host_name(headers.get("host", "")) not in LOOPBACK:
+            if not is_loopback(host_name(headers.get("host", ""))):
                 refusal = error_response(
                     403, "this server answers to localhost only: start it with --api_key to reach it by another name"
                 )
@@ -63,7 +68,13 @@ class Guard:
             refusal = self._too_large()
         if refusal is not None:
             return await refusal(scope, receive, counted)
-        await self.app(scope, self._limited(receive), counted)
+        try:
+            await self.app(scope, self._limited(receive), counted)
+        except Exception:
+            if started:
+                raise
+            logger.exception("a request failed")
+            await error_response(500, FAILED)(scope, receive, counted)
 
     def _has_key(self, authorization: str) -> bool:
         """Whether the header has the key: as bearer token, or for browsers as password of basic authentication."""
@@ -108,5 +119,12 @@ class Guard:
 
 
 def host_name(host: str) -> str:
-    """The host in a Host header, without the port."""
-    return host[: host.rindex("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0].lower()
+    """The host in a Host header, without the port and the brackets of IPv6."""
+    return host[1 : host.rindex("]")] if host.startswith("[") and "]" in host else host.partition(":")[0].lower()
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

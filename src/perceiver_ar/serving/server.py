@@ -1,7 +1,7 @@
 """From a run to a server that listens."""
 
+import asyncio
 import copy
-import ipaddress
 import logging
 import socket
 import sys
@@ -16,9 +16,12 @@ from perceiver_ar.generation.quantization import int8_weights
 from perceiver_ar.run import Run
 from perceiver_ar.serving.app import Service, create_app
 from perceiver_ar.serving.engine import Engine
+from perceiver_ar.serving.security import is_loopback
 
 SHUTDOWN_SECONDS = 30
-"""Seconds that running requests may continue after SIGTERM."""
+"""Seconds in which running requests must end after SIGTERM."""
+LAST_SECONDS = 5
+"""Seconds of these that remain for answers when the engine ends all jobs."""
 
 
 def serve(
@@ -56,7 +59,7 @@ def serve(
             file=sys.stderr,
             flush=True,
         )
-        web_server(service).run(sockets=[listening])
+        Server(service).run(sockets=[listening])
 
 
 def load(
@@ -80,25 +83,35 @@ def load(
     if precision == "int8":
         int8_weights(model)
     engine = Engine(model, slots=slots, max_context=max_context, compile=compile)
-    engine.start()
+    try:
+        engine.start()
+    except (RuntimeError, MemoryError) as error:
+        reason = next(iter(str(error).splitlines()), "too little memory")
+        raise InputError(
+            f"slots is {slots}, of {engine.context} tokens each, and the engine does not start ({reason}): use fewer "
+            "--slots, or a shorter --max_context"
+        ) from error
     return Service(engine, codec, run.path, run.path.resolve().name, api_key)
 
 
-def web_server(service: Service) -> uvicorn.Server:
-    settings = uvicorn.Config(
-        create_app(service),
-        log_config=logging_to_stderr(),
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        server_header=False,
-    )
-    return uvicorn.Server(settings)
+class Server(uvicorn.Server):
+    """On shutdown ends all jobs before uvicorn would cut off their answers."""
 
+    def __init__(self, service: Service) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                log_config=logging_to_stderr(),
+                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+                server_header=False,
+            )
+        )
+        self.engine, self.job_seconds = service.engine, SHUTDOWN_SECONDS - LAST_SECONDS
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self.job_seconds, self.engine.end_jobs)
+        await super().shutdown(sockets)
+        timer.cancel()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -107,8 +120,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise InputError(f"cannot listen on {host}, port {port} ({error.strerror}): choose another") from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no host name"
+        raise InputError(f"cannot listen on {host}, port {port} ({reason}): choose another") from None
 
 
 def logging_to_stderr() -> dict[str, object]:

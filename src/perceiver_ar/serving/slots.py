@@ -64,18 +64,25 @@ class SlotDecoder(Decoder):
     def admit(self, rows: Sequence[Row]) -> None:
         """Adds rows that are equal to the last prefilled one, from the next step on."""
         assert len(rows) <= self.free
-        for row in rows:
-            self.all.copy_from(self.prompt, 0, len(self.rows))
-            self.rows.append(row)
+        for slot in range(len(self.rows), len(self.rows) + len(rows)):
+            self.all.copy_from(self.prompt, 0, slot)
+        self.rows += rows
         self._view()
 
-    def remove(self, rows: Sequence[Row]) -> None:
-        """Removes rows and frees their slots."""
-        self._keep([all(row is not other for other in rows) for row in self.rows])
+    def remove(self, rows: Sequence[Row], erase: bool = False) -> None:
+        """Removes rows and frees their slots. erase: their content may be NaN."""
+        going_on = [all(row is not other for other in rows) for row in self.rows]
+        for slot, keep in enumerate(going_on):
+            if erase and not keep:
+                self.all.erase(slot)
+        self._keep(going_on)
 
     def clear(self) -> None:
         """Removes all rows and the prompt: after a failure the content of the cache is unknown."""
         self.rows, self._cached_ids = [], []
+        for slot in range(self.capacity):
+            self.all.erase(slot)
+        self.prompt.erase(0)
         self._view()
 
     def _view(self) -> None:
@@ -100,7 +107,7 @@ class RecomputingSlots(Recomputing):
     def admit(self, rows: Sequence[Row]) -> None:
         self.rows += rows
 
-    def remove(self, rows: Sequence[Row]) -> None:
+    def remove(self, rows: Sequence[Row], erase: bool = False) -> None:
         self.rows = [row for row in self.rows if all(row is not other for other in rows)]
 
     def clear(self) -> None:

@@ -4,12 +4,14 @@ A small upload may unpack to any size (zip bombs, false headers), and many libra
 that process. The processes exchange JSON and bytes, no paths.
 """
 
+import asyncio
 import json
 import multiprocessing
+import signal
 import sys
 import tempfile
-import threading
-from itertools import chain
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,58 +20,78 @@ import numpy as np
 
 from perceiver_ar.data.codec import load_codec
 from perceiver_ar.errors import InputError
+from perceiver_ar.serving.engine import Busy
 
 MEMORY = 2 * 2**30
 """Bytes that reading or writing a file may take besides the process's own memory."""
 SECONDS = 60.0
+MAX_IDS = 2**22
+"""Maximum number of ids of a file."""
+QUEUE = 8
+"""Maximum number of files that wait to be read."""
 
 
 class TooMuch(Exception):
-    """A file that exceeds the limit of memory or time."""
+    """A file that exceeds the limit of memory, time or ids."""
 
 
 class Worker:
-    """The process; it starts at the first task, and again after it has ended. Methods are slow: do not call them on the
-    event loop."""
+    """The process; it starts at the first task, and again after it has ended. Tasks run one after another, in the order
+    in which they come, and one thread waits for them; a task whose caller is cancelled before it runs is left out."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="worker")
+        self._waiting = 0
+        self._closed = False
         self._process: Any = None
         self._pipe: Connection | None = None
 
-    def encode(self, data: bytes) -> np.ndarray:
-        """The ids (n,) int64 of a file. Raises InputError if the codec cannot read it; TooMuch."""
-        [ids] = self._ask({"do": "encode"}, [data]).values()
+    async def encode(self, data: bytes) -> np.ndarray:
+        """The ids (n,) int64 of a file. Raises InputError if the codec cannot read it; TooMuch; Busy."""
+        if self._waiting >= QUEUE:
+            raise Busy
+        self._waiting += 1
+        try:
+            [ids] = (await self._in_turn(self._ask, {"do": "encode"}, [data])).values()
+        finally:
+            self._waiting -= 1
         return np.frombuffer(ids, dtype=np.int64)
 
-    def show(self, rows: list[np.ndarray], prompt_len: int, original: np.ndarray | None) -> dict[str, bytes]:
+    async def show(self, rows: list[np.ndarray], prompt_len: int, original: np.ndarray | None) -> dict[str, bytes]:
         """The files that `codec.show` writes, content by name. Raises InputError, TooMuch."""
-        blobs = [
-            np.asarray(row, dtype=np.int64).tobytes() for row in [*rows, *([] if original is None else [original])]
-        ]
-        return self._ask({"do": "show", "prompt_len": prompt_len, "rows": len(rows)}, blobs)
+        return await self._in_turn(self._show, rows, prompt_len, original)
 
     def close(self) -> None:
-        with self._lock:
-            self._end()
+        """Ends the process, whatever it does."""
+        self._closed, process = True, self._process
+        if process is not None:
+            process.kill()
+        self._thread.shutdown(cancel_futures=True)
+        self._end()
+
+    async def _in_turn(self, task: Callable[..., dict[str, bytes]], *args: Any) -> dict[str, bytes]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, task, *args)
+
+    def _show(self, rows: list[np.ndarray], prompt_len: int, original: np.ndarray | None) -> dict[str, bytes]:
+        blobs = [row.tobytes() for row in [*rows, *([] if original is None else [original])]]
+        return self._ask({"do": "show", "prompt_len": prompt_len, "rows": len(rows)}, blobs)
 
     def _ask(self, task: dict[str, Any], blobs: list[bytes]) -> dict[str, bytes]:
-        with self._lock:
-            if self._process is None or not self._process.is_alive():
-                self._begin()
-            assert self._pipe is not None
-            try:
-                self._pipe.send_bytes(json.dumps(task | {"blobs": len(blobs)}).encode())
-                for blob in blobs:
-                    self._pipe.send_bytes(blob)
-                if not self._pipe.poll(SECONDS):
-                    raise TooMuch
-                answer = json.loads(self._pipe.recv_bytes())
-                contents = [self._pipe.recv_bytes() for _ in answer["names"]]
-            except (OSError, EOFError, TooMuch):  # it has ended, or takes too long
-                self._end()
-                raise TooMuch from None
+        if self._process is None or not self._process.is_alive():
+            self._begin()
+        assert self._pipe is not None
+        try:
+            self._pipe.send_bytes(json.dumps(task | {"blobs": len(blobs)}).encode())
+            for blob in blobs:
+                self._pipe.send_bytes(blob)
+            if not self._pipe.poll(SECONDS):
+                raise TooMuch
+            answer = json.loads(self._pipe.recv_bytes())
+            contents = [self._pipe.recv_bytes() for _ in answer["names"]]
+        except (OSError, EOFError, TooMuch):  # it has ended, or takes too long
+            self._end()
+            raise TooMuch from None
         if answer["error"] == "too much":
             raise TooMuch
         if answer["error"] is not None:
@@ -80,10 +102,17 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._end()
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs, str(self.run)), daemon=True)
-        self._process.start()
+        process = context.Process(target=work, args=(theirs, str(self.run)), daemon=True)
+        process.start()
+        self._process = process
         theirs.close()
-        self._pipe.recv_bytes()  # it has loaded everything
+        try:
+            ready = not self._closed and self._pipe.poll(SECONDS) and self._pipe.recv_bytes()
+        except (OSError, EOFError):
+            ready = False
+        if not ready:
+            self._end()
+            raise RuntimeError(f"the process that reads and writes files of {self.run} did not start")
 
     def _end(self) -> None:
         if self._process is not None:
@@ -107,6 +136,7 @@ def limit_memory() -> None:
 
 def work(pipe: Connection, run: str) -> None:
     """The process's main loop: one task after another, until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches it too, but the server ends it
     codec = load_codec(run)
     limit_memory()
     pipe.send_bytes(b"ready")
@@ -119,8 +149,12 @@ def work(pipe: Connection, run: str) -> None:
         error, contents = None, dict[str, bytes]()
         try:
             if task["do"] == "encode":
-                pieces = list(codec.encode_stream([blobs[0]], "the file"))
-                contents = {"ids": np.array([*codec.separator, *chain.from_iterable(pieces)], dtype=np.int64).tobytes()}
+                ids = list(codec.separator)
+                for piece in codec.encode_stream([blobs[0]], "the file"):
+                    if len(ids) + len(piece) > MAX_IDS:
+                        raise OverflowError
+                    ids.extend(piece)
+                contents = {"ids": np.array(ids, dtype=np.int64).tobytes()}
             else:
                 rows = [np.frombuffer(blob, dtype=np.int64) for blob in blobs]
                 original = rows.pop() if len(rows) > task["rows"] else None
