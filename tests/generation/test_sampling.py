@@ -1,6 +1,7 @@
 """Filters keep exactly the ids they promise; samples follow the softmax."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_the_penalty_is_for_the_ids_seen(logits: Tensor, penalty: float, ids: se
 )
 def test_penalties_that_make_logits_infinite_are_refused(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{name} is .*it must be in"):
-        Sampling(**{name: value})
+        Sampling(**dict[str, Any]({name: value}))
 
 
 def test_samples_follow_the_softmax() -> None:
