@@ -120,10 +120,8 @@ class Row:
         if self.drawn.total() == self.settings.max_new_tokens:
             self.finish_reason = "length"
             return False
-        before, self.window = (
-            self.window,
-            next_window(self.config, self.window, self.num_tokens, self.settings.schedule),
-        )
+        before = self.window
+        self.window = next_window(self.config, before, self.num_tokens, self.settings.schedule)
         if self.window.refill:
             # All but the newest token are cached; keys of latents may be other than the keys of prefix tokens.
             valid = self.num_tokens - 1 - before.start
