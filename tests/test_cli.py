@@ -275,6 +275,8 @@ def test_of_unknown_settings_the_nearest_known_one_is_named(
         ({"LOCAL_RANK": "0"}, ["--trainer.devices=2"], "LOCAL_RANK"),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, [], "SLURM_NTASKS"),
         ({"SLURM_PROCID": "3"}, [], "SLURM_PROCID"),
+        ({"TORCHELASTIC_RUN_ID": "1"}, [], "TORCHELASTIC_RUN_ID"),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "x", "SLURM_STEP_ID": "0"}, [], "SLURM_STEP_ID"),
     ],
 )
 def test_variables_of_a_launcher_that_is_not_there_are_named(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perceiver_ar import InputError, Recipe, train
-from perceiver_ar.config import OptimConfig, PerceiverARConfig, TrainerConfig
+from perceiver_ar.config import OptimConfig, PerceiverARConfig, TrainerConfig, dump_yaml
 from perceiver_ar.data.sampler import TrainingWindows
 from perceiver_ar.training.batches import Batches
 
@@ -363,3 +363,19 @@ def test_wrong_input_costs_one_line_whatever_the_number_of_processes(recipe: Rec
     with Processes(tmp_path, on_devices(recipe, 2)) as two:
         assert two.status() == 2
     assert len(two.lines()) == 1 and "already exists" in two.lines()[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_others_obeys_signals(recipe: Recipe, tmp_path: Path, number: int) -> None:
+    launched = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}
+    launched |= {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(replace(recipe, out=str(tmp_path / "run")).to_dict()))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "perceiver_ar.cli", "train", "--config", str(tmp_path / "recipe.yaml")],
+        env={**os.environ, **launched}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert any("Initializing distributed" in line for line in process.stderr)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == -number
+    process.stderr.close()

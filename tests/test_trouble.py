@@ -208,7 +208,8 @@ def test_find_batch_looks_at_one_machine_only(
     launcher: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0"}
-    torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    slurm |= {"SLURM_NODEID": "0", "SLURM_PROCID": "0"}
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
     for name, value in (slurm if launcher == "SLURM" else torchrun).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="--find_batch measures one machine"):

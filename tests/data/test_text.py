@@ -153,7 +153,9 @@ def test_a_tokenizer_is_trained_on_text_without_spaces():
 def test_an_interrupt_ends_the_training_of_a_tokenizer():
     """This one would take many minutes; a terminal shows when it can no longer stop by itself."""
     ours, theirs = os.openpty()
-    process = subprocess.Popen([sys.executable, "-c", GENOME, "1000000"], stdout=theirs, stderr=theirs)
+    environment = {**os.environ, "TERM": "xterm"}  # without it the progress bar hides
+    command = [sys.executable, "-c", GENOME, "1000000"]
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     shown = b""
     while b"merges" not in shown:
