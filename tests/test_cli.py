@@ -412,6 +412,15 @@ def test_resuming_with_other_settings_is_refused(
     assert content(run) == before
 
 
+def test_a_finished_run_that_has_lost_its_weights_does_not_begin_again(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "model.safetensors").unlink()
+    resume = "train", "--out", run, "--resume", "--max_steps=62"
+    assert_refused(capsys, *resume, says="its weights and checkpoints are gone")
+
+
 def test_a_trained_model_without_checkpoints_is_not_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "checkpoints")
     resume = "train", "--out", run, "--resume", "--max_steps=62"

@@ -239,6 +239,8 @@ def check_weights_have_a_checkpoint(run: Run) -> None:
     """
     if Checkpoints(run.checkpoints).all() or not (run.weights_file.exists() or run.summary_file.exists()):
         return
+    if not run.weights_file.exists():
+        raise InputError(f"{run.path} has ended, and its weights and checkpoints are gone: start a new run, elsewhere")
     begun = [*run.checkpoints.glob(f"{TEMPORARY}*"), *run.checkpoints.glob("step-*.ckpt")]
     if run.summary_file.exists() or not begun:
         raise InputError(
