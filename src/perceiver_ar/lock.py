@@ -53,11 +53,15 @@ def locked(folder: Path) -> Iterator[None]:
 def _locked_file(file: Path) -> int:
     """The lock file, open and locked. Holders remove it at the end, so it must still be the one at `file`."""
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # another process has just removed the folder
             continue
+        except FileExistsError:
+            if file.parent.exists() and not file.parent.is_dir():
+                raise
+            continue  # removed between mkdir's refusal and its look at what is there
         try:
             _lock(descriptor, file)
             if _is_at(file, descriptor):
