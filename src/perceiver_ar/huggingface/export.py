@@ -20,7 +20,7 @@ SOURCES = [
     *(f"network/{name}" for name in NETWORK),
     *("objective", "windows"),
     *(f"generation/{name}" for name in GENERATION),
-    *(f"huggingface/{name}" for name in ("configuration", "caching", "modeling")),
+    *(f"huggingface/{name}" for name in ("configuration", "caching", "hub", "modeling")),
 ]
 """The model's modules, each after those that it imports."""
 

@@ -9,8 +9,6 @@ Weights keep their names and files (`model.safetensors` of a run); every logit i
 Shapes: B batch, T columns of input_ids, D dim, V vocabulary.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,12 +17,12 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils.hub import cached_file
 
 from perceiver_ar.config import MODEL_TYPE
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.huggingface.caching import CACHE, PerceiverARCache, only_cache
 from perceiver_ar.huggingface.configuration import PerceiverARModelConfig
+from perceiver_ar.huggingface.hub import end_of_document
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import IGNORE
 from perceiver_ar.windows import blocks
@@ -375,20 +373,4 @@ def _names_of_a_run(model: PerceiverARForCausalLM, state_dict: dict[str, Tensor]
                 state_dict.setdefault(prefix + name, state_dict[prefix + source])
 
 
-HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Arguments of `from_pretrained` that locate a file."""
 WRONG = {"missing": "missing_keys", "unknown": "unexpected_keys"}
-
-
-def end_of_document(path: Any, kwargs: dict[str, Any]) -> int | None:
-    """The id with which a run's codec ends a document; None if there is no such id, or no package to read the codec."""
-    try:
-        from perceiver_ar.data.codec import load_codec
-    except ImportError:  # this file was exported with the weights alone
-        return None
-    hub = {name: value for name, value in kwargs.items() if name in HUB}
-    for name in ("tokenizer.json", "miditok.json"):  # which codecs keep beside codec.json
-        cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
-    file = cached_file(path, "codec.json", _raise_exceptions_for_missing_entries=False, **hub)
-    separator: Sequence[int] = () if file is None else load_codec(Path(file).parent).separator
-    return separator[-1] if separator else None

@@ -6,16 +6,14 @@ with `split_special_tokens=True` it is text. Codecs that do not write text have 
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.hub import cached_file
 
 from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.data.text import BYTE_CHARACTERS, END_OF_TEXT, BytesCodec, OffsetBytesCodec, TokenizerCodec
-from perceiver_ar.huggingface.modeling import HUB
+from perceiver_ar.huggingface.hub import HUB, find_codec
 
 NO_UTF8 = BYTE_CHARACTERS[0xFF]
 """The token of a byte that is in no UTF-8 text."""
@@ -28,12 +26,8 @@ class PerceiverARTokenizer:
 
     @classmethod
     def from_pretrained(cls, path: Any, *_: Any, **kwargs: Any) -> PreTrainedTokenizerFast:
-        hub = {name: value for name, value in kwargs.items() if name in HUB}
-        for name in ("tokenizer.json", "miditok.json"):  # beside codec.json
-            cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
-        file = cached_file(path, "codec.json", _raise_exceptions_for_missing_entries=False, **hub)
         options = {name: value for name, value in kwargs.items() if name not in HUB and not name.startswith("_")}
-        return codec_tokenizer(load_codec(path if file is None else Path(file).parent), **options)
+        return codec_tokenizer(load_codec(find_codec(path, kwargs) or path), **options)
 
 
 def codec_tokenizer(codec: Codec, **options: Any) -> PreTrainedTokenizerFast:
