@@ -2,11 +2,12 @@
 
 PYTHON ?= python3
 WORKERS ?= 2# processes that share the tests
-BENCH ?= train# or memory, decode, widths, compute, quality, probes, serve
+BENCH ?= train# or memory, decode, widths, compute, quality, probes, serve, busy
 TORCH := 2.13.0# what `make constraints` pins; pyproject.toml says what works
 
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export GOMP_SPINCOUNT ?= 10000# as the command sets it (src/perceiver_ar/threads.py)
 
 # Stops where $(PYTHON) is missing or too old.
 require_python = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'make: PYTHON=$(PYTHON) is not \
@@ -53,7 +54,7 @@ docs: .venv/.ready  ## the documentation as pages in site/, without network
 	$(BIN)/python docs/make_reference.py
 	$(build_site)
 
-benchmark: .venv/.bench  ## speed and quality beside others; BENCH=train, memory, decode, widths, compute, quality, probes or serve, ARGS go to the benchmark
+benchmark: .venv/.bench  ## speed and quality beside others; BENCH=train, memory, decode, widths, compute, quality, probes, serve or busy, ARGS go to the benchmark
 	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 constraints:  ## resolve the newest versions that pyproject.toml allows and pin them in constraints.txt

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = "perceiver_ar"
 SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
-BOTTOM = {"errors", "files", "progress"}
+BOTTOM = {"errors", "files", "progress", "threads"}
 NETWORK = BOTTOM | {"config", "network"}
 BELOW_THE_TASKS = NETWORK | {
     "objective",
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "errors": set[str](),
     "files": set[str](),
     "progress": set[str](),
+    "threads": set[str](),
     "lock": {"errors"},
     "config": BOTTOM,
     "network": BOTTOM | {"config"},

@@ -19,6 +19,7 @@ from perceiver_ar.cli.push import push_verb
 from perceiver_ar.cli.serve import serve_verb
 from perceiver_ar.cli.train import train_verb
 from perceiver_ar.errors import InputError
+from perceiver_ar.threads import share_cores
 
 USAGE = """usage: perceiver-ar VERB ...
 
@@ -39,6 +40,7 @@ perceiver-ar VERB --help has all options and examples."""
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    share_cores()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115

@@ -1,6 +1,5 @@
 """The documents of many sources -> their ids, in order. Codecs that allow it encode in threads, on all cores."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any
 from perceiver_ar.data.codec import Codec, WrongModality
 from perceiver_ar.data.sources import Source
 from perceiver_ar.errors import InputError
+from perceiver_ar.threads import available_cores
 
 BATCH = 1 << 17  # characters that a thread encodes before it needs the interpreter again
 PART = 64  # characters that take as much memory as a `Part` itself
@@ -45,7 +45,7 @@ def encode_documents(
         for batch in batches:
             yield from _encode(codec, batch)
         return
-    threads = threads or _cores()
+    threads = threads or available_cores()
     waiting = deque[Future[list[Part]]]()
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -109,8 +109,3 @@ def _encode(codec: Codec, batch: list[Part]) -> list[Part]:
     for part, ids in zip(whole, codec.encode_pieces([part.content for part in whole]), strict=True):
         part.content = ids
     return batch
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,71 @@
+"""OpenMP's settings and the limits of control groups, from files as Linux writes them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from perceiver_ar.threads import SPINS, available_cores, cgroup_quota, share_cores
+
+
+def quota(tmp_path: Path, groups: str, files: dict[str, str]) -> float:
+    (tmp_path / "cgroup").write_text(groups)
+    mount = tmp_path / "mount"
+    for name, text in files.items():
+        (mount / name).parent.mkdir(parents=True, exist_ok=True)
+        (mount / name).write_text(text)
+    return cgroup_quota(tmp_path / "cgroup", mount)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, float("inf")),
+        ("0::/a/b\n", {"a/cpu.max": "200000 100000\n", "a/b/cpu.max": "max 100000\n"}, 2.0),
+        ("0::/a/b\n", {"a/cpu.max": "800000 100000\n", "a/b/cpu.max": "300000 100000\n"}, 3.0),
+        (
+            "5:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "50000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"},
+            0.5,
+        ),
+        (
+            "3:cpu:/\n0::/\n",
+            {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            float("inf"),
+        ),
+        ("0::/gone\n", {}, float("inf")),
+    ],
+)
+def test_the_smallest_limit_of_all_groups_counts(
+    tmp_path: Path, groups: str, files: dict[str, str], cores: float
+) -> None:
+    assert quota(tmp_path, groups, files) == cores
+
+
+def test_a_machine_without_control_groups_has_no_limit(tmp_path: Path) -> None:
+    assert cgroup_quota(tmp_path / "cgroup", tmp_path) == float("inf")
+    assert available_cores() >= 1
+
+
+def test_variables_that_the_user_has_set_stay() -> None:
+    mine = {"GOMP_SPINCOUNT": "7", "OMP_NUM_THREADS": "3"}
+    passive = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "3"}
+    for variables in (mine, passive):
+        given = dict(variables)
+        share_cores(variables)
+        assert variables == given
+
+
+def test_the_command_sets_openmp_before_torch_reads_it() -> None:
+    script = """
+import os, sys
+from perceiver_ar.cli import main
+assert "torch" not in sys.modules
+main(["--version"])
+assert "torch" not in sys.modules
+print(os.environ["GOMP_SPINCOUNT"])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env={})
+    assert result.stdout.splitlines()[-1] == SPINS
