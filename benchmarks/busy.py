@@ -78,7 +78,8 @@ def main() -> None:
         return
     processes = {name: start(args.threads, variables) for name, variables in SETTINGS.items()}
     for process in processes.values():
-        seconds(process), seconds(process)  # warm-up
+        for _ in range(2):  # warm-up
+            seconds(process)
     others: list[subprocess.Popen[bytes]] = []
     alone = 1.0
     print("| other processes | setting | seconds a step | of the command's alone |\n|---|---|---|---|")
