@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path, write_text
 
 
-class StoredModule(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar", tags=["perceiver-ar", "long-context"]):
+class StoredModule(nn.Module):
     """A module that is built from a `PerceiverARConfig`, and can be saved and loaded."""
 
     config: PerceiverARConfig
@@ -32,17 +31,9 @@ class StoredModule(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar",
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> str | None:
-        """Writes `config.json` and `model.safetensors` into a directory, each whole or not at all.
-
-        With `push_to_hub=True` and the other arguments of huggingface_hub's mixin, also uploads them with a model card.
-        """
-        if kwargs:
-            return super().save_pretrained(Path(save_directory), **kwargs)
-        self._save_pretrained(Path(save_directory))
-        return None
-
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes `config.json` and `model.safetensors` into a directory, each whole or not at all."""
+        save_directory = Path(save_directory)
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.stored_tensors().items()}
         with atomic_path(save_directory / "model.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
@@ -55,18 +46,9 @@ class StoredModule(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar",
         Raises:
             InputError: files are missing, damaged or not ours; an argument is unknown.
         """
-        unknown = sorted(set(kwargs) - set(inspect.signature(snapshot_download).parameters))
-        require(not unknown, f"from_pretrained has no argument {', '.join(unknown)}: leave it out")
         path = Path(pretrained_model_name_or_path)
-        if not path.is_dir():
-            try:
-                files = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-                path = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=files, **kwargs))
-            except Exception as error:
-                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-                raise InputError(
-                    f"{pretrained_model_name_or_path}: no such directory, and loading it from the Hub failed: {reason}"
-                ) from error
+        if kwargs or not path.is_dir():
+            path = from_hub(pretrained_model_name_or_path, **kwargs)
         model = cls(PerceiverARConfig.load(path))
         file = path / "model.safetensors"
         index = path / "model.safetensors.index.json"  # transformers' `save_pretrained` may have written shards
@@ -110,3 +92,22 @@ class StoredModule(nn.Module, PyTorchModelHubMixin, library_name="perceiver-ar",
         if wrong:
             raise InputError(f"{where} does not fit the settings: {'; '.join(wrong)}")
         self.load_state_dict(tensors, strict=False)
+
+
+def from_hub(name: str | os.PathLike[str], **kwargs: Any) -> Path:
+    """The folder with a model's files; fetched from the Hub unless `name` is a directory.
+
+    kwargs: of `huggingface_hub.snapshot_download`.
+    """
+    from huggingface_hub import snapshot_download  # with its HTTP client a fifth of a second to import
+
+    unknown = sorted(set(kwargs) - set(inspect.signature(snapshot_download).parameters))
+    require(not unknown, f"from_pretrained has no argument {', '.join(unknown)}: leave it out")
+    if Path(name).is_dir():
+        return Path(name)
+    files = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=files, **kwargs))
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(f"{name}: no such directory, and loading it from the Hub failed: {reason}") from error
