@@ -853,6 +853,12 @@ def test_a_rule_that_groups_nothing_is_an_error(tmp_path):
     assert validation is not None and len(train) == len(validation)
 
 
+def test_a_file_that_is_named_has_to_be_readable_although_its_folder_is_given_too(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\x00\xff")
+    for paths in ([tmp_path, tmp_path / "bad.txt"], [tmp_path / "bad.txt", tmp_path]):
+        assert [source.named for source in find_files(paths)] == [True]
+
+
 def test_files_found_in_a_folder_that_cannot_be_read_are_skipped(tmp_path, capsys):
     folder = write_files(tmp_path / "data", {"a.txt": b"fine", "b.txt.gz": b"no gzip", "c.txt": b"fine, too"})
     train, _ = prepare(find_files(folder), TEXT, tmp_path / "out", validation_fraction=0)

@@ -146,7 +146,9 @@ def find_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
         elif not (found := _matching(path)):
             raise InputError(f"no file matches {path}; check the pattern")
         for source in found:
-            sources.setdefault(os.path.realpath(source.path), source)
+            real = os.path.realpath(source.path)
+            if source.named or real not in sources:  # a named one has to be readable, wherever else it was found
+                sources[real] = source
     if not sources:
         raise InputError("no files given; name files, folders or patterns, or - for standard input")
     return list(sources.values())
