@@ -64,3 +64,12 @@ def blocks(page: str) -> Iterator[tuple[str, str]]:
     """The language and the content of every block of code."""
     for _, language, code in FENCE.findall((ROOT / page).read_text(encoding="utf-8")):
         yield language, dedent(code)
+
+
+def write_files(folder: Path, contents: dict[str, bytes]) -> Path:
+    """Files by their paths below `folder`, which is returned."""
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder

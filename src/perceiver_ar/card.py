@@ -20,8 +20,8 @@ SHARED = (CARD, "config.json", "model.safetensors", "codec.json", "recipe.yaml",
           "modeling_perceiver_ar.py", "generation_config.json", "tokenizer.json", "tokenizer_config.json")  # fmt: skip
 """Files to upload besides the codec's own: for using the run and knowing how it was made, not for resuming it. The
 last four are those of an export for transformers."""
-MEASURED = ("bits_per_byte", "bits_per_dimension", "nats_per_note", "nats_per_second", "bits_per_token",
-            "nats_per_token")  # fmt: skip
+MEASURED = ("bits_per_byte", "bits_per_base", "bits_per_dimension", "nats_per_note", "nats_per_second",
+            "bits_per_token", "nats_per_token")  # fmt: skip
 
 
 def write_card(run: Run, repo_id: str) -> bool:

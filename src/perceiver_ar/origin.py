@@ -21,7 +21,7 @@ from perceiver_ar.run import Run
 FREE = ("context_length", "num_latents", "prefix_dropout", "attention_dropout", "mlp_dropout", "prefix_chunk")
 """Settings of a network that its weights do not depend on."""
 CODEC = ("tokenizer", "bpe_vocab_size", "midi_tokens", "image_size", "image_colours", "palette_size", "classes",
-         "audio_codec", "sample_rate", "audio_weights", "codebooks")  # fmt: skip
+         "audio_codec", "sample_rate", "audio_weights", "codebooks", "kmer")  # fmt: skip
 """Settings of `DataConfig` that determine the codec."""
 
 

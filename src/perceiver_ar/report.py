@@ -89,7 +89,7 @@ def write_report(run: Run, summary: Mapping[str, Any]) -> Path:
 
 def facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The most important numbers, as (name, value)."""
-    for name in ("bits_per_byte", "bits_per_dimension", "nats_per_note", "bits_per_token"):
+    for name in ("bits_per_base", "bits_per_byte", "bits_per_dimension", "nats_per_note", "bits_per_token"):
         if summary.get(name) is not None:
             yield f"{name.replace('_', ' ')}, held out", f"{summary[name]:.3f}"
             break

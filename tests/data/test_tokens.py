@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from helpers import write_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,14 +42,6 @@ def run_python(script: str, *arguments: object, **options) -> str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, **options).stdout.decode()
-
-
-def write_files(folder: Path, contents: dict[str, bytes]) -> Path:
-    for name, content in contents.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return folder
 
 
 def names(sources: list[Source], folder: Path) -> list[str]:

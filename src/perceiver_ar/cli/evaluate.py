@@ -79,6 +79,7 @@ def parse_lengths(text: str | None) -> list[int] | None:
 
 
 def tokens_to_score(run: "Run", codec: "Codec", paths: tuple[str, ...], scratch: Path) -> "np.ndarray":
+    from perceiver_ar.data.genome import find_records
     from perceiver_ar.data.rows import find_rows
     from perceiver_ar.data.sources import find_files
     from perceiver_ar.data.tokens import TokenFile, prepare
@@ -87,7 +88,9 @@ def tokens_to_score(run: "Run", codec: "Codec", paths: tuple[str, ...], scratch:
         recipe = run.recipe() if run.recipe_file.exists() else Recipe(out=str(run.path))
         split_on = recipe.data.split_on
         sources = find_files(paths)
-        if codec.writes_text and recipe.modality != "bytes":
+        if codec.name == "nucleotides":
+            sources, _ = find_records(sources, None)
+        elif codec.writes_text and recipe.modality != "bytes":
             sources = find_rows(sources, recipe.data.column)
         try:
             tokens, _ = prepare(sources, codec, scratch, validation_fraction=0.0, split_on=split_on, progress=False)

@@ -151,7 +151,7 @@ def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, 
     finally:
         if out is not None and (ids or count == 0):  # a file of before is not given up for nothing
             with atomic_path(out) as temporary:
-                temporary.write_bytes(codec.decode(ids))
+                temporary.write_bytes(codec.to_file(ids))
     seconds = time.perf_counter() - started
     print(text.close())
     print(f"{len(ids)} tokens in {seconds:.1f} s, {len(ids) / seconds:.1f} tokens/s", file=sys.stderr)

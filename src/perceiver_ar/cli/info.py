@@ -35,8 +35,8 @@ def info_verb(argv: list[str]) -> None:
 
 
 # Of what summary.json has measured, where it has.
-SHOWN = ("steps", "tokens_seen", "train_seconds", "bits_per_byte", "bits_per_dimension", "nats_per_note",
-         "nats_per_token")  # fmt: skip
+SHOWN = ("steps", "tokens_seen", "train_seconds", "bits_per_byte", "bits_per_base", "bits_per_dimension",
+         "nats_per_note", "nats_per_token")  # fmt: skip
 
 
 def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:

@@ -27,7 +27,7 @@ class Recipe:
     """Files, folders, globs, or - for standard input; none: the Python standard library's source."""
     out: str = ""
     """The run directory to make."""
-    modality: Literal["auto", "text", "bytes", "midi", "image", "audio", "integers"] = "auto"
+    modality: Literal["auto", "text", "bytes", "midi", "image", "audio", "integers", "genome"] = "auto"
     """text: valid UTF-8 only; bytes: any file; auto: recognised from the files."""
     init_from: str | None = None
     """Trained run, or folder with an exported one, from which to take weights, network and codec. Of these, only

@@ -21,7 +21,8 @@ class DataConfig:
     """How files become documents and tokens, and which documents are held out."""
 
     validation: tuple[str, ...] | str = ()
-    """File or folder to hold out for evaluation, or a list of them, instead of a share of the documents."""
+    """File or folder to hold out for evaluation, or a list of them, instead of a share of the documents. For genomes
+    also a .bed file: its regions are held out."""
     validation_fraction: ShareBelow1 = 0.05
     """Share of the bytes held out, as whole documents."""
     split_on: str | None = None
@@ -57,6 +58,8 @@ class DataConfig:
     """Weights of a neural codec: a folder or a name on the Hub; None: the codec's usual ones on the Hub."""
     codebooks: Positive | None = None
     """Number of a neural codec's codebooks to use, coarsest first; None: eight, or all if it has fewer."""
+    kmer: Positive = 1
+    """Bases of a genome in one token, 1 ... 8."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")

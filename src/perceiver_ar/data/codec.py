@@ -33,6 +33,7 @@ CODECS = {
     "mulaw": "perceiver_ar.data.audio:MuLawCodec",
     "neural": "perceiver_ar.data.audio:NeuralCodec",
     "integers": "perceiver_ar.data.integers:IntegerCodec",
+    "nucleotides": "perceiver_ar.data.genome:NucleotideCodec",
 }
 
 
@@ -105,6 +106,10 @@ class Codec(ABC):
         """Ids (n,) -> the bytes they stand for. Never raises for ids that no document has, such as half a
         document."""
 
+    def to_file(self, ids: ArrayLike) -> bytes:
+        """The content of a file for ids (n,): their bytes, and what the format has around them."""
+        return self.decode(ids)
+
     def fit(self, config: PerceiverARConfig) -> PerceiverARConfig:
         """`config` with the settings that follow from the codec filled in."""
         return config.replace(vocab_size=self.vocab_size)
@@ -167,7 +172,7 @@ class Codec(ABC):
         for number, ids in enumerate(rows, 1):
             path = directory / f"{numbered(stem, number, len(rows))}{self.ending}"
             with atomic_path(path) as temporary:
-                temporary.write_bytes(self.decode(ids))
+                temporary.write_bytes(self.to_file(ids))
             paths.append(path)
         return paths
 

@@ -20,6 +20,7 @@ ENDINGS = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     "audio": (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff"),
     "integers": (".npy", ".npz"),
+    "genome": (".fasta", ".fa", ".fna", ".ffn", ".fas", ".fastq", ".fq"),
 }
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 MAGIC = {
@@ -100,6 +101,10 @@ def make_codec(modality: str, data: DataConfig, sources: Sequence[Source]) -> Co
         from perceiver_ar.data.integers import IntegerCodec, count_values
 
         return IntegerCodec(count_values(sources))
+    if modality == "genome":
+        from perceiver_ar.data.genome import NucleotideCodec
+
+        return NucleotideCodec(data.kmer)
     if data.tokenizer is not None:
         return TokenizerCodec.from_file(data.tokenizer)
     if data.bpe_vocab_size is not None:
@@ -132,6 +137,8 @@ def codec_settings(codec: Codec) -> dict[str, Any]:
             return {"modality": "audio", "data.audio_codec": own["kind"], "data.codebooks": own["codebooks"]}
         case "integers":
             return {"modality": "integers"}
+        case "nucleotides":
+            return {"modality": "genome", "data.kmer": own["kmer"]}
         case "tokenizer" | "offset_bytes":
             return {"modality": "text"}
     raise AssertionError(f"codec_settings does not know {codec.name!r}")

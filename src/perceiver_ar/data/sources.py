@@ -51,6 +51,11 @@ class Source:
     named: bool = True
     spool: Any = field(default=None, repr=False, compare=False)  # keeps a temporary file alive as long as its source
 
+    @property
+    def identity(self) -> tuple[str, bool]:
+        """Equal for sources of the same documents, by whatever path."""
+        return os.path.realpath(self.path), False
+
     def chunks(self, advance: Callable[[int], Any] = lambda num_bytes: None) -> Iterator[bytes]:
         """The decompressed content. Calls `advance(n)` after each n bytes read of the stored file.
 

@@ -1,6 +1,5 @@
 """From files to token files, split into training and validation."""
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -55,8 +54,8 @@ def prepare(
     mark = split_on.encode(errors="surrogateescape") if split_on else None
     held_out = [] if validation_sources is None else list(validation_sources)
     if held_out:
-        reserved = {os.path.realpath(source.path) for source in held_out}
-        sources = [source for source in sources if os.path.realpath(source.path) not in reserved]
+        reserved = {source.identity for source in held_out}
+        sources = [source for source in sources if source.identity not in reserved]
         if not sources:
             raise InputError("all training files are validation files as well; give other files for validation")
 
@@ -108,8 +107,8 @@ def _add_all(
                 wrong.append(str(error))
     if not sources:
         raise InputError("no files given; name files, folders or patterns")
-    if not writer.lengths and wrong:
-        raise InputError(f"none of {len(sources)} files can be read: {wrong[0]}")
+    if not writer.lengths and (wrong or rows):
+        raise InputError(f"none of {len(sources)} files can be read: {(wrong or rows)[0]}")
     if not writer.lengths:
         names = f"{sources[0].name} is" if len(sources) == 1 else f"{sources[0].name} and all other files are"
         raise InputError(f"{names} empty; give files with something in them")

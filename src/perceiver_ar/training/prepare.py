@@ -12,6 +12,7 @@ import torch
 
 from perceiver_ar.config import Recipe
 from perceiver_ar.data.codec import Codec, load_codec, save_codec
+from perceiver_ar.data.genome import find_records
 from perceiver_ar.data.modalities import make_codec, official_split, recognise
 from perceiver_ar.data.rows import find_rows
 from perceiver_ar.data.sampler import TrainingWindows
@@ -134,6 +135,8 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     modality = recipe.modality
     if modality == "auto":
         modality = recognise(sources) if recipe.paths else "text"
+    if modality == "genome":
+        sources, held_out_sources = find_records(sources, held_out_sources)
     if modality == "text":
         sources = find_rows(sources, data.column)
         held_out_sources = held_out_sources and find_rows(held_out_sources, data.column)

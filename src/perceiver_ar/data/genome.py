@@ -1,0 +1,274 @@
+"""Nucleotide sequences: FASTA and FASTQ files as records, and their bases as ids."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from perceiver_ar.data.codec import Codec, WrongModality
+from perceiver_ar.data.sources import Source, split_documents
+from perceiver_ar.errors import InputError
+
+BASES = b"ACGTN"
+LONGEST_KMER = 8
+LINE = 80  # bases of a line that is written
+# Soft-masked (lower) bases count as others, U as T, and what IUPAC writes for several bases as N.
+_LETTERS = bytes.maketrans(b"acgtnURYSWKMBDHVuryswkmbdhv", b"ACGTNT" + 10 * b"N" + b"T" + 10 * b"N")
+_SPACE = b" \t\r\n"
+_COMPLEMENT = np.array([3, 2, 1, 0, 4])
+
+Regions = dict[str, list[tuple[int, int]]]
+"""Name of a record -> disjoint (start, end) in it, in order: bases start ... end - 1, counted from 0."""
+
+
+@dataclass(frozen=True)
+class Records(Source):
+    """A FASTA or FASTQ file. Each record is a document: its bases, without its header.
+
+    With `regions`, the documents are what lies in the regions (`inside`) or between and beside them.
+    """
+
+    of_rows: ClassVar[bool] = True
+    regions: Regions | None = None
+    inside: bool = False
+
+    @property
+    def identity(self) -> tuple[str, bool]:
+        return os.path.realpath(self.path), self.inside
+
+    def documents(
+        self, separator: bytes | None, advance: Callable[[int], Any] = lambda num_bytes: None, text: bool = False
+    ) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """As `Source.documents`; `separator` is not used.
+
+        Raises `InputError` if it is not such a file, or if none of the regions inside is in it.
+        """
+        chunks = filter(None, self.chunks(advance))
+        first = next(chunks, b"")
+        records = {b">": _fasta, b"@": _fastq}.get(first.lstrip(_SPACE)[:1])
+        if records is None:
+            if not first.strip(_SPACE):
+                return
+            raise WrongModality(f"{self.name} begins with neither '>' nor '@', so it is no FASTA or FASTQ file")
+        names, found = list[str](), False
+        for name, sequence in records(_before(first, chunks), self.name):
+            where = f"{self.name}, record {name},"
+            names = [*names[:4], name]
+            if self.regions is None:
+                yield where, sequence
+                continue
+            spans = self.regions.get(name, [])
+            found = found or bool(spans)
+            for document in _cut(sequence, spans if self.inside else _between(spans)):
+                yield where, document
+        if self.inside and not found:
+            raise InputError(f"{self.name} has no record that the .bed file names; its records are {', '.join(names)}")
+
+
+def find_records(
+    sources: Iterable[Source], held_out: Iterable[Source] | None
+) -> tuple[list[Source], list[Source] | None]:
+    """Training and validation files as `Records`. A .bed file in `held_out` holds out its regions of all files.
+
+    Raises `InputError` for a .bed file that cannot be read.
+    """
+    sources, regions = list(sources), Regions()
+    beds = [source for source in held_out or () if source.path.suffix.lower() == ".bed"]
+    for bed in beds:
+        for name, spans in read_bed(bed).items():
+            regions[name] = merged([*regions.get(name, []), *spans])
+    train = [Records(**vars(source), regions=regions if beds else None) for source in sources]
+    if held_out is None:
+        return list[Source](train), None
+    validation = [Records(**vars(source)) for source in held_out if source not in beds]
+    for source in sources if beds else ():
+        found = {**vars(source), "named": False}  # a region is in one of several files
+        validation.append(Records(**found, regions=regions, inside=True))
+    return list[Source](train), list[Source](validation)
+
+
+def read_bed(source: Source) -> Regions:
+    """The regions of a .bed file: lines of name, start and end; of a line with a name alone, the whole record.
+
+    Raises `InputError` naming a line that is neither.
+    """
+    regions: Regions = {}
+    for number, line in enumerate(b"".join(source.chunks()).decode(errors="replace").splitlines(), 1):
+        fields = line.split()
+        if not fields or line.startswith(("#", "track", "browser")):
+            continue
+        try:
+            start, end = map(int, fields[1:3]) if len(fields) > 1 else (0, sys.maxsize)
+        except ValueError:
+            start, end = 0, 0
+        if not 0 <= start < end:
+            raise InputError(f"{source.name}, line {number}: {line!r:.60} is no region; write NAME START END, or NAME")
+        regions.setdefault(fields[0], []).append((start, end))
+    if not regions:
+        raise InputError(f"{source.name} has no regions; write a line NAME START END for each")
+    return {name: merged(spans) for name, spans in regions.items()}
+
+
+def merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same places as disjoint spans, in order."""
+    result = list[tuple[int, int]]()
+    for start, end in sorted(spans):
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        else:
+            result.append((start, end))
+    return result
+
+
+def _between(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What lies before, between and after the spans."""
+    edges = [0, *(place for span in spans for place in span), sys.maxsize]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+
+
+def _cut(chunks: Iterator[bytes], spans: Iterable[tuple[int, int]]) -> Iterator[Iterator[bytes]]:
+    """These spans of a sequence, each to be used up before the next."""
+    place, rest = 0, b""
+
+    def read(end: int) -> Iterator[bytes]:
+        nonlocal place, rest
+        while place < end and (rest := rest or next(chunks, b"")):
+            piece, rest = rest[: end - place], rest[end - place :]
+            place += len(piece)
+            yield piece
+
+    for start, end in spans:
+        for _ in read(start):
+            pass
+        yield read(end)
+
+
+def _before(first: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from chunks
+
+
+def _fasta(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Pairs of a record's name (the first word of its header) and its sequence, without white space."""
+    for document in split_documents(chunks, b"\n>"):
+        header = b""
+        for chunk in document:
+            header += chunk
+            if b"\n" in header:
+                break
+        header, _, start = header.lstrip(_SPACE + b">").partition(b"\n")
+        sequence = (piece.translate(None, _SPACE) for piece in _before(start, document))
+        yield _name(header), filter(None, sequence)
+
+
+def _fastq(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Pairs of a read's name and its sequence; qualities are left out. A record has four lines."""
+    lines = (line.rstrip(b"\r") for line in _lines(chunks))
+    for header in lines:
+        if not header:
+            continue
+        sequence, plus, quality = next(lines, b""), next(lines, b""), next(lines, b"")
+        name = _name(header[1:])
+        if header[:1] != b"@" or plus[:1] != b"+" or len(quality) != len(sequence):
+            raise InputError(f"{where}, record {name}, is damaged, or not of four lines; write it again")
+        yield name, iter([sequence] if sequence else [])
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _name(header: bytes) -> str:
+    return header.decode(errors="replace").split(maxsplit=1)[0] if header.strip() else "without a name"
+
+
+class NucleotideCodec(Codec):
+    """A base, or `kmer` bases of a record in a row, is one id.
+
+    Lower case counts as upper case, U as T, and letters for several bases (IUPAC) as N. Ids are the k-mers in the order
+    A C G T of their bases, then the single bases A C G T N (with k-mers of one base, N alone), then the separator.
+    A k-mer with an N, and what is left at the end of a record, are written base by base.
+    """
+
+    name = "nucleotides"
+    ending = ".fasta"
+    writes_text = True
+
+    def __init__(self, kmer: int = 1) -> None:
+        if not 1 <= kmer <= LONGEST_KMER:
+            raise InputError(f"data.kmer is {kmer}: it must be in 1 ... {LONGEST_KMER}")
+        self.kmer = kmer
+        self.first_base = 0 if kmer == 1 else 4**kmer
+        self.vocab_size = self.first_base + len(BASES) + 1
+        self.separator = (self.vocab_size - 1,)
+        self.powers = 4 ** np.arange(kmer)[::-1]
+        digits = np.arange(self.first_base)[:, None] // self.powers % 4
+        reverse = (_COMPLEMENT[digits[:, ::-1]] * self.powers).sum(axis=1)
+        self._complement = np.concatenate([reverse, self.first_base + _COMPLEMENT, self.separator]).astype(self.dtype)
+        letters = np.frombuffer(BASES, np.uint8)
+        self._bases = [*(letters[row].tobytes() for row in digits), *(bytes([base]) for base in BASES), b""]
+
+    def encode(self, data: bytes) -> np.ndarray:
+        return np.concatenate([np.empty(0, self.dtype), *self.encode_stream([data], "the input")])
+
+    def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
+        """A sequence, or a FASTA file with one record."""
+        codes, chunks = np.empty(0, np.int64), iter(chunks)
+        first = next(chunks, b"").lstrip(_SPACE)
+        if first[:1] == b">":
+            records = [b"".join(bases) for _, bases in _fasta(_before(first, chunks), where)]
+            if len(records) > 1:
+                raise WrongModality(f"{where} has {len(records)} records: give a file with one")
+            first, chunks = records[0], iter(())
+        for chunk in _before(first, chunks):
+            letters = chunk.translate(_LETTERS, _SPACE)
+            if wrong := letters.translate(None, BASES):
+                raise WrongModality(f"{where} is no nucleotide sequence (it holds {wrong[:1]!r}); is it of a protein?")
+            codes = np.append(codes, _CODES[np.frombuffer(letters, np.uint8)])
+            whole = len(codes) // self.kmer * self.kmer
+            yield self._kmers(codes[:whole])
+            codes = codes[whole:]
+        yield (self.first_base + codes).astype(self.dtype)
+
+    def _kmers(self, codes: np.ndarray) -> np.ndarray:
+        """The ids of bases (n,), n a multiple of `kmer`."""
+        rows = codes.reshape(-1, self.kmer)
+        unknown = (rows == BASES.index(b"N")).any(axis=1)
+        ids = np.repeat(rows @ self.powers, np.where(unknown, self.kmer, 1))
+        ids[np.repeat(unknown, np.where(unknown, self.kmer, 1))] = self.first_base + rows[unknown].reshape(-1)
+        return ids.astype(self.dtype)
+
+    def decode(self, ids: ArrayLike) -> bytes:
+        return b"".join([self._bases[index] for index in np.asarray(ids).tolist()])
+
+    def to_file(self, ids: ArrayLike) -> bytes:
+        """A FASTA file with one record."""
+        bases = self.decode(ids)
+        lines = [bases[start : start + LINE] for start in range(0, len(bases), LINE)]
+        return b"\n".join([b">generated", *lines, b""])
+
+    def augment(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Every other window becomes its reverse complement, the other strand."""
+        return self._complement[ids[::-1]].astype(ids.dtype) if random.random() < 0.5 else ids
+
+    def amounts(self, ids: np.ndarray) -> dict[str, float]:
+        return {"base": float(self.num_bytes(ids))}
+
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([len(bases) for bases in self._bases], dtype=np.int64)
+
+    def settings(self) -> dict[str, Any]:
+        return {"kmer": self.kmer}
+
+
+_CODES = np.zeros(256, np.int64)  # of each letter
+_CODES[np.frombuffer(BASES, np.uint8)] = np.arange(len(BASES))
