@@ -370,6 +370,20 @@ def test_a_run_whose_terminal_hangs_up_saves(command: list[str], tmp_path: Path)
     assert 0 < checkpoint(run)["global_step"] < 100000
 
 
+def test_a_run_goes_on_without_its_terminal_if_no_signal_comes(command: list[str], tmp_path: Path) -> None:
+    run, (ours, theirs) = tmp_path / "run", os.openpty()  # not the controlling terminal of the process
+    argv = [sys.executable, "-m", "perceiver_ar.cli", *map(str, command), "--max_steps=600", f"--out={run}"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    while last_step(run) == 0 and process.poll() is None:
+        if select.select([ours], [], [], 0.05)[0]:
+            os.read(ours, 1 << 16)
+    os.close(ours)
+    shown, _ = process.communicate()
+    assert process.returncode == 0
+    assert json.loads(shown) == Run(run).summary()
+
+
 def test_training_goes_on_when_nobody_reads_its_messages_any_more() -> None:
     program = "from perceiver_ar.training.console import say; say('a'); say('b'); print('done')"
     theirs, ours = os.pipe()

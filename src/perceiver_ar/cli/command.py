@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 from perceiver_ar.cli.convert import convert_verb, export_verb
 from perceiver_ar.cli.evaluate import evaluate_verb
@@ -92,4 +93,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def complain(message: str) -> None:
-    print(f"perceiver-ar: {message}", file=sys.stderr)
+    with suppress(OSError):  # the terminal may be gone
+        print(f"perceiver-ar: {message}", file=sys.stderr, flush=True)

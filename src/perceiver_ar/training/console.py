@@ -1,5 +1,6 @@
 """Messages of a training run, and the signals that stop it."""
 
+import errno
 import os
 import signal
 import threading
@@ -15,6 +16,14 @@ class LogConsole(Console):
         """Nobody reads the messages any more, as after `2>&1 | head`: training goes on without them."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self.on_broken_pipe()  # the terminal is gone; SIGHUP may follow, or not, as under setsid
 
 
 console = LogConsole(stderr=True, highlight=False, markup=False)
