@@ -3,18 +3,18 @@
 PYTHON ?= python3
 WORKERS ?= 2# processes that share the tests
 BENCH ?= train# or memory, decode, widths, compute, quality, probes, serve, busy
-TORCH := 2.13.0# what `make constraints` pins; pyproject.toml says what works
+TORCH := 2.13.0# pinned by `make constraints`; pyproject.toml has the versions that work
 
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT ?= 10000# as the command sets it (src/perceiver_ar/threads.py)
 
-# Stops where $(PYTHON) is missing or too old.
+# Stops if $(PYTHON) is missing or too old.
 require_python = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'make: PYTHON=$(PYTHON) is not \
   Python 3.11 or newer; name one that is, as in: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 1; }
 
-# Into site/, from nothing, as pages that are gone would stay. Fails at whatever the log says beside these words: --strict
-# does not count what mkdocstrings and griffe log.
+# Builds site/ from scratch, since deleted pages would stay. Fails at any other line in the log: --strict does not count
+# what mkdocstrings and griffe log.
 define build_site
 	@rm -rf site; log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
 	$(BIN)/zensical build --clean --strict > "$$log" 2>&1; status=$$?; cat "$$log"; \
@@ -29,7 +29,7 @@ help:  ## this list
 	@echo 'make TARGET [PYTHON=python3.12] [WORKERS=4], where TARGET is'
 	@sed -nE 's/^([a-z]+):.*  ## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: .venv/.ready  ## train a small model for some minutes on Python's own source, then let it write
+demo: .venv/.ready  ## train a small model on Python's own source for three minutes, measure it, generate
 	rm -rf runs/demo
 	$(BIN)/perceiver-ar train --config recipes/demo.yaml --out runs/demo
 	$(BIN)/perceiver-ar evaluate runs/demo --context_lengths 16,64,256,1024 --max_tokens 40000
@@ -64,7 +64,7 @@ constraints:  ## resolve the newest versions that pyproject.toml allows and pin 
 	"$$fresh/bin/pip" install torch==$(TORCH) --editable '.[dev,bench]'; \
 	"$$fresh/bin/pip" freeze --all --exclude-editable > "$$fresh/all"; \
 	{ echo '# The versions that make sets up. Written by `make constraints`; commit them when `make check test` passes.'; \
-	  echo '# What torch takes along on some platforms only (CUDA libraries, triton) is left to torch, which pins it itself.'; \
+	  echo '# Without the CUDA libraries and triton: torch needs them on some platforms only, and pins them itself.'; \
 	  sed -E 's/\+[A-Za-z0-9.]+$$//; /^(pip=|nvidia-|cuda-|triton)/d' "$$fresh/all"; \
 	} > "$$fresh/constraints.txt"; \
 	if grep -n '@' "$$fresh/constraints.txt"; then echo 'make: these were not taken from an index' >&2; exit 1; fi; \
@@ -74,8 +74,8 @@ clean:  ## remove .venv and caches; runs/ stays
 	rm -rf .venv dist site .cache .pytest_cache .ruff_cache .hypothesis
 	find . \( -path ./.git -o -path ./runs \) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
-# A set-up that was cut short may have left half a package behind, which pip cannot tell from a whole one: it starts anew.
-# The stamp carries the time at which the set-up began, so that an edit of pyproject.toml in the meantime is not missed.
+# An interrupted set-up may leave half a package, which pip takes for a whole one: the next set-up starts from scratch.
+# The stamp has the time at which the set-up began, so that an edit of pyproject.toml in the meantime counts.
 .venv/.ready: pyproject.toml constraints.txt
 	$(require_python)
 	@if [ -e .venv/.unfinished ]; then rm -rf .venv; fi

@@ -79,7 +79,7 @@ def shown(value: Any) -> str:
 
 
 def values(kind: type, name: str, hint: Any) -> str:
-    """Which values a setting takes: its type or choices, and what the settings themselves say of other values."""
+    """The values that a setting takes: its type or choices, and the bounds that its error messages state."""
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     bounds = [refusal(kind, name, value) for value in (-1, 10**9)] if {int, float} & {*members, *get_args(hint)} else []
     return ", ".join([" or ".join(map(type_words, members)), *dict.fromkeys(filter(None, bounds))])
@@ -96,7 +96,7 @@ def type_words(hint: Any) -> str:
 
 
 def refusal(kind: type, name: str, value: Any) -> str | None:
-    """What the settings say that a value must be, if they refuse this one by itself."""
+    """The bound in the error message, if the settings refuse this value by itself."""
     hint = get_type_hints(kind)[name]
     if get_origin(hint) is tuple:
         value = (value,) * (1 if ... in get_args(hint) else len(get_args(hint)))
@@ -109,12 +109,12 @@ def refusal(kind: type, name: str, value: Any) -> str | None:
 
 
 def presets() -> str:
-    """The presets, by what differs from the defaults."""
+    """The presets: settings that differ from the defaults."""
     names = [name for name in PRESETS if PRESETS[name]]
     rows = [
         "## Presets\n",
         "`--preset NAME` (in a file: `preset: NAME`) starts the settings of the network from those of a size or of a "
-        "published network. Settings that you give besides win.\n",
+        "published network. Settings that you give override it.\n",
     ]
     rows += ["| setting | " + " | ".join(f"`{name}`" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
     for setting in dict.fromkeys(setting for name in names for setting in PRESETS[name]):
@@ -136,8 +136,8 @@ def commands_page() -> str:
     parts.append(
         "## Exit status\n\n"
         "| status | meaning |\n|---|---|\n| 0 | done |\n"
-        "| 2 | something that you can change, such as wrong input, a full disk or training that diverges; one line "
-        "says what, where and what to do |\n"
+        "| 2 | a failure that you can repair, such as wrong input, a full disk or training that diverges; one line "
+        "names it, its place and the remedy |\n"
         "| 1 | any other failure, with its traceback; or another process of the run has died |\n"
         "| 130 | interrupted |\n\n"
         "Results go to standard output, progress and messages to standard error.\n"
@@ -160,7 +160,7 @@ def help_of(verb: str) -> str:
         os.environ.pop("COLUMNS")
         if before is not None:
             os.environ["COLUMNS"] = before
-    return re.sub(".\b", "", printed.getvalue())  # the parser erases a space so
+    return re.sub(".\b", "", printed.getvalue())  # the parser erases a space this way
 
 
 PAGES = {"settings.md": settings_page, "commands.md": commands_page}

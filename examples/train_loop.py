@@ -1,4 +1,4 @@
-"""Perceiver AR in plain PyTorch: train on one file's bytes, measure on its end, write some.
+"""Perceiver AR in plain PyTorch: train on one file's bytes, measure on its end, generate.
 
     python examples/train_loop.py [FILE] [SECONDS]
 

@@ -701,7 +701,7 @@ def test_a_preset_beside_all_settings_of_the_network_is_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train", "--config", finished / "recipe.yaml", "--out", tmp_path / "run"]
-    assert_refused(capsys, *command, "--preset=laptop", says="the preset changes nothing")
+    assert_refused(capsys, *command, "--preset=laptop", says="leave out the preset: the --config file has every")
     (tmp_path / "settings.yaml").write_text("preset: [laptop]\n")
     assert_refused(capsys, "train", "--config", tmp_path / "settings.yaml", says="there is no preset")
 
@@ -1211,7 +1211,7 @@ def test_files_of_a_run_that_may_not_be_read_are_not_called_damaged(
     run: Path, name: str, argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / name).chmod(0)
-    assert_refused(capsys, *argv, run, says=f"Permission denied: {run / name}; change its mode")
+    assert_refused(capsys, *argv, run, says=f"Permission denied: {run / name}; change its permissions")
 
 
 def test_weights_of_another_network_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,10 +76,12 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         text = " ".join(f"It was night {i} in book {number}." for i in range(40))
         (tmp_path / f"books/{number}.txt").write_text(text)
         (tmp_path / f"logs/{number}.log").write_text(text.replace(".", "\n"))
-    for name in ("new_book.txt", "corpus.txt", "start.fa"):
+    for name in ("new_book.txt", "corpus.txt"):
         (tmp_path / name).write_text("It was a dark and stormy night.\n\n\n\n" * 9)
     with gzip.open(tmp_path / "genome.fa.gz", "wt") as file:
-        file.write("".join(f">{number}\n{'ACGTTGCA' * 20}\n" for number in range(4)))
+        file.write("".join(f">{number}\n{('ACGTTGCA' + number * 'A') * 60}\n" for number in range(4)))
+    (tmp_path / "start.fa").write_text(">start\nACGT\n")
+    (tmp_path / "held.bed").write_text("1\n")
     with gzip.open(tmp_path / "more.txt.gz", "wt") as file:
         file.write("It was night, and more. " * 20)
     row = json.dumps({"doc": {"text": "It was night. " * 20}, "id": 1})

@@ -1,7 +1,7 @@
-"""The command: verbs to functions. Results go to stdout, progress and messages to stderr.
+"""The command: calls the function of a verb. Results go to stdout, progress and messages to stderr.
 
-Exit status: 0 done; 2 something that the user can mend (wrong input, a full disk, training that diverges), and one line
-says what, where and what to do; 1 any other failure, with its traceback; 130 interrupted.
+Exit status: 0 done; 2 a failure that the user can repair (wrong input, a full disk, training that diverges), reported
+in one line with its place and remedy; 1 any other failure, with its traceback; 130 interrupted.
 """
 
 import errno
@@ -26,16 +26,16 @@ USAGE = """usage: perceiver-ar VERB ...
 
 Perceiver AR on your own files: train, see how good it is, generate.
 
-  train [PATH...] --out RUN     make a run: a directory with a trained model
-  evaluate RUN [PATH...]        bits per byte on files, or on what the run held out
-  generate RUN                  let the model write
-  serve RUN                     let programs use it: OpenAI's completions over HTTP, and a page to write on
-  info RUN                      what a run is, and what it costs
-  convert FORMAT CHECKPOINT --out RUN     another implementation's checkpoint becomes a run
-  export FORMAT RUN --out PATH            and back; or for Hugging Face transformers, or as ONNX
-  push RUN OWNER/NAME           a run goes to the Hugging Face Hub
+  train [PATH...] --out RUN     train a model; RUN is a new directory for it
+  evaluate RUN [PATH...]        bits per byte on files, or on the run's held-out documents
+  generate RUN                  write text, music, pictures or sound
+  serve RUN                     OpenAI's completions over HTTP, and a page to write on
+  info RUN                      settings, scores and costs of a run
+  convert FORMAT CHECKPOINT --out RUN     make a run from another implementation's checkpoint
+  export FORMAT RUN --out PATH            write the model for other implementations, transformers or ONNX
+  push RUN OWNER/NAME           upload a run to the Hugging Face Hub
 
-perceiver-ar VERB --help has all options and examples."""
+perceiver-ar VERB --help shows options and examples."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,10 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     share_cores()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
+        if getattr(sys, name) is None:  # closed: the next opened file would get its descriptor
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": train_verb,
         "evaluate": evaluate_verb,
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         "push": push_verb,
     }
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # of libraries, to their callers: to us, not to the user
+        warnings.simplefilter("ignore")  # libraries warn their callers, not our users
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(USAGE)
@@ -81,11 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.strerror is None:
             raise
-        remedy = {errno.ENOSPC: "free some space", errno.EACCES: "change its mode or choose another place"}
+        remedy = {errno.ENOSPC: "free some space", errno.EACCES: "change its permissions or choose another place"}
         place = f": {error.filename}" if error.filename else ""
-        complain(
-            f"{error.strerror}{place}; {remedy.get(error.errno or 0, 'choose another place, or look at the disk')}"
-        )
+        complain(f"{error.strerror}{place}; {remedy.get(error.errno or 0, 'choose another place, or check the disk')}")
         return 2
     except KeyboardInterrupt as error:
         complain(str(error) or "interrupted")

@@ -1,4 +1,4 @@
-"""perceiver-ar convert, and back: perceiver-ar export."""
+"""perceiver-ar convert and perceiver-ar export."""
 
 import json
 import sys
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from perceiver_ar.run import Run
 
 
-# What checkpoints may not tell, by format: option, type, help.
+# Settings that a checkpoint may not contain, by format: option, type, help.
 CONVERT_OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
     "lucidrains": [
-        ("cross_attn_seq_len", int, "prefix length, which no weight tells"),
-        ("heads", int, "attention heads, where the weights leave a choice"),
+        ("cross_attn_seq_len", int, "prefix length; the weights do not determine it"),
+        ("heads", int, "attention heads, if the weights do not determine them"),
     ],
     "krasserm": [],
     "google": [
-        ("settings", str, "random_mirrored_32, random_mirrored_131072, imagenet_w_positions, or a JSON file of their "
-         "PerceiverAR's arguments"),
+        ("settings", str, "random_mirrored_32, random_mirrored_131072, imagenet_w_positions, or a JSON file with "
+         "the arguments of their PerceiverAR"),
         ("max_context_length", int, "as in their settings"),
         ("z_index_dim", int, "as in their settings"),
         ("num_cross_attend_heads", int, "as in their settings"),
@@ -42,8 +42,8 @@ def convert_verb(argv: list[str]) -> None:
         "  perceiver-ar convert lucidrains model.pt --cross_attn_seq_len 3072 --heads 8 --out runs/enwik8\n"
         "  perceiver-ar convert google checkpoint.dill --settings random_mirrored_131072 --out runs/copy",
     )
-    parser.add_argument("format", choices=list(CONVERT_OPTIONS), help="whose checkpoint it is")
-    parser.add_argument("checkpoint", type=str, help="a file, or a directory where they write one")
+    parser.add_argument("format", choices=list(CONVERT_OPTIONS), help="the implementation that wrote it")
+    parser.add_argument("checkpoint", type=str, help="a file or a directory, as that implementation writes it")
     parser.add_argument("--out", type=str, required=True, help="the run directory to make")
     for form, options in CONVERT_OPTIONS.items():
         for name, kind, text in options:
@@ -74,8 +74,8 @@ def convert_verb(argv: list[str]) -> None:
         if codec is not None:
             save_codec(codec, directory)
     if codec is None:
-        print("the checkpoint does not say what its ids stand for: info and Python work with the run; evaluate and "
-              "generate need a codec.json in it", file=sys.stderr)  # fmt: skip
+        print("the checkpoint does not say what its ids stand for: evaluate and generate need a codec.json in the run; "
+              "info and Python work without it", file=sys.stderr)  # fmt: skip
     facts = {"run": args.out, "parameters": model.num_parameters(), "codec": None if codec is None else codec.name}
     print(json.dumps(facts))
 
@@ -84,12 +84,12 @@ def export_verb(argv: list[str]) -> None:
     parser = make_parser(
         "export",
         "huggingface|lucidrains|krasserm|onnx RUN --out PATH",
-        "Writes a run's model for others.\n"
-        "huggingface: a directory that transformers load with trust_remote_code=True where this package is not\n"
-        "installed: weights, settings, tokenizer and code; it is still a run. (Where the package is installed,\n"
-        "transformers load the run itself, after `import perceiver_ar.huggingface`.)\n"
-        "lucidrains, krasserm: a file of torch.save that perceiver-ar-pytorch loads, a Hugging Face directory that\n"
-        "perceiver-io loads; shows the arguments or settings it goes with. Only for models that these packages can\n"
+        "Writes a run's model for other programs.\n"
+        "huggingface: a directory with weights, settings, tokenizer and code. transformers loads it with\n"
+        "trust_remote_code=True, without this package; it is still a run. (With this package, transformers loads the\n"
+        "run itself, after `import perceiver_ar.huggingface`.)\n"
+        "lucidrains: a torch.save file for perceiver-ar-pytorch. krasserm: a Hugging Face directory for perceiver-io.\n"
+        "Both print the arguments or settings to load it with, and work only for models that these packages can\n"
         "compute, such as those trained with --preset lucidrains or --preset krasserm.\n"
         "onnx: a directory for runtimes without PyTorch: scoring, and generation step by step.",
         "  perceiver-ar export huggingface runs/books --out books-for-transformers/\n"
@@ -98,7 +98,7 @@ def export_verb(argv: list[str]) -> None:
         "  perceiver-ar export onnx runs/books --out books-onnx/",
     )
     formats = ["huggingface", "lucidrains", "krasserm", "onnx"]
-    parser.add_argument("format", choices=formats, help="for which package")
+    parser.add_argument("format", choices=formats, help="the program to write for")
     parser.add_argument("run", type=str, help="a run directory")
     parser.add_argument("--out", type=str, required=True, help="the file or directory to write")
     args = parse(parser, argv)
@@ -130,7 +130,7 @@ def export_verb(argv: list[str]) -> None:
 
 
 def export_huggingface(run: "Run", directory: Path) -> dict[str, Any]:
-    """A run for transformers; what to tell of it."""
+    """Writes a run for transformers into `directory` and returns the facts to print."""
     from perceiver_ar.data.codec import missing_extra
 
     try:

@@ -30,15 +30,15 @@ def evaluate_verb(argv: list[str]) -> None:
         "  perceiver-ar evaluate runs/books new_book.txt --json",
     )
     parser.add_argument("run", type=str, help="a run directory")
-    add_paths(parser, "files as for train; none: what the run held out")
+    add_paths(parser, "files as for train; none: the documents that the run held out")
     parser.add_argument("--stride", type=int | None, help="tokens from window to window; 1 is exact and slow "
                         "(default: half the latents)")  # fmt: skip
     parser.add_argument("--num_latents", type=int | None, help="latents per window (default: as trained)")
     parser.add_argument(
-        "--context_lengths", type=str | None, help="a table, a CSV and a plot for these context lengths"
+        "--context_lengths", type=str | None, help="compare these context lengths in a table, a CSV file and a plot"
     )
-    parser.add_argument("--max_tokens", type=int | None, help="score only so many tokens from the start")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows at once")
+    parser.add_argument("--max_tokens", type=int | None, help="score only the first MAX_TOKENS tokens")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows per forward")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the computation")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parse(parser, argv)

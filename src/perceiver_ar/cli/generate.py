@@ -24,47 +24,47 @@ def generate_verb(argv: list[str]) -> None:
     parser = make_parser(
         "generate",
         "RUN",
-        "Lets the model of a run write, and shows it as it is drawn; music, pictures and sound become files.",
+        "Generates with a run's model. Text is shown as it is drawn; music, pictures and sound become files.",
         "  perceiver-ar generate runs/books --prompt 'Call me'\n"
         "  perceiver-ar generate runs/code --prompt_file start.py --max_new_tokens 2000 --top_p 0.95\n"
         "  perceiver-ar generate runs/books --stop '\\n\\n' --seed 1 --out sample.txt\n"
         "  perceiver-ar generate runs/piano --prompt_file prelude.mid --keep 500 --max_new_tokens 1000 --out new.mid",
     )
     parser.add_argument("run", type=str, help="a run directory")
-    parser.add_argument("--prompt", type=str | None, help="text to go on from; for pictures the name of a class")
-    parser.add_argument("--prompt_file", type=str | None, help="a file to go on from, - for standard input")
-    parser.add_argument("--keep", type=float | None, help="go on from the first so many tokens of the prompt file, or "
-                        "from a share of them below 1 (default: all; of a picture half)")  # fmt: skip
-    parser.add_argument("--max_new_tokens", type=int | None, help="how many tokens to draw (default: 256, or the rest "
-                        "of a picture)")  # fmt: skip
-    parser.add_argument("--samples", type=int | None, help="how many continuations (default: 1; of a picture 4)")
+    parser.add_argument("--prompt", type=str | None, help="text to continue; for pictures the name of a class")
+    parser.add_argument("--prompt_file", type=str | None, help="a file to continue, - for standard input")
+    parser.add_argument("--keep", type=float | None, help="continue only the first KEEP tokens of the prompt file; "
+                        "below 1: this share of them (default: all; of a picture half)")  # fmt: skip
+    parser.add_argument("--max_new_tokens", type=int | None, help="number of tokens to draw (default: 256, or the "
+                        "rest of a picture)")  # fmt: skip
+    parser.add_argument("--samples", type=int | None, help="number of continuations (default: 1; of a picture 4)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token")
-    parser.add_argument("--top_k", type=int | None, help="draw from so many likeliest tokens only")
-    parser.add_argument("--top_p", type=float | None, help="draw from the likeliest tokens that hold this share")
-    parser.add_argument("--min_p", type=float | None, help="draw from tokens at least so likely as a share of the best")
+    parser.add_argument("--top_k", type=int | None, help="draw from the TOP_K likeliest tokens only")
+    parser.add_argument("--top_p", type=float | None, help="draw from the fewest tokens with this total probability")
+    parser.add_argument(
+        "--min_p", type=float | None, help="draw from tokens with at least MIN_P times the top probability"
+    )
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes used tokens less likely")
+    parser.add_argument("--frequency_penalty", type=float, default=0.0, help="subtracted from a token's logit per draw")
     parser.add_argument(
-        "--frequency_penalty", type=float, default=0.0, help="taken from a token's logit per earlier use"
+        "--presence_penalty", type=float, default=0.0, help="subtracted once from a drawn token's logit"
     )
+    parser.add_argument("--stop", type=str | None, help="end a text after this string")
+    parser.add_argument("--ignore_end", action="store_true", help="when a document ends, begin a new one")
     parser.add_argument(
-        "--presence_penalty", type=float, default=0.0, help="taken from a token's logit once it was used"
+        "--refill_latents", type=int | None, help="latents after a refill, when all are used (default: half)"
     )
-    parser.add_argument("--stop", type=str | None, help="end a text once this was written")
-    parser.add_argument("--ignore_end", action="store_true", help="go on where a document ends, with a new one")
-    parser.add_argument(
-        "--refill_latents", type=int | None, help="latents to go on with when all are used (default: half)"
-    )
-    parser.add_argument("--compile", action="store_true", help="half a minute first, then faster tokens")
-    parser.add_argument("--max_autotune", action="store_true", help="the same with kernels tried out for this machine: "
-                        "a minute first, pays from some ten thousand tokens on")  # fmt: skip
-    parser.add_argument("--slide", action="store_true", help="drop the oldest latent instead: constant time a token, "
-                        "but what it knew lives on in the others: logits of no single forward")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="half a minute of compiling, then faster tokens")
+    parser.add_argument("--max_autotune", action="store_true", help="the same with kernels chosen for this machine: a "
+                        "minute of compiling, worth it from some ten thousand tokens on")  # fmt: skip
+    parser.add_argument("--slide", action="store_true", help="drop the oldest latent instead of refilling: constant "
+                        "time per token, but no single forward gives these logits")  # fmt: skip
     parser.add_argument("--precision", choices=["32", "bf16", "int8"], default="32", help="of weights and computation; "
-                        "int8 (extra [int8]): such weights, computation in bf16; fast with these two only")  # fmt: skip
-    parser.add_argument("--seed", type=int | None, help="the same seed draws the same text; the next sample takes the "
-                        "next seed")  # fmt: skip
-    parser.add_argument("--out", type=str | None, help="also write what was generated into this file, several samples "
-                        "with their numbers; for what is no text, how the files are named "
+                        "int8 (extra [int8]): int8 weights, bf16 computation, slow unless compiled")  # fmt: skip
+    parser.add_argument("--seed", type=int | None, help="the same seed draws the same text; each further sample takes "
+                        "the next seed")  # fmt: skip
+    parser.add_argument("--out", type=str | None, help="also write the text to this file (several samples: numbered "
+                        "files); music, pictures and sound: the name of their files "
                         "(default: RUN/samples/generated)")  # fmt: skip
     parser.add_argument("--soundfont", type=str | None, help="an .sf2 or .sf3 file to play music with")
     args = parse(parser, argv)
@@ -114,7 +114,7 @@ def generate_verb(argv: list[str]) -> None:
         drawn = steps(num_samples=samples, seed=args.seed)
         show_files(run, codec, drawn, count, document, len(prompt), args)
         return
-    for number in range(1, samples + 1):  # one after the other, to be read as they are drawn
+    for number in range(1, samples + 1):  # one after the other, so that each can be read as it is drawn
         if number > 1:
             print(flush=True)
         if samples > 1:
@@ -149,14 +149,14 @@ def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, 
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        if out is not None and (ids or count == 0):  # a file of before is not given up for nothing
+        if out is not None and (ids or count == 0):  # keep an older file if nothing was drawn
             with atomic_path(out) as temporary:
                 temporary.write_bytes(codec.to_file(ids))
     seconds = time.perf_counter() - started
     print(text.close())
     print(f"{len(ids)} tokens in {seconds:.1f} s, {len(ids) / seconds:.1f} tokens/s", file=sys.stderr)
     if interrupted:
-        raise KeyboardInterrupt("interrupted; what was drawn until then is above")
+        raise KeyboardInterrupt("interrupted; the tokens drawn so far are above")
 
 
 def show_files(
@@ -168,7 +168,7 @@ def show_files(
     prompt_len: int,
     args: argparse.Namespace,
 ) -> None:
-    """Draws up to `count` tokens, then writes the files that they are; the files' names go to stdout."""
+    """Draws up to `count` tokens per sample, writes them as files, and prints the paths."""
     import numpy as np
 
     started, columns = time.perf_counter(), []
@@ -192,4 +192,4 @@ def show_files(
         print(path)
     print(f"{len(columns)} tokens in {seconds:.1f} s, {len(columns) / seconds:.1f} tokens/s", file=sys.stderr)
     if interrupted:
-        raise KeyboardInterrupt("interrupted; what was drawn until then is in these files")
+        raise KeyboardInterrupt("interrupted; the tokens drawn so far are in these files")

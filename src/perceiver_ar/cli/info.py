@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def info_verb(argv: list[str]) -> None:
-    parser = make_parser("info", "RUN", "Shows what a run is and what it costs.", "  perceiver-ar info runs/books")
+    parser = make_parser("info", "RUN", "Shows a run's settings, scores and costs.", "  perceiver-ar info runs/books")
     parser.add_argument("run", type=str, help="a run directory")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parse(parser, argv)
@@ -34,7 +34,7 @@ def info_verb(argv: list[str]) -> None:
         print(f"{name.replace('_', ' '):<34}{shown}")
 
 
-# Of what summary.json has measured, where it has.
+# Entries of summary.json to show, if present.
 SHOWN = ("steps", "tokens_seen", "train_seconds", "bits_per_byte", "bits_per_base", "bits_per_dimension",
          "nats_per_note", "nats_per_token")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What the verbs have in common: parsers, and messages about options in our words."""
+"""Shared by the verbs: the parser, and plain messages about options."""
 
 import argparse
 import os
@@ -37,9 +37,10 @@ set_dumper("yaml", dump_yaml)
 
 
 def parse(parser: ArgumentParser, argv: list[str], shown: Collection[str] = ()) -> Namespace:
-    """The options of `argv`. `--help` shows the ones in `shown` (no names: all), `--help=all` shows all.
+    """Parses `argv`. `--help` shows the options in `shown` (empty: all), `--help=all` shows all.
 
-    Raises InputError for options that do not exist and values that they cannot have.
+    Raises:
+        InputError: an unknown option or an invalid value.
     """
     if "--help=all" in argv:
         argv = ["--help"]
@@ -51,7 +52,7 @@ def parse(parser: ArgumentParser, argv: list[str], shown: Collection[str] = ()) 
         args = parser.parse_args(argv)
     except argparse.ArgumentError as error:
         message = plain(" ".join(str(error).split()), list(parser.get_defaults().keys(branches=True)))
-        raise InputError(f"{message}; {parser.prog} --help has all options") from None
+        raise InputError(f"{message}; {parser.prog} --help=all shows the options") from None
     for name in PATHS:
         if isinstance(path := args.get(name), str):
             args[name] = os.path.expanduser(path)
@@ -59,7 +60,7 @@ def parse(parser: ArgumentParser, argv: list[str], shown: Collection[str] = ()) 
 
 
 def hide_others(parser: ArgumentParser, shown: Collection[str]) -> None:
-    """Leaves options that are not in `shown` out of the help."""
+    """Hides all options but those in `shown` from the help."""
     hidden = 0
     for action in parser._actions:
         if action.option_strings and action.dest not in shown:
@@ -73,7 +74,7 @@ def hide_others(parser: ArgumentParser, shown: Collection[str]) -> None:
 
 
 def refuse_comments(parser: ArgumentParser, argv: list[str]) -> None:
-    """Raises InputError for a number or choice with a #. The parser reads these as YAML, where a comment follows."""
+    """Raises InputError if a number or choice contains #: the parser reads it as YAML and drops the comment."""
     kinds = {name: getattr(action, "_typehint", None) for action in parser._actions for name in action.option_strings}
     for word, following in zip(argv, [*argv, ""][1:], strict=True):
         option, equals, value = word.partition("=")
@@ -89,10 +90,10 @@ def choices_of(kind: Any) -> tuple[Any, ...]:
 
 
 def take_text_as_it_is(parser: ArgumentParser) -> None:
-    """Makes `str | None` options plain text; one that is not given, or null in a file, is None all the same.
+    """Makes `str | None` options plain text. An option that is not given, or null in a file, is still None.
 
-    The parser reads the values of a union as YAML first, also those that a file quotes. In YAML `# text`, `~` and
-    `null` are nothing, so the text would be lost.
+    The parser reads the value of a union type as YAML first, even if a file quotes it. In YAML `# text`, `~` and
+    `null` are null, so the text would be lost.
     """
     for action in parser._actions:
         if getattr(action, "_typehint", None) == (str | None):
@@ -118,12 +119,11 @@ TYPES = {
 
 
 def plain(message: str, known: list[str]) -> str:
-    """A message in our words where the parser says in its own that there is no such option, of those `known`, or that
-    a value is of the wrong type."""
+    """Rewrites the parser's message about an option that is not `known` or has a value of the wrong type."""
     if match := UNKNOWN.match(message):
         name = match["option"] or match["setting"] or f"{match['group']}.{match['name']}"
         known = [f"--{other}" for other in known] if match["option"] else known
-        file = "" if name.startswith("--") or not match["option"] else f"; a file of that name is ./{name}"
+        file = "" if name.startswith("--") or not match["option"] else f"; if it is a file, write ./{name}"
         return f"there is no option {unknown_words([name], known)}{file}"
     if match := re.fullmatch(r"argument (--[\w.-]+): expected one argument", message):
         return f"{match[1]} has no value; one that begins with a dash needs an equals sign, as in {match[1]}=-x"
@@ -143,7 +143,7 @@ def plain(message: str, known: list[str]) -> str:
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the line ends of our descriptions; says each option's type, bounds and default."""
+    """Keeps the line breaks of descriptions; shows each option's type, bounds and default."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         return re.sub(
@@ -160,18 +160,18 @@ def make_parser(verb: str, arguments: str, description: str, examples: str) -> A
         exit_on_error=False,
         allow_abbrev=False,
     )
-    what = "settings, such as another run's recipe.yaml" if verb == "train" else "options; those after it win"
+    what = "settings, such as another run's recipe.yaml" if verb == "train" else "options; options after it win"
     parser.add_argument("--config", action="config", help=f"a YAML file of {what}")
     return parser
 
 
 def add_paths(parser: ArgumentParser, help: str) -> None:
     action = parser.add_argument("paths", nargs="*", help=help)
-    action.required = False  # pyright: ignore[reportOptionalMemberAccess]  # or the help would say that it is
+    action.required = False  # pyright: ignore[reportOptionalMemberAccess]  # else the help marks it as required
 
 
 def names(paths: Any) -> tuple[str, ...]:
-    """The paths given, as a --config file may have them: one, several or none."""
+    """The paths as a tuple; a --config file may give one, several or none."""
     found = (paths,) if isinstance(paths, str) else paths or ()
     if not isinstance(found, list | tuple) or not all(isinstance(path, str) for path in found):
         raise InputError(f"paths is {paths!r}: it must be names of files or folders")
@@ -190,5 +190,5 @@ def option_values(argv: list[str], option: str) -> list[str]:
 
 
 def option_value(argv: list[str], option: str) -> str | None:
-    """The last value of an option that must be known before parsing; None if it is not there."""
+    """The last value of an option that must be known before parsing; None if it is missing."""
     return next(reversed(option_values(argv, option)), None)

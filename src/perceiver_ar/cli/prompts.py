@@ -1,4 +1,4 @@
-"""What to generate from, how much, and where it ends."""
+"""For `generate`: the prompt, the number of tokens to draw, and the text that ends them."""
 
 import argparse
 import math
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> list[int]:
-    """The ids to go on from: the prompt as the start of a document."""
+    """The ids of the prompt, as the start of a document; at least one."""
     from perceiver_ar.data.codec import WrongModality
     from perceiver_ar.data.text import text_only
 
@@ -37,12 +37,12 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
 
 
 def of_trained(reason: str) -> str:
-    """Why files cannot be read, where --modality is no option any more."""
+    """Adapts a message that recommends --modality to a trained run, which no longer has this option."""
     return reason.replace("use --modality bytes", "use a run that was trained with --modality bytes")
 
 
 def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
-    """The bytes that end a text, empty without any. Looked for in bytes, as a tokenizer may write them in many ways."""
+    """The bytes that end a text; empty without `stop`. Not ids, since several sequences of ids may decode to them."""
     if stop is None:
         return b""
     if not codec.writes_text:
@@ -59,7 +59,7 @@ def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
 
 
 def what_to_draw(codec: "Codec", document: list[int], args: argparse.Namespace) -> tuple[list[int], int, int]:
-    """The prompt, how many tokens to draw after it, and how often."""
+    """Returns the prompt, the number of tokens to draw after it, and the number of samples."""
     from perceiver_ar.data.codec import prompt_and_count
 
     if args.keep is not None and not (args.keep > 0 and math.isfinite(args.keep)):

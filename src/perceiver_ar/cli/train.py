@@ -35,15 +35,15 @@ def train_verb(argv: list[str]) -> None:
         "  perceiver-ar train books/ --out runs/books --max_time 1h\n"
         "  perceiver-ar train corpus.txt.xz --data.split_on '\\n\\n\\n\\n' --out runs/corpus --max_steps 2000\n"
         "  perceiver-ar train src/ --out runs/code --model.context_length 8192 --model.dim 256 --model.num_heads 4\n"
-        "  perceiver-ar train stories.parquet --data.column story --out runs/stories     (a document each row)\n"
+        "  perceiver-ar train stories.parquet --data.column story --out runs/stories     (each row is a document)\n"
         "  perceiver-ar train --out runs/python --max_time 5m      (Python's own source)\n"
         "  perceiver-ar train --out runs/books --resume            (go on where it stopped)\n"
         "  perceiver-ar train letters/ --init_from runs/books --out runs/letters --max_time 10m      (fine-tune a run)",
     )
     add_paths(
         parser,
-        "files, folders, patterns, - for standard input; also .gz .xz .bz2 .zst, and .jsonl .csv .parquet .arrow, of "
-        "which each row is a document; none: Python's source",
+        "files, folders, patterns, - for standard input; also .gz .xz .bz2 .zst, and .jsonl .csv .parquet .arrow with "
+        "a document in each row; none: Python's source",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
     parser.add_argument(
@@ -54,7 +54,7 @@ def train_verb(argv: list[str]) -> None:
         choices=list(PRESETS),
         help="start the --model settings from a size (laptop, gpu) or from a published network",
     )
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the settings' own words are the help
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the docstrings of the settings are the help
     parser.add_class_arguments(Recipe, skip={"paths"})
     from_files: dict[str, Any] = {}
     if "--resume" in argv:
@@ -70,7 +70,7 @@ def train_verb(argv: list[str]) -> None:
                 "--resume goes on with the run's own weights, so --init_from changes nothing: leave it out"
             )
         run = Run.open(os.path.expanduser(out))
-        run.recipe()  # says clearly what is wrong with it, if anything is
+        run.recipe()  # raises a clear InputError if it is unusable
         argv = ["--config", str(run.recipe_file), *argv]
         from_files |= run.recipe_dict()
     else:
@@ -82,7 +82,7 @@ def train_verb(argv: list[str]) -> None:
     preset = option_value(argv, "--preset") or from_files.get("preset")
     if preset is not None:
         if names_all("model", from_files.get("model")):
-            raise InputError("the --config file has every setting of the network, so the preset changes nothing")
+            raise InputError("leave out the preset: the --config file has every setting of the network")
         if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
         parser.set_defaults({f"model.{name}": value for name, value in PRESETS[preset].items()})
@@ -91,7 +91,7 @@ def train_verb(argv: list[str]) -> None:
         open_origin(init_from, preset) if init_from and isinstance(init_from, str) and "--resume" not in argv else None
     )
     if origin is not None:
-        parser.set_defaults(origin.settings())  # so that settings that differ are settings that were given
+        parser.set_defaults(origin.settings())  # then a setting that differs was given by the user
     for name in ("resume", "find_batch"):
         if from_files.get(name):
             raise InputError(f"the --config file sets {name}, which only the command line can: give --{name} there")
@@ -112,12 +112,12 @@ def train_verb(argv: list[str]) -> None:
     from perceiver_ar.training import train
 
     summary = train(recipe, resume=resume, find_batch=find_batch)
-    if summary:  # of several processes the first one has it
+    if summary:  # empty on all ranks but the first
         print(json.dumps(summary, indent=2))
 
 
 def settings_in(file: Path) -> dict[str, Any]:
-    """The settings in a --config file; {} if it is none, which the parser reports."""
+    """The settings in a --config file; {} if the file is missing or holds none, which the parser reports."""
     if not file.is_file():
         return {}
     try:

@@ -98,7 +98,7 @@ class _Damaged(Exception):
 
 
 def _permission_denied(name: str | os.PathLike[str]) -> InputError:
-    return InputError(f"no permission to read {name}; change its mode or leave it out")
+    return InputError(f"no permission to read {name}; change its permissions or leave it out")
 
 
 def _decompressed(raw: IO[bytes], suffix: str, name: str) -> Iterator[bytes]:

@@ -136,6 +136,7 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     if modality == "auto":
         modality = recognise(sources) if recipe.paths else "text"
     if modality == "genome":
+        require(data.split_on is None, "data.split_on is for text: leave it out; records of a genome are documents")
         sources, held_out_sources = find_records(sources, held_out_sources)
     if modality == "text":
         sources = find_rows(sources, data.column)
