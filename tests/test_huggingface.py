@@ -83,15 +83,21 @@ def ids(*shape: int, seed: int = 0, vocab_size: int = 256) -> Tensor:
 
 
 @torch.no_grad()
-def window_logits(model: PerceiverAR, row: Tensor, prompt_len: int = 1) -> Tensor:
-    """Logits (T - prompt_len + 1, V) after each token of a row (T,) from the last of its prompt on, each by a forward
-    of its own over the window that generation from that prompt would report."""
+def window_logits(model: PerceiverAR, row: Tensor, prompt_len: int = 1, first: int | None = None) -> Tensor:
+    """Logits (T - first + 1, V) after each token of a row (T,) from `first` on (None: the last one of its prompt), each
+    by a forward of its own over the window that generation from that prompt would report."""
     logits, window = [], None
     for t in range(prompt_len, len(row) + 1):
         window = next_window(model.config, window, t)
         prefix_len = t - window.start - window.num_latents
-        logits.append(model(row[None, window.start : t], prefix_len)[0, -1])
+        if t >= (prompt_len if first is None else first):
+            logits.append(model(row[None, window.start : t], prefix_len)[0, -1])
     return torch.stack(logits)
+
+
+def last_logits(model: PerceiverAR, row: Tensor, prompt_len: int) -> Tensor:
+    """The last ones (V,) of `window_logits`."""
+    return window_logits(model, row, prompt_len, first=len(row))[-1]
 
 
 # Files
@@ -383,7 +389,7 @@ def test_beam_search_is_that_of_a_model_without_cache(prompt_len: int, from_end:
         for _ in range(count):
             scored = []
             for score, row in rows:
-                following = window_logits(model, row, prompt_len)[-1].log_softmax(-1)
+                following = last_logits(model, row, prompt_len).log_softmax(-1)
                 scored += [(score + float(following[i]), torch.cat([row, torch.tensor([i])])) for i in range(5)]
             rows = sorted(scored, key=lambda item: -item[0])[:beams]
         for i in range(3):
@@ -415,7 +421,7 @@ def test_a_cache_goes_on_where_it_was(name: str) -> None:
     second = MODEL.generate(both, **cache, max_new_tokens=15, do_sample=False)
     output = MODEL(prompt, use_cache=True)
     for t in range(5, second.shape[1]):
-        expected = torch.stack([window_logits(NETWORK, row[:t], prompt_len=5)[-1] for row in second])
+        expected = torch.stack([last_logits(NETWORK, row[:t], prompt_len=5) for row in second])
         assert_close(output.logits[:, -1], expected, 1e-9)
         if t not in (14, 15):  # given, not drawn
             assert torch.equal(output.logits[:, -1].argmax(-1), second[:, t])
@@ -432,7 +438,7 @@ def test_a_copy_of_a_cache_goes_on_by_itself_over_the_same_network() -> None:
         rows = torch.cat([prompt, ids(2, 20, seed=seed, vocab_size=5)], dim=1)  # refills, past the context
         for t in range(12, 32):
             logits = adapter(rows[:, t : t + 1], **{CACHE: cache}).logits[:, 0]
-            expected = torch.stack([window_logits(model, row[: t + 1], prompt_len=12)[-1] for row in rows])
+            expected = torch.stack([last_logits(model, row[: t + 1], prompt_len=12) for row in rows])
             assert_close(logits, expected, 1e-9)
 
 
@@ -561,7 +567,7 @@ def test_a_cache_that_was_returned_goes_on_beyond_its_first_room(length: int) ->
     both = torch.cat([first.sequences, ids(2, 2, seed=1)], dim=1)
     second = MODEL.generate(both, **{CACHE: first[CACHE]}, max_new_tokens=30, do_sample=False)
     for t in range(both.shape[1], second.shape[1]):
-        expected = torch.stack([window_logits(NETWORK, row[:t], prompt_len=length)[-1] for row in second])
+        expected = torch.stack([last_logits(NETWORK, row[:t], prompt_len=length) for row in second])
         assert torch.equal(expected.argmax(-1), second[:, t])
 
 
