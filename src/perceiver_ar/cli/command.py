@@ -16,6 +16,7 @@ from perceiver_ar.cli.evaluate import evaluate_verb
 from perceiver_ar.cli.generate import generate_verb
 from perceiver_ar.cli.info import info_verb
 from perceiver_ar.cli.push import push_verb
+from perceiver_ar.cli.score import score_verb
 from perceiver_ar.cli.serve import serve_verb
 from perceiver_ar.cli.train import train_verb
 from perceiver_ar.errors import InputError
@@ -26,6 +27,7 @@ Perceiver AR on your own files: train, see how good it is, generate.
 
   train [PATH...] --out RUN     make a run: a directory with a trained model
   evaluate RUN [PATH...]        bits per byte on files, or on what the run held out
+  score RUN [PATH...]           the bits of every document and token; two runs compared
   generate RUN                  let the model write
   serve RUN                     let programs use it: OpenAI's completions over HTTP, and a page to write on
   info RUN                      what a run is, and what it costs
@@ -47,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": train_verb,
         "evaluate": evaluate_verb,
+        "score": score_verb,
         "generate": generate_verb,
         "serve": serve_verb,
         "info": info_verb,
