@@ -45,7 +45,9 @@ MAY_IMPORT = {
     "run": NETWORK | {"data", "lock"},
     "origin": NETWORK | {"data", "run"},
     "compat": NETWORK | {"objective", "windows", "generation", "data"},
+    "tables": BOTTOM,
     "evaluation": BELOW_THE_TASKS,
+    "scores": BELOW_THE_TASKS | {"evaluation"},
     "plots": BOTTOM | {"config", "evaluation"},
     "onnx": NETWORK | {"generation", "data"},
     "report": BOTTOM | {"run"},
@@ -53,7 +55,8 @@ MAY_IMPORT = {
     "training": BELOW_THE_TASKS | {"report", "evaluation", "plots"},
     "huggingface": BELOW_THE_TASKS,
     "serving": BELOW_THE_TASKS | {"evaluation"},
-    "cli": BELOW_THE_TASKS | {"compat", "card", "onnx", "evaluation", "plots", "training", "huggingface", "serving"},
+    "cli": BELOW_THE_TASKS
+    | {"compat", "card", "onnx", "evaluation", "scores", "tables", "plots", "training", "huggingface", "serving"},
     "__main__": {"cli"},
 }
 

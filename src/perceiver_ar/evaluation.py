@@ -157,6 +157,7 @@ def evaluate(
     first_target: int = 1,
     precision: Literal["32", "bf16"] = "32",
     progress: Callable[[int, int], Any] | None = None,
+    each: Callable[[int, np.ndarray], Any] | None = None,
 ) -> Evaluation:
     """Scores every token after the first, once, in the windows of `windows`.
 
@@ -179,6 +180,7 @@ def evaluate(
         first_target: index (in each document of one length) of the first token to score; those before are context only.
         precision: "32": in the weights' dtype; "bf16": autocast.
         progress: called with the number of targets scored so far, and of all.
+        each: called for each window with the index of its first target and the nats of its targets (n,) float64.
 
     Raises:
         InputError: fewer than two tokens, ids outside the vocabulary, settings that do not fit together, or a model
@@ -236,8 +238,12 @@ def evaluate(
                 ids = np.stack([x[window.start : window.end] for window in batch])  # in their stored dtype
                 _check_ids(ids, batch, config.vocab_size)
                 sizes = [window.end - window.first_target for window in batch]
-                sums += _nats(model, torch.from_numpy(ids).to(device), prefix_len, sizes, start)
+                losses = _losses(model, torch.from_numpy(ids).to(device), prefix_len, sizes, start)
+                sums += losses.sum(dim=1).tolist()
                 counts += sizes
+                if each is not None:
+                    for window, size, row in zip(batch, sizes, losses.numpy(), strict=True):
+                        each(window.first_target, row[-size:])
                 if lengths is not None:
                     num_bytes += sum(int(lengths[row[-size:]].sum()) for row, size in zip(ids, sizes, strict=True))
                 done += sum(sizes)
@@ -288,9 +294,9 @@ def _shifted(window: ScoredWindow, base: int) -> ScoredWindow:
     return ScoredWindow(base + start, prefix_len, base + end, base + first_target)
 
 
-def _nats(model: PerceiverAR, ids: Tensor, prefix_len: int, sizes: Sequence[int], start: int | None) -> list[float]:
-    """The sum of nats over the last `size` targets of each row of ids (B, input + 1). `start`: the first position, if
-    it matters."""
+def _losses(model: PerceiverAR, ids: Tensor, prefix_len: int, sizes: Sequence[int], start: int | None) -> Tensor:
+    """Nats (B, n) float64 of the last n targets of each row of ids (B, input + 1), n = max(sizes); 0 before the last
+    `size` of a row. `start`: the first position, if it matters."""
     if start is None or model.config.positions_from_end:
         positions = None
     else:
@@ -300,8 +306,7 @@ def _nats(model: PerceiverAR, ids: Tensor, prefix_len: int, sizes: Sequence[int]
     for row, size in zip(labels, sizes, strict=True):
         row[: most - size] = IGNORE
     logits = model.head(model.latents(ids[:, :-1], prefix_len, positions=positions)[:, -most:])
-    losses = next_token_loss(logits, labels, reduction="none")
-    return losses.cpu().double().sum(dim=1).tolist()
+    return next_token_loss(logits, labels, reduction="none").cpu().double()
 
 
 def _check_ids(ids: np.ndarray, batch: Sequence[ScoredWindow], vocab_size: int) -> None:
@@ -361,16 +366,8 @@ def evaluate_context_lengths(
     for length in context_lengths:
         latents = min(model.config.num_latents if num_latents is None else num_latents, length)
         step = min(max(1, latents // 2) if stride is None else stride, max(1, length // 2), latents)
-        evaluation = evaluate(
-            model,
-            tokens,
-            context_length=length,
-            num_latents=latents,
-            stride=step,
-            first_target=first_target,
-            **settings,
-        )
-        evaluations.append(evaluation)
+        sizes = {"context_length": length, "num_latents": latents, "stride": step}
+        evaluations.append(evaluate(model, tokens, first_target=first_target, **sizes, **settings))
     return evaluations
 
 

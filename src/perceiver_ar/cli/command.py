@@ -17,6 +17,7 @@ from perceiver_ar.cli.evaluate import evaluate_verb
 from perceiver_ar.cli.generate import generate_verb
 from perceiver_ar.cli.info import info_verb
 from perceiver_ar.cli.push import push_verb
+from perceiver_ar.cli.score import score_verb
 from perceiver_ar.cli.serve import serve_verb
 from perceiver_ar.cli.train import train_verb
 from perceiver_ar.errors import InputError
@@ -28,6 +29,7 @@ Perceiver AR on your own files: train, see how good it is, generate.
 
   train [PATH...] --out RUN     train a model; RUN is a new directory for it
   evaluate RUN [PATH...]        bits per byte on files, or on the run's held-out documents
+  score RUN [PATH...]           bits of every document and token; two runs compared
   generate RUN                  write text, music, pictures or sound
   serve RUN                     OpenAI's completions over HTTP, and a page to write on
   info RUN                      settings, scores and costs of a run
@@ -50,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": train_verb,
         "evaluate": evaluate_verb,
+        "score": score_verb,
         "generate": generate_verb,
         "serve": serve_verb,
         "info": info_verb,

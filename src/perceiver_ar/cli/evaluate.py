@@ -12,9 +12,8 @@ from perceiver_ar.errors import InputError
 from perceiver_ar.progress import ProgressBar
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from perceiver_ar.data.codec import Codec
+    from perceiver_ar.data.tokens import TokenFile
     from perceiver_ar.evaluation import Evaluation
     from perceiver_ar.run import Run
 
@@ -52,7 +51,7 @@ def evaluate_verb(argv: list[str]) -> None:
     run = Run.open(args.run)
     model, codec = to_device(run.model()), run.codec()
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
-        tokens = tokens_to_score(run, codec, names(args.paths), Path(scratch))
+        tokens = documents_to_score(run, codec, names(args.paths), Path(scratch))[0].tokens
         options: dict[str, Any] = {"num_latents": args.num_latents, "byte_lengths": codec.byte_lengths()}
         options |= {"amounts": codec.amounts, "document_length": codec.document_length}
         options |= {"max_tokens": args.max_tokens, "batch_size": args.batch_size, "precision": args.precision}
@@ -78,28 +77,30 @@ def parse_lengths(text: str | None) -> list[int] | None:
         raise InputError(f"--context_lengths is {text!r}: write numbers with commas between, as in 256,1024") from None
 
 
-def tokens_to_score(run: "Run", codec: "Codec", paths: tuple[str, ...], scratch: Path) -> "np.ndarray":
+def documents_to_score(
+    run: "Run", codec: "Codec", paths: tuple[str, ...], scratch: Path
+) -> "tuple[TokenFile, list[str]]":
+    """The documents at `paths`, or else those that the run held out, and the file name of each."""
     from perceiver_ar.data.genome import find_records
     from perceiver_ar.data.rows import find_rows
     from perceiver_ar.data.sources import find_files
-    from perceiver_ar.data.tokens import TokenFile, prepare
+    from perceiver_ar.data.tokens import TokenFile, prepare_all
 
     if paths:
         recipe = run.recipe() if run.recipe_file.exists() else Recipe(out=str(run.path))
-        split_on = recipe.data.split_on
         sources = find_files(paths)
         if codec.name == "nucleotides":
             sources, _ = find_records(sources, None)
         elif codec.writes_text and recipe.modality != "bytes":
             sources = find_rows(sources, recipe.data.column)
         try:
-            tokens, _ = prepare(sources, codec, scratch, validation_fraction=0.0, split_on=split_on, progress=False)
+            return prepare_all(sources, codec, scratch / "documents", recipe.data.split_on)
         except InputError as error:
             raise InputError(of_trained(str(error))) from None
-        return tokens.tokens
     if not (run.tokens / "validation.json").exists():
         raise InputError(f"{run.path} held nothing out: name the files to evaluate")
-    return TokenFile.open(run.tokens / "validation").tokens
+    held_out = TokenFile.open(run.tokens / "validation")
+    return held_out, ["held out"] * held_out.num_documents
 
 
 def describe(result: "Evaluation") -> str:

@@ -50,7 +50,7 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
         if recipe.init_from is not None:
             yield "started_from", recipe.init_from
         yield "finished", summary is not None
-        if summary is None and run.stopped_file.exists():
+        if run.stopped_file.exists():
             yield "stopped", " ".join(run.stopped_file.read_text(encoding="utf-8").split())
     if summary is None and recipe is not None and not run.weights_file.exists():
         return  # it has stopped before its first checkpoint, or has just begun

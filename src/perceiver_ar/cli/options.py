@@ -21,6 +21,8 @@ from perceiver_ar.errors import InputError
 
 PATHS = (
     "out",
+    "against",
+    "picture",
     "run",
     "checkpoint",
     "init_from",

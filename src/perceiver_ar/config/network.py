@@ -23,7 +23,10 @@ from perceiver_ar.config.presets import PRESETS
 from perceiver_ar.errors import InputError, require
 
 MODEL_TYPE = "perceiver_ar"
-BEFORE: dict[str, dict[str, Any]] = {"model": {"local_context": 1}, "trainer": {"blocks": 1}}
+BEFORE: dict[str, dict[str, Any]] = {
+    "model": {"local_context": 1},
+    "trainer": {"blocks": 1, "patience": None, "final_weights": "last"},
+}
 """Values of settings, by group, that a config.json or recipe.yaml of older runs does not name."""
 
 

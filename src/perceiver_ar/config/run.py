@@ -180,6 +180,12 @@ class TrainerConfig:
     """Time between checkpoints, written as max_time is. Each evaluation writes one, too."""
     keep_best: NotNegative = 1
     """Number of checkpoints with the best held-out loss to keep, besides the newest two."""
+    patience: Positive | None = None
+    """End the run when this many evaluations in a row gave no better held-out loss than the best one before. The
+    learning rate is then where its schedule is: optim.schedule constant suits such runs. None: train to the end."""
+    final_weights: Literal["last", "best"] = "last"
+    """best: the run ends with the weights of the kept checkpoint with the best held-out loss, if that is better than
+    the last weights' on the same tokens. Resuming goes on from the last ones all the same."""
 
     def __post_init__(self) -> None:
         check_fields(self, "trainer.")
@@ -204,6 +210,14 @@ class TrainerConfig:
             self.evaluation_tokens >= 2, f"trainer.evaluation_tokens is {self.evaluation_tokens}: it must be at least 2"
         )
         parse_duration(self.checkpoint_every, "trainer.checkpoint_every")
+        require(
+            self.patience is None or self.evaluations > 0,
+            f"trainer.patience is {self.patience}, but trainer.evaluations is 0: set both, or neither",
+        )
+        require(
+            self.final_weights == "last" or (self.evaluations > 0 and self.keep_best > 0),
+            "trainer.final_weights is best: set trainer.evaluations and trainer.keep_best to at least 1",
+        )
 
     @property
     def data_ranks(self) -> int:

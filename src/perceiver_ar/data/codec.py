@@ -176,6 +176,19 @@ class Codec(ABC):
             paths.append(path)
         return paths
 
+    def draw_bits(self, ids: np.ndarray, bits: np.ndarray, path: Path) -> None:
+        """Draws a document of tokens `ids` (n,) that took `bits` (n,) into the PNG file `path`, shaded by bits.
+
+        Raises `InputError` if the modality has no such picture.
+        """
+        from perceiver_ar.data.pictures import shaded_text
+
+        if not self.writes_text:
+            raise InputError(f"documents of the codec {self.name!r} have no picture of their bits: leave --picture out")
+        lengths = self._byte_lengths[np.asarray(ids, dtype=np.int64)]
+        with atomic_path(path) as temporary:
+            shaded_text(self.decode(ids), np.repeat(bits / lengths.clip(1), lengths)).save(temporary)
+
     def byte_lengths(self) -> np.ndarray:
         """Number of bytes that each id stands for, (vocab_size,) int64: 0 for separators, and for all ids of a codec
         whose ids do not stand for bytes."""

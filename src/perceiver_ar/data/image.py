@@ -230,6 +230,15 @@ class ImageCodec(Codec):
             picture.save(temporary)
         return [*paths, directory / f"{stem}-grid.png"]
 
+    def draw_bits(self, ids: np.ndarray, bits: np.ndarray, path: Path) -> None:
+        """The picture, and beside it the bits of each pixel, from black (0) to white (the most)."""
+        each = np.asarray(bits).reshape(self.rows, self.columns, -1).sum(-1)
+        shades = np.rint(255 * each / max(each.max(), 1e-9)).astype(np.uint8)[..., None].repeat(3, axis=-1)
+        labels = ["picture", f"bits per pixel, at most {each.max():.1f}"]
+        scale = max(1, 320 // max(self.rows, self.columns))
+        with atomic_path(path) as temporary:
+            grid([self.pixels(ids), shades], labels, scale).save(temporary)
+
     def settings(self) -> dict[str, Any]:
         palette = None if self.palette is None else self.palette.tolist()
         settings = {"rows": self.rows, "columns": self.columns, "colours": self.colours}

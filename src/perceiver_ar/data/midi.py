@@ -181,6 +181,20 @@ class PerformanceCodec(MusicCodec):
         ids[loud] = (ids[loud] + loudness).clip(VELOCITY, END - 1)
         return ids
 
+    def draw_bits(self, ids: np.ndarray, bits: np.ndarray, path: Path) -> None:
+        """A piano roll: a note is darker the more bits it took, with the time shifts and the velocity before it."""
+        ids = np.asarray(ids, dtype=np.int64)
+        times = np.cumsum(np.where((ids >= SHIFT) & (ids < VELOCITY), ids - SHIFT + 1, 0))
+        events = np.flatnonzero(ids < SHIFT)
+        took = np.diff(np.cumsum(bits)[events], prepend=0.0)
+        by_note = {(times[i], ids[i]): bits for i, bits in zip(events, took, strict=True) if ids[i] < OFF}
+        notes = self.decode_notes(ids)
+        notes[:, 3] = [by_note.get((round(STEPS * note[0]), round(note[2])), 0.0) for note in notes]
+        most = max(1.0, float(notes[:, 3].max(initial=0.0)))
+        notes[:, 3] *= 127 / most
+        with atomic_path(path) as temporary:
+            piano_roll(notes, label=f"darker: more bits, at most {most:.1f}").save(temporary)
+
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
         """Notes are note-on events; seconds are the sum of the time shifts."""
         counts = np.bincount(np.asarray(ids), minlength=self.vocab_size)

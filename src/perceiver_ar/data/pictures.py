@@ -11,10 +11,10 @@ EDGE = (20, 24, 28)  # where the prompt ends
 RANGE = 80  # decibels of a spectrogram
 
 
-def piano_roll(notes: np.ndarray, boundary: float = 0.0) -> Image.Image:
+def piano_roll(notes: np.ndarray, boundary: float = 0.0, label: str = "generated") -> Image.Image:
     """Notes (n, 4) as in `perceiver_ar.data.midi_file`: time to the right, pitch upwards, loud notes darker.
 
-    Sound before `boundary`, in seconds, is orange, the rest is blue; a line separates them.
+    Sound before `boundary`, in seconds, is orange, the rest is blue and has the `label`; a line separates them.
     """
     seconds = max(1.0, float(notes[:, 1].max(initial=0.0)), boundary)
     width = int(np.clip(40 * seconds, 600, 6000))
@@ -41,7 +41,7 @@ def piano_roll(notes: np.ndarray, boundary: float = 0.0) -> Image.Image:
         for begins, ends, ink in parts:
             x, colour = left + scale * begins, tuple(round(255 + strength * (c - 255)) for c in ink)
             draw.rectangle([x, y + 1, max(x + 1, left + scale * ends - 1), y + row - 1], fill=colour)
-    names = [("prompt", ORANGE)] * (boundary > 0) + [("generated", BLUE)] * bool((notes[:, 1] > boundary + 1e-6).any())
+    names = [("prompt", ORANGE)] * (boundary > 0) + [(label, BLUE)] * bool((notes[:, 1] > boundary + 1e-6).any())
     x = left
     for name, colour in names:
         draw.rectangle([x, 8, x + 10, 18], fill=colour)
@@ -67,6 +67,40 @@ def grid(pictures: Sequence[np.ndarray], labels: Sequence[str], scale: int, colu
         image.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (x, y))
         draw.text((x, y + height + 4), label, fill=INK, font=font)
     return image
+
+
+def shaded_text(data: bytes, bits: np.ndarray) -> Image.Image:
+    """The first 4,000 characters of a text, each on a ground that is darker the more bits it took.
+
+    data: UTF-8; other bytes are shown as \ufffd. bits: (len(data),) of each byte.
+    """
+    width, line, gap, most, dark = 900, 20, 10, 4000, 8.0
+    text = data[: 4 * most].decode("utf-8", errors="surrogateescape")[:most]
+    font, spots = ImageFont.load_default(14), []
+    x, y, at = gap, 2 * gap + line, 0
+    for character in text:
+        size = len(character.encode("utf-8", errors="surrogateescape"))
+        shown = {"\n": "\u00b6", "\t": "    "}.get(character, character if character.isprintable() else "\ufffd")
+        wide = font.getlength(shown)
+        if x + wide > width - gap:
+            x, y = gap, y + line
+        spots.append((x, y, wide, shown, min(1.0, float(bits[at : at + size].sum()) / dark)))
+        x, y = (gap, y + line) if character == "\n" else (x + wide, y)
+        at += size
+    image = Image.new("RGB", (width, y + line + gap), PAPER)
+    draw = ImageDraw.Draw(image)
+    for level in range(9):
+        draw.rectangle([gap + 24 * level, gap, gap + 24 * level + 23, gap + 12], fill=_ground(level / 8))
+    draw.text((gap + 24 * 9 + 6, gap), f"bits of a character: 0 to {dark:g} and more", fill=INK, font=font)
+    for x, y, wide, shown, level in spots:
+        draw.rectangle([x, y, x + wide, y + line - 2], fill=_ground(level))
+        draw.text((x, y), shown, fill=LINE if shown == "\u00b6" else EDGE, font=font)
+    return image
+
+
+def _ground(level: float) -> tuple[int, ...]:
+    """Levels 0 ... 1 from white to orange."""
+    return tuple(round(255 + level * (c - 255)) for c in ORANGE)
 
 
 def spectrogram(samples: np.ndarray, rate: int, boundary: int = 0) -> Image.Image:

@@ -15,7 +15,7 @@ from perceiver_ar.data.token_files import NAMED, TokenFile, TokenWriter, token_w
 from perceiver_ar.errors import InputError
 from perceiver_ar.progress import ProgressBar
 
-__all__ = ["Source", "TokenFile", "find_files", "prepare", "read_text", "standard_library"]
+__all__ = ["Source", "TokenFile", "find_files", "prepare", "prepare_all", "read_text", "standard_library"]
 
 
 def prepare(
@@ -49,9 +49,7 @@ def prepare(
     sources, directory = list(sources), Path(directory)
     if not 0 <= validation_fraction < 1:
         raise InputError(f"validation_fraction is {validation_fraction}: it must be in [0, 1), usually 0.05")
-    if split_on == "":
-        raise InputError("split_on is empty; give the string between documents, or leave it out")
-    mark = split_on.encode(errors="surrogateescape") if split_on else None
+    mark = _mark(split_on)
     held_out = [] if validation_sources is None else list(validation_sources)
     if held_out:
         reserved = {source.identity for source in held_out}
@@ -83,6 +81,23 @@ def prepare(
             amounts += f", {validation_file.num_documents:,} ({validation_file.num_tokens:,}) to validate"
         print(amounts, file=sys.stderr)
     return train_file, validation_file
+
+
+def prepare_all(
+    sources: Iterable[Source], codec: Codec, stem: str | Path, split_on: str | None = None
+) -> tuple[TokenFile, list[str]]:
+    """Encodes all documents of `sources` into one token file, as `prepare` does; also returns the name of each
+    document's source."""
+    sources = list(sources)
+    with token_writer(Path(stem), codec) as writer:
+        _add_all(writer, sources, _mark(split_on), lambda num_bytes: None, range(len(sources)))
+    return TokenFile.open(stem), [sources[number].name for number in writer.groups]
+
+
+def _mark(split_on: str | None) -> bytes | None:
+    if split_on == "":
+        raise InputError("split_on is empty; give the string between documents, or leave it out")
+    return split_on.encode(errors="surrogateescape") if split_on else None
 
 
 def _add_all(

@@ -1,5 +1,6 @@
 """The end of a run: the last evaluation and sample, pictures, the report, and the summary."""
 
+import math
 import shutil
 from typing import Any
 
@@ -8,10 +9,12 @@ from perceiver_ar.evaluation import compressors, evaluate_context_lengths, write
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.report import write_report
 from perceiver_ar.run import Run
+from perceiver_ar.training.checkpoints import Checkpoint, Checkpoints
 from perceiver_ar.training.console import say
 from perceiver_ar.training.measure import evaluation_precision, sample, score
 from perceiver_ar.training.metrics import read_metrics
 from perceiver_ar.training.prepare import Prepared
+from perceiver_ar.training.saving import read_checkpoint
 from perceiver_ar.training.state import Training
 from perceiver_ar.training.tracking import Track
 
@@ -19,12 +22,16 @@ from perceiver_ar.training.tracking import Track
 def finish(prepared: Prepared, training: Training, model: PerceiverAR, track: Track) -> dict[str, Any]:
     """Writes `summary.json` last: it marks the run as finished. Returns the summary."""
     run, recipe, codec, held_out = prepared.run, prepared.recipe, prepared.codec, prepared.held_out
+    best = better_checkpoint(prepared, model) if recipe.trainer.final_weights == "best" else None
+    if best is not None:
+        model = take_weights(prepared, best, training)
     summary: dict[str, Any] = {
         "steps": training.step,
         "tokens_seen": training.tokens_seen,
         "skipped_steps": training.skipped,
         "train_seconds": round(training.seconds, 1),
         "parameters": model.num_parameters(),
+        "weights_of_step": training.step if best is None else best.step,
     }
     references: dict[str, float] = {}
     last: list[tuple[float, float]] = []
@@ -37,7 +44,7 @@ def finish(prepared: Prepared, training: Training, model: PerceiverAR, track: Tr
         assert shorter is not None
         references = compressors(codec, held_out.tokens[: 10 * some + 1])
         compressed = {f"{name}_bits_per_byte": bits for name, bits in references.items()}
-        last = [(training.tokens_seen, shorter.bits_per_token)]
+        last = [(training.tokens_seen, shorter.bits_per_token)] if best is None else []
         tokens_per_byte = shorter.tokens / shorter.bytes if codec.writes_text and shorter.bytes else None
         if shorter is not result:
             bits = result.bits_per_token if tokens_per_byte is None else result.bits_per_byte
@@ -54,6 +61,29 @@ def finish(prepared: Prepared, training: Training, model: PerceiverAR, track: Tr
     run.write_summary(summary)
     say(f"report: {report}")
     return summary
+
+
+def better_checkpoint(prepared: Prepared, model: PerceiverAR) -> Checkpoint | None:
+    """The intact checkpoint that was best on held-out text, if it was better than `model` is on the same tokens."""
+    recipe = prepared.recipe
+    result = score(prepared, model, recipe.trainer.evaluation_tokens, spread=True)
+    least = math.inf if result is None else result.bits_per_token
+    kept = Checkpoints(prepared.run.checkpoints, recipe.trainer.keep_best).all()
+    measured = [(each.validation_bits, each.step, each) for each in kept if each.validation_bits is not None]
+    return next((each for bits, _, each in sorted(measured) if bits < least and each.damage() is None), None)
+
+
+def take_weights(prepared: Prepared, checkpoint: Checkpoint, training: Training) -> PerceiverAR:
+    """Makes the weights of a checkpoint those of the run; returns their network."""
+    content = read_checkpoint(checkpoint)
+    weights = content.get("mean") or {
+        name.removeprefix("model."): value for name, value in content["state_dict"].items()
+    }
+    model = PerceiverAR(prepared.recipe.model)
+    model.load_state_dict(weights)
+    model.save_pretrained(prepared.run.path)
+    say(f"the run's weights are those of step {checkpoint.step:,}, the best on held-out text (trainer.final_weights)")
+    return model.to(training.fabric.device).eval()
 
 
 def draw_loss(

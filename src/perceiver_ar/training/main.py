@@ -49,10 +49,12 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
         if recipe.trainer.precision == "auto" and possible:
             recipe = with_trainer(recipe, precision=before.trainer.precision)
         recipe = with_settings_taken(recipe, before)
-        if (summary := run.summary()) is not None and not goes_further(recipe, before):
+        stopped_early = run.stopped_file.exists()  # of a finished run: no other reason leaves a summary
+        if (summary := run.summary()) is not None and not goes_further(recipe, before, stopped_early):
+            options = "--trainer.patience" if stopped_early else "--max_steps or --max_time"
             say(
                 f"{run.path} is finished ({summary['steps']} steps), so there is nothing to do. "
-                "To train it further, resume with a larger --max_steps or --max_time."
+                f"To train it further, resume with a larger {options}."
             )
             return summary if resources.rank == 0 else {}
     with locked(run.path) if resources.rank == 0 else nullcontext():
@@ -65,7 +67,12 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
             if training is None:
                 return {}
             model = training.usable().eval()
-            return finish(prepared, training, model, track) if resources.rank == 0 else {}
+            if resources.rank > 0:
+                return {}
+            if training.patience.over:
+                say(training.patience.reason(training.step))
+                write_text(run.stopped_file, training.patience.reason(training.step) + "\n")
+            return finish(prepared, training, model, track)
 
 
 @contextmanager

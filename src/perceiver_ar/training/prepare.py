@@ -92,6 +92,10 @@ def prepare_first(run: Run, recipe: Recipe, resources: Resources, resume: bool, 
 
 def with_tokens(run: Run, recipe: Recipe, resources: Resources) -> Prepared:
     tokens, held_out, codec = prepare_tokens(run, recipe)
+    require(
+        held_out is not None or (recipe.trainer.patience is None and recipe.trainer.final_weights == "last"),
+        "trainer.patience and final_weights best need held-out documents, and there are none: give --data.validation",
+    )
     recipe = replace(recipe, model=codec.fit(recipe.model))
     return Prepared(run, recipe, resources, make_windows(tokens, recipe, codec), held_out, codec)
 
@@ -264,8 +268,10 @@ def flat(settings: dict[str, Any], group: str = "") -> dict[str, Any]:
     return {name: value for part in parts for name, value in part.items()}
 
 
-def goes_further(recipe: Recipe, before: Recipe) -> bool:
-    """Whether `recipe` trains longer than the recipe `before`."""
+def goes_further(recipe: Recipe, before: Recipe, stopped_early: bool) -> bool:
+    """Whether `recipe` trains longer than the recipe `before`, which ran out of patience if `stopped_early`."""
+    if stopped_early:
+        return (recipe.trainer.patience or math.inf) > (before.trainer.patience or math.inf)
     steps = (recipe.max_steps or math.inf) > (before.max_steps or math.inf)
     seconds = (recipe.max_seconds or math.inf) > (before.max_seconds or math.inf)
     return steps or seconds

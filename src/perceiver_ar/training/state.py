@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from perceiver_ar.network.streaming import SHARE, device_memory
 from perceiver_ar.objective import head_loss, next_token_loss
 from perceiver_ar.optim import make_optimizer, whole
 from perceiver_ar.training.console import say
+from perceiver_ar.training.patience import Patience
 from perceiver_ar.training.saving import divided_as, load_optimizer, stored_optimizer
 from perceiver_ar.training.trouble import first_not_finite
 
@@ -95,6 +97,7 @@ class Training:
         """Number of consecutive steps without finite gradients, up to the last step."""
         self.trouble: str | None = None
         """Why the run cannot go on."""
+        self.patience = Patience(recipe.trainer.patience)
         self.grad_norm = 0.0
         self.loss_sum: Tensor | float = 0.0
         self.losses = 0
@@ -220,7 +223,8 @@ class Training:
     @property
     def finished(self) -> bool:
         by_time = self.recipe.max_seconds is not None and self.progress >= 1.0
-        return by_time or (self.recipe.max_steps is not None and self.step >= self.recipe.max_steps)
+        by_steps = self.recipe.max_steps is not None and self.step >= self.recipe.max_steps
+        return by_time or by_steps or self.patience.over
 
     # For evaluation, samples and checkpoints.
 
@@ -263,6 +267,7 @@ class Training:
             "tokens_seen": self.tokens_seen,
             "skipped": self.skipped,
             "norms": list(self.norms),
+            "patience": asdict(self.patience),
         }
         return checkpoint | ({"mean": self.gathered(self.mean)} if self.mean else {})
 
@@ -275,4 +280,5 @@ class Training:
         self.step, self.seconds_before = checkpoint["global_step"], checkpoint["seconds"]
         self.tokens_seen = checkpoint.get("tokens_seen", checkpoint["windows"] * self.recipe.window_latents)
         self.skipped, self.norms = checkpoint["skipped"], list(checkpoint["norms"])
+        self.patience = Patience(**checkpoint.get("patience", {}) | {"limit": self.recipe.trainer.patience})
         self.mean = checkpoint.get("mean", {})

@@ -73,8 +73,9 @@ class Watch:
             if self.first:
                 with self.despite_full_disk():
                     bits = self.examine(model)
+            training.patience.note(training.fabric.broadcast(bits), training.step)
         self.saved_at = training.now
-        self.save(model, bits, may_fail=not (finished or stop))
+        self.save(model, bits, may_fail=not (training.finished or stop))
 
     def save(self, model: PerceiverAR, validation_bits: float | None, may_fail: bool) -> None:
         """Writes a checkpoint. On failure, raises OSError on the first rank unless `may_fail`."""

@@ -1,0 +1,129 @@
+"""perceiver-ar score."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perceiver_ar.cli.evaluate import describe, documents_to_score
+from perceiver_ar.cli.options import add_paths, make_parser, names, parse
+from perceiver_ar.cli.prompts import to_device
+from perceiver_ar.errors import InputError, require
+from perceiver_ar.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from perceiver_ar.run import Run
+    from perceiver_ar.scores import DocumentScores
+
+
+def score_verb(argv: list[str]) -> None:
+    parser = make_parser(
+        "score",
+        "RUN [PATH...]",
+        "Scores every document of files: its bits, and those of each of its tokens.",
+        "  perceiver-ar score runs/books new_books/ --out scores.csv\n"
+        "  perceiver-ar score runs/books new_book.txt --out scores.parquet --tokens --picture surprise.png\n"
+        "  perceiver-ar score runs/books new_books/ --against runs/other\n"
+        "  perceiver-ar score runs/books                           (the documents it held out)",
+    )
+    parser.add_argument("run", type=str, help="a run directory")
+    add_paths(parser, "files as for train; none: what the run held out")
+    parser.add_argument("--out", type=str | None, help="write a table with a row for each document: .csv, .jsonl or "
+                        ".parquet")  # fmt: skip
+    parser.add_argument("--tokens", action="store_true", help="write a second table, OUT-tokens, with every token")
+    parser.add_argument("--against", type=str | None, help="another run, to compare with on the same documents")
+    parser.add_argument("--picture", type=str | None, help="draw where the first document is surprising, as .png")
+    parser.add_argument("--stride", type=int | None, help="tokens from window to window; 1 is exact and slow "
+                        "(default: half the latents)")  # fmt: skip
+    parser.add_argument("--num_latents", type=int | None, help="latents per window (default: as trained)")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows per forward")
+    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the computation")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    args = parse(parser, argv)
+    require(not args.tokens or args.out is not None, "--tokens writes a table beside --out: give --out, too")
+    if args.picture is not None and Path(args.picture).suffix.lower() != ".png":
+        raise InputError(f"--picture is {args.picture}: its name must end in .png")
+    if args.out is not None:
+        from perceiver_ar.tables import check_table
+
+        check_table(args.out, "--out")
+
+    import tempfile
+
+    from perceiver_ar.run import Run
+    from perceiver_ar.scores import TOKEN_COLUMNS, compare
+    from perceiver_ar.tables import write_rows
+
+    run = Run.open(args.run)
+    other = None if args.against is None else Run.open(args.against)
+    paths = names(args.paths)
+    options = {"stride": args.stride, "num_latents": args.num_latents}
+    options |= {"batch_size": args.batch_size, "precision": args.precision}
+    with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
+        scores = scores_of(run, paths, Path(scratch), options)
+        columns, rows = scores.columns(), scores.rows
+        result = scores.summary()
+        if other is not None:
+            others = scores_of(other, paths, Path(scratch) / "other", options, held_out_by=run)
+            result["against"] = compare(scores, others)
+            columns |= {"bits_against": float}
+            rows = [row | {"bits_against": its["bits"]} for row, its in zip(rows, others.rows, strict=True)]
+        written = []
+        if args.out is not None:
+            written.append(Path(args.out))
+            write_rows(written[-1], columns, rows)
+        if args.tokens:
+            written.append(written[0].with_stem(f"{written[0].stem}-tokens"))
+            write_rows(written[-1], TOKEN_COLUMNS, scores.token_rows())
+        if args.picture is not None:
+            written.append(Path(args.picture))
+            start, stop = scores.spans[0]
+            scores.codec.draw_bits(scores.ids[start:stop], scores.nats[start:stop] / math.log(2), written[-1])
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(describe(scores.evaluation), *describe_documents(result), sep="\n")
+    if written:
+        print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
+
+
+def scores_of(
+    run: "Run", paths: tuple[str, ...], scratch: Path, options: dict[str, Any], held_out_by: "Run | None" = None
+) -> "DocumentScores":
+    """`held_out_by`: the run whose held-out documents are scored without `paths`; None: `run`."""
+    from perceiver_ar.scores import score_documents
+
+    model, codec = to_device(run.model()), run.codec()
+    if held_out_by is not None and not paths and not same_codec(run, held_out_by):
+        raise InputError(f"{held_out_by.path} and {run.path} have different codecs: name the files to compare them on")
+    file, files = documents_to_score(held_out_by or run, codec, paths, scratch)
+    with ProgressBar("scoring", 1.0) as bar:
+        options |= {"progress": lambda done, total: bar.update(done / total)}
+        return score_documents(model, codec, file, files, **options)
+
+
+def same_codec(run: "Run", other: "Run") -> bool:
+    patterns = ("codec.json", *run.codec().files)
+    files, others = ({p.name: p.read_bytes() for x in patterns for p in r.path.glob(x)} for r in (run, other))
+    return files == others
+
+
+def describe_documents(result: dict[str, Any]) -> list[str]:
+    def plus_minus(error: float | None) -> str:
+        return "" if error is None else f" +- {error:.4f}"
+
+    unit = f"bits per {result['unit']}"
+    mean = f"{result['mean_over_documents']:.4f}{plus_minus(result['mean_standard_error'])}"
+    lines = [f"documents        {result['documents']:,}", f"mean over documents    {mean} {unit}"]
+    if against := result.get("against"):
+        unit = f"bits per {against['unit']}"
+        error = plus_minus(against["difference_standard_error"])
+        lines += [
+            f"other run        {against['total']:.4f} {unit}; mean over documents {against['mean_over_documents']:.4f}",
+            f"difference       {against['total_difference']:+.4f} {unit}; mean over documents "
+            f"{against['mean_difference']:+.4f}{error}",
+            f"better on        {against['documents_better']:,} of {result['documents']:,} documents; "
+            f"p = {against['p_value']:.2g} ({against['test']})",
+        ]
+    return lines
