@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.network.autocast import without_autocast
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and signed sines, each broadcastable to (B, H, K, R)."""
@@ -63,8 +64,9 @@ def split_keys_values(kv: Tensor, K: int, rotary: Rotary | None, config: Perceiv
 
 def normalize_and_rotate(x: Tensor, rotary: Rotary | None, config: PerceiverARConfig) -> Tensor:
     """Queries or keys (B, H, K, C), normalised per head if `qk_norm`, then rotated by their positions."""
-    if config.qk_norm:  # autocast on CUDA gives float32
-        x = (F.layer_norm if config.norm == "layernorm" else F.rms_norm)(x, x.shape[-1:]).to(x.dtype)
+    if config.qk_norm:
+        with without_autocast(x):  # autocast would widen it to float32 on CUDA
+            x = (F.layer_norm if config.norm == "layernorm" else F.rms_norm)(x, x.shape[-1:])
     return rotate(x, rotary)
 
 
