@@ -96,11 +96,12 @@ def rotary_speeds(config: PerceiverARConfig, cross: bool, device: torch.device) 
     if cross and config.local_context > 1:  # the other half is for search by content
         pairs = min(pairs, (channels - channels // 2) // 2)
     base = config.context_length if config.rotary_base is None else config.rotary_base
-    j = torch.arange(pairs, dtype=torch.float64)
+    at = torch.device("cpu") if device.type == "mps" else device  # where float64 is
+    j = torch.arange(pairs, dtype=torch.float64, device=at)
     exponent = j / max(pairs - 1, 1) if config.rotary_endpoint else j / max(pairs, 1)
     speeds = (base**-exponent)[None, None]
     if config.rotary_heads_fraction < 1:  # the other heads have angle 0
-        turned = torch.arange(heads) < int(config.rotary_heads_fraction * heads + 1e-6)
+        turned = torch.arange(heads, device=at) < int(config.rotary_heads_fraction * heads + 1e-6)
         speeds = speeds * turned[:, None, None]
     return speeds.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
