@@ -2,8 +2,7 @@
 
 Tensors on device "meta" have shapes, strides and dtypes, but no numbers. The library takes CUDA's kernels for them, so
 forward and backward make the calls that they would make on a GPU. PyTorch's meta functions hold these calls to the
-kernels' schemas; the mode below adds what only the CUDA sources demand. Code that asks for a number of the device, and would
-wait for a GPU, fails.
+kernels' schemas; the mode below adds what only the CUDA sources demand. Code that waits for a number of a GPU fails.
 """
 
 import math

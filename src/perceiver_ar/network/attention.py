@@ -9,8 +9,8 @@ For a query, piece c of the keys gives an output O_c and lse_c, the log of the s
 is attention over all keys, and the gradient of piece c needs only q, k_c, v_c, the merged O and lse, and dO, because
 the probabilities are exp(score - lse) with the merged lse. Fused kernels take exactly these (FlashAttention, arXiv
 2205.14135; ring attention, arXiv 2310.01889, uses the same two facts). So a cross-attention of latents to prefix and
-latents is one plain piece and one square causal piece, without a rectangular mask (only dropout, devices other than
-CPU and CUDA, and exports need one); and a piece can be made, read and dropped before the next one is made (streaming.py).
+latents is one plain piece and one square causal piece, without a rectangular mask (only dropout, exports, and devices
+other than CPU and CUDA need one); and a piece can be made, read and dropped before the next is made (streaming.py).
 """
 
 import math
@@ -228,9 +228,9 @@ _attention.register_autograd(_gradients, setup_context=_save)
 def _attend_whole(q: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
     """All keys in one call of PyTorch's attention: for dropout, on other devices than `DEVICES`, in compiled steps."""
     k, v = _joined(pieces)
-    if dropout == 0.0 and all(piece.mask is None for piece in pieces):
-        if len(pieces) == 1 or not any(piece.causal for piece in pieces):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=pieces[0].causal)
+    plain = dropout == 0.0 and all(piece.mask is None for piece in pieces)
+    if plain and (len(pieces) == 1 or not any(piece.causal for piece in pieces)):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=pieces[0].causal)
     return _attend_masked(q, k, v, pieces, dropout)
 
 

@@ -39,7 +39,7 @@ class Kernels(Protocol):
 
 
 DEVICES = "cpu", "cuda", "meta"
-"""Those with fused kernels that return the lse. On "meta", where tensors have shapes but no numbers, they are CUDA's."""
+"""Those with fused kernels that return the lse. "meta", where tensors have shapes but no numbers, counts as CUDA."""
 
 
 def choose_kernels(q: Tensor, masked: bool) -> type[Kernels]:
