@@ -42,10 +42,11 @@ def split_queries_keys_values(
     """The fused projection (B, K, 3 * H * C) -> queries and keys, rotated, and values, each (B, H, K, C)."""
     qkv = qkv.unflatten(-1, (3, config.num_heads, -1)).permute(2, 0, 3, 1, 4)
     if torch.compiler.is_compiling():  # Inductor cannot order the strides of both if K is a difference of lengths
-        q, k = (normalize_and_rotate(x, rotary, config) for x in qkv[:2])
-    else:  # half as many operations
-        q, k = normalize_and_rotate(qkv[:2], rotary, config)
-    return q, k, qkv[2]
+        q, k, v = qkv.unbind()
+        return normalize_and_rotate(q, rotary, config), normalize_and_rotate(k, rotary, config), v
+    qk, v = qkv.split([2, 1])  # half as many operations
+    q, k = normalize_and_rotate(qk, rotary, config)
+    return q, k, v.squeeze(0)
 
 
 def split_keys_values(kv: Tensor, K: int, rotary: Rotary | None, config: PerceiverARConfig) -> tuple[Tensor, Tensor]:
@@ -56,9 +57,10 @@ def split_keys_values(kv: Tensor, K: int, rotary: Rotary | None, config: Perceiv
     """
     k, v = (split_heads(x, config.heads_cross) for x in kv.chunk(2, dim=-1))
     if config.local_context > 1:
-        first, half = k.shape[2] - K, k.shape[3] - k.shape[3] // 2
-        k = torch.cat([k[:, :, first:, :half], k[:, :, :K, half:]], dim=-1)
-        v = v[:, :, first:]
+        first, half = k.shape[2] - K, k.shape[3] // 2
+        own, before = k.split([k.shape[3] - half, half], dim=-1)
+        k = torch.cat([own.narrow(2, first, K), before.narrow(2, 0, K)], dim=-1)
+        v = v.narrow(2, first, K)
     return normalize_and_rotate(k, rotary, config), v
 
 
