@@ -24,6 +24,9 @@ from torch import Tensor
 
 from perceiver_ar.network.kernels import DEVICES, choose_kernels
 
+GPU_BLOCKS = 256
+"""Blocks of a grid that keep a large GPU busy: two for each multiprocessor."""
+
 
 class Piece(NamedTuple):
     """Some of the keys of an attention."""
@@ -118,6 +121,10 @@ def piece_gradients(d_out: Tensor, q: Tensor, piece: Piece, out: Tensor, lse: Te
 
 def piece_forward(q: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     """Output and lse of one piece: 0 and -inf for a query that sees nothing in it."""
+    if piece.mask is not None and q.shape[2] == 1 and q.device.type != "cpu":
+        parts = parts_of_keys(q.shape[0] * q.shape[1], piece.k.shape[2])
+        if parts > 1:
+            return attend_side_by_side(q, piece.k, piece.v, piece.mask, parts)
     k, v, bias = _neighbours(piece.k), _neighbours(piece.v), _bias(piece, q)
     out, lse = choose_kernels(q, piece.mask is not None).forward(q, k, v, piece.causal, bias)
     if bias is not None:  # for a query that sees nothing here, kernels return anything
@@ -126,6 +133,32 @@ def piece_forward(q: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
         lse = lse.masked_fill(~seen, float("-inf"))
         out = out.masked_fill(~seen.unsqueeze(-1), 0.0)
     return out, lse
+
+
+def parts_of_keys(blocks: int, K: int) -> int:
+    """How many equal parts of K keys, of 128 or more, keep a GPU busy if each is a block of its grid: a power of 2."""
+    parts = 1
+    while 2 * parts * blocks <= GPU_BLOCKS and K % (2 * parts * 128) == 0:
+        parts *= 2
+    return parts
+
+
+def attend_side_by_side(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """`piece_forward` for one query of each row, as so many heads of attention to parts of the keys.
+
+    CUDA's kernel for masks reads all keys of a head in one block: few rows and heads would leave most of a GPU idle.
+    """
+    B, H, _, C = q.shape
+    k, v = (x.unflatten(2, (parts, -1)).flatten(0, 1) for x in (k, v))  # (B H, parts, K / parts, C)
+    seen = mask.unflatten(1, (parts, -1))[:, None].expand(-1, H, -1, -1).flatten(0, 1)
+    bias = q.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))[:, :, None]
+    q = q.reshape(B * H, 1, 1, C).expand(-1, parts, -1, -1)
+    out, lse = choose_kernels(q, True).forward(q, k, v, False, bias)
+    seen = seen.any(-1, keepdim=True)
+    lse = lse.masked_fill(~seen, float("-inf"))
+    merged = lse.logsumexp(1)
+    out = (out.masked_fill(~seen[..., None], 0.0) * piece_weight(lse, merged[:, None])).sum(1)
+    return out.view(B, H, 1, C).to(v.dtype), merged.view(B, H, 1)
 
 
 def piece_weight(piece_lse: Tensor, lse: Tensor) -> Tensor:
