@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # not inside a test, which would be slow
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perceiver_ar import PerceiverAR, PerceiverARConfig, next_token_loss
+from perceiver_ar import OptimConfig, PerceiverAR, PerceiverARConfig, next_token_loss
 from perceiver_ar.generation.cache import Cache
 from perceiver_ar.generation.compiled import next_logits
 from perceiver_ar.generation.decoder import Decoder, Row, RowSettings
 from perceiver_ar.network import attention, streaming
 from perceiver_ar.network.inputs import reach
+from perceiver_ar.optim import MuonAdamW, make_optimizer
 
 HALF = torch.float16, torch.bfloat16
 BODIES: dict[Any, Callable[..., Any]] = {
@@ -57,7 +59,18 @@ class Calls(TorchDispatchMode):
         return out
 
 
-NO_KERNEL = "detach", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh", "_unsafe_view"
+NO_KERNEL = (
+    "_record_function_enter_new",
+    "_record_function_exit",
+    "detach",
+    "detach_",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "lift_fresh",
+    "_unsafe_view",
+)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, flash: bool) -> None:
@@ -200,3 +213,75 @@ def test_steps_over_a_fixed_cache_call_attention_kernels_as_cudas_sources_demand
         with torch.inference_mode(), Calls() as calls:
             assert next_logits(model, tokens, positions, cache).shape == (3, model.config.vocab_size)
         assert attentions(calls) == {"efficient"} and calls.kernels["_scaled_dot_product_efficient_attention"] == 3
+
+
+# Graphs of torch.compile.
+
+
+class Graphs(list[Any]):
+    """A backend of torch.compile that keeps the graphs, and runs them as they are."""
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.append(graph)
+        return graph.forward
+
+
+def test_training_compiles_to_one_graph_for_all_prefix_lengths() -> None:
+    model, graphs = network({"num_layers": 1}, torch.bfloat16), Graphs()
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=graphs)
+    def loss(tokens: Tensor, prefix_len: int) -> Tensor:
+        return next_token_loss(model(tokens, prefix_len), tokens[:, prefix_len:])
+
+    for length in (200, 120, 83):
+        tokens = torch.zeros(2, length, dtype=torch.int64, device="meta")
+        loss(tokens, length - 45).backward()
+    assert len(graphs) == 1
+
+
+def test_a_decoding_step_compiles_to_one_graph_for_all_counts() -> None:
+    model, graphs = network({"num_layers": 1}, torch.bfloat16).eval(), Graphs()
+    cache = Cache.empty(model.config, 3, 256, torch.bfloat16, torch.device("meta"))
+    cache.fix()
+    torch._dynamo.reset()
+    step = torch.compile(next_logits, fullgraph=True, dynamic=False, backend=graphs)
+    tokens, positions = (torch.zeros(3, n, dtype=torch.int64, device="meta") for n in (reach(model.config) + 1, 1))
+    for count in (0, 7, 300):
+        cache.cross.counts[:] = cache.self_attention.counts[:] = count
+        with torch.inference_mode():
+            cache.aim()
+            step(model, tokens, positions, cache)
+    assert len(graphs) == 1
+
+
+# Numbers of kernels, which a change may lower but not raise unnoticed.
+
+
+def test_a_training_step_launches_no_more_kernels_than_it_did() -> None:
+    model = network({"num_layers": 8}, torch.float32)
+    optimizer = make_optimizer(model, OptimConfig(), torch.bfloat16)
+    assert isinstance(optimizer, MuonAdamW)
+    optimizer.adamw.param_groups.clear()  # one fused kernel, which takes no meta tensors
+    tokens = torch.zeros(2, 256, dtype=torch.int64, device="meta")
+    with Calls() as forward:
+        loss = next_token_loss(model(tokens, 211), tokens[:, 211:])
+    with Calls() as backward:
+        loss.backward()
+    optimizer.step()  # makes the states
+    with Calls() as update:
+        optimizer.step()
+    for calls, budget in ((forward, 238), (backward, 334), (update, 123)):
+        assert calls.kernels.total() <= budget, calls.kernels
+    assert forward.copies_between_devices == backward.copies_between_devices == 0
+
+
+def test_a_decoding_step_launches_no_more_kernels_than_it_did() -> None:
+    model = network({"num_layers": 8}, torch.bfloat16).eval()
+    rows = [Row(0, torch.zeros(100, dtype=torch.int64), model.config)]
+    with torch.inference_mode():
+        decoder = Decoder(model, rows, num_samples=1, max_new_tokens=20)
+        decoder.add([0])
+        with Calls() as calls:
+            decoder.next_logits()
+    assert calls.kernels.total() <= 192, calls.kernels

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import configs
-from torch import nn
+from torch import Tensor, nn
 
 from perceiver_ar import OptimConfig, PerceiverAR, PerceiverARConfig
 from perceiver_ar.optim import MuonAdamW, lr_factor, make_optimizer, orthogonalize
@@ -106,7 +106,7 @@ def test_matrices_of_equal_shapes_learn_in_a_stack_what_they_learn_alone() -> No
     one, other = (make_optimizer(model, OptimConfig(weight_decay=0.1)) for model in (alone, stacked))
     assert isinstance(other, MuonAdamW)
     for step in range(3):
-        stacks: dict[Any, list[nn.Parameter]] = {}
+        stacks: dict[Any, list[Tensor]] = {}
         for model in (alone, stacked):
             set_gradients(model, step)
         for pieces, parameters in list(other._stacks()):

@@ -62,12 +62,12 @@ class MuonAdamW(Optimizer):
         self.adamw.step()
         return loss
 
-    def _stacks(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
+    def _stacks(self) -> Iterator[tuple[int, list[Tensor]]]:
         """Muon's parameters with gradients, as (matrices in each, parameters).
 
         On a GPU those of equal shapes come together: it takes few large operations better than many small ones.
         """
-        group, stacks = self.param_groups[0], dict[Any, list[nn.Parameter]]()
+        group, stacks = self.param_groups[0], dict[Any, list[Tensor]]()
         for i, (parameter, pieces) in enumerate(zip(group["params"], group["pieces"], strict=True)):
             together = parameter.device.type != "cpu" and not isinstance(parameter, DTensor)
             key = pieces, parameter.shape, parameter.device, None if together else i
@@ -75,24 +75,26 @@ class MuonAdamW(Optimizer):
                 stacks.setdefault(key, []).append(parameter)
         return ((key[0], parameters) for key, parameters in stacks.items())
 
-    def _step_stack(self, parameters: list[nn.Parameter], pieces: int) -> None:
+    def _step_stack(self, parameters: list[Tensor], pieces: int) -> None:
         group = self.param_groups[0]
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # type: ignore[reportPrivateImportUsage]
         update = _stack(gradients).lerp(_stack(momenta), group["momentum"])  # Nesterov
         matrices = whole(update).unflatten(-2, (pieces, -1)).flatten(0, -3)
         rows, columns = matrices.shape[1:]
         if group["weight_decay"] > 0:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            factor = 1 - group["lr"] * group["weight_decay"]
+            torch._foreach_mul_(parameters, factor)  # type: ignore[reportPrivateImportUsage]
         step = group["lr"] * math.sqrt(max(1.0, rows / columns))
         orthogonal = orthogonalize(matrices, self.dtype).view(update.shape)
         if isinstance(update, DTensor):  # each rank has computed all of it, and takes its share
             orthogonal = distribute_tensor(orthogonal, update.device_mesh, update.placements, src_data_rank=None)
-        torch._foreach_add_(parameters, [orthogonal] if orthogonal.ndim == 2 else orthogonal.unbind(), alpha=-step)
+        updates = [orthogonal] if len(parameters) == 1 else list(orthogonal.unbind())
+        torch._foreach_add_(parameters, updates, alpha=-step)  # type: ignore[reportPrivateImportUsage]
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
