@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2# processes that share the tests
-BENCH ?= train# or memory, decode, widths, compute, quality, probes, serve, gpu
+BENCH ?= train# or memory, decode, widths, compute, quality, probes, serve, gpu, replay
 TORCH := 2.13.0# what `make constraints` pins; pyproject.toml says what works
 
 BIN := .venv/bin
@@ -53,7 +53,7 @@ docs: .venv/.ready  ## the documentation as pages in site/, without network
 	$(BIN)/python docs/make_reference.py
 	$(build_site)
 
-benchmark: .venv/.bench  ## speed and quality beside others; BENCH=train, memory, decode, widths, compute, quality, probes, serve or gpu, ARGS go to the benchmark
+benchmark: .venv/.bench  ## speed and quality beside others; BENCH=train, memory, decode, widths, compute, quality, probes, serve, gpu or replay, ARGS go to the benchmark
 	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 constraints:  ## resolve the newest versions that pyproject.toml allows and pin them in constraints.txt

@@ -12,6 +12,7 @@ from torch import Tensor
 from perceiver_ar import PerceiverAR, PerceiverARConfig, next_token_loss, stream
 from perceiver_ar.config import OptimConfig
 from perceiver_ar.network.attention import Piece, attend
+from perceiver_ar.objective import IGNORE, head_loss
 from perceiver_ar.optim import make_optimizer
 
 Check = Callable[[str], dict[str, Any]]
@@ -158,6 +159,27 @@ def generation(compiled: bool, **settings: Any) -> Check:
     return check
 
 
+def large_vocabulary(device: str) -> dict[str, Any]:
+    """The loss without all logits at once, under bfloat16 autocast, with the gradients of latents and head."""
+    torch.manual_seed(0)
+    exact, latents = torch.nn.Linear(64, 3000, dtype=torch.float64), torch.randn(2, 300, 64, dtype=torch.float64)
+    head = torch.nn.Linear(64, 3000)
+    head.load_state_dict(exact.state_dict())
+    labels = torch.randint(3000, (2, 300))
+    labels[0, :7] = IGNORE
+    found: list[list[Tensor]] = []
+    for layer, x, loss in (
+        (head.to(device), latents.to(device, torch.float32), lambda u, layer, y: head_loss(u, layer, y)),
+        (exact, latents, lambda u, layer, y: next_token_loss(layer(u), y)),
+    ):
+        x.requires_grad_()
+        with torch.autocast(device, torch.bfloat16, enabled=layer is head):
+            value = loss(x, layer, labels.to(x.device))
+        assert value.dtype == x.dtype
+        found.append([value.detach(), *torch.autograd.grad(value, [x, layer.weight, layer.bias])])
+    return verdict(max(map(error, *found)), 3e-2)
+
+
 def one_graph(device: str) -> dict[str, Any]:
     """Training compiles without a break, once for all prefix lengths, and gives what it gives uncompiled."""
     from torch._dynamo.backends.registry import lookup_backend
@@ -227,6 +249,7 @@ def checks() -> Iterator[tuple[str, Check]]:
     yield "generation", generation(False)
     yield "generation, position table", generation(False, position_table="learned")
     yield "generation, compiled", generation(True)
+    yield "loss of a large vocabulary", large_vocabulary
     yield "optimizer", optimizer
     yield "one graph", one_graph
 

@@ -79,16 +79,19 @@ def head_loss(latents: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     """
     if not hasattr(F, "linear_cross_entropy"):
         return next_token_loss(head(latents), labels)
-    weights, options = [head.weight, head.bias], nn.LinearCrossEntropyOptions()
-    if latents.device.type == "cuda":  # autocast has no rule for this function
-        dtype = product_dtype(head.weight.dtype, latents.device)
-        latents, weights = latents.to(dtype), [None if x is None else x.to(dtype) for x in weights]
-        options = nn.LinearCrossEntropyOptions(acc_policy="balanced")  # sums over the pieces in float32
-    return F.linear_cross_entropy(
+    weight, bias, labels = head.weight, head.bias, labels.flatten().long()
+    dtype = product_dtype(weight.dtype, latents.device)
+    half = latents.device.type == "cuda" and dtype.itemsize == 2
+    options = nn.LinearCrossEntropyOptions(acc_policy="balanced" if half else "auto")  # sums over pieces in float32
+    if half:  # autocast has no rule for this function; nor are its products on a CPU faster in half precision
+        latents, weight, bias = latents.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    loss = F.linear_cross_entropy(
         latents.flatten(0, 1),
-        weights[0],
-        labels.flatten().long(),
-        linear_bias=weights[1],
+        weight,
+        labels,
+        linear_bias=bias,
         ignore_index=IGNORE,
         options=options,
+        reduction="none" if half else "mean",  # the mean would be rounded to half precision
     )
+    return loss.float().sum() / (labels != IGNORE).sum() if half else loss
