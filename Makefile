@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2# processes that share the tests
-BENCH ?= train# or memory, decode, widths, compute, quality, probes, serve, busy
+BENCH ?= train# or memory, decode, widths, compute, quality, probes, serve, busy, gpu, replay
 TORCH := 2.13.0# pinned by `make constraints`; pyproject.toml has the versions that work
 
 BIN := .venv/bin
@@ -54,7 +54,7 @@ docs: .venv/.ready  ## the documentation as pages in site/, without network
 	$(BIN)/python docs/make_reference.py
 	$(build_site)
 
-benchmark: .venv/.bench  ## speed and quality beside others; BENCH=train, memory, decode, widths, compute, quality, probes, serve or busy, ARGS go to the benchmark
+benchmark: .venv/.bench  ## speed and quality beside others; BENCH=train, memory, decode, widths, compute, quality, probes, serve, busy, gpu or replay, ARGS go to the benchmark
 	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 constraints:  ## resolve the newest versions that pyproject.toml allows and pin them in constraints.txt

@@ -107,7 +107,7 @@ def spread(seconds: list[float]) -> str:
     return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} ... {max(seconds):.2f})"
 
 
-def product_peak(dtype: torch.dtype, size: int = 2048) -> float:
+def product_peak(dtype: torch.dtype, size: int = 8192 if DEVICE == "cuda" else 2048) -> float:
     """FLOP/s of the best of ten products of two square matrices: what the machine can do at most."""
     a, b = (torch.randn(size, size, dtype=dtype, device=DEVICE) for _ in range(2))
 
@@ -140,5 +140,6 @@ def train(
 
 def loss(model: PerceiverAR, batch: dict[str, Tensor]) -> Tensor:
     """Nats per target of some windows."""
+    batch = {name: x.to(model.device) for name, x in batch.items()}
     logits = model(batch["tokens"], model.config.context_length - model.config.num_latents, mask=batch.get("mask"))
     return next_token_loss(logits, batch["labels"])

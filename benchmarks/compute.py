@@ -14,7 +14,7 @@ import tempfile
 import time
 
 import torch
-from common import machine, train
+from common import DEVICE, machine, train
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig
 from perceiver_ar.config import DataConfig, OptimConfig
@@ -64,7 +64,7 @@ def main() -> None:
                 per_target = costs(config).training_flops / latents
                 steps = round(args.flops / per_target / args.targets)
                 torch.manual_seed(seed)
-                model, windows = PerceiverAR(config), TrainingWindows(training, args.context, latents, seed)
+                model, windows = PerceiverAR(config).to(DEVICE), TrainingWindows(training, args.context, latents, seed)
                 began = time.perf_counter()
                 train(model, OptimConfig(), windows, steps, args.targets // latents, micro_batch=1)
                 seconds = time.perf_counter() - began

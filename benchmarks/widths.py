@@ -14,7 +14,7 @@ import time
 from dataclasses import replace
 
 import torch
-from common import loss, machine, train
+from common import DEVICE, loss, machine, train
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig
 from perceiver_ar.config import DataConfig, OptimConfig
@@ -66,7 +66,7 @@ def train_once(
 ) -> float:
     """Bits per byte on 256 held-out windows, after training."""
     torch.manual_seed(args.seed)
-    model = PerceiverAR(config)
+    model = PerceiverAR(config).to(DEVICE)
     train(model, rule, windows, args.steps, 8)
     with torch.no_grad():
         losses = [loss(model.eval(), unseen.batch(first, 64)).item() for first in range(0, 256, 64)]

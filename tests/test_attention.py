@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from reference import assert_close, naive_attention
 from torch import Tensor
 
-from perceiver_ar.network.attention import Piece, _attend_whole, attend
+from perceiver_ar.network.attention import (
+    Piece,
+    _attend_whole,
+    attend,
+    attend_pieces,
+    attend_side_by_side,
+    parts_of_keys,
+)
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 # Largest error, relative to the scale of the values. The reference runs in float64 on the same (rounded) inputs. A
@@ -142,6 +149,30 @@ def test_one_call_over_the_whole_keys_agrees_with_the_merged_pieces(problem: Pro
     assert_close(whole.cpu(), out, 1e-10)
     for actual, wanted in zip(gradients(whole, problem.inputs), gradients(out, merged.inputs), strict=True):
         assert_close(actual.cpu(), wanted, 1e-9)
+
+
+@settings(max_examples=40)
+@given(data=st.data(), B=st.integers(1, 3), parts=st.sampled_from([2, 4]), seed=st.integers(0, 2**20))
+def test_parts_of_the_keys_side_by_side_give_attention_over_all(
+    data: st.DataObject, B: int, parts: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    H, K, C = 2, parts * data.draw(st.integers(1, 4)), 5
+    room = K + data.draw(st.integers(0, 3))  # keys may be a part of a larger cache
+    q, k, v = (torch.randn(B, H, n, C, generator=generator, dtype=torch.float64) for n in (1, room, room))
+    mask = torch.rand(B, K, generator=generator) < data.draw(st.sampled_from([0.1, 0.5, 1.0]))
+    out, lse = attend_side_by_side(q, k[:, :, :K], v[:, :, :K], mask, parts)
+    expected, expected_lse = attend_pieces(q, [Piece(k[:, :, :K], v[:, :, :K], mask=mask)])
+    assert_close(out, expected, 1e-12)
+    assert torch.equal(lse.isinf(), expected_lse.isinf())
+    assert_close(lse.nan_to_num(neginf=0.0), expected_lse.nan_to_num(neginf=0.0), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "K", "parts"), [(8, 8192, 32), (8, 256, 2), (8, 200, 1), (128, 4096, 2), (300, 8192, 1), (1, 384, 1)]
+)
+def test_keys_are_divided_to_keep_a_gpu_busy(blocks: int, K: int, parts: int) -> None:
+    assert parts_of_keys(blocks, K) == parts
 
 
 @settings(max_examples=60)

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import configs
-from torch import nn
+from torch import Tensor, nn
 
 from perceiver_ar import OptimConfig, PerceiverAR, PerceiverARConfig
-from perceiver_ar.optim import lr_factor, make_optimizer, orthogonalize
+from perceiver_ar.optim import MuonAdamW, lr_factor, make_optimizer, orthogonalize
 
 SMALL = PerceiverARConfig(
     vocab_size=11, context_length=12, num_latents=4, dim=16, num_layers=2, num_heads=2, mlp_ratio=3.0, mlp_bias=True
@@ -97,6 +97,28 @@ def test_a_step_is_torchs_muon_on_each_hidden_matrix_and_torchs_adamw_on_the_res
             )
         else:  # theirs is a loop of single operations, ours one: they round differently
             torch.testing.assert_close(parameter.data, named[name].data, rtol=1e-5, atol=1e-5 * moved.item())
+
+
+def test_matrices_of_equal_shapes_learn_in_a_stack_what_they_learn_alone() -> None:
+    torch.manual_seed(0)
+    alone, stacked = PerceiverAR(SMALL), PerceiverAR(SMALL)
+    stacked.load_state_dict(alone.state_dict())
+    one, other = (make_optimizer(model, OptimConfig(weight_decay=0.1)) for model in (alone, stacked))
+    assert isinstance(other, MuonAdamW)
+    for step in range(3):
+        stacks: dict[Any, list[Tensor]] = {}
+        for model in (alone, stacked):
+            set_gradients(model, step)
+        for pieces, parameters in list(other._stacks()):
+            stacks.setdefault((pieces, parameters[0].shape), []).extend(parameters)
+        with torch.no_grad():
+            for (pieces, _), parameters in stacks.items():
+                other._step_stack(parameters, pieces)
+        other.adamw.step()
+        one.step()
+    assert sorted(map(len, stacks.values())) == [1, 2, 3, 3, 4]
+    for a, b in zip(alone.parameters(), stacked.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
 
 
 def test_adamw_alone_is_torchs_and_decays_matrices_only() -> None:

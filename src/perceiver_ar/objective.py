@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_ar.errors import InputError, require
+from perceiver_ar.network.autocast import product_dtype
 
 IGNORE = -100
 """Label of a position that is no target. No token id is special."""
@@ -48,20 +49,20 @@ def next_token_loss(
     if s != 0:  # torch.compile cannot read messages with sizes in them
         require(0 < s < 1 - 1 / V, f"label_smoothing is {s}: with {V} ids it must be in [0, {1 - 1 / V:.4g})")
     plain = s == 0 and z_loss == 0
-    loss = F.cross_entropy(
-        exact.transpose(1, 2),
-        labels,
+    loss = F.cross_entropy(  # of a matrix: more dimensions take CUDA another kernel, which has no deterministic form
+        exact.flatten(0, 1),
+        labels.flatten(),
         ignore_index=ignore_index,
         reduction=reduction if plain else "none",
         label_smoothing=s * V / max(V - 1, 1),  # torch spreads its share over all V ids, including the target
     )
     if plain:
-        return loss
+        return loss.view_as(labels) if reduction == "none" else loss
     targets = labels != ignore_index
     more = z_loss * exact.logsumexp(-1).square()
     if s > 0:
         more = more + (1 - s) * math.log(1 - s) + s * math.log(s / max(V - 1, 1))
-    loss = loss + more.masked_fill(~targets, 0.0)
+    loss = loss.view_as(labels) + more.masked_fill(~targets, 0.0)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / targets.sum()
@@ -78,11 +79,19 @@ def head_loss(latents: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     """
     if not hasattr(F, "linear_cross_entropy"):
         return next_token_loss(head(latents), labels)
-    return F.linear_cross_entropy(
+    weight, bias, labels = head.weight, head.bias, labels.flatten().long()
+    dtype = product_dtype(weight.dtype, latents.device)
+    half = latents.device.type == "cuda" and dtype.itemsize == 2
+    options = nn.LinearCrossEntropyOptions(acc_policy="balanced" if half else "auto")  # sums over pieces in float32
+    if half:  # autocast has no rule for this function; nor are its products on a CPU faster in half precision
+        latents, weight, bias = latents.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    loss = F.linear_cross_entropy(
         latents.flatten(0, 1),
-        head.weight,
-        labels.flatten().long(),
-        linear_bias=head.bias,
+        weight,
+        labels,
+        linear_bias=bias,
         ignore_index=IGNORE,
-        options=nn.LinearCrossEntropyOptions(),
+        options=options,
+        reduction="none" if half else "mean",  # the mean would be rounded to half precision
     )
+    return loss.float().sum() / (labels != IGNORE).sum() if half else loss

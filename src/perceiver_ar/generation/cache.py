@@ -18,6 +18,9 @@ from torch import Tensor
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.network.attention import Piece
 
+BLOCK = 1 << 16
+"""Positions that are moved together: a copy of a whole context would take its memory again."""
+
 
 class _Plan(NamedTuple):
     """Where `update` writes new positions and what they see: made once for all layers, to save Python's time."""
@@ -85,9 +88,10 @@ class KeysValues:
         """Keeps n positions of every row: those after the first `dropped`. The others are forgotten."""
         assert n == 0 or ((dropped + n <= self.counts) & (self.counts <= self.room)).all()
         if dropped and n:
-            for layer in self.layers:
-                for x in layer:
-                    x.narrow(2, 0, n).copy_(x.narrow(2, dropped, n).clone())
+            for x in chain(*self.layers):
+                for first in range(0, n, BLOCK):
+                    size = min(BLOCK, n - first)
+                    x.narrow(2, first, size).copy_(x.narrow(2, first + dropped, size).clone())
         self.counts[:] = n
 
     def grow(self, room: int) -> None:

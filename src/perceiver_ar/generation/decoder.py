@@ -24,6 +24,7 @@ from perceiver_ar.errors import InputError, require
 from perceiver_ar.generation.cache import Cache
 from perceiver_ar.generation.compiled import NextLogits, compile_and_run, compiled_step, next_logits
 from perceiver_ar.generation.sampling import LogitsProcessor, Sampling, penalise_repetition
+from perceiver_ar.network.autocast import product_dtype
 from perceiver_ar.network.inputs import NOTHING, reach
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.windows import Schedule, longest_context, next_window
@@ -373,10 +374,8 @@ class Decoder:
 
 def empty_cache(model: PerceiverAR, rows: int, context: int) -> Cache:
     """A cache of the dtype in which the model computes: that of its weights, or of autocast."""
-    device, dtype = model.device, model.embed.weight.dtype
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # autocast does not change float64
-        dtype = torch.get_autocast_dtype(device.type)
-    return Cache.empty(model.config, rows, context, dtype, device)
+    dtype = product_dtype(model.embed.weight.dtype, model.device)
+    return Cache.empty(model.config, rows, context, dtype, model.device)
 
 
 class Recomputing:

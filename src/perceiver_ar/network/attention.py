@@ -9,8 +9,8 @@ For a query, piece c of the keys gives an output O_c and lse_c, the log of the s
 is attention over all keys, and the gradient of piece c needs only q, k_c, v_c, the merged O and lse, and dO, because
 the probabilities are exp(score - lse) with the merged lse. Fused kernels take exactly these (FlashAttention, arXiv
 2205.14135; ring attention, arXiv 2310.01889, uses the same two facts). So a cross-attention of latents to prefix and
-latents is one plain piece and one square causal piece, without a rectangular mask (only dropout, padding off the CPU
-and exports need one); and a piece can be made, read and dropped before the next one is made (streaming.py).
+latents is one plain piece and one square causal piece, without a rectangular mask (only dropout, exports, and devices
+other than CPU and CUDA need one); and a piece can be made, read and dropped before the next is made (streaming.py).
 """
 
 import math
@@ -22,7 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceiver_ar.network.kernels import choose_kernels
+from perceiver_ar.network.kernels import DEVICES, choose_kernels
+
+GPU_BLOCKS = 256
+"""Blocks of a grid that keep a large GPU busy: two for each multiprocessor."""
 
 
 class Piece(NamedTuple):
@@ -47,12 +50,13 @@ def attend(q: Tensor, pieces: Sequence[Piece], *, dropout: float = 0.0) -> Tenso
     assert pieces and all(not piece.causal or piece.k.shape[2] == q.shape[2] for piece in pieces)
     if _ordinary:
         return _attend_masked(q, *_joined(pieces), pieces, dropout)
-    if dropout > 0.0 or q.device.type != "cpu":
+    # On CUDA, PyTorch's own choice may be cuDNN, which plans anew for each number of keys (pytorch #196678).
+    if dropout > 0.0 or q.device.type not in DEVICES:
         return _attend_whole(q, pieces, dropout)
     if not torch.is_grad_enabled():
         if not torch.compiler.is_compiling():  # same result, without the dispatcher's overhead
             return attend_pieces(q, pieces)[0]
-        if len(pieces) == 1:  # a decoding step
+        if len(pieces) == 1 and q.device.type == "cpu":  # a decoding step
             return _attend_whole(q, pieces, 0.0)
     k, v, causal, masks = (list(column) for column in zip(*pieces, strict=True))
     return _attention(q, k, v, causal, masks)[0]
@@ -108,14 +112,19 @@ def attend_pieces(q: Tensor, pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
 
 def piece_gradients(d_out: Tensor, q: Tensor, piece: Piece, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q (the share of `piece`), k and v; `out` and `lse` are the merged ones."""
-    # A query that sees nothing has lse -inf. With a finite one its probabilities are exp(-inf - lse) = 0.
-    lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    if piece.mask is not None:
+        # A query that sees nothing has lse -inf. With a finite one its probabilities are exp(-inf - lse) = 0.
+        lse = lse.masked_fill(lse == float("-inf"), 0.0)
     d_out, q, k, v = map(_neighbours, (d_out, q, piece.k, piece.v))
     return choose_kernels(q, piece.mask is not None).backward(d_out, q, k, v, out, lse, piece.causal, _bias(piece, q))
 
 
 def piece_forward(q: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     """Output and lse of one piece: 0 and -inf for a query that sees nothing in it."""
+    if piece.mask is not None and q.shape[2] == 1 and q.device.type != "cpu":
+        parts = parts_of_keys(q.shape[0] * q.shape[1], piece.k.shape[2])
+        if parts > 1:
+            return attend_side_by_side(q, piece.k, piece.v, piece.mask, parts)
     k, v, bias = _neighbours(piece.k), _neighbours(piece.v), _bias(piece, q)
     out, lse = choose_kernels(q, piece.mask is not None).forward(q, k, v, piece.causal, bias)
     if bias is not None:  # for a query that sees nothing here, kernels return anything
@@ -124,6 +133,32 @@ def piece_forward(q: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
         lse = lse.masked_fill(~seen, float("-inf"))
         out = out.masked_fill(~seen.unsqueeze(-1), 0.0)
     return out, lse
+
+
+def parts_of_keys(blocks: int, K: int) -> int:
+    """How many equal parts of K keys, of 128 or more, keep a GPU busy if each is a block of its grid: a power of 2."""
+    parts = 1
+    while 2 * parts * blocks <= GPU_BLOCKS and K % (2 * parts * 128) == 0:
+        parts *= 2
+    return parts
+
+
+def attend_side_by_side(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """`piece_forward` for one query of each row, as so many heads of attention to parts of the keys.
+
+    CUDA's kernel for masks reads all keys of a head in one block: few rows and heads would leave most of a GPU idle.
+    """
+    B, H, _, C = q.shape
+    k, v = (x.unflatten(2, (parts, -1)).flatten(0, 1) for x in (k, v))  # (B H, parts, K / parts, C)
+    seen = mask.unflatten(1, (parts, -1))[:, None].expand(-1, H, -1, -1).flatten(0, 1)
+    bias = q.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))[:, :, None]
+    q = q.reshape(B * H, 1, 1, C).expand(-1, parts, -1, -1)
+    out, lse = choose_kernels(q, True).forward(q, k, v, False, bias)
+    seen = seen.any(-1, keepdim=True)
+    lse = lse.masked_fill(~seen, float("-inf"))
+    merged = lse.logsumexp(1)
+    out = (out.masked_fill(~seen[..., None], 0.0) * piece_weight(lse, merged[:, None])).sum(1)
+    return out.view(B, H, 1, C).to(v.dtype), merged.view(B, H, 1)
 
 
 def piece_weight(piece_lse: Tensor, lse: Tensor) -> Tensor:
@@ -224,22 +259,11 @@ _attention.register_autograd(_gradients, setup_context=_save)
 
 
 def _attend_whole(q: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
-    """All keys in one call of PyTorch's attention: on devices other than the CPU, for dropout, and in compiled steps.
-
-    Without masks and dropout the lower-right causal bias keeps it a fused kernel that builds no mask.
-    """
+    """All keys in one call of PyTorch's attention: for dropout, on other devices than `DEVICES`, in compiled steps."""
     k, v = _joined(pieces)
-    queries, keys = q.shape[2], k.shape[2]
-    causal_last = pieces[-1].causal and not any(piece.causal for piece in pieces[:-1])
-    if dropout == 0.0 and all(piece.mask is None for piece in pieces):
-        if len(pieces) == 1 and pieces[0].causal:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        if causal_last:
-            from torch.nn.attention.bias import causal_lower_right  # loads torch's compiler, which takes a second
-
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(queries, keys))
-        if not any(piece.causal for piece in pieces):
-            return F.scaled_dot_product_attention(q, k, v)
+    plain = dropout == 0.0 and all(piece.mask is None for piece in pieces)
+    if plain and (len(pieces) == 1 or not any(piece.causal for piece in pieces)):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=pieces[0].causal)
     return _attend_masked(q, k, v, pieces, dropout)
 
 

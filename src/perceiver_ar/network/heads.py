@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.network.autocast import without_autocast
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and signed sines, each broadcastable to (B, H, K, R)."""
@@ -41,10 +42,11 @@ def split_queries_keys_values(
     """The fused projection (B, K, 3 * H * C) -> queries and keys, rotated, and values, each (B, H, K, C)."""
     qkv = qkv.unflatten(-1, (3, config.num_heads, -1)).permute(2, 0, 3, 1, 4)
     if torch.compiler.is_compiling():  # Inductor cannot order the strides of both if K is a difference of lengths
-        q, k = (normalize_and_rotate(x, rotary, config) for x in qkv[:2])
-    else:  # half as many operations
-        q, k = normalize_and_rotate(qkv[:2], rotary, config)
-    return q, k, qkv[2]
+        q, k, v = qkv.unbind()
+        return normalize_and_rotate(q, rotary, config), normalize_and_rotate(k, rotary, config), v
+    qk, v = qkv.split([2, 1])  # half as many operations
+    q, k = normalize_and_rotate(qk, rotary, config)
+    return q, k, v.squeeze(0)
 
 
 def split_keys_values(kv: Tensor, K: int, rotary: Rotary | None, config: PerceiverARConfig) -> tuple[Tensor, Tensor]:
@@ -55,16 +57,18 @@ def split_keys_values(kv: Tensor, K: int, rotary: Rotary | None, config: Perceiv
     """
     k, v = (split_heads(x, config.heads_cross) for x in kv.chunk(2, dim=-1))
     if config.local_context > 1:
-        first, half = k.shape[2] - K, k.shape[3] - k.shape[3] // 2
-        k = torch.cat([k[:, :, first:, :half], k[:, :, :K, half:]], dim=-1)
-        v = v[:, :, first:]
+        first, half = k.shape[2] - K, k.shape[3] // 2
+        own, before = k.split([k.shape[3] - half, half], dim=-1)
+        k = torch.cat([own.narrow(2, first, K), before.narrow(2, 0, K)], dim=-1)
+        v = v.narrow(2, first, K)
     return normalize_and_rotate(k, rotary, config), v
 
 
 def normalize_and_rotate(x: Tensor, rotary: Rotary | None, config: PerceiverARConfig) -> Tensor:
     """Queries or keys (B, H, K, C), normalised per head if `qk_norm`, then rotated by their positions."""
-    if config.qk_norm:  # autocast on CUDA gives float32
-        x = (F.layer_norm if config.norm == "layernorm" else F.rms_norm)(x, x.shape[-1:]).to(x.dtype)
+    if config.qk_norm:
+        with without_autocast(x):  # autocast would widen it to float32 on CUDA
+            x = (F.layer_norm if config.norm == "layernorm" else F.rms_norm)(x, x.shape[-1:])
     return rotate(x, rotary)
 
 
@@ -94,11 +98,12 @@ def rotary_speeds(config: PerceiverARConfig, cross: bool, device: torch.device) 
     if cross and config.local_context > 1:  # the other half is for search by content
         pairs = min(pairs, (channels - channels // 2) // 2)
     base = config.context_length if config.rotary_base is None else config.rotary_base
-    j = torch.arange(pairs, dtype=torch.float64)
+    at = torch.device("cpu") if device.type == "mps" else device  # where float64 is
+    j = torch.arange(pairs, dtype=torch.float64, device=at)
     exponent = j / max(pairs - 1, 1) if config.rotary_endpoint else j / max(pairs, 1)
     speeds = (base**-exponent)[None, None]
     if config.rotary_heads_fraction < 1:  # the other heads have angle 0
-        turned = torch.arange(heads) < int(config.rotary_heads_fraction * heads + 1e-6)
+        turned = torch.arange(heads, device=at) < int(config.rotary_heads_fraction * heads + 1e-6)
         speeds = speeds * turned[:, None, None]
     return speeds.to(device, torch.float32 if device.type == "mps" else torch.float64)
 

@@ -172,8 +172,9 @@ def mix_local_context(ids: Tensor, rows: Tensor, taps: Tensor | None, at: Tensor
         K, by_distance = ids.shape[1], rows.masked_fill((ids < 0)[..., None], 0.0).unbind(2)
         h = torch.cat([_weigh(by_distance[1:], taps), _weigh(by_distance[:n], taps)], dim=1)
     else:  # (B, n + K, E): neighbours share them; only the first n can be NOTHING
-        K, first = ids.shape[1] - n, rows[:, :n].masked_fill((ids[:, :n] < 0)[..., None], 0.0)
-        rows = torch.cat([first, rows[:, n:]], dim=1)
+        K = ids.shape[1] - n
+        first, rest = rows.split([n, K], dim=1)
+        rows = torch.cat([first.masked_fill((ids[:, :n] < 0)[..., None], 0.0), rest], dim=1)
         if torch.compiler.is_compiling():  # compilers fuse the plain formula
             h = _weigh([rows[:, n - 1 - i : n + K - i] for i in range(n)], taps)
         else:

@@ -6,6 +6,7 @@ The fused ones are private functions of torch, so test a new torch version befor
 Shapes: B batch, H heads, N queries, K keys, C channels per head.
 """
 
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -37,17 +38,26 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+DEVICES = "cpu", "cuda", "meta"
+"""Those with fused kernels that return the lse. "meta", where tensors have shapes but no numbers, counts as CUDA."""
+
+
 def choose_kernels(q: Tensor, masked: bool) -> type[Kernels]:
     """The fastest kernels for queries of this device, dtype and width, with or without a mask of keys."""
     if q.device.type == "cpu":
         return CpuFlash
-    if q.device.type == "cuda":
-        half = q.dtype in (torch.float16, torch.bfloat16)
-        if half and not masked and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
-            return CudaFlash
-        if q.dtype != torch.float64 and q.shape[-1] % 8 == 0:
-            return CudaEfficient
-    return Plain
+    if q.device.type not in DEVICES or q.dtype == torch.float64 or q.shape[-1] % 8 != 0:
+        return Plain
+    ampere = compute_capability(q.device) >= (8, 0)
+    if not masked and q.dtype != torch.float32 and q.shape[-1] <= 256 and ampere:
+        return CudaFlash
+    return CudaEfficient if q.dtype != torch.bfloat16 or ampere else Plain
+
+
+@lru_cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device; that of an A100 if this machine has no such device, as for fake tensors."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
 
 
 class CpuFlash:
@@ -66,7 +76,7 @@ class CpuFlash:
 
 
 class CudaFlash:
-    """FlashAttention-2 on CUDA: half precision, no mask."""
+    """FlashAttention-2 on CUDA, from compute capability 8.0 on: half precision, no mask."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -77,7 +87,7 @@ class CudaFlash:
     def backward(
         d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        unused = torch.zeros(2, dtype=torch.int64, device=q.device)  # the state of dropout's random numbers
+        unused = torch.empty(2, dtype=torch.int64, device=q.device)  # the state of dropout's random numbers
         return aten._scaled_dot_product_flash_attention_backward(
             d_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused
         )
@@ -95,7 +105,7 @@ class CudaEfficient:
     def backward(
         d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        unused = torch.zeros((), dtype=torch.int64, device=q.device)
+        unused = torch.empty((), dtype=torch.int64, device=q.device)
         lse = F.pad(lse, (0, -lse.shape[-1] % 32))
         d_q, d_k, d_v, _ = aten._scaled_dot_product_efficient_attention_backward(
             d_out, q, k, v, bias, out, lse, unused, unused, 0.0, [True, True, True, False], causal

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
+from perceiver_ar.network.activations import activate
 from perceiver_ar.network.attention import Piece, attend, side_by_side
 from perceiver_ar.network.heads import (
     Rotary,
@@ -337,12 +338,6 @@ class MLP(nn.Module):
         if self.training and self.dropout > 0:
             hidden = F.dropout(hidden, self.dropout)
         return self.down_proj(hidden)
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    if activation in ("relu", "relu2"):
-        return F.relu(x) if activation == "relu" else F.relu(x).square()
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def make_norm(config: PerceiverARConfig, dim: int) -> nn.Module:

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.network.attention import Piece, attend
+from perceiver_ar.network.autocast import product_dtype
 from perceiver_ar.network.inputs import EmbeddedTokens, TokenSource
 from perceiver_ar.network.streaming import automatic_chunk, stream_attention
 
@@ -126,7 +127,8 @@ def choose_chunk(
     if dropout > 0 or changed is not None:
         return 0
     if chunk is None:
-        chunk = automatic_chunk(config, len(prefix.tokens), length, prefix.tables.tokens.dtype, device)
+        dtype = product_dtype(prefix.tables.tokens.dtype, device)
+        chunk = automatic_chunk(config, len(prefix.tokens), length, dtype, device)
     if group is not None:
         return chunk or max(length, 1)
     return chunk if chunk < length else 0

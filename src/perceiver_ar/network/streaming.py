@@ -30,6 +30,7 @@ from perceiver_ar.network.attention import (
     piece_gradients,
     piece_weight,
 )
+from perceiver_ar.network.autocast import without_autocast
 from perceiver_ar.network.heads import Rotary, rotary_tables, split_keys_values
 from perceiver_ar.network.inputs import (
     Tables,
@@ -191,7 +192,7 @@ def _stream(
     chunk: int,
     group: str,
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         reader = _Reader([tokens, positions, mask, keep], weights, settings, chunk, group, q.dtype)
 
         def pieces() -> Iterator[Piece]:
@@ -225,7 +226,7 @@ def _stream_backward(
     chunk: int,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         reader = _Reader([tokens, positions, mask, keep], weights, settings, chunk, group, q.dtype)
         # Sums over many pieces: in half precision they would lose small terms.
         d_weights = [

@@ -112,7 +112,7 @@ def choose_precision(asked: Literal["auto", "32", "bf16", "fp16"], device: str) 
     """The precision to compute in. Raises InputError if the device cannot do it."""
     if asked == "auto":
         if device == "cuda":
-            fast = torch.cuda.is_bf16_supported()
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported() and bfloat16_is_faster()
         return "bf16" if fast else "32"
