@@ -25,19 +25,18 @@ from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import END_OF_TEXT
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation.decoder import WeightsError
-from perceiver_ar.serving.completions import Completion, as_rows
+from perceiver_ar.serving.completions import Completion, read_prompts
 from perceiver_ar.serving.engine import Busy, Engine, TooSlow
 from perceiver_ar.serving.errors import FAILED, describe, error_body, error_response
 from perceiver_ar.serving.files import GenerateForm, Generation, Results, media_type
 from perceiver_ar.serving.metrics import Metrics
 from perceiver_ar.serving.protocol import CompletionRequest, Refused, require_unicode
-from perceiver_ar.serving.security import Guard
+from perceiver_ar.serving.security import RETRY, Guard
 from perceiver_ar.serving.text import Vocabulary
 from perceiver_ar.serving.worker import TooMuch, Worker
 
-MAX_BODY = 16 * 2**20
+MAX_BODY, MAX_BODIES = 16 * 2**20, 128 * 2**20
 BODY_SECONDS = 60.0
-RETRY_SECONDS = 5
 PING_SECONDS = 15.0
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (
@@ -60,6 +59,9 @@ class Service:
     path: Path
     name: str
     api_key: str | None = None
+
+
+GenerateFields = Annotated[GenerateForm, Form(media_type="multipart/form-data")]
 
 
 class TokenizeRequest(BaseModel):
@@ -109,7 +111,12 @@ def create_app(service: Service) -> FastAPI:
     # No documentation pages: FastAPI's load scripts from other hosts.
     app = FastAPI(title="perceiver-ar", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(
-        Guard, api_key=service.api_key, max_body=MAX_BODY, body_seconds=BODY_SECONDS, answered=metrics.answered
+        Guard,
+        api_key=service.api_key,
+        max_body=MAX_BODY,
+        max_bodies=MAX_BODIES,
+        body_seconds=BODY_SECONDS,
+        answered=metrics.answered,
     )
     add_error_handlers(app)
 
@@ -121,17 +128,13 @@ def create_app(service: Service) -> FastAPI:
     async def completions(request: Request, body: CompletionRequest) -> Response:
         check_model(body.model)
         body.check(engine.slots)
-        prompts = body.prompts()
-        try:
-            rows = await run_in_threadpool(as_rows, prompts, vocabulary)
-        except InputError as error:
-            raise Refused(f"prompt cannot be read: {str(error).partition(';')[0]}", "prompt") from None
-        completion = Completion(body, rows, engine, vocabulary, name, metrics)
+        prompts = await run_in_threadpool(read_prompts, body, vocabulary)
+        completion = Completion(body, prompts, engine, vocabulary, name, metrics)
         completion.submit()
         return await answer_with(request, completion, completion.chunks if body.stream else None, metrics)
 
     @app.post("/v1/generate")
-    async def generate(request: Request, form: Annotated[GenerateForm, Form()]) -> Response:
+    async def generate(request: Request, form: GenerateFields) -> Response:
         generation = Generation(form, service.codec, engine, worker, results, metrics)
         try:
             if await unless_gone(request, generation.read()) is None:
@@ -187,10 +190,11 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         check_model(body.model)
-        wrong = next((token for token in body.tokens if not 0 <= token < service.codec.vocab_size), None)
-        if wrong is not None:
-            raise Refused(f"tokens has the id {wrong}: ids must be 0 ... {service.codec.vocab_size - 1}", "tokens")
-        return {"prompt": vocabulary.text(body.tokens)}
+
+        def text() -> str:
+            return vocabulary.text(vocabulary.check(body.tokens, "tokens"))
+
+        return {"prompt": await run_in_threadpool(text)}
 
     return app
 
@@ -248,7 +252,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Response:
         message = "the queue of this server is full: try again later"
-        return error_response(503, message, headers={"Retry-After": str(RETRY_SECONDS)})
+        return error_response(503, message, headers=RETRY)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
