@@ -197,16 +197,20 @@ def test_prompts_with_too_many_scores_are_refused(url: str) -> None:
 def test_a_client_that_does_not_read_ends_its_rows(model: PerceiverAR) -> None:
     from perceiver_ar.serving.completions import Choice, Delta, Listener
     from perceiver_ar.serving.metrics import Metrics
+    from perceiver_ar.serving.outbox import Outbox
     from perceiver_ar.serving.protocol import MAX_UNREAD
 
     async def unread() -> tuple[bool, bool, Any]:
         results = asyncio.Queue[Delta | Exception]()
         choice = Choice(0, Vocabulary(BytesCodec()), [], None)
-        listener = Listener(results, [choice], None, Metrics(Engine(model, slots=1)))
+        outbox = Outbox()
+        outbox.loop = asyncio.get_running_loop()
+        listener = Listener(outbox, results, [choice], None, Metrics(Engine(model, slots=1)))
         goes_on = listener.token(0, 97, torch.zeros(256), None)
         for _ in range(MAX_UNREAD):
             results.put_nowait(Delta(0, "a"))
         more = listener.token(0, 97, torch.zeros(256), None)
+        outbox.flush()
         await asyncio.sleep(0)
         last = [results.get_nowait() for _ in range(results.qsize())][-1]
         return goes_on, more, last

@@ -30,6 +30,7 @@ from perceiver_ar.serving.engine import Busy, Engine, TooSlow
 from perceiver_ar.serving.errors import FAILED, describe, error_body, error_response
 from perceiver_ar.serving.files import GenerateForm, Generation, Results, media_type
 from perceiver_ar.serving.metrics import Metrics
+from perceiver_ar.serving.outbox import Outbox
 from perceiver_ar.serving.protocol import CompletionRequest, Refused, require_unicode
 from perceiver_ar.serving.security import RETRY, Guard
 from perceiver_ar.serving.text import Vocabulary
@@ -101,9 +102,12 @@ def create_app(service: Service) -> FastAPI:
     engine, name = service.engine, service.name
     worker, results = Worker(service.path), Results()
     vocabulary, metrics, created = Vocabulary(service.codec), Metrics(engine), int(time.time())
+    outbox = Outbox()
+    engine.after_turn = outbox.flush
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        outbox.loop = asyncio.get_running_loop()
         yield
         await run_in_threadpool(engine.close)
         await run_in_threadpool(worker.close)
@@ -129,13 +133,13 @@ def create_app(service: Service) -> FastAPI:
         check_model(body.model)
         body.check(engine.slots)
         prompts = await run_in_threadpool(read_prompts, body, vocabulary)
-        completion = Completion(body, prompts, engine, vocabulary, name, metrics)
+        completion = Completion(body, prompts, engine, outbox, vocabulary, name, metrics)
         completion.submit()
         return await answer_with(request, completion, completion.chunks if body.stream else None, metrics)
 
     @app.post("/v1/generate")
     async def generate(request: Request, form: GenerateFields) -> Response:
-        generation = Generation(form, service.codec, engine, worker, results, metrics)
+        generation = Generation(form, service.codec, engine, outbox, worker, results, metrics)
         try:
             if await unless_gone(request, generation.read()) is None:
                 return client_gone(metrics)

@@ -5,7 +5,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ from perceiver_ar.errors import InputError
 from perceiver_ar.generation.decoder import RowSettings
 from perceiver_ar.serving.engine import Engine, Finish, Job
 from perceiver_ar.serving.metrics import Metrics, TokenTimes
+from perceiver_ar.serving.outbox import Outbox
 from perceiver_ar.serving.protocol import MAX_SCORES, MAX_UNREAD, CompletionRequest, Refused
 from perceiver_ar.serving.text import StoppedText, Vocabulary
 
@@ -127,10 +127,11 @@ class Listener:
     """Passes the results of a job on to the event loop."""
 
     def __init__(
-        self, results: "asyncio.Queue[Delta | Exception]", choices: Sequence[Choice], echo: str | None, metrics: Metrics
-    ) -> None:
-        self.results, self.choices, self.prompt = results, choices, echo
-        self.loop, self.times = asyncio.get_running_loop(), TokenTimes(metrics)
+        self, outbox: Outbox, results: "asyncio.Queue[Delta | Exception]", choices: Sequence[Choice],
+        echo: str | None, metrics: Metrics,
+    ) -> None:  # fmt: skip
+        self.outbox, self.results, self.choices, self.prompt = outbox, results, choices, echo
+        self.times = TokenTimes(metrics)
 
     def scored(self, tokens: Sequence[int], logprobs: Tensor | None) -> None:
         self.choices[0].echo(tokens, logprobs)
@@ -158,8 +159,7 @@ class Listener:
         self._send(error)
 
     def _send(self, result: Delta | Exception) -> None:
-        with suppress(RuntimeError):  # the loop is closed, and with it every connection
-            self.loop.call_soon_threadsafe(self.results.put_nowait, result)
+        self.outbox.put(self.results, result)
 
 
 @dataclass
@@ -174,8 +174,8 @@ class Completion:
     """One request: its jobs, their results, and the answer in OpenAI's form."""
 
     def __init__(
-        self, request: CompletionRequest, prompts: Sequence[Prompt], engine: Engine, vocabulary: Vocabulary,
-        model: str, metrics: Metrics,
+        self, request: CompletionRequest, prompts: Sequence[Prompt], engine: Engine, outbox: Outbox,
+        vocabulary: Vocabulary, model: str, metrics: Metrics,
     ) -> None:  # fmt: skip
         """Raises Refused for invalid settings."""
         self.request, self.engine, self.metrics = request, engine, metrics
@@ -204,7 +204,7 @@ class Completion:
         for number, prompt in enumerate(prompts):
             first = number * n
             choices = [Choice(first + i, vocabulary, stops, request.top) for i in range(n)]
-            listener = Listener(self.results, choices, prompt.echo, metrics)
+            listener = Listener(outbox, self.results, choices, prompt.echo, metrics)
             seeds = [None if request.seed is None else request.seed + first + i for i in range(n)]
             self.jobs.append(Job(prompt.ids, settings, seeds if request.count else [], listener, score))
 

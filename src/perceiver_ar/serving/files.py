@@ -6,7 +6,6 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from perceiver_ar.generation.decoder import RowSettings
 from perceiver_ar.generation.sampling import Sampling
 from perceiver_ar.serving.engine import Engine, Finish, Job
 from perceiver_ar.serving.metrics import Metrics, TokenTimes
+from perceiver_ar.serving.outbox import Outbox
 from perceiver_ar.serving.protocol import MAX_UNREAD, Refused
 from perceiver_ar.serving.worker import TooMuch, Worker
 
@@ -92,8 +92,8 @@ def _size(result: tuple[float, dict[str, bytes]]) -> int:
 class Tokens:
     """A listener that passes tokens on to the event loop."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self.loop, self.results = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int | None, bool] | Exception]()
+    def __init__(self, outbox: Outbox, metrics: Metrics) -> None:
+        self.outbox, self.results = outbox, asyncio.Queue[tuple[int, int | None, bool] | Exception]()
         self.times = TokenTimes(metrics)
 
     def scored(self, tokens: object, logprobs: object) -> None: ...
@@ -113,18 +113,18 @@ class Tokens:
         self._send(error)
 
     def _send(self, result: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(self.results.put_nowait, result)
+        self.outbox.put(self.results, result)
 
 
 class Generation:
     """One request: the prompt's ids, its job, and the resulting files."""
 
     def __init__(
-        self, form: GenerateForm, codec: Codec, engine: Engine, worker: Worker, results: Results, metrics: Metrics
-    ) -> None:
-        self.form, self.codec, self.engine, self.worker, self.results = form, codec, engine, worker, results
-        self.metrics = metrics
+        self, form: GenerateForm, codec: Codec, engine: Engine, outbox: Outbox, worker: Worker, results: Results,
+        metrics: Metrics,
+    ) -> None:  # fmt: skip
+        self.form, self.codec, self.engine, self.outbox = form, codec, engine, outbox
+        self.worker, self.results, self.metrics = worker, results, metrics
         self.sampling = form.sampling()
         self.samples = form.n or (1 if codec.document_length is None else min(4, engine.slots))
         if self.samples > engine.slots:
@@ -154,7 +154,7 @@ class Generation:
             max_new_tokens=count,
         )
         seeds = [None if form.seed is None else form.seed + sample for sample in range(self.samples)]
-        self.listener = Tokens(self.metrics)
+        self.listener = Tokens(self.outbox, self.metrics)
         self.jobs = [Job(torch.from_numpy(self.prompt), settings, seeds, self.listener)]
         return True
 
