@@ -5,7 +5,10 @@ import io
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from perceiver_ar.data.midi import PerformanceCodec
 from perceiver_ar.generation import generate
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.serving.engine import Busy
-from perceiver_ar.serving.worker import MAX_IDS, QUEUE, TooMuch, Worker
+from perceiver_ar.serving.worker import MAX_IDS, QUEUE, Stopping, TooMuch, Worker
 
 pytest.importorskip("fastapi", reason="needs perceiver-ar[serve]")
 httpx = pytest.importorskip("httpx2", reason="needs httpx2")
@@ -161,10 +164,33 @@ def test_closing_waits_for_no_file(made: Made) -> None:
         await asyncio.sleep(0)
         await asyncio.to_thread(worker.close)
         [error] = await asyncio.gather(task, return_exceptions=True)
-        assert isinstance(error, TooMuch | RuntimeError | asyncio.CancelledError)
+        assert isinstance(error, Stopping | asyncio.CancelledError)
         assert worker._process is None
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(29, 200), (0, 503)])
+def test_files_are_written_at_the_end_of_a_shutdown_if_time_remains(made: Made, seconds: int, status: int) -> None:
+    from perceiver_ar.serving.server import Server, listen, load
+
+    run, _ = made(IntegerCodec(9))
+    server, listening = Server(load(run, slots=2)), listen("127.0.0.1", 0)
+    server.job_seconds, server.file_seconds = 0, seconds
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    with httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor(1) as pool:
+        while http.get("/health").status_code != 200:
+            pass
+        form = {"max_new_tokens": "1000000", "seed": "1", "repetition_penalty": "0.5", "top_k": "1"}
+        answer = pool.submit(http.post, "/v1/generate", data=form)
+        while server.engine.running == 0:
+            time.sleep(0.01)
+        server.should_exit = True
+        assert answer.result().status_code == status
+    thread.join(60)
+    listening.close()
 
 
 def test_a_worker_that_cannot_start_says_so(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from perceiver_ar.serving.outbox import Outbox
 from perceiver_ar.serving.protocol import CompletionRequest, Refused, require_unicode
 from perceiver_ar.serving.security import RETRY, Guard
 from perceiver_ar.serving.text import Vocabulary
-from perceiver_ar.serving.worker import TooMuch, Worker
+from perceiver_ar.serving.worker import Stopping, TooMuch, Worker
 
 MAX_BODY, MAX_BODIES = 16 * 2**20, 128 * 2**20
 BODY_SECONDS = 60.0
@@ -123,6 +123,7 @@ def create_app(service: Service) -> FastAPI:
         answered=metrics.answered,
     )
     add_error_handlers(app)
+    app.state.worker = worker
 
     def check_model(model: str | None) -> None:
         if model not in (None, name):
@@ -244,6 +245,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(TooMuch)
     @app.exception_handler(TooSlow)
+    @app.exception_handler(Stopping)
     @app.exception_handler(InputError)
     async def known(_: Request, error: Exception) -> Response:
         return error_response(*status_and_message(error), param="file" if isinstance(error, TooMuch) else None)
@@ -268,6 +270,8 @@ def status_and_message(error: Exception) -> tuple[int, str]:
         return 413, "the file, or a result, exceeds the limit of memory, time or tokens"
     if isinstance(error, TooSlow):
         return 503, "the prompt could not be scored in time: send a shorter one"
+    if isinstance(error, Stopping):
+        return 503, "the server stops before the file is ready: try again later"
     if isinstance(error, WeightsError):
         return 500, str(error)
     if isinstance(error, InputError):
