@@ -19,7 +19,7 @@ from perceiver_ar.evaluation import windows
 from perceiver_ar.generation.decoder import Row, RowSettings, draw, require_finite
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.serving.slots import slot_decoder
-from perceiver_ar.windows import longest_context
+from perceiver_ar.windows import Window, longest_context
 
 Finish = Literal["stop", "length"]
 
@@ -306,7 +306,7 @@ class Engine:
         job.listener.begun(last=False)
 
     def _score(self, job: Job) -> Iterator[None]:
-        """Log-probabilities of a prompt's tokens, in the windows of `evaluation.evaluate`; yields after each window."""
+        """Log-probabilities of a prompt's tokens, in the windows of `evaluation.evaluate`; yields after each piece."""
         config, ids = self.config, job.prompt
         job.listener.scored(ids[:1].tolist(), None)
         if len(ids) < 2:
@@ -314,12 +314,19 @@ class Engine:
         context = longest_context(config)
         latents = min(config.num_latents, context)
         for window in windows(len(ids), context, latents, max(1, latents // 2)):
-            tokens = ids[None, window.start : window.end - 1].to(self.model.device)
-            targets = ids[window.first_target : window.end].tolist()
-            logits = self.model.head(self.model.latents(tokens, window.prefix_len)[0, -len(targets) :])
-            require_finite(logits)
-            job.listener.scored(targets, logits.float().log_softmax(-1).cpu())
-            yield
+            row = Row(0, ids[: window.end - 1], config)
+            row.window = Window(window.start, row.num_tokens - window.start - window.prefix_len)
+            target = row.num_tokens - row.window.num_latents + 1  # that of the next latent
+            for found in self._decoder.latents(row):
+                if found is not None:
+                    scored = found[0, max(0, window.first_target - target) :]
+                    target += found.shape[1]
+                    if len(scored) > 0:
+                        logits = self.model.head(scored)
+                        require_finite(logits)
+                        targets = ids[target - len(scored) : target].tolist()
+                        job.listener.scored(targets, logits.float().log_softmax(-1).cpu())
+                yield
 
     def _step(self) -> None:
         """One token for each row."""
