@@ -5,9 +5,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -39,9 +39,9 @@ from perceiver_ar.serving.worker import Stopping, TooMuch, Worker
 MAX_BODY, MAX_BODIES = 16 * 2**20, 128 * 2**20
 BODY_SECONDS = 60.0
 PING_SECONDS = 15.0
-PAGE = Path(__file__).with_name("page.html")
+PAGE = {path.name: path for path in Path(__file__).with_name("page").iterdir()}
 POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; media-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """The page loads nothing from other hosts, and other pages cannot frame it."""
@@ -60,6 +60,8 @@ class Service:
     path: Path
     name: str
     api_key: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Bits for each byte, token, ... of held-out files, by name."""
 
 
 GenerateFields = Annotated[GenerateForm, Form(media_type="multipart/form-data")]
@@ -160,15 +162,19 @@ def create_app(service: Service) -> FastAPI:
         return Response(content, media_type=media_type(name), headers=headers)
 
     @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page(name: str = "index.html") -> FileResponse:
+        if name not in PAGE:
+            raise HTTPException(404, "the page has no such file")
         headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
-        return FileResponse(PAGE, media_type="text/html", headers=headers)
+        return FileResponse(PAGE[name], headers=headers)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         card = {"id": name, "object": "model", "created": created, "owned_by": "perceiver-ar"}
         card |= {"context_length": engine.context, "writes_text": service.codec.writes_text}
-        card |= {"document_length": service.codec.document_length}
+        card |= {"document_length": service.codec.document_length, "file_ending": service.codec.ending}
+        card |= {"parameters": engine.model.num_parameters(), "evaluation": service.scores}
         return {"object": "list", "data": [card]}
 
     @app.get("/health")

@@ -91,7 +91,8 @@ def load(
             f"slots is {slots}, of {engine.context} tokens each, and the engine does not start ({reason}): use fewer "
             "--slots, or a shorter --max_context"
         ) from error
-    return Service(engine, codec, run.path, run.path.resolve().name, api_key)
+    scores = {name: value for name, value in (run.summary() or {}).items() if "bits_per_" in name}
+    return Service(engine, codec, run.path, run.path.resolve().name, api_key, scores)
 
 
 class Server(uvicorn.Server):
