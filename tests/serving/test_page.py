@@ -66,6 +66,7 @@ def test_a_text_is_continued_stopped_undone_and_retried(
     page.get_by_role("slider", name="Length").fill("32")
     page.get_by_role("slider", name="Temperature").fill("1")
     page.get_by_role("slider", name="Top-p").fill("1")
+    page.get_by_role("slider", name="Repetition penalty").fill("1")
 
     def expected(seed: int) -> str:
         ids = generate(model, [[0, *b"Once\nupon\n"]], 32, seed=seed, stop_tokens=[0])[0]
@@ -151,6 +152,7 @@ def test_no_text_is_lost_when_a_request_fails(browser: Any, url: str, model: Per
     page.get_by_label("Seed").fill("3")
     page.get_by_role("slider", name="Length").fill("32")
     page.get_by_role("slider", name="Temperature").fill("1")
+    page.get_by_role("slider", name="Repetition penalty").fill("1")
     go_on.click()
     playwright.expect(page.get_by_role("status")).to_contain_text("tokens")
     whole = ended()

@@ -87,7 +87,7 @@ async function go(seed, undone = null, restore = () => {}) {
   const body = {
     prompt, stream: true, stream_options: {include_usage: true}, seed,
     temperature: +$("temperature").value, top_p: +$("top_p").value, max_tokens: +$("max_tokens").value,
-    logprobs: 5,
+    repetition_penalty: +$("repetition_penalty").value, logprobs: 5,
   };
   let written = false, failed = false, tokens = 0, first = 0, finish = null;
   text.contentEditable = "false";
