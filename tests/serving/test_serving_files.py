@@ -1,6 +1,7 @@
 """Files go on over HTTP as `generate` and the codec would continue them; what is no file of the kind harms nobody."""
 
 import asyncio
+import base64
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from reference import randomize
 from samples import write_music, write_picture
 
@@ -65,15 +67,16 @@ def test_music_goes_on_and_its_files_are_behind_links(serving: Any, made: Made, 
             model, [prompt], 30, num_samples=2, seed=5, temperature=0.9, allowed_next=codec.constraint(),
             stop_tokens=codec.separator[-1:],
         )  # fmt: skip
+        assert events[0]["notes"] == codec.decode_notes(np.array(prompt)).round(3).tolist()
         for index in range(2):
-            drawn = [
-                token
-                for event in events[:-1]
-                for sample in event["samples"]
-                if sample["index"] == index
-                for token in sample["ids"]
-            ]
+            drawn, notes = list[int](), list[list[float]]()
+            for event in events[1:-1]:
+                for sample in event["samples"]:
+                    if sample["index"] == index:
+                        drawn += sample["ids"]
+                        notes = notes[: sample["kept"]] + sample["notes"]
             assert drawn == expected[index, : len(drawn)].tolist()
+            assert notes == codec.decode_notes(np.array(prompt + drawn)).round(3).tolist()
         files = {file["name"]: http.get(file["url"]) for file in events[-1]["files"]}
         assert {Path(name).suffix for name in files} == {".mid", ".png", ".wav"}
         assert files["generated-1.mid"].content == codec.decode(np.array([*prompt, *expected[0].tolist()]))
@@ -86,12 +89,21 @@ def test_music_goes_on_and_its_files_are_behind_links(serving: Any, made: Made, 
         assert wrong.json()["error"]["param"] == "file"
 
 
+def pixels(picture: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(picture)))
+
+
 def test_a_picture_is_completed(serving: Any, made: Made, tmp_path: Path) -> None:
     codec = ImageCodec(4, 4, "grey")
     run, _ = made(codec)
     write_picture(tmp_path / "cat.png", 1)
     with serving(run) as url, httpx.Client(base_url=url, timeout=120) as http:
         files = {"file": ("cat.png", (tmp_path / "cat.png").read_bytes())}
+        with http.stream("POST", "/v1/generate", data={"seed": "0", "stream": "true"}, files=files) as stream:
+            events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+        pictures = {sample["index"]: sample["picture"] for event in events[1:-1] for sample in event["samples"]}
+        last = http.get(events[-1]["files"][0]["url"]).content
+        assert np.array_equal(pixels(base64.b64decode(pictures[0])), pixels(last))
         answer = http.post("/v1/generate", data={"seed": "0"}, files=files).json()
         assert [file["name"] for file in answer["files"]] == [*(f"generated-{n}.png" for n in range(1, 5)),
                                                                "generated-grid.png"]  # fmt: skip
