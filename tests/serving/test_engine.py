@@ -20,7 +20,8 @@ from perceiver_ar.generation.decoder import Row, RowSettings, WeightsError
 from perceiver_ar.generation.sampling import Sampling
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.serving.engine import Busy, Engine, Job, TooSlow
-from perceiver_ar.serving.slots import SlotDecoder, slot_decoder
+from perceiver_ar.serving.slots import LATENTS, SlotDecoder, slot_decoder
+from perceiver_ar.windows import Window, longest_context
 
 SETTINGS = {"vocab_size": 11, "context_length": 24, "num_latents": 6, "dim": 8, "num_layers": 2, "num_heads": 2}
 seeds = st.integers(0, 2**20)
@@ -168,6 +169,27 @@ def test_a_prompt_that_begins_like_the_last_is_read_from_there_on() -> None:
             torch.testing.assert_close(decoder.next_logits(), expected, rtol=0, atol=1e-9)
             decoder.remove([row])
     assert kept == [0, 19, 9, 9]
+
+
+@settings(max_examples=25)
+@given(st.data(), seeds)
+def test_windows_are_read_in_pieces_with_the_latents_of_one_forward(data: st.DataObject, seed: int) -> None:
+    config = data.draw(configs())
+    model = randomize(PerceiverAR(config).double().eval(), seed)
+    longest = longest_context(config)
+    ids = torch.randint(config.vocab_size, (2 * longest,), generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        decoder = slot_decoder(model, 1, longest)
+        for _ in range(3):
+            end = data.draw(st.integers(1, 2 * longest))
+            start = data.draw(st.integers(max(0, end - longest), end - 1))
+            N = data.draw(st.integers(1, min(end - start, config.num_latents)))
+            row = Row(0, ids[:end], config)
+            row.window = Window(start, N)
+            found = [part for part in decoder.latents(row) if part is not None]
+            expected = model.latents(ids[None, start:end], end - start - N)
+            torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=1e-9)
+            assert all(part.shape[1] <= LATENTS for part in found)
 
 
 def test_a_compiled_engine_draws_the_same() -> None:

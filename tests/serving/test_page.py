@@ -1,6 +1,8 @@
 """The page in a real browser: what is typed goes on, nothing is fetched from elsewhere, nothing fails."""
 
+import math
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -9,14 +11,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from reference import randomize
 from samples import write_music
 
 import perceiver_ar
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.data.codec import save_codec
+from perceiver_ar.data.audio import MuLawCodec
+from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.midi import PerformanceCodec
 from perceiver_ar.data.text import BytesCodec
+from perceiver_ar.evaluation import evaluate
 from perceiver_ar.generation import generate
 from perceiver_ar.network.model import PerceiverAR
 
@@ -60,6 +66,7 @@ def test_a_text_is_continued_stopped_undone_and_retried(
     page.get_by_role("slider", name="Length").fill("32")
     page.get_by_role("slider", name="Temperature").fill("1")
     page.get_by_role("slider", name="Top-p").fill("1")
+    page.get_by_role("slider", name="Repetition penalty").fill("1")
 
     def expected(seed: int) -> str:
         ids = generate(model, [[0, *b"Once\nupon\n"]], 32, seed=seed, stop_tokens=[0])[0]
@@ -68,6 +75,13 @@ def test_a_text_is_continued_stopped_undone_and_retried(
     page.get_by_role("button", name="Continue").click()
     playwright.expect(status).to_contain_text("tokens")
     assert "".join(text.locator("span").all_text_contents()) == expected(3)
+    whole = "Once\nupon\n" + expected(3)
+    if "\ufffd" not in whole:
+        ids = torch.tensor([0, *whole.encode()])
+        bits = evaluate(model, ids).nats_per_token / math.log(2)
+        playwright.expect(page.locator("#score")).to_have_text(
+            f"{bits:.2f} bits a byte · {len(ids)} of 64 tokens of context used"
+        )
     page.screenshot(path=os.environ.get("SCREENSHOTS", str(tmp_path)) + f"/{form}.png")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
@@ -138,6 +152,7 @@ def test_no_text_is_lost_when_a_request_fails(browser: Any, url: str, model: Per
     page.get_by_label("Seed").fill("3")
     page.get_by_role("slider", name="Length").fill("32")
     page.get_by_role("slider", name="Temperature").fill("1")
+    page.get_by_role("slider", name="Repetition penalty").fill("1")
     go_on.click()
     playwright.expect(page.get_by_role("status")).to_contain_text("tokens")
     whole = ended()
@@ -172,6 +187,9 @@ def test_no_text_is_lost_when_a_request_fails(browser: Any, url: str, model: Per
     context.close()
 
 
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", "": "text/html"}
+
+
 class Broken(BaseHTTPRequestHandler):
     """Serves the page; the model's answers break off or are a proxy's errors."""
 
@@ -179,16 +197,17 @@ class Broken(BaseHTTPRequestHandler):
     completion: ClassVar[tuple[int, bytes]]
 
     def do_GET(self) -> None:
-        page = 200, Path(perceiver_ar.__file__).with_name("serving").joinpath("page.html").read_bytes()
-        self._answer(*(self.models if self.path == "/v1/models" else page))
+        name = self.path.rpartition("/")[2] or "index.html"
+        file = Path(perceiver_ar.__file__).with_name("serving") / "page" / name
+        self._answer(*(self.models if name == "models" else (200, file.read_bytes())), KINDS[file.suffix])
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         self._answer(*self.completion)
 
-    def _answer(self, status: int, body: bytes) -> None:
+    def _answer(self, status: int, body: bytes, kind: str = "text/html") -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Type", kind)
         self.end_headers()
         self.wfile.write(body)
 
@@ -218,6 +237,28 @@ def test_what_goes_wrong_is_said(browser: Any) -> None:
         server.server_close()
 
 
+@pytest.mark.parametrize(("codec", "shown"), [(ImageCodec(8, 8, "grey"), "img"), (MuLawCodec(8000), "canvas")])
+def test_pictures_and_sound_are_shown(browser: Any, serving: Any, tmp_path: Path, codec: Codec, shown: str) -> None:
+    size: dict[str, Any] = {"context_length": 64, "num_latents": 16, "dim": 16, "num_layers": 1, "num_heads": 2}
+    config = codec.fit(PerceiverARConfig(vocab_size=codec.vocab_size, **size))
+    randomize(PerceiverAR(config), seed=1).save_pretrained(tmp_path)
+    save_codec(codec, tmp_path)
+    with serving(tmp_path) as url:
+        context = browser.new_context(**FORMS["dark-phone"])
+        page = context.new_page()
+        trouble = list[str]()
+        page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.goto(url)
+        page.get_by_role("button", name="Continue").click()
+        playwright.expect(page.locator("#status")).to_contain_text("the files stay", timeout=120_000)
+        playwright.expect(page.locator(f"#results {shown}").first).to_be_visible()
+        page.screenshot(path=os.environ.get("SCREENSHOTS", str(tmp_path)) + f"/{shown}.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert trouble == []
+        context.close()
+
+
 def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, tmp_path: Path) -> None:
     codec, run = PerformanceCodec(), tmp_path / "piano"
     size: dict[str, Any] = {"context_length": 64, "num_latents": 16, "dim": 16, "num_layers": 1, "num_heads": 2}
@@ -244,6 +285,25 @@ def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, 
         with page.expect_download() as download:
             page.get_by_role("link", name="generated.mid").click()
         assert download.value.path().read_bytes().startswith(b"MThd")
+        roll = page.get_by_role("img", name="Piano roll")
+        assert int(re.findall(r"\d+", roll.get_attribute("aria-label"))[0]) > 0
+        coloured = (
+            "c => new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size"
+        )
+        assert roll.evaluate(coloured) > 2
         page.screenshot(path=os.environ.get("SCREENSHOTS", str(tmp_path)) + "/piano.png", full_page=True)
+
+        # A beginning that is played, on two kinds of keys.
+        page.get_by_role("button", name="C 4").click()
+        page.keyboard.press("g")
+        playwright.expect(page.get_by_text("2 notes played")).to_be_visible()
+        page.get_by_role("slider", name="Keep").fill("1")
+        page.get_by_role("button", name="Continue").click()
+        playwright.expect(roll).to_have_count(2)
+        playwright.expect(roll.first).to_have_attribute("aria-label", re.compile("Piano roll: 2 notes"))
+        playwright.expect(page.locator("#status")).to_contain_text("the files stay")
+        page.get_by_role("button", name="Forget").click()
+        playwright.expect(page.get_by_role("button", name="Forget")).to_be_disabled()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert trouble == []
         context.close()

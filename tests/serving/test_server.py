@@ -5,12 +5,14 @@ import json
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -195,16 +197,20 @@ def test_prompts_with_too_many_scores_are_refused(url: str) -> None:
 def test_a_client_that_does_not_read_ends_its_rows(model: PerceiverAR) -> None:
     from perceiver_ar.serving.completions import Choice, Delta, Listener
     from perceiver_ar.serving.metrics import Metrics
+    from perceiver_ar.serving.outbox import Outbox
     from perceiver_ar.serving.protocol import MAX_UNREAD
 
     async def unread() -> tuple[bool, bool, Any]:
         results = asyncio.Queue[Delta | Exception]()
         choice = Choice(0, Vocabulary(BytesCodec()), [], None)
-        listener = Listener(results, [choice], None, Metrics(Engine(model, slots=1)))
+        outbox = Outbox()
+        outbox.loop = asyncio.get_running_loop()
+        listener = Listener(outbox, results, [choice], None, Metrics(Engine(model, slots=1)))
         goes_on = listener.token(0, 97, torch.zeros(256), None)
         for _ in range(MAX_UNREAD):
             results.put_nowait(Delta(0, "a"))
         more = listener.token(0, 97, torch.zeros(256), None)
+        outbox.flush()
         await asyncio.sleep(0)
         last = [results.get_nowait() for _ in range(results.qsize())][-1]
         return goes_on, more, last
@@ -337,6 +343,30 @@ def test_whatever_is_sent_is_answered(url: str, path: str, fields: dict[str, Any
     assert http.get(f"{url}/health").status_code == 200
 
 
+raw = st.one_of(
+    st.binary(max_size=40),
+    st.builds(
+        lambda name, value: b'--x\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n--x--\r\n' % (name, value),
+        st.sampled_from([b"file", b"prompt", b"keep", b"n", b"seed", b'file"; filename="a', b"\xff", b""]),
+        st.binary(max_size=9) | st.sampled_from([b"nan", b"1e999", b"-0", b"9" * 99]),
+    ),
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD"]),
+    st.sampled_from(["/", "/v1/completions", "/v1/generate", "/v1/models", "/v1/files/a/b", "/metrics", "/tokenize"]),
+    st.sampled_from(["application/json", "multipart/form-data; boundary=x", "multipart/form-data", "text/plain", "x"]),
+    raw,
+)
+def test_whatever_bytes_are_sent_are_answered(url: str, method: str, path: str, kind: str, body: bytes) -> None:
+    body = body.replace(b"--x--", b'--x\r\nContent-Disposition: form-data; name="max_new_tokens"\r\n\r\n1\r\n--x--')
+    answer = http.request(method, f"{url}{path}", content=body, headers={"Content-Type": kind})
+    assert answer.status_code < 500
+    assert http.get(f"{url}/health").status_code == 200
+
+
 def test_weights_that_give_nan_are_an_error_of_the_server(serving: Any, tmp_path: Path) -> None:
     broken = randomize(PerceiverAR(PerceiverARConfig(**CONFIG)), seed=1)
     with torch.no_grad():
@@ -356,6 +386,10 @@ def test_weights_that_give_nan_are_an_error_of_the_server(serving: Any, tmp_path
         assert "perceiver_ar_disconnects_total 0.0" in lines
 
 
+SCOPE = {"type": "http", "path": "/x", "headers": [(b"host", b"localhost")]}
+LIMITS: dict[str, Any] = {"api_key": None, "max_body": 9, "max_bodies": 15, "body_seconds": 9}
+
+
 def test_an_unexpected_error_is_answered_and_counted() -> None:
     from perceiver_ar.serving.security import Guard
 
@@ -363,8 +397,7 @@ def test_an_unexpected_error_is_answered_and_counted() -> None:
         raise RuntimeError("broken")
 
     async def ask() -> None:
-        guard = Guard(broken, api_key=None, max_body=9, body_seconds=9, answered=lambda *of: answered.append(of))
-        scope = {"type": "http", "path": "/x", "headers": [(b"host", b"localhost")]}
+        guard = Guard(broken, answered=lambda *of: answered.append(of), **LIMITS)
 
         async def receive() -> dict[str, Any]:
             return {"type": "http.disconnect"}
@@ -372,12 +405,46 @@ def test_an_unexpected_error_is_answered_and_counted() -> None:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await guard(scope, receive, send)
+        await guard(SCOPE, receive, send)
 
     answered, sent = list[Any](), list[Any]()
     asyncio.run(ask())
     assert answered == [("other", 500)]
     assert json.loads(sent[1]["body"])["error"]["type"] == "server_error"
+
+
+def test_the_bodies_of_all_requests_together_are_limited() -> None:
+    from perceiver_ar.serving.security import Guard
+
+    async def ask() -> list[int | None]:
+        enough = asyncio.Event()
+
+        async def read(scope: Any, receive: Any, send: Any) -> None:
+            try:
+                await receive()
+            except HTTPException as error:
+                statuses.append(error.status_code)
+            else:
+                statuses.append(None)
+                await enough.wait()
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"12345678"}
+
+        async def send(message: Any) -> None: ...
+
+        statuses, guard = list[int | None](), Guard(read, answered=lambda *of: None, **LIMITS)
+        first = asyncio.create_task(guard(SCOPE, receive, send))
+        await asyncio.sleep(0)
+        await guard(SCOPE, receive, send)
+        enough.set()
+        await first
+        await guard(SCOPE, receive, send)
+        return statuses
+
+    from starlette.exceptions import HTTPException
+
+    assert asyncio.run(ask()) == [None, 503, None]
 
 
 # Who goes away, and who comes when there is no room
@@ -391,13 +458,46 @@ def test_rows_of_clients_that_go_away_end(url: str, stream: bool) -> None:
     before = gone()
     body = json.dumps({"prompt": "a", "max_tokens": 1_000_000, "n": 3, "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
-        connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
-        )
+        connection.sendall(request("/v1/completions", "application/json", body))
         until(lambda: rows_running(url) >= 1, "the rows do not run")
     until(lambda: rows_running(url) == 0, "the rows still run")
     until(lambda: gone() == before + 1, "the disconnect is not counted")
+
+
+def request(path: str, kind: str, body: bytes, length: int | None = None) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {length or len(body)}"
+    return f"{head}\r\n\r\n".encode() + body
+
+
+def test_nothing_remains_of_200_clients_that_go_away(url: str) -> None:
+    def spooled() -> set[str]:
+        """Temporary files without a name that this process holds open, on Linux."""
+        names = set[str]()
+        for descriptor in Path("/proc/self/fd").glob("*"):
+            with suppress(OSError):
+                names.add(str(descriptor.readlink()))
+        return {name for name in names if name.endswith("(deleted)")}
+
+    body = {"prompt": "a" * 300, "max_tokens": 1_000_000}
+    kinds = [
+        request("/v1/completions", "application/json", json.dumps({**body, **more}).encode())
+        for more in ({"stream": True}, {"n": 3}, {"echo": True, "logprobs": 1})
+    ]
+    kinds.append(kinds[0][:-9])
+    before, reset = spooled(), struct.pack("ii", 1, 0)
+    for number in range(200):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+            connection.sendall(kinds[number % 4])
+            if number % 8 == 0:
+                connection.recv(1)
+            if number % 2:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    until(lambda: rows_running(url) == metric(url, "perceiver_ar_prompts_waiting") == 0, "rows still run")
+    part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + bytes(2**21)
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+        connection.sendall(request("/v1/generate", "multipart/form-data; boundary=x", part, 2**22))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    until(lambda: spooled() <= before, "a file remains")
 
 
 def test_a_full_queue_says_when_to_come_again(serving: Any, run: Path) -> None:

@@ -1,17 +1,22 @@
 """Files go on over HTTP as `generate` and the codec would continue them; what is no file of the kind harms nobody."""
 
 import asyncio
+import base64
 import io
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from reference import randomize
 from samples import write_music, write_picture
 
@@ -23,7 +28,7 @@ from perceiver_ar.data.midi import PerformanceCodec
 from perceiver_ar.generation import generate
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.serving.engine import Busy
-from perceiver_ar.serving.worker import MAX_IDS, QUEUE, TooMuch, Worker
+from perceiver_ar.serving.worker import MAX_IDS, QUEUE, Stopping, TooMuch, Worker
 
 pytest.importorskip("fastapi", reason="needs perceiver-ar[serve]")
 httpx = pytest.importorskip("httpx2", reason="needs httpx2")
@@ -62,15 +67,16 @@ def test_music_goes_on_and_its_files_are_behind_links(serving: Any, made: Made, 
             model, [prompt], 30, num_samples=2, seed=5, temperature=0.9, allowed_next=codec.constraint(),
             stop_tokens=codec.separator[-1:],
         )  # fmt: skip
+        assert events[0]["notes"] == codec.decode_notes(np.array(prompt)).round(3).tolist()
         for index in range(2):
-            drawn = [
-                token
-                for event in events[:-1]
-                for sample in event["samples"]
-                if sample["index"] == index
-                for token in sample["ids"]
-            ]
+            drawn, notes = list[int](), list[list[float]]()
+            for event in events[1:-1]:
+                for sample in event["samples"]:
+                    if sample["index"] == index:
+                        drawn += sample["ids"]
+                        notes = notes[: sample["kept"]] + sample["notes"]
             assert drawn == expected[index, : len(drawn)].tolist()
+            assert notes == codec.decode_notes(np.array(prompt + drawn)).round(3).tolist()
         files = {file["name"]: http.get(file["url"]) for file in events[-1]["files"]}
         assert {Path(name).suffix for name in files} == {".mid", ".png", ".wav"}
         assert files["generated-1.mid"].content == codec.decode(np.array([*prompt, *expected[0].tolist()]))
@@ -83,12 +89,21 @@ def test_music_goes_on_and_its_files_are_behind_links(serving: Any, made: Made, 
         assert wrong.json()["error"]["param"] == "file"
 
 
+def pixels(picture: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(picture)))
+
+
 def test_a_picture_is_completed(serving: Any, made: Made, tmp_path: Path) -> None:
     codec = ImageCodec(4, 4, "grey")
     run, _ = made(codec)
     write_picture(tmp_path / "cat.png", 1)
     with serving(run) as url, httpx.Client(base_url=url, timeout=120) as http:
         files = {"file": ("cat.png", (tmp_path / "cat.png").read_bytes())}
+        with http.stream("POST", "/v1/generate", data={"seed": "0", "stream": "true"}, files=files) as stream:
+            events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+        pictures = {sample["index"]: sample["picture"] for event in events[1:-1] for sample in event["samples"]}
+        last = http.get(events[-1]["files"][0]["url"]).content
+        assert np.array_equal(pixels(base64.b64decode(pictures[0])), pixels(last))
         answer = http.post("/v1/generate", data={"seed": "0"}, files=files).json()
         assert [file["name"] for file in answer["files"]] == [*(f"generated-{n}.png" for n in range(1, 5)),
                                                                "generated-grid.png"]  # fmt: skip
@@ -161,10 +176,33 @@ def test_closing_waits_for_no_file(made: Made) -> None:
         await asyncio.sleep(0)
         await asyncio.to_thread(worker.close)
         [error] = await asyncio.gather(task, return_exceptions=True)
-        assert isinstance(error, TooMuch | RuntimeError | asyncio.CancelledError)
+        assert isinstance(error, Stopping | asyncio.CancelledError)
         assert worker._process is None
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(29, 200), (0, 503)])
+def test_files_are_written_at_the_end_of_a_shutdown_if_time_remains(made: Made, seconds: int, status: int) -> None:
+    from perceiver_ar.serving.server import Server, listen, load
+
+    run, _ = made(IntegerCodec(9))
+    server, listening = Server(load(run, slots=2)), listen("127.0.0.1", 0)
+    server.job_seconds, server.file_seconds = 0, seconds
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    with httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor(1) as pool:
+        while http.get("/health").status_code != 200:
+            pass
+        form = {"max_new_tokens": "1000000", "seed": "1", "repetition_penalty": "0.5", "top_k": "1"}
+        answer = pool.submit(http.post, "/v1/generate", data=form)
+        while server.engine.running == 0:
+            time.sleep(0.01)
+        server.should_exit = True
+        assert answer.result().status_code == status
+    thread.join(60)
+    listening.close()
 
 
 def test_a_worker_that_cannot_start_says_so(tmp_path: Path) -> None:

@@ -320,9 +320,9 @@ class Decoder:
             for _ in self._fill(self.rows[slots[0] : slots[-1] + 1], self.cache.rows(slots[0], slots[-1] + 1), N):
                 pass
 
-    def _fill(self, rows: Sequence[Row], cache: Cache, piece: int) -> Iterator[None]:
+    def _fill(self, rows: Sequence[Row], cache: Cache, piece: int, newest: bool = False) -> Iterator[Tensor | None]:
         """`_refill` for rows of equal lengths, those of `cache`. Yields after each piece of the prefix, and after each
-        `piece` latents."""
+        `piece` latents, these latents. newest: also computes the last latent."""
         row = rows[0]
         kept, P, N = row.kept, row.prefix_len, row.window.num_latents
         cache.self_attention.keep(0)
@@ -332,12 +332,13 @@ class Decoder:
             yield from self._read(rows, cache, 0, min(self.reach, kept))
             cache.cross.advance(max(0, kept - self.reach))
         yield from self._read(rows, cache, kept, P)
-        for first in range(P, P + N - 1, piece):
-            last = min(first + piece, P + N - 1)
+        end = P + N - (not newest)
+        for first in range(P, end, piece):
+            last = min(first + piece, end)
             tokens, positions = self._window(rows, first, last)
-            self.model.cached_latents(tokens, positions, cache)
+            latents = self.model.cached_latents(tokens, positions, cache)
             cache.advance(last - first)
-            yield
+            yield latents
         for row in rows:
             row.window = replace(row.window, refill=False)
 

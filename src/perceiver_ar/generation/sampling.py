@@ -65,7 +65,12 @@ class Sampling:
             logits = keep_top_p(logits, self.top_p)
         if self.min_p is not None:
             logits = keep_min_p(logits, self.min_p)
-        return [int(sample(row, generator=generator)) for row, generator in zip(logits, generators, strict=True)]
+        # What `torch.multinomial` draws for each row, in fewer operations.
+        probabilities = logits.softmax(-1)
+        times = torch.empty_like(probabilities)
+        for row, generator in zip(times, generators, strict=True):
+            row.exponential_(generator=generator)
+        return (probabilities / times).argmax(-1).tolist()
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

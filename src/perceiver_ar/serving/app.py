@@ -5,9 +5,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -25,23 +25,23 @@ from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import END_OF_TEXT
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation.decoder import WeightsError
-from perceiver_ar.serving.completions import Completion, as_rows
+from perceiver_ar.serving.completions import Completion, read_prompts
 from perceiver_ar.serving.engine import Busy, Engine, TooSlow
 from perceiver_ar.serving.errors import FAILED, describe, error_body, error_response
 from perceiver_ar.serving.files import GenerateForm, Generation, Results, media_type
 from perceiver_ar.serving.metrics import Metrics
+from perceiver_ar.serving.outbox import Outbox
 from perceiver_ar.serving.protocol import CompletionRequest, Refused, require_unicode
-from perceiver_ar.serving.security import Guard
+from perceiver_ar.serving.security import RETRY, Guard
 from perceiver_ar.serving.text import Vocabulary
-from perceiver_ar.serving.worker import TooMuch, Worker
+from perceiver_ar.serving.worker import Stopping, TooMuch, Worker
 
-MAX_BODY = 16 * 2**20
+MAX_BODY, MAX_BODIES = 16 * 2**20, 128 * 2**20
 BODY_SECONDS = 60.0
-RETRY_SECONDS = 5
 PING_SECONDS = 15.0
-PAGE = Path(__file__).with_name("page.html")
+PAGE = {path.name: path for path in Path(__file__).with_name("page").iterdir()}
 POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; media-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """The page loads nothing from other hosts, and other pages cannot frame it."""
@@ -60,6 +60,11 @@ class Service:
     path: Path
     name: str
     api_key: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Bits for each byte, token, ... of held-out files, by name."""
+
+
+GenerateFields = Annotated[GenerateForm, Form(media_type="multipart/form-data")]
 
 
 class TokenizeRequest(BaseModel):
@@ -99,9 +104,12 @@ def create_app(service: Service) -> FastAPI:
     engine, name = service.engine, service.name
     worker, results = Worker(service.path), Results()
     vocabulary, metrics, created = Vocabulary(service.codec), Metrics(engine), int(time.time())
+    outbox = Outbox()
+    engine.after_turn = outbox.flush
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        outbox.loop = asyncio.get_running_loop()
         yield
         await run_in_threadpool(engine.close)
         await run_in_threadpool(worker.close)
@@ -109,9 +117,15 @@ def create_app(service: Service) -> FastAPI:
     # No documentation pages: FastAPI's load scripts from other hosts.
     app = FastAPI(title="perceiver-ar", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(
-        Guard, api_key=service.api_key, max_body=MAX_BODY, body_seconds=BODY_SECONDS, answered=metrics.answered
+        Guard,
+        api_key=service.api_key,
+        max_body=MAX_BODY,
+        max_bodies=MAX_BODIES,
+        body_seconds=BODY_SECONDS,
+        answered=metrics.answered,
     )
     add_error_handlers(app)
+    app.state.worker = worker
 
     def check_model(model: str | None) -> None:
         if model not in (None, name):
@@ -121,18 +135,14 @@ def create_app(service: Service) -> FastAPI:
     async def completions(request: Request, body: CompletionRequest) -> Response:
         check_model(body.model)
         body.check(engine.slots)
-        prompts = body.prompts()
-        try:
-            rows = await run_in_threadpool(as_rows, prompts, vocabulary)
-        except InputError as error:
-            raise Refused(f"prompt cannot be read: {str(error).partition(';')[0]}", "prompt") from None
-        completion = Completion(body, rows, engine, vocabulary, name, metrics)
+        prompts = await run_in_threadpool(read_prompts, body, vocabulary)
+        completion = Completion(body, prompts, engine, outbox, vocabulary, name, metrics)
         completion.submit()
         return await answer_with(request, completion, completion.chunks if body.stream else None, metrics)
 
     @app.post("/v1/generate")
-    async def generate(request: Request, form: Annotated[GenerateForm, Form()]) -> Response:
-        generation = Generation(form, service.codec, engine, worker, results, metrics)
+    async def generate(request: Request, form: GenerateFields) -> Response:
+        generation = Generation(form, service.codec, engine, outbox, worker, results, metrics)
         try:
             if await unless_gone(request, generation.read()) is None:
                 return client_gone(metrics)
@@ -152,15 +162,19 @@ def create_app(service: Service) -> FastAPI:
         return Response(content, media_type=media_type(name), headers=headers)
 
     @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page(name: str = "index.html") -> FileResponse:
+        if name not in PAGE:
+            raise HTTPException(404, "the page has no such file")
         headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
-        return FileResponse(PAGE, media_type="text/html", headers=headers)
+        return FileResponse(PAGE[name], headers=headers)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         card = {"id": name, "object": "model", "created": created, "owned_by": "perceiver-ar"}
         card |= {"context_length": engine.context, "writes_text": service.codec.writes_text}
-        card |= {"document_length": service.codec.document_length}
+        card |= {"document_length": service.codec.document_length, "file_ending": service.codec.ending}
+        card |= {"parameters": engine.model.num_parameters(), "evaluation": service.scores}
         return {"object": "list", "data": [card]}
 
     @app.get("/health")
@@ -187,10 +201,11 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         check_model(body.model)
-        wrong = next((token for token in body.tokens if not 0 <= token < service.codec.vocab_size), None)
-        if wrong is not None:
-            raise Refused(f"tokens has the id {wrong}: ids must be 0 ... {service.codec.vocab_size - 1}", "tokens")
-        return {"prompt": vocabulary.text(body.tokens)}
+
+        def text() -> str:
+            return vocabulary.text(vocabulary.check(body.tokens, "tokens"))
+
+        return {"prompt": await run_in_threadpool(text)}
 
     return app
 
@@ -236,6 +251,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(TooMuch)
     @app.exception_handler(TooSlow)
+    @app.exception_handler(Stopping)
     @app.exception_handler(InputError)
     async def known(_: Request, error: Exception) -> Response:
         return error_response(*status_and_message(error), param="file" if isinstance(error, TooMuch) else None)
@@ -248,7 +264,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Response:
         message = "the queue of this server is full: try again later"
-        return error_response(503, message, headers={"Retry-After": str(RETRY_SECONDS)})
+        return error_response(503, message, headers=RETRY)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
@@ -260,6 +276,8 @@ def status_and_message(error: Exception) -> tuple[int, str]:
         return 413, "the file, or a result, exceeds the limit of memory, time or tokens"
     if isinstance(error, TooSlow):
         return 503, "the prompt could not be scored in time: send a shorter one"
+    if isinstance(error, Stopping):
+        return 503, "the server stops before the file is ready: try again later"
     if isinstance(error, WeightsError):
         return 500, str(error)
     if isinstance(error, InputError):

@@ -5,16 +5,17 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from perceiver_ar.errors import InputError
 from perceiver_ar.generation.decoder import RowSettings
 from perceiver_ar.serving.engine import Engine, Finish, Job
 from perceiver_ar.serving.metrics import Metrics, TokenTimes
+from perceiver_ar.serving.outbox import Outbox
 from perceiver_ar.serving.protocol import MAX_SCORES, MAX_UNREAD, CompletionRequest, Refused
 from perceiver_ar.serving.text import StoppedText, Vocabulary
 
@@ -126,10 +127,11 @@ class Listener:
     """Passes the results of a job on to the event loop."""
 
     def __init__(
-        self, results: "asyncio.Queue[Delta | Exception]", choices: Sequence[Choice], echo: str | None, metrics: Metrics
-    ) -> None:
-        self.results, self.choices, self.prompt = results, choices, echo
-        self.loop, self.times = asyncio.get_running_loop(), TokenTimes(metrics)
+        self, outbox: Outbox, results: "asyncio.Queue[Delta | Exception]", choices: Sequence[Choice],
+        echo: str | None, metrics: Metrics,
+    ) -> None:  # fmt: skip
+        self.outbox, self.results, self.choices, self.prompt = outbox, results, choices, echo
+        self.times = TokenTimes(metrics)
 
     def scored(self, tokens: Sequence[int], logprobs: Tensor | None) -> None:
         self.choices[0].echo(tokens, logprobs)
@@ -157,24 +159,31 @@ class Listener:
         self._send(error)
 
     def _send(self, result: Delta | Exception) -> None:
-        with suppress(RuntimeError):  # the loop is closed, and with it every connection
-            self.loop.call_soon_threadsafe(self.results.put_nowait, result)
+        self.outbox.put(self.results, result)
+
+
+@dataclass
+class Prompt:
+    """The ids (T,) of a prompt, and its text if the answer repeats it."""
+
+    ids: Tensor
+    echo: str | None
 
 
 class Completion:
     """One request: its jobs, their results, and the answer in OpenAI's form."""
 
     def __init__(
-        self, request: CompletionRequest, rows: Sequence[Tensor], engine: Engine, vocabulary: Vocabulary, model: str,
-        metrics: Metrics,
+        self, request: CompletionRequest, prompts: Sequence[Prompt], engine: Engine, outbox: Outbox,
+        vocabulary: Vocabulary, model: str, metrics: Metrics,
     ) -> None:  # fmt: skip
-        """rows: the ids of each prompt. Raises Refused for invalid settings."""
+        """Raises Refused for invalid settings."""
         self.request, self.engine, self.metrics = request, engine, metrics
         self.results = asyncio.Queue[Delta | Exception]()
         self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
         self.head["model"] = model
-        self.prompt_tokens = sum(map(len, rows))
-        self.drawn = [0] * (len(rows) * request.samples)
+        self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        self.drawn = [0] * (len(prompts) * request.samples)
         self.left = len(self.drawn)
         """Choices that have not ended."""
         stops, n = request.stops(), request.samples
@@ -191,14 +200,13 @@ class Completion:
                 f"tokens * n * (logprobs + 1) must be at most {MAX_SCORES}",
                 "prompt",
             )
-        self.jobs, texts = list[Job](), request.prompts()
-        for number, (ids, prompt) in enumerate(zip(rows, texts, strict=True)):
+        self.jobs = list[Job]()
+        for number, prompt in enumerate(prompts):
             first = number * n
             choices = [Choice(first + i, vocabulary, stops, request.top) for i in range(n)]
-            echo = (prompt if isinstance(prompt, str) else vocabulary.text(prompt)) if request.echo else None
-            listener = Listener(self.results, choices, echo, metrics)
+            listener = Listener(outbox, self.results, choices, prompt.echo, metrics)
             seeds = [None if request.seed is None else request.seed + first + i for i in range(n)]
-            self.jobs.append(Job(ids, settings, seeds if request.count else [], listener, score))
+            self.jobs.append(Job(prompt.ids, settings, seeds if request.count else [], listener, score))
 
     def submit(self) -> None:
         """Raises Busy if the queue has no room. Call `cancel` afterwards in any case."""
@@ -248,6 +256,14 @@ class Completion:
         return [delta.choice(self.request.top is not None) for delta in deltas]
 
 
-def as_rows(prompts: Sequence[str] | Sequence[list[int]], vocabulary: Vocabulary) -> list[Tensor]:
-    """The ids (T,) of each prompt; slow for long texts. Raises InputError for a prompt that the codec cannot read."""
-    return [torch.from_numpy(vocabulary.prompt_ids(prompt)) for prompt in prompts]
+def read_prompts(request: CompletionRequest, vocabulary: Vocabulary) -> list[Prompt]:
+    """The prompts of a request; slow for long ones. Raises Refused."""
+    found = list[Prompt]()
+    for prompt in request.prompts():
+        try:
+            ids = torch.from_numpy(vocabulary.prompt_ids(prompt))
+        except InputError as error:
+            raise Refused(f"prompt cannot be read: {str(error).partition(';')[0]}", "prompt") from None
+        echo = (prompt if isinstance(prompt, str) else vocabulary.text(prompt)) if request.echo else None
+        found.append(Prompt(ids, echo))
+    return found

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -19,9 +19,12 @@ from perceiver_ar.evaluation import windows
 from perceiver_ar.generation.decoder import Row, RowSettings, draw, require_finite
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.serving.slots import slot_decoder
-from perceiver_ar.windows import longest_context
+from perceiver_ar.windows import Window, longest_context
 
 Finish = Literal["stop", "length"]
+
+READ_SECONDS = 0.03
+"""Time in which pieces of prompts are read between two steps: several short prompts, or one piece of a long one."""
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +114,8 @@ class Engine:
         self.model = model.eval()
         self.config = model.config if context == longest else model.config.replace(context_length=context)
         self.slots, self.context, self.queue, self.seconds = slots, context, queue, seconds
+        self.after_turn: Callable[[], None] = lambda: None
+        """Called in the engine's thread when listeners may have received results."""
         self._compile = compile
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
@@ -192,11 +197,13 @@ class Engine:
             while self._wait_for_work():
                 try:
                     self._remove_unwanted()
-                    self._read_piece()
+                    self._read()
                     self._step()
                 except Exception as error:
                     self._fail(error)
+                self.after_turn()
             self._fail(RuntimeError("the server is closing"))
+            self.after_turn()
 
     def _warm_up(self) -> None:
         """Compiles the step before the first request, since it takes half a minute."""
@@ -250,12 +257,18 @@ class Engine:
             for row in rows:
                 del self._running[row.index]
 
-    def _read_piece(self) -> None:
-        """Reads a piece of the first job's prompt."""
+    def _read(self) -> None:
+        """Reads prompts for READ_SECONDS, but at least one piece."""
+        until = time.monotonic() + READ_SECONDS
+        while self._read_piece() and time.monotonic() < until:
+            self._remove_unwanted()
+
+    def _read_piece(self) -> bool:
+        """Reads a piece of the first job's prompt; False if no job can be read."""
         if self._reading is None:
             with self._wake:
                 if not self._waiting or len(self._waiting[0].seeds) > self._decoder.free:
-                    return
+                    return False
                 job = self._waiting.popleft()
             job.started = time.monotonic()
             self._reading = job, self._begin(job)
@@ -268,6 +281,7 @@ class Engine:
             self._reading = None
             logger.exception("a prompt could not be read")
             job.listener.failed(error)
+        return True
 
     def _begin(self, job: Job) -> Iterator[None]:
         """Scores a job's prompt if requested, reads it once, and admits its rows. Yields after each piece."""
@@ -292,7 +306,7 @@ class Engine:
         job.listener.begun(last=False)
 
     def _score(self, job: Job) -> Iterator[None]:
-        """Log-probabilities of a prompt's tokens, in the windows of `evaluation.evaluate`; yields after each window."""
+        """Log-probabilities of a prompt's tokens, in the windows of `evaluation.evaluate`; yields after each piece."""
         config, ids = self.config, job.prompt
         job.listener.scored(ids[:1].tolist(), None)
         if len(ids) < 2:
@@ -300,12 +314,19 @@ class Engine:
         context = longest_context(config)
         latents = min(config.num_latents, context)
         for window in windows(len(ids), context, latents, max(1, latents // 2)):
-            tokens = ids[None, window.start : window.end - 1].to(self.model.device)
-            targets = ids[window.first_target : window.end].tolist()
-            logits = self.model.head(self.model.latents(tokens, window.prefix_len)[0, -len(targets) :])
-            require_finite(logits)
-            job.listener.scored(targets, logits.float().log_softmax(-1).cpu())
-            yield
+            row = Row(0, ids[: window.end - 1], config)
+            row.window = Window(window.start, row.num_tokens - window.start - window.prefix_len)
+            target = row.num_tokens - row.window.num_latents + 1  # that of the next latent
+            for found in self._decoder.latents(row):
+                if found is not None:
+                    scored = found[0, max(0, window.first_target - target) :]
+                    target += found.shape[1]
+                    if len(scored) > 0:
+                        logits = self.model.head(scored)
+                        require_finite(logits)
+                        targets = ids[target - len(scored) : target].tolist()
+                        job.listener.scored(targets, logits.float().log_softmax(-1).cpu())
+                yield
 
     def _step(self) -> None:
         """One token for each row."""

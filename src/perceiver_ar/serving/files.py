@@ -1,12 +1,14 @@
 """POST /v1/generate: continues music, a picture, a recording or numbers; the results are files behind links."""
 
 import asyncio
+import base64
 import mimetypes
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from itertools import takewhile
+from operator import eq
 from typing import Annotated, Any
 
 import numpy as np
@@ -17,11 +19,14 @@ from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
 from perceiver_ar.data.codec import Codec, prompt_and_count
+from perceiver_ar.data.image import ImageCodec
+from perceiver_ar.data.midi import MusicCodec
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation.decoder import RowSettings
 from perceiver_ar.generation.sampling import Sampling
 from perceiver_ar.serving.engine import Engine, Finish, Job
 from perceiver_ar.serving.metrics import Metrics, TokenTimes
+from perceiver_ar.serving.outbox import Outbox
 from perceiver_ar.serving.protocol import MAX_UNREAD, Refused
 from perceiver_ar.serving.worker import TooMuch, Worker
 
@@ -92,8 +97,8 @@ def _size(result: tuple[float, dict[str, bytes]]) -> int:
 class Tokens:
     """A listener that passes tokens on to the event loop."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self.loop, self.results = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int | None, bool] | Exception]()
+    def __init__(self, outbox: Outbox, metrics: Metrics) -> None:
+        self.outbox, self.results = outbox, asyncio.Queue[tuple[int, int | None, bool] | Exception]()
         self.times = TokenTimes(metrics)
 
     def scored(self, tokens: object, logprobs: object) -> None: ...
@@ -113,18 +118,40 @@ class Tokens:
         self._send(error)
 
     def _send(self, result: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(self.results.put_nowait, result)
+        self.outbox.put(self.results, result)
+
+
+class Progress:
+    """What a page can draw of a sample while it is drawn: notes of music, a picture's rows."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec, self.notes = codec, list[list[float]]()
+
+    def update(self, ids: np.ndarray) -> dict[str, Any]:
+        """
+        notes: the notes of ids (n,) that differ from those before, each [start, end, pitch, velocity], in seconds; the
+            first `kept` notes stay.
+        picture: a PNG file in base64.
+        """
+        if isinstance(self.codec, ImageCodec):
+            return {"picture": base64.b64encode(self.codec.decode(ids)).decode()}
+        if not isinstance(self.codec, MusicCodec):
+            return {}
+        notes = self.codec.decode_notes(ids).round(3).tolist()
+        kept = sum(1 for _ in takewhile(lambda pair: eq(*pair), zip(notes, self.notes, strict=False)))
+        self.notes = notes
+        return {"kept": kept, "notes": notes[kept:]}
 
 
 class Generation:
     """One request: the prompt's ids, its job, and the resulting files."""
 
     def __init__(
-        self, form: GenerateForm, codec: Codec, engine: Engine, worker: Worker, results: Results, metrics: Metrics
-    ) -> None:
-        self.form, self.codec, self.engine, self.worker, self.results = form, codec, engine, worker, results
-        self.metrics = metrics
+        self, form: GenerateForm, codec: Codec, engine: Engine, outbox: Outbox, worker: Worker, results: Results,
+        metrics: Metrics,
+    ) -> None:  # fmt: skip
+        self.form, self.codec, self.engine, self.outbox = form, codec, engine, outbox
+        self.worker, self.results, self.metrics = worker, results, metrics
         self.sampling = form.sampling()
         self.samples = form.n or (1 if codec.document_length is None else min(4, engine.slots))
         if self.samples > engine.slots:
@@ -154,7 +181,7 @@ class Generation:
             max_new_tokens=count,
         )
         seeds = [None if form.seed is None else form.seed + sample for sample in range(self.samples)]
-        self.listener = Tokens(self.metrics)
+        self.listener = Tokens(self.outbox, self.metrics)
         self.jobs = [Job(torch.from_numpy(self.prompt), settings, seeds, self.listener)]
         return True
 
@@ -173,9 +200,12 @@ class Generation:
             self.engine.cancel(self.jobs)
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Yields tokens as they come, several together, and at the end the links."""
+        """Yields tokens as they come, several together, with what a page can draw of them; at the end the links."""
         new: dict[int, list[int]] = {}
         shown = time.monotonic()
+        progress = [Progress(self.codec) for _ in self.drawn] if self.form.stream else []
+        if progress:
+            yield {"type": "prompt", **await run_in_threadpool(Progress(self.codec).update, self.prompt)}
         while self.left:
             result = await self.listener.results.get()
             if isinstance(result, Exception):
@@ -186,7 +216,11 @@ class Generation:
                 new.setdefault(sample, []).append(token)
             self.left -= last
             if new and (not self.left or time.monotonic() - shown > EVENT_SECONDS):
-                yield {"type": "tokens", "samples": [{"index": i, "ids": ids} for i, ids in sorted(new.items())]}
+                samples: list[dict[str, Any]] = [{"index": i, "ids": ids} for i, ids in sorted(new.items())]
+                for one in samples if progress else ():
+                    row = self._row(self.drawn[one["index"]])
+                    one |= await run_in_threadpool(progress[one["index"]].update, row)
+                yield {"type": "tokens", "samples": samples}
                 new, shown = {}, time.monotonic()
         yield {"type": "done", **await self._links()}
 
@@ -209,7 +243,10 @@ class Generation:
         return {"files": links, "expires_in": int(EXPIRE_SECONDS), "usage": usage}
 
     def _rows(self) -> list[np.ndarray]:
-        return [np.concatenate([self.prompt, np.array(drawn, dtype=np.int64)]) for drawn in self.drawn]
+        return [self._row(drawn) for drawn in self.drawn]
+
+    def _row(self, drawn: list[int]) -> np.ndarray:
+        return np.concatenate([self.prompt, np.array(drawn, dtype=np.int64)])
 
 
 def media_type(name: str) -> str:

@@ -16,6 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from perceiver_ar.serving.errors import FAILED, error_response
 
+RETRY = {"Retry-After": "5"}
+"""Header of an answer with status 503, in seconds."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -29,11 +32,16 @@ class Guard:
         *,
         api_key: str | None,
         max_body: int,
+        max_bodies: int,
         body_seconds: float,
         answered: Callable[[str, int], None],
     ) -> None:
-        """answered: called with the route's template ("other" if no route was found) and the status of each answer."""
-        self.app, self.max_body, self.body_seconds, self.answered = app, max_body, body_seconds, answered
+        """
+        max_body, max_bodies: maximum bytes of one body, and of the bodies of all requests that are not yet answered.
+        answered: called with the route's template ("other" if no route was found) and the status of each answer.
+        """
+        self.app, self.max_body, self.max_bodies, self.body_seconds = app, max_body, max_bodies, body_seconds
+        self.answered, self.held = answered, 0
         self.api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,13 +76,16 @@ class Guard:
             refusal = self._too_large()
         if refusal is not None:
             return await refusal(scope, receive, counted)
+        body = Body(self, receive)
         try:
-            await self.app(scope, self._limited(receive), counted)
+            await self.app(scope, body.receive, counted)
         except Exception:
             if started:
                 raise
             logger.exception("a request failed")
             await error_response(500, FAILED)(scope, receive, counted)
+        finally:
+            self.held -= body.received
 
     def _has_key(self, authorization: str) -> bool:
         """Whether the header has the key: as bearer token, or for browsers as password of basic authentication."""
@@ -90,32 +101,38 @@ class Guard:
             return False
         return hmac.compare_digest(given, self.api_key)
 
-    def _limited(self, receive: Receive) -> Receive:
-        received, ended = 0, False
-        deadline = time.monotonic() + self.body_seconds
-
-        async def limited() -> Message:
-            nonlocal received, ended
-            if ended:
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0.001))
-            except TimeoutError:
-                raise HTTPException(408, f"the body did not arrive within {self.body_seconds:g} seconds") from None
-            if message["type"] == "http.request":
-                received += len(message.get("body", b""))
-                ended = not message.get("more_body", False)
-                if received > self.max_body:
-                    raise HTTPException(413, self._size())
-            return message
-
-        return limited
-
-    def _size(self) -> str:
+    def size(self) -> str:
         return f"the body has more than {self.max_body} bytes"
 
     def _too_large(self) -> JSONResponse:
-        return error_response(413, self._size())
+        return error_response(413, self.size())
+
+
+class Body:
+    """The body of one request, within the limits of the guard."""
+
+    def __init__(self, guard: Guard, receive: Receive) -> None:
+        self.guard, self.source, self.received, self.ended = guard, receive, 0, False
+        self.deadline = time.monotonic() + guard.body_seconds
+
+    async def receive(self) -> Message:
+        guard = self.guard
+        if self.ended:
+            return await self.source()
+        try:
+            message = await asyncio.wait_for(self.source(), max(self.deadline - time.monotonic(), 0.001))
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not arrive within {guard.body_seconds:g} seconds") from None
+        if message["type"] == "http.request":
+            size = len(message.get("body", b""))
+            self.received += size
+            guard.held += size
+            self.ended = not message.get("more_body", False)
+            if self.received > guard.max_body:
+                raise HTTPException(413, guard.size())
+            if guard.held > guard.max_bodies:
+                raise HTTPException(503, "the server holds too many large requests: try again later", RETRY)
+        return message
 
 
 def host_name(host: str) -> str:

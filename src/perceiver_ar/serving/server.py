@@ -20,8 +20,8 @@ from perceiver_ar.serving.security import is_loopback
 
 SHUTDOWN_SECONDS = 30
 """Seconds in which running requests must end after SIGTERM."""
-LAST_SECONDS = 5
-"""Seconds of these that remain for answers when the engine ends all jobs."""
+LAST_SECONDS = 10
+"""Seconds of these that remain for files and answers when the engine ends all jobs."""
 
 
 def serve(
@@ -91,27 +91,35 @@ def load(
             f"slots is {slots}, of {engine.context} tokens each, and the engine does not start ({reason}): use fewer "
             "--slots, or a shorter --max_context"
         ) from error
-    return Service(engine, codec, run.path, run.path.resolve().name, api_key)
+    scores = {name: value for name, value in (run.summary() or {}).items() if "bits_per_" in name}
+    return Service(engine, codec, run.path, run.path.resolve().name, api_key, scores)
 
 
 class Server(uvicorn.Server):
-    """On shutdown ends all jobs before uvicorn would cut off their answers."""
+    """On shutdown ends all jobs, and at last their files, before uvicorn would cut off their answers."""
 
     def __init__(self, service: Service) -> None:
+        app = create_app(service)
         super().__init__(
             uvicorn.Config(
-                create_app(service),
+                app,
                 log_config=logging_to_stderr(),
                 timeout_graceful_shutdown=SHUTDOWN_SECONDS,
                 server_header=False,
             )
         )
         self.engine, self.job_seconds = service.engine, SHUTDOWN_SECONDS - LAST_SECONDS
+        self.worker, self.file_seconds = app.state.worker, SHUTDOWN_SECONDS - 1
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(self.job_seconds, self.engine.end_jobs)
+        loop = asyncio.get_running_loop()
+        timers = [
+            loop.call_later(self.job_seconds, self.engine.end_jobs),
+            loop.call_later(self.file_seconds, self.worker.stop),
+        ]
         await super().shutdown(sockets)
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
 
 
 def listen(host: str, port: int) -> socket.socket:

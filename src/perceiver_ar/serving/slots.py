@@ -9,6 +9,7 @@ from operator import eq
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from perceiver_ar.generation.cache import Cache
 from perceiver_ar.generation.decoder import Decoder, Recomputing, Row, empty_cache
@@ -50,16 +51,25 @@ class SlotDecoder(Decoder):
         piece: number of latents in a piece; None: fewer for longer prompts. A new prefill may begin at any time, also
         before the last one has ended.
         """
+        for _ in self._read_window(row, piece):
+            yield
+
+    def latents(self, row: Row, piece: int | None = None) -> Iterator[Tensor | None]:
+        """Reads a row's window. Yields after each piece: the next latents (1, n, dim), None after a piece of the
+        prefix."""
+        return self._read_window(row, piece, newest=True)
+
+    def _read_window(self, row: Row, piece: int | None, newest: bool = False) -> Iterator[Tensor | None]:
         ids = row.window_ids(0, row.num_tokens - row.window.start)
         same = zip(ids, self._cached_ids, strict=False) if row.window.start == self._cached_start else ()
         row.kept = min(sum(1 for _ in takewhile(lambda pair: eq(*pair), same)), row.prefix_len)
         self._cached_start, self._cached_ids = row.window.start, ids[: row.kept]
         piece = piece or min(max(SCORES // len(ids), 1), LATENTS)
-        for _ in self._fill([row], self.prompt, piece):
+        for found in self._fill([row], self.prompt, piece, newest):
             # With latent_keys "query", keys of latents cannot serve as keys of a prefix.
             latents = self.prompt.self_attention.counts[0] if row.config.latent_keys == "query" else 0
             self._cached_ids = ids[: int(self.prompt.cross.counts[0] - latents)]
-            yield
+            yield found
 
     def admit(self, rows: Sequence[Row]) -> None:
         """Adds rows that are equal to the last prefilled one, from the next step on."""
@@ -103,6 +113,10 @@ class RecomputingSlots(Recomputing):
 
     def prefill(self, row: Row, piece: int | None = None) -> Iterator[None]:
         return iter(())
+
+    def latents(self, row: Row) -> Iterator[Tensor | None]:
+        ids = row.window_ids(0, row.num_tokens - row.window.start)
+        yield self.model.latents(torch.tensor([ids], device=self.model.device), row.prefix_len)
 
     def admit(self, rows: Sequence[Row]) -> None:
         self.rows += rows

@@ -10,6 +10,7 @@ import numpy as np
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import END_OF_TEXT, Utf8Stream
 from perceiver_ar.errors import require
+from perceiver_ar.serving.protocol import Refused
 
 
 class Vocabulary:
@@ -50,9 +51,15 @@ class Vocabulary:
             ids = self.codec.start(prompt)
             return ids.astype(np.int64) if len(ids) else np.zeros(1, np.int64)
         require(len(prompt) > 0, "prompt has no ids: give at least one")
-        wrong = next((i for i in prompt if not 0 <= i < self.codec.vocab_size), None)
-        require(wrong is None, f"prompt has the id {wrong}: this model's ids are 0 ... {self.codec.vocab_size - 1}")
-        return np.array(prompt, dtype=np.int64)
+        return np.array(self.check(prompt, "prompt"), dtype=np.int64)
+
+    def check(self, ids: Sequence[int], name: str) -> Sequence[int]:
+        """The ids. Raises Refused for one outside of the vocabulary."""
+        last = self.codec.vocab_size - 1
+        wrong = next((index for index in ids if not 0 <= index <= last), None)
+        if wrong is not None:
+            raise Refused(f"{name} has the id {wrong}: this model's ids are 0 ... {last}", name)
+        return ids
 
     def tokenize(self, text: str, start: bool) -> list[int]:
         """Ids of a text, after those that begin a document if `start`. END_OF_TEXT alone is its one id."""

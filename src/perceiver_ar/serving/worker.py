@@ -35,6 +35,10 @@ class TooMuch(Exception):
     """A file that exceeds the limit of memory, time or ids."""
 
 
+class Stopping(Exception):
+    """The server stops before a file was read or written."""
+
+
 class Worker:
     """The process; it starts at the first task, and again after it has ended. Tasks run one after another, in the order
     in which they come, and one thread waits for them; a task whose caller is cancelled before it runs is left out."""
@@ -62,11 +66,15 @@ class Worker:
         """The files that `codec.show` writes, content by name. Raises InputError, TooMuch."""
         return await self._in_turn(self._show, rows, prompt_len, original)
 
-    def close(self) -> None:
-        """Ends the process, whatever it does."""
+    def stop(self) -> None:
+        """Ends the process, whatever it does: tasks that run or wait raise Stopping."""
         self._closed, process = True, self._process
         if process is not None:
             process.kill()
+
+    def close(self) -> None:
+        """Stops, and waits until the process has ended."""
+        self.stop()
         self._thread.shutdown(cancel_futures=True)
         self._end()
 
@@ -78,6 +86,8 @@ class Worker:
         return self._ask({"do": "show", "prompt_len": prompt_len, "rows": len(rows)}, blobs)
 
     def _ask(self, task: dict[str, Any], blobs: list[bytes]) -> dict[str, bytes]:
+        if self._closed:
+            raise Stopping
         if self._process is None or not self._process.is_alive():
             self._begin()
         assert self._pipe is not None
@@ -91,7 +101,7 @@ class Worker:
             contents = [self._pipe.recv_bytes() for _ in answer["names"]]
         except (OSError, EOFError, TooMuch):  # it has ended, or takes too long
             self._end()
-            raise TooMuch from None
+            raise (Stopping if self._closed else TooMuch) from None
         if answer["error"] == "too much":
             raise TooMuch
         if answer["error"] is not None:
@@ -112,6 +122,8 @@ class Worker:
             ready = False
         if not ready:
             self._end()
+            if self._closed:
+                raise Stopping
             raise RuntimeError(f"the process that reads and writes files of {self.run} did not start")
 
     def _end(self) -> None:
