@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "compat": NETWORK | {"objective", "windows", "generation", "data"},
     "tables": BOTTOM,
     "evaluation": BELOW_THE_TASKS,
+    "compression": BELOW_THE_TASKS,
     "scores": BELOW_THE_TASKS | {"evaluation"},
     "plots": BOTTOM | {"config", "evaluation"},
     "onnx": NETWORK | {"generation", "data"},
@@ -55,7 +56,8 @@ MAY_IMPORT = {
     "huggingface": BELOW_THE_TASKS,
     "serving": BELOW_THE_TASKS | {"evaluation"},
     "cli": BELOW_THE_TASKS
-    | {"compat", "card", "onnx", "evaluation", "scores", "tables", "plots", "training", "huggingface", "serving"},
+    | {"compat", "card", "onnx", "compression", "evaluation", "scores", "tables", "plots"}
+    | {"training", "huggingface", "serving"},
     "__main__": {"cli"},
 }
 
@@ -69,6 +71,7 @@ ONLY_IN = {
     "matplotlib": "plots",
     "datasets": "data",
     "torchao": "generation",
+    "constriction": "compression",
     "fastapi": "serving",
     "starlette": "serving",
     "uvicorn": "serving",

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from perceiver_ar.cli.compress import compress_verb, decompress_verb
 from perceiver_ar.cli.convert import convert_verb, export_verb
 from perceiver_ar.cli.evaluate import evaluate_verb
 from perceiver_ar.cli.generate import generate_verb
@@ -29,6 +30,8 @@ Perceiver AR on your own files: train, see how good it is, generate.
   evaluate RUN [PATH...]        bits per byte on files, or on what the run held out
   score RUN [PATH...]           the bits of every document and token; two runs compared
   generate RUN                  let the model write
+  compress RUN FILE             a file becomes smaller, by the model's probabilities; decompress undoes it
+  decompress RUN FILE
   serve RUN                     let programs use it: OpenAI's completions over HTTP, and a page to write on
   info RUN                      what a run is, and what it costs
   convert FORMAT CHECKPOINT --out RUN     another implementation's checkpoint becomes a run
@@ -51,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         "evaluate": evaluate_verb,
         "score": score_verb,
         "generate": generate_verb,
+        "compress": compress_verb,
+        "decompress": decompress_verb,
         "serve": serve_verb,
         "info": info_verb,
         "convert": convert_verb,
