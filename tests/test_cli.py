@@ -33,7 +33,7 @@ from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.evaluation import compressors
 
 VERBS = [
-    *("train", "evaluate", "score", "generate", "compress", "decompress", "serve", "info"),
+    *("train", "evaluate", "score", "embed", "generate", "compress", "decompress", "serve", "info"),
     *("convert", "export", "push"),
 ]
 

@@ -110,6 +110,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "docs/tutorial-long.md",
         "docs/data.md",
         "docs/score.md",
+        "docs/embed.md",
         pytest.param("docs/compress.md", marks=pytest.mark.skipif(not HAS_CODER, reason="needs constriction")),
         "docs/modalities.md",
         "docs/huggingface.md",
@@ -117,7 +118,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_what_a_page_shows_runs(page: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if page in ("docs/huggingface.md", "docs/score.md", "docs/compress.md"):
+    if page in ("docs/huggingface.md", "docs/score.md", "docs/embed.md", "docs/compress.md"):
         assert main(shortened("perceiver-ar train books/ --out runs/books")) == 0
         shutil.copytree("runs/books", "runs/other")
     ran = 0

@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "tables": BOTTOM,
     "evaluation": BELOW_THE_TASKS,
     "compression": BELOW_THE_TASKS,
+    "embeddings": BELOW_THE_TASKS | {"evaluation"},
     "scores": BELOW_THE_TASKS | {"evaluation"},
     "plots": BOTTOM | {"config", "evaluation"},
     "onnx": NETWORK | {"generation", "data"},
@@ -56,7 +57,7 @@ MAY_IMPORT = {
     "huggingface": BELOW_THE_TASKS,
     "serving": BELOW_THE_TASKS | {"evaluation"},
     "cli": BELOW_THE_TASKS
-    | {"compat", "card", "onnx", "compression", "evaluation", "scores", "tables", "plots"}
+    | {"compat", "card", "onnx", "compression", "embeddings", "evaluation", "scores", "tables", "plots"}
     | {"training", "huggingface", "serving"},
     "__main__": {"cli"},
 }

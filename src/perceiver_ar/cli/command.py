@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from perceiver_ar.cli.compress import compress_verb, decompress_verb
 from perceiver_ar.cli.convert import convert_verb, export_verb
+from perceiver_ar.cli.embed import embed_verb
 from perceiver_ar.cli.evaluate import evaluate_verb
 from perceiver_ar.cli.generate import generate_verb
 from perceiver_ar.cli.info import info_verb
@@ -29,6 +30,7 @@ Perceiver AR on your own files: train, see how good it is, generate.
   train [PATH...] --out RUN     make a run: a directory with a trained model
   evaluate RUN [PATH...]        bits per byte on files, or on what the run held out
   score RUN [PATH...]           the bits of every document and token; two runs compared
+  embed RUN [PATH...]           a vector of every document
   generate RUN                  let the model write
   compress RUN FILE             a file becomes smaller, by the model's probabilities; decompress undoes it
   decompress RUN FILE
@@ -53,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": train_verb,
         "evaluate": evaluate_verb,
         "score": score_verb,
+        "embed": embed_verb,
         "generate": generate_verb,
         "compress": compress_verb,
         "decompress": decompress_verb,
