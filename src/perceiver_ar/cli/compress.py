@@ -53,7 +53,7 @@ def convert(run: str, file: str, out: str, what: str, work: Callable[..., bytes]
     from perceiver_ar.files import atomic_path
     from perceiver_ar.run import Run
 
-    source, target = Path(file).expanduser(), Path(out)
+    source, target = Path(file), Path(out)
     require(not target.exists(), f"{target} already exists: give another --out, or remove it")
     try:
         data = source.read_bytes()
