@@ -32,7 +32,10 @@ from perceiver_ar.cli import main
 from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.evaluation import compressors
 
-VERBS = ["train", "evaluate", "score", "generate", "serve", "info", "convert", "export", "push"]
+VERBS = [
+    *("train", "evaluate", "score", "embed", "generate", "compress", "decompress", "serve", "info"),
+    *("convert", "export", "push"),
+]
 
 
 @pytest.fixture(scope="module")

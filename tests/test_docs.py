@@ -32,6 +32,7 @@ from perceiver_ar.cli import main
 from perceiver_ar.compat import save_krasserm
 from perceiver_ar.compat.lucidrains import PerceiverAR as Package
 
+HAS_CODER = importlib.util.find_spec("constriction") is not None
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 # What makes hours into a second.
@@ -111,13 +112,15 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "docs/tutorial-long.md",
         "docs/data.md",
         "docs/score.md",
+        "docs/embed.md",
+        pytest.param("docs/compress.md", marks=pytest.mark.skipif(not HAS_CODER, reason="needs constriction")),
         "docs/modalities.md",
         "docs/huggingface.md",
         "docs/windows.md",
     ],
 )
 def test_what_a_page_shows_runs(page: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if page in ("docs/huggingface.md", "docs/score.md"):
+    if page in ("docs/huggingface.md", "docs/score.md", "docs/embed.md", "docs/compress.md"):
         assert main(shortened("perceiver-ar train books/ --out runs/books")) == 0
         shutil.copytree("runs/books", "runs/other")
     ran = 0

@@ -47,6 +47,8 @@ MAY_IMPORT = {
     "compat": NETWORK | {"objective", "windows", "generation", "data"},
     "tables": BOTTOM,
     "evaluation": BELOW_THE_TASKS,
+    "compression": BELOW_THE_TASKS,
+    "embeddings": BELOW_THE_TASKS | {"evaluation"},
     "scores": BELOW_THE_TASKS | {"evaluation"},
     "plots": BOTTOM | {"config", "evaluation"},
     "onnx": NETWORK | {"generation", "data"},
@@ -56,7 +58,8 @@ MAY_IMPORT = {
     "huggingface": BELOW_THE_TASKS,
     "serving": BELOW_THE_TASKS | {"evaluation"},
     "cli": BELOW_THE_TASKS
-    | {"compat", "card", "onnx", "evaluation", "scores", "tables", "plots", "training", "huggingface", "serving"},
+    | {"compat", "card", "onnx", "compression", "embeddings", "evaluation", "scores", "tables", "plots"}
+    | {"training", "huggingface", "serving"},
     "__main__": {"cli"},
 }
 
@@ -70,6 +73,7 @@ ONLY_IN = {
     "matplotlib": "plots",
     "datasets": "data",
     "torchao": "generation",
+    "constriction": "compression",
     "fastapi": "serving",
     "starlette": "serving",
     "uvicorn": "serving",

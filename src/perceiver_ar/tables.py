@@ -16,11 +16,13 @@ GROUP = 1 << 14
 """Rows of a Parquet row group."""
 
 
-def check_table(path: str | os.PathLike[str], option: str) -> None:
-    """Raises InputError if `path` is no name for a table, or needs a package that is missing."""
+def check_table(path: str | os.PathLike[str], option: str, also: tuple[str, ...] = ()) -> None:
+    """Raises InputError if `path` is no name for a table, or needs a package that is missing. `also`: endings allowed
+    beside `FORMATS`."""
     require(not Path(path).is_dir(), f"{option} {path} is a folder: name a file in it")
     ending = Path(path).suffix.lower()
-    require(ending in FORMATS, f"{option} is {path}: its name must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    endings = *also, *FORMATS
+    require(ending in endings, f"{option} is {path}: its name must end in {', '.join(endings[:-1])} or {endings[-1]}")
     if ending == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401

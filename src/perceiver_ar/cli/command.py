@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
+from perceiver_ar.cli.compress import compress_verb, decompress_verb
 from perceiver_ar.cli.convert import convert_verb, export_verb
+from perceiver_ar.cli.embed import embed_verb
 from perceiver_ar.cli.evaluate import evaluate_verb
 from perceiver_ar.cli.generate import generate_verb
 from perceiver_ar.cli.info import info_verb
@@ -30,7 +32,10 @@ Perceiver AR on your own files: train, see how good it is, generate.
   train [PATH...] --out RUN     train a model; RUN is a new directory for it
   evaluate RUN [PATH...]        bits per byte on files, or on the run's held-out documents
   score RUN [PATH...]           bits of every document and token; two runs compared
+  embed RUN [PATH...]           a vector for each document
   generate RUN                  write text, music, pictures or sound
+  compress RUN FILE             make a file smaller with the model's probabilities
+  decompress RUN FILE           and back
   serve RUN                     OpenAI's completions over HTTP, and a page to write on
   info RUN                      settings, scores and costs of a run
   convert FORMAT CHECKPOINT --out RUN     make a run from another implementation's checkpoint
@@ -53,7 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         "train": train_verb,
         "evaluate": evaluate_verb,
         "score": score_verb,
+        "embed": embed_verb,
         "generate": generate_verb,
+        "compress": compress_verb,
+        "decompress": decompress_verb,
         "serve": serve_verb,
         "info": info_verb,
         "convert": convert_verb,

@@ -22,6 +22,7 @@ from perceiver_ar.errors import InputError
 PATHS = (
     "out",
     "against",
+    "file",
     "picture",
     "run",
     "checkpoint",
