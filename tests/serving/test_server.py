@@ -386,7 +386,7 @@ def test_weights_that_give_nan_are_an_error_of_the_server(serving: Any, tmp_path
         assert "perceiver_ar_disconnects_total 0.0" in lines
 
 
-SCOPE = {"type": "http", "path": "/x", "headers": [(b"host", b"localhost")]}
+SCOPE = {"type": "http", "method": "GET", "path": "/x", "headers": [(b"host", b"localhost")]}
 LIMITS: dict[str, Any] = {"api_key": None, "max_body": 9, "max_bodies": 15, "body_seconds": 9}
 
 
@@ -559,6 +559,21 @@ def test_without_a_key_only_local_names_are_answered_and_no_other_origin(url: st
         assert http.get(f"{url}/v1/models", headers={"Host": host}).status_code == status
     answer = http.get(f"{url}/v1/models", headers={"Origin": "http://evil.example"})
     assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://localhost:8000", 200),
+        ("http://LOCALHOST", 200),
+        ("https://evil.example", 403),
+        ("http://localhost.evil.example", 403),
+        ("null", 403),
+    ],
+)
+def test_pages_of_other_hosts_cannot_post(url: str, origin: str, status: int) -> None:
+    headers = {"Host": "localhost:8000", "Origin": origin}
+    assert http.post(f"{url}/tokenize", headers=headers, json={"prompt": "a"}).status_code == status
 
 
 # The command

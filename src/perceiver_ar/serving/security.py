@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 class Guard:
     """Middleware. Without a key, only requests to a loopback name pass: a foreign web page could let its own host name
-    resolve to this machine (DNS rebinding)."""
+    resolve to this machine (DNS rebinding). Foreign pages may only GET, with a key, too: a
+    browser sends their forms with the password that it remembers."""
 
     def __init__(
         self,
@@ -70,6 +71,10 @@ class Guard:
                 "the key is missing or wrong: send it as `Authorization: Bearer KEY`",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": 'Basic realm="perceiver-ar: any name, the key as password"'},
+            )
+        if refusal is None and scope["method"] != "GET" and is_foreign(headers):
+            refusal = error_response(
+                403, f"a page of {headers['origin']} may not use this server; a proxy has to pass the Host header on"
             )
         length = headers.get("content-length", "0")
         if refusal is None and length.isdecimal() and int(length) > self.max_body:
@@ -138,6 +143,12 @@ class Body:
 def host_name(host: str) -> str:
     """The host in a Host header, without the port and the brackets of IPv6."""
     return host[1 : host.rindex("]")] if host.startswith("[") and "]" in host else host.partition(":")[0].lower()
+
+
+def is_foreign(headers: Headers) -> bool:
+    """Whether a browser sends this for a page from another host. Programs that are no browsers send no Origin."""
+    origin = headers.get("origin")
+    return origin is not None and host_name(origin.partition("://")[2]) != host_name(headers.get("host", ""))
 
 
 def is_loopback(host: str) -> bool:
