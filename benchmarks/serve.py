@@ -52,7 +52,7 @@ async def rounds(url: str, args: argparse.Namespace) -> None:
     numbers = [int(number) for number in args.clients.split(",")]
     found: dict[int, list[dict[str, float]]] = {number: [] for number in numbers}
     async with AsyncOpenAI(base_url=url, api_key="-", timeout=600) as client:
-        model = (await client.models.list()).data[0].id
+        model = args.run if args.url else (await client.models.list()).data[0].id
         await complete(client, model, args.prompt, 0, 8)  # warm-up
         for _ in range(args.repeats):
             for number in numbers:
@@ -67,12 +67,16 @@ async def rounds(url: str, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run")
+    parser.add_argument("run", help="a run; with --url, the name of the other server's model")
+    parser.add_argument("--url", help="measure another server with completions, such as http://127.0.0.1:8201/v1")
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompt", default="def parse(self, text):\n    return")
     args = parser.parse_args()
+    if args.url:
+        asyncio.run(rounds(args.url, args))
+        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -522,6 +522,15 @@ def test_the_openai_client_sends_the_key(serving: Any, run: Path) -> None:
         assert [card.id for card in client.models.list()] == ["tiny"]
 
 
+def test_events_do_not_wait_for_the_acknowledgement_of_earlier_ones() -> None:
+    from perceiver_ar.serving.server import listen
+
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_key_covers_everything_but_health(serving: Any, run: Path) -> None:
     with serving(run, api_key="a sécret") as url:
         assert http.get(f"{url}/health").json() == {"status": "ok"}
