@@ -86,12 +86,12 @@ def test_a_prompt_may_be_a_file_with_one_record_and_a_document_is_written_as_one
 
 def test_records_are_documents_without_headers_and_line_ends(tmp_path: Path) -> None:
     files = {
-        "a.fasta": b"\n>one first record\nACGT\nac\n\n>two\r\nGG\r\nTT\r\n>empty\n>three\nA",
+        "a.fasta": b"\n>one first record\nACGT\nac\n\n>two\r\nGG\r\nTT\r\n>empty\n>three\nA\n>\nCC\nTT\n> four\nG",
         "b.fa.gz": gzip.compress(b">four\nTT\n") + gzip.compress(b">five\nCC\n"),  # members, as bgzip writes them
         "c.fastq": b"@r1 x\nACGTA\n+\n@>@II\n@r2\r\nGG\r\n+r2\r\n!!\r\n",
     }
     train, _ = prepared(tmp_path, files)
-    assert train == [b"ACGTAC", b"GGTT", b"A", b"TT", b"CC", b"ACGTA", b"GG"]
+    assert train == [b"ACGTAC", b"GGTT", b"A", b"CCTT", b"G", b"TT", b"CC", b"ACGTA", b"GG"]
 
 
 def test_a_long_record_in_one_line_is_one_document(tmp_path: Path) -> None:
@@ -134,9 +134,11 @@ def test_a_bed_file_holds_out_regions_and_whole_records(tmp_path: Path) -> None:
         (b"chr1 2\n", "is no region"),
         (b"# nothing\n", "has no regions"),
         (b"chrX 2 3\n", r"no record that the \.bed file names; its records are chr1, chr2"),
+        (b"chr1 9 12\n", r"a\.fa is without a base in the regions of the \.bed file"),
+        (b"chr1\nchr2\n", r"a\.fa is empty, or held out by the \.bed file as a whole"),
     ],
 )
-def test_a_bed_file_that_holds_out_nothing_is_refused(tmp_path: Path, bed: bytes, message: str) -> None:
+def test_a_bed_file_that_holds_out_nothing_or_all_is_refused(tmp_path: Path, bed: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
         prepared(tmp_path, {"a.fa": b">chr1\nACGT\n>chr2\nA\n", "held.bed": bed}, ["held.bed"])
 

@@ -40,6 +40,14 @@ class Records(Source):
     def identity(self) -> tuple[str, bool]:
         return os.path.realpath(self.path), self.inside
 
+    @property
+    def without_documents(self) -> str:
+        if self.regions is None:
+            return super().without_documents
+        if self.inside:
+            return "without a base in the regions of the .bed file; correct its places"
+        return "empty, or held out by the .bed file as a whole; hold out less"
+
     def documents(
         self, separator: bytes | None, advance: Callable[[int], Any] = lambda num_bytes: None, text: bool = False
     ) -> Iterator[tuple[str, Iterator[bytes]]]:
@@ -55,7 +63,7 @@ class Records(Source):
                 return
             raise WrongModality(f"{self.name} begins with neither '>' nor '@', so it is no FASTA or FASTQ file")
         names, found = list[str](), False
-        for name, sequence in records(_before(first, chunks), self.name):
+        for name, sequence in records(_before(first.lstrip(_SPACE), chunks), self.name):
             where = f"{self.name}, record {name},"
             names = [*names[:4], name]
             if self.regions is None:
@@ -153,14 +161,15 @@ def _before(first: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _fasta(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """Pairs of a record's name (the first word of its header) and its sequence, without white space."""
+    """Pairs of a record's name (the first word of its header) and its sequence, without white space. The first chunk
+    begins with ">"."""
     for document in split_documents(chunks, b"\n>"):
         header = b""
         for chunk in document:
             header += chunk
             if b"\n" in header:
                 break
-        header, _, start = header.lstrip(_SPACE + b">").partition(b"\n")
+        header, _, start = header.removeprefix(b">").partition(b"\n")
         sequence = (piece.translate(None, _SPACE) for piece in _before(start, document))
         yield _name(header), filter(None, sequence)
 
@@ -232,7 +241,7 @@ class NucleotideCodec(Codec):
         for chunk in _before(first, chunks):
             letters = chunk.translate(_LETTERS, _SPACE)
             if wrong := letters.translate(None, BASES):
-                raise WrongModality(f"{where} is no nucleotide sequence (it holds {wrong[:1]!r}); is it of a protein?")
+                raise WrongModality(f"{where} is no nucleotide sequence (it holds {wrong[:1]!r}); read a protein as text")
             codes = np.append(codes, _CODES[np.frombuffer(letters, np.uint8)])
             whole = len(codes) // self.kmer * self.kmer
             yield self._kmers(codes[:whole])
