@@ -45,7 +45,7 @@ def write_rows(path: str | os.PathLike[str], columns: Mapping[str, type], rows: 
             return
         with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             # The writer quotes the characters of its line end alone: with LF a carriage return would end a row.
-            lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+            lines: Any = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
             writer = csv.DictWriter(lines, list(columns), lineterminator="\r\n")
             as_json = Path(path).suffix.lower() == ".jsonl"
             if not as_json:

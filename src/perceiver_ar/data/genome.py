@@ -16,8 +16,11 @@ from perceiver_ar.errors import InputError
 BASES = b"ACGTN"
 LONGEST_KMER = 8
 LINE = 80  # bases of a line that is written
-# Soft-masked (lower) bases count as others, U as T, and what IUPAC writes for several bases as N.
-_LETTERS = bytes.maketrans(b"acgtnURYSWKMBDHVuryswkmbdhv", b"ACGTNT" + 10 * b"N" + b"T" + 10 * b"N")
+WRITTEN_AS = {"A": "a", "C": "c", "G": "g", "T": "tUu", "N": "nRYSWKMBDHVryswkmbdhv"}
+"""Base -> the letters that count as it: lower (soft-masked) ones, U as T, and IUPAC letters of several bases as N."""
+_LETTERS = bytes.maketrans(
+    "".join(WRITTEN_AS.values()).encode(), "".join(base * len(letters) for base, letters in WRITTEN_AS.items()).encode()
+)
 _SPACE = b" \t\r\n"
 _COMPLEMENT = np.array([3, 2, 1, 0, 4])
 
@@ -241,7 +244,7 @@ class NucleotideCodec(Codec):
         for chunk in _before(first, chunks):
             letters = chunk.translate(_LETTERS, _SPACE)
             if wrong := letters.translate(None, BASES):
-                raise WrongModality(f"{where} is no nucleotide sequence (it holds {wrong[:1]!r}); read a protein as text")
+                raise WrongModality(f"{where} is no nucleotide sequence ({wrong[:1]!r} is no base); a protein is text")
             codes = np.append(codes, _CODES[np.frombuffer(letters, np.uint8)])
             whole = len(codes) // self.kmer * self.kmer
             yield self._kmers(codes[:whole])
