@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import SMALL, write_files
+from helpers import SMALL, assert_refused, write_files
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -158,6 +158,14 @@ def test_a_saved_codec_is_the_same(tmp_path: Path) -> None:
     assert codec.vocab_size == 4**3 + 6
     with pytest.raises(InputError, match=re.escape("data.kmer is 9: it must be in 1 ... 8")):
         NucleotideCodec(9)
+
+
+def test_what_is_for_genomes_is_refused_with_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_files(tmp_path / "data", {"a.txt": b"ACGT" * 40, "held.bed": b"chr1\n"})
+    words = ["train", folder / "a.txt", "--out", tmp_path / "run"]
+    assert_refused(capsys, *words, "--data.kmer=2", says="data.kmer is for genomes, but the files are text")
+    held_out = f"--data.validation={folder / 'held.bed'}"
+    assert_refused(capsys, *words, held_out, says="held.bed in data.validation is for genomes, but the files are")
 
 
 def test_a_genome_is_trained_on_measured_and_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,6 +142,11 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     if modality == "genome":
         require(data.split_on is None, "data.split_on is for text: leave it out; records of a genome are documents")
         sources, held_out_sources = find_records(sources, held_out_sources)
+    else:
+        refused = f"is for genomes, but the files are {modality}: leave it out, or set the modality to genome"
+        require(data.kmer == 1, f"data.kmer {refused}")
+        beds = [source.name for source in held_out_sources or () if source.path.suffix.lower() == ".bed"]
+        require(not beds or recipe.modality != "auto", f"{''.join(beds[:1])} in data.validation {refused}")
     if modality == "text":
         sources = find_rows(sources, data.column)
         held_out_sources = held_out_sources and find_rows(held_out_sources, data.column)
