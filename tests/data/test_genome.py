@@ -172,10 +172,11 @@ def test_a_genome_is_trained_on_measured_and_continued(tmp_path: Path, capsys: p
     random = np.random.default_rng(0)
     bases = {name: bytes(random.choice(list(b"ACGT"), 600).astype(np.uint8)) for name in ("chr1", "chr2")}
     files = {"g.fa.gz": gzip.compress(b"".join(b">%b\n%b\n" % (name.encode(), bases[name]) for name in bases))}
-    folder = write_files(tmp_path / "data", files | {"held.bed": b"chr2 100 300\n", "start.fa": b">x\nACG\n"})
+    folder = write_files(tmp_path / "data", files | {"held.bed": b"chr2 100 300\nchrX\n", "start.fa": b">x\nACG\n"})
     run, out = str(tmp_path / "run"), tmp_path / "new.fa"
     argv = ["train", str(folder / "g.fa.gz"), "--out", run, "--data.kmer=2", "--max_steps=2", *SMALL]
     assert main([*argv, f"--data.validation={folder / 'held.bed'}"]) == 0
+    assert "names records that are in no file, so they are not held out: chrX" in capsys.readouterr().err
     summary = Run(run).summary()
     assert summary is not None and summary["scored_bases"] == 200 and summary["held_out_documents"] == 1
     assert summary["bits_per_base"] == pytest.approx(summary["bits_per_byte"])

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,6 +38,8 @@ class Records(Source):
     of_rows: ClassVar[bool] = True
     regions: Regions | None = None
     inside: bool = False
+    unseen: set[str] = field(default_factory=set, compare=False)
+    """Records of `regions` that are in none of the files read so far; one set for all files."""
 
     @property
     def identity(self) -> tuple[str, bool]:
@@ -69,6 +71,7 @@ class Records(Source):
         for name, sequence in records(_before(first.lstrip(_SPACE), chunks), self.name):
             where = f"{self.name}, record {name},"
             names = [*names[:4], name]
+            self.unseen.discard(name)
             if self.regions is None:
                 yield where, sequence
                 continue
@@ -96,9 +99,10 @@ def find_records(
     if held_out is None:
         return list[Source](train), None
     validation = [Records(**vars(source)) for source in held_out if source not in beds]
+    unseen = set(regions)
     for source in sources if beds else ():
         found = {**vars(source), "named": False}  # a region is in one of several files
-        validation.append(Records(**found, regions=regions, inside=True))
+        validation.append(Records(**found, regions=regions, inside=True, unseen=unseen))
     return list[Source](train), list[Source](validation)
 
 
