@@ -157,6 +157,8 @@ def test_the_command_restores_a_file_and_writes_over_none(tmp_path: Path, capsys
     assert_refused(capsys, "decompress", run, file, "--out", tmp_path / "b", says="a.py: it is no file that")
     assert_refused(capsys, "compress", run, tmp_path / "none", says="no such file")
     assert_refused(capsys, "compress", run, tmp_path, says="is a folder")
+    no_run = tmp_path / "no run"
+    assert_refused(capsys, "compress", no_run, file, "--out", tmp_path / "c", says=f"ar: {no_run}: no such run")
     assert main(["decompress", str(run), str(packed), "--out", str(tmp_path / "b.py")]) == 0
     assert (tmp_path / "b.py").read_bytes() == SOURCE[:300]
     numbers = make_run(tmp_path / "numbers", IntegerCodec(40)).path

@@ -34,6 +34,7 @@ from perceiver_ar import cli
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.audio import MuLawCodec
 from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.genome import NucleotideCodec
 from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec, train_bpe
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation import generate
@@ -619,6 +620,15 @@ def test_a_tokenizer_is_found_with_the_run_and_saved_as_an_ordinary_one(codec: C
             assert again.pad_token_id not in codec.start("A caf\u00e9 \u00ff") and again.pad_token_id < len(again)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+@given(st.integers(1, 4), st.text("ACGTACGTacgtuRN\n", max_size=40))
+def test_a_genomes_tokenizer_has_the_codecs_kmers(kmer: int, bases: str) -> None:
+    codec = NucleotideCodec(kmer)
+    tokenizer = codec_tokenizer(codec)
+    ids = tokenizer(bases).input_ids
+    assert ids == codec.start(bases).tolist()
+    assert tokenizer.decode(ids, skip_special_tokens=True) == codec.decode(ids).decode()
 
 
 def test_options_of_a_tokenizer_are_kept(run: Path) -> None:

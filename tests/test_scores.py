@@ -18,11 +18,13 @@ from samples import write_music, write_numbers, write_picture
 from perceiver_ar import PerceiverAR, PerceiverARConfig, evaluate
 from perceiver_ar.cli import main
 from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.genome import NucleotideCodec, find_records
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.integers import IntegerCodec
 from perceiver_ar.data.midi import PerformanceCodec
 from perceiver_ar.data.text import BytesCodec, train_bpe
 from perceiver_ar.data.tokens import find_files, prepare_all
+from perceiver_ar.errors import InputError
 from perceiver_ar.scores import DocumentScores, compare, score_documents, sign_flip_test
 
 TEXTS = ["It was a dark and stormy night.\n" * 3, "ä", "the €uro, the cät, " * 9, "A new day.\n"]
@@ -150,6 +152,31 @@ def test_a_run_is_as_good_as_itself(tmp_path: Path, texts: Path) -> None:
     scores = scored(BytesCodec(), texts, tmp_path)
     result = compare(scores, scores)
     assert (result["mean_difference"], result["documents_better"], result["p_value"]) == (0.0, 0, 1.0)
+
+
+def test_runs_that_read_other_text_or_make_other_tokens_are_not_compared(tmp_path: Path) -> None:
+    (tmp_path / "a.fa").write_text(">name\n" + "ACGT" * 20)
+    file, names = prepare_all(find_records(find_files(tmp_path / "a.fa"), None)[0], NucleotideCodec(), tmp_path / "t")
+    bases = score_documents(network(NucleotideCodec()), NucleotideCodec(), file, names)
+    with pytest.raises(InputError, match=r"a\.fa has 80 bytes for one run and 86 for the other"):
+        compare(bases, scored(BytesCodec(), tmp_path / "a.fa", tmp_path))
+    pictures = write_all(tmp_path / "files", write_picture, ".png")
+    grey, palette = ImageCodec(6, 6, "grey"), ImageCodec(6, 6, "palette", [[0, 0, 0], [255, 255, 255]])
+    with pytest.raises(InputError, match="different tokens of these files"):
+        compare(scored(grey, pictures, tmp_path), scored(palette, pictures, tmp_path))
+
+
+def test_a_document_without_a_score_does_not_count(tmp_path: Path) -> None:
+    for name, text in (("0", "a"), ("1", "bcd" * 9), ("2", "efg" * 9)):
+        (tmp_path / name).write_text(text)
+    files = [tmp_path / "0", tmp_path / "1", tmp_path / "2"]
+    file, names = prepare_all(find_files(files), BytesCodec(text=False), tmp_path / "t")
+    scores = score_documents(network(BytesCodec()), BytesCodec(text=False), file, names)
+    assert (scores.rows[0]["tokens"], scores.rows[0]["bits_per_byte"]) == (0, None)
+    each = [row["bits_per_byte"] for row in scores.rows[1:]]
+    assert (scores.summary()["unit"], scores.summary()["documents"]) == ("byte", 3)
+    assert scores.summary()["mean_over_documents"] == pytest.approx(np.mean(each))
+    assert compare(scores, scores)["p_value"] == 1.0
 
 
 def test_the_p_value_is_the_share_of_signs_as_far_from_zero() -> None:

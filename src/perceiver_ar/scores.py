@@ -82,18 +82,24 @@ class DocumentScores:
 
     @property
     def unit(self) -> str:
-        """What bits are divided by to compare documents: byte if every document has some, else token."""
-        return "byte" if all(row["bytes"] for row in self.rows) else "token"
+        """What bits are divided by to compare documents: byte if every document with a score has some, else token."""
+        return "byte" if all(row["bytes"] for row in self.rows if row["tokens"]) else "token"
 
     def bits_per(self, unit: str) -> np.ndarray:
-        """Bits per byte or token of each document (D,)."""
-        return np.array([row["bits"] / max(1, row[f"{unit}s"]) for row in self.rows])
+        """Bits per byte or token of each document (D,); NaN for a document without a token that has a score."""
+        return np.array([row["bits"] / row[f"{unit}s"] if row[f"{unit}s"] else math.nan for row in self.rows])
+
+    def document_bytes(self) -> list[int]:
+        """Number of bytes of each document, with those of a first token without a score."""
+        starts = [0 if number == 0 else start for number, (start, _) in enumerate(self.spans)]
+        return [self.codec.num_bytes(self.ids[i:stop]) for i, (_, stop) in zip(starts, self.spans, strict=True)]
 
     def summary(self) -> dict[str, Any]:
         """The evaluation of all documents together, and the mean of bits per `unit` over documents."""
         each = self.bits_per(self.unit)
+        each = each[~np.isnan(each)]
         mean = {"mean_over_documents": float(each.mean()), "mean_standard_error": _standard_error(each)}
-        return {**self.evaluation.to_dict(), "documents": len(each), "unit": self.unit, **mean}
+        return {**self.evaluation.to_dict(), "documents": len(self.rows), "unit": self.unit, **mean}
 
 
 def score_documents(
@@ -136,7 +142,8 @@ def compare(scores: DocumentScores, others: DocumentScores) -> dict[str, Any]:
     """Another run's bits per byte (or token) on the same documents, and those of the first run less the other's.
 
     Raises:
-        InputError: the runs read different documents, or their tokens differ and stand for no bytes.
+        InputError: the runs read different documents, or other text in one of them, or their tokens differ and stand
+            for no bytes.
     """
     require(
         scores.names == others.names,
@@ -144,12 +151,21 @@ def compare(scores: DocumentScores, others: DocumentScores) -> dict[str, Any]:
         "both can read",
     )
     unit = "byte" if scores.unit == others.unit == "byte" else "token"
-    both = [[row[f"{unit}s"] for row in each.rows] for each in (scores, others)]
+    if unit == "byte":
+        sizes = zip(scores.names, scores.document_bytes(), others.document_bytes(), strict=True)
+        for name, size, other in sizes:
+            require(
+                size == other,
+                f"{name} has {size:,} bytes for one run and {other:,} for the other, which reads it in another way: "
+                "compare runs of one kind of data",
+            )
     require(
-        unit == "byte" or both[0] == both[1],
+        unit == "byte" or np.array_equal(scores.ids, others.ids),
         "the two runs make different tokens of these files, and they stand for no bytes: compare runs with one codec",
     )
     own, its = scores.bits_per(unit), others.bits_per(unit)
+    scored = ~np.isnan(own - its)
+    own, its = own[scored], its[scored]
     total, other_total = (each.evaluation.to_dict()[f"bits_per_{unit}"] for each in (scores, others))
     return {
         "unit": unit,

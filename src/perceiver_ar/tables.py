@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from perceiver_ar.errors import InputError, require
@@ -36,14 +37,16 @@ def write_rows(path: str | os.PathLike[str], columns: Mapping[str, type], rows: 
     Args:
         path: its ending is one of `FORMATS`.
         columns: name -> int, float, str, bytes, or list (of floats). In CSV and JSON, bytes are text: UTF-8, with \\xNN
-            for what is not; a list is JSON.
+            for what is not; a list is JSON. A str may be a file name that is not UTF-8: its bytes become \\udcNN.
     """
     with atomic_path(path) as temporary:
         if Path(path).suffix.lower() == ".parquet":
             _write_parquet(temporary, columns, iter(rows))
             return
         with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+            # The writer quotes the characters of its line end alone: with LF a carriage return would end a row.
+            lines: Any = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+            writer = csv.DictWriter(lines, list(columns), lineterminator="\r\n")
             as_json = Path(path).suffix.lower() == ".jsonl"
             if not as_json:
                 writer.writeheader()
@@ -59,6 +62,10 @@ def _text(value: Any) -> Any:
     return value.decode("utf-8", errors="backslashreplace") if isinstance(value, bytes) else value
 
 
+def _utf8(value: Any) -> Any:
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
 def _write_parquet(path: Path, columns: Mapping[str, type], rows: Any) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -66,5 +73,5 @@ def _write_parquet(path: Path, columns: Mapping[str, type], rows: Any) -> None:
     kinds = {int: pa.int64(), float: pa.float64(), str: pa.string(), bytes: pa.binary(), list: pa.list_(pa.float32())}
     schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
     with pq.ParquetWriter(path, schema) as writer:
-        while group := [dict(row) for row in islice(rows, GROUP)]:
+        while group := [{name: _utf8(value) for name, value in row.items()} for row in islice(rows, GROUP)]:
             writer.write_table(pa.Table.from_pylist(group, schema))

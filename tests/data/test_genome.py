@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import SMALL, write_files
+from helpers import SMALL, assert_refused, write_files
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,12 +86,12 @@ def test_a_prompt_may_be_a_file_with_one_record_and_a_document_is_written_as_one
 
 def test_records_are_documents_without_headers_and_line_ends(tmp_path: Path) -> None:
     files = {
-        "a.fasta": b"\n>one first record\nACGT\nac\n\n>two\r\nGG\r\nTT\r\n>empty\n>three\nA",
+        "a.fasta": b"\n>one first record\nACGT\nac\n\n>two\r\nGG\r\nTT\r\n>empty\n>three\nA\n>\nCC\nTT\n> four\nG",
         "b.fa.gz": gzip.compress(b">four\nTT\n") + gzip.compress(b">five\nCC\n"),  # members, as bgzip writes them
         "c.fastq": b"@r1 x\nACGTA\n+\n@>@II\n@r2\r\nGG\r\n+r2\r\n!!\r\n",
     }
     train, _ = prepared(tmp_path, files)
-    assert train == [b"ACGTAC", b"GGTT", b"A", b"TT", b"CC", b"ACGTA", b"GG"]
+    assert train == [b"ACGTAC", b"GGTT", b"A", b"CCTT", b"G", b"TT", b"CC", b"ACGTA", b"GG"]
 
 
 def test_a_long_record_in_one_line_is_one_document(tmp_path: Path) -> None:
@@ -134,9 +134,11 @@ def test_a_bed_file_holds_out_regions_and_whole_records(tmp_path: Path) -> None:
         (b"chr1 2\n", "is no region"),
         (b"# nothing\n", "has no regions"),
         (b"chrX 2 3\n", r"no record that the \.bed file names; its records are chr1, chr2"),
+        (b"chr1 9 12\n", r"a\.fa is without a base in the regions of the \.bed file"),
+        (b"chr1\nchr2\n", r"a\.fa is empty, or held out by the \.bed file as a whole"),
     ],
 )
-def test_a_bed_file_that_holds_out_nothing_is_refused(tmp_path: Path, bed: bytes, message: str) -> None:
+def test_a_bed_file_that_holds_out_nothing_or_all_is_refused(tmp_path: Path, bed: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
         prepared(tmp_path, {"a.fa": b">chr1\nACGT\n>chr2\nA\n", "held.bed": bed}, ["held.bed"])
 
@@ -158,14 +160,23 @@ def test_a_saved_codec_is_the_same(tmp_path: Path) -> None:
         NucleotideCodec(9)
 
 
+def test_what_is_for_genomes_is_refused_with_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_files(tmp_path / "data", {"a.txt": b"ACGT" * 40, "held.bed": b"chr1\n"})
+    words = ["train", folder / "a.txt", "--out", tmp_path / "run"]
+    assert_refused(capsys, *words, "--data.kmer=2", says="data.kmer is for genomes, but the files are text")
+    held_out = f"--data.validation={folder / 'held.bed'}"
+    assert_refused(capsys, *words, held_out, says="held.bed in data.validation is for genomes, but the files are")
+
+
 def test_a_genome_is_trained_on_measured_and_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random = np.random.default_rng(0)
     bases = {name: bytes(random.choice(list(b"ACGT"), 600).astype(np.uint8)) for name in ("chr1", "chr2")}
     files = {"g.fa.gz": gzip.compress(b"".join(b">%b\n%b\n" % (name.encode(), bases[name]) for name in bases))}
-    folder = write_files(tmp_path / "data", files | {"held.bed": b"chr2 100 300\n", "start.fa": b">x\nACG\n"})
+    folder = write_files(tmp_path / "data", files | {"held.bed": b"chr2 100 300\nchrX\n", "start.fa": b">x\nACG\n"})
     run, out = str(tmp_path / "run"), tmp_path / "new.fa"
     argv = ["train", str(folder / "g.fa.gz"), "--out", run, "--data.kmer=2", "--max_steps=2", *SMALL]
     assert main([*argv, f"--data.validation={folder / 'held.bed'}"]) == 0
+    assert "names records that are in no file, so they are not held out: chrX" in capsys.readouterr().err
     summary = Run(run).summary()
     assert summary is not None and summary["scored_bases"] == 200 and summary["held_out_documents"] == 1
     assert summary["bits_per_base"] == pytest.approx(summary["bits_per_byte"])

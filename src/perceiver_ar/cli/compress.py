@@ -61,10 +61,10 @@ def convert(run: str, file: str, out: str, what: str, work: Callable[..., bytes]
         raise InputError(f"{file}: no such file; check the path") from None
     except IsADirectoryError:
         raise InputError(f"{file} is a folder: name a file, such as an archive of it") from None
-    began = time.perf_counter()
+    began, opened = time.perf_counter(), Run.open(run)
     try:
         with ProgressBar(what, 1.0) as bar:
-            result = work(Run.open(run), data, lambda share: bar.update(share))
+            result = work(opened, data, lambda share: bar.update(share))
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     with atomic_path(target) as temporary:

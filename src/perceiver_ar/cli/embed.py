@@ -47,9 +47,7 @@ def embed_verb(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
         file, files = documents_to_score(run, codec, names(args.paths), Path(scratch))
         bounds = [*file.documents.tolist(), len(file)]
-        unread = (
-            0 if codec.document_length is None else 1
-        )  # the last value of a picture is no input: it has no position
+        unread = int(codec.document_length is not None)  # the last value of a picture has no position: it is no input
         vectors = []
         with ProgressBar("embedding", len(files)) as bar:
             for start, stop in pairwise(bounds):

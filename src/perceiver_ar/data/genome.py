@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,8 +16,11 @@ from perceiver_ar.errors import InputError
 BASES = b"ACGTN"
 LONGEST_KMER = 8
 LINE = 80  # bases of a line that is written
-# Soft-masked (lower) bases count as others, U as T, and what IUPAC writes for several bases as N.
-_LETTERS = bytes.maketrans(b"acgtnURYSWKMBDHVuryswkmbdhv", b"ACGTNT" + 10 * b"N" + b"T" + 10 * b"N")
+WRITTEN_AS = {"A": "a", "C": "c", "G": "g", "T": "tUu", "N": "nRYSWKMBDHVryswkmbdhv"}
+"""Base -> the letters that count as it: lower (soft-masked) ones, U as T, and IUPAC letters of several bases as N."""
+_LETTERS = bytes.maketrans(
+    "".join(WRITTEN_AS.values()).encode(), "".join(base * len(letters) for base, letters in WRITTEN_AS.items()).encode()
+)
 _SPACE = b" \t\r\n"
 _COMPLEMENT = np.array([3, 2, 1, 0, 4])
 
@@ -35,10 +38,20 @@ class Records(Source):
     of_rows: ClassVar[bool] = True
     regions: Regions | None = None
     inside: bool = False
+    unseen: set[str] = field(default_factory=set, compare=False)
+    """Records of `regions` that are in none of the files read so far; one set for all files."""
 
     @property
     def identity(self) -> tuple[str, bool]:
         return os.path.realpath(self.path), self.inside
+
+    @property
+    def without_documents(self) -> str:
+        if self.regions is None:
+            return super().without_documents
+        if self.inside:
+            return "without a base in the regions of the .bed file; correct its places"
+        return "empty, or held out by the .bed file as a whole; hold out less"
 
     def documents(
         self, separator: bytes | None, advance: Callable[[int], Any] = lambda num_bytes: None, text: bool = False
@@ -55,9 +68,10 @@ class Records(Source):
                 return
             raise WrongModality(f"{self.name} begins with neither '>' nor '@', so it is no FASTA or FASTQ file")
         names, found = list[str](), False
-        for name, sequence in records(_before(first, chunks), self.name):
+        for name, sequence in records(_before(first.lstrip(_SPACE), chunks), self.name):
             where = f"{self.name}, record {name},"
             names = [*names[:4], name]
+            self.unseen.discard(name)
             if self.regions is None:
                 yield where, sequence
                 continue
@@ -85,9 +99,10 @@ def find_records(
     if held_out is None:
         return list[Source](train), None
     validation = [Records(**vars(source)) for source in held_out if source not in beds]
+    unseen = set(regions)
     for source in sources if beds else ():
         found = {**vars(source), "named": False}  # a region is in one of several files
-        validation.append(Records(**found, regions=regions, inside=True))
+        validation.append(Records(**found, regions=regions, inside=True, unseen=unseen))
     return list[Source](train), list[Source](validation)
 
 
@@ -153,14 +168,15 @@ def _before(first: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _fasta(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """Pairs of a record's name (the first word of its header) and its sequence, without white space."""
+    """Pairs of a record's name (the first word of its header) and its sequence, without white space. The first chunk
+    begins with ">"."""
     for document in split_documents(chunks, b"\n>"):
         header = b""
         for chunk in document:
             header += chunk
             if b"\n" in header:
                 break
-        header, _, start = header.lstrip(_SPACE + b">").partition(b"\n")
+        header, _, start = header.removeprefix(b">").partition(b"\n")
         sequence = (piece.translate(None, _SPACE) for piece in _before(start, document))
         yield _name(header), filter(None, sequence)
 
@@ -232,7 +248,7 @@ class NucleotideCodec(Codec):
         for chunk in _before(first, chunks):
             letters = chunk.translate(_LETTERS, _SPACE)
             if wrong := letters.translate(None, BASES):
-                raise WrongModality(f"{where} is no nucleotide sequence (it holds {wrong[:1]!r}); is it of a protein?")
+                raise WrongModality(f"{where} is no nucleotide sequence ({wrong[:1]!r} is no base); a protein is text")
             codes = np.append(codes, _CODES[np.frombuffer(letters, np.uint8)])
             whole = len(codes) // self.kmer * self.kmer
             yield self._kmers(codes[:whole])

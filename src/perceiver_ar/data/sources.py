@@ -56,6 +56,11 @@ class Source:
         """Equal for sources of the same documents, by whatever path."""
         return os.path.realpath(self.path), False
 
+    @property
+    def without_documents(self) -> str:
+        """What it is if no document is in it, and the remedy."""
+        return "empty; give files with something in them"
+
     def chunks(self, advance: Callable[[int], Any] = lambda num_bytes: None) -> Iterator[bytes]:
         """The decompressed content. Calls `advance(n)` after each n bytes read of the stored file.
 

@@ -126,7 +126,7 @@ def _add_all(
         raise InputError(f"none of {len(sources)} files can be read: {(wrong or rows)[0]}")
     if not writer.lengths:
         names = f"{sources[0].name} is" if len(sources) == 1 else f"{sources[0].name} and all other files are"
-        raise InputError(f"{names} empty; give files with something in them")
+        raise InputError(f"{names} {sources[0].without_documents}")
     for reasons, amount in (
         ([*wrong, *empty], f"{len(wrong) + len(empty)} of {len(sources)} files"),
         (rows, f"{len(rows):,} rows"),

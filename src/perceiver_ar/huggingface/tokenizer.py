@@ -8,10 +8,11 @@ with `split_special_tokens=True` it is text. Codecs that do not write text have 
 import json
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from perceiver_ar.data.codec import Codec, load_codec
+from perceiver_ar.data.genome import WRITTEN_AS, NucleotideCodec
 from perceiver_ar.data.text import BYTE_CHARACTERS, END_OF_TEXT, BytesCodec, OffsetBytesCodec, TokenizerCodec
 from perceiver_ar.huggingface.hub import HUB, find_codec
 
@@ -75,6 +76,23 @@ def id_tokenizer(codec: Codec) -> Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
         return tokenizer
+    if isinstance(codec, NucleotideCodec):
+        return kmer_tokenizer(codec)
     tokenizer = Tokenizer(models.WordLevel({str(index): index for index in range(codec.vocab_size)}, unk_token=""))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def kmer_tokenizer(codec: NucleotideCodec) -> Tokenizer:
+    """Bases, on lines or in one, as the codec's k-mers. Raises an Exception ("Missing [UNK]") for other letters."""
+    names = {codec.decode([index]).decode() or END_OF_TEXT: index for index in range(codec.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(names, unk_token=""))
+    written_as = {**WRITTEN_AS, "": r" \t\r\n"}
+    replaced = [normalizers.Replace(Regex(f"[{letters}]"), base) for base, letters in written_as.items()]
+    tokenizer.normalizer = normalizers.Sequence(replaced)
+    patterns = [f".{{{codec.kmer}}}", f"[ACGT]{{{codec.kmer}}}|."]  # a k-mer with N, or what is left: single bases
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    )
+    tokenizer.decoder = decoders.Fuse()
     return tokenizer

@@ -12,7 +12,7 @@ import torch
 
 from perceiver_ar.config import Recipe
 from perceiver_ar.data.codec import Codec, load_codec, save_codec
-from perceiver_ar.data.genome import find_records
+from perceiver_ar.data.genome import Records, find_records
 from perceiver_ar.data.modalities import make_codec, official_split, recognise
 from perceiver_ar.data.rows import find_rows
 from perceiver_ar.data.sampler import TrainingWindows
@@ -142,6 +142,11 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     if modality == "genome":
         require(data.split_on is None, "data.split_on is for text: leave it out; records of a genome are documents")
         sources, held_out_sources = find_records(sources, held_out_sources)
+    else:
+        refused = f"is for genomes, but the files are {modality}: leave it out, or set the modality to genome"
+        require(data.kmer == 1, f"data.kmer {refused}")
+        beds = [source.name for source in held_out_sources or () if source.path.suffix.lower() == ".bed"]
+        require(not beds or recipe.modality != "auto", f"{''.join(beds[:1])} in data.validation {refused}")
     if modality == "text":
         sources = find_rows(sources, data.column)
         held_out_sources = held_out_sources and find_rows(held_out_sources, data.column)
@@ -162,6 +167,9 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
         seed=recipe.seed,
     )
     save_codec(codec, run.path)
+    if unseen := {name for source in held_out_sources or () if isinstance(source, Records) for name in source.unseen}:
+        names = ", ".join(sorted(unseen)[:5])
+        say(f"the .bed file names records that are in no file, so they are not held out: {names}")
     if validation is None and data.validation_fraction > 0:
         one = "Only one document (or group), so none is held out: give --data.validation or --data.split_on to measure."
         absent = f"data.split_on {data.split_on!r} does not occur, so there is one document, and none is held out."
