@@ -143,3 +143,12 @@ def loss(model: PerceiverAR, batch: dict[str, Tensor]) -> Tensor:
     batch = {name: x.to(model.device) for name, x in batch.items()}
     logits = model(batch["tokens"], model.config.context_length - model.config.num_latents, mask=batch.get("mask"))
     return next_token_loss(logits, batch["labels"])
+
+
+def cached_bytes(model: PerceiverAR, prompt: int) -> int:
+    """What the middle step of a growing window reads of each row's cache."""
+    config, size = model.config, model.embed.weight.element_size()
+    latents, context = 3 * config.num_latents // 4, min(prompt, config.context_length)
+    numbers = context * len(config.cross_layers) * config.heads_cross * config.width_head_cross
+    numbers += latents * config.num_layers * config.num_heads * config.width_head
+    return 2 * numbers * size

@@ -21,6 +21,7 @@ from statistics import median
 from typing import Literal
 
 import torch
+from common import cached_bytes
 from perceiver_ar_pytorch import PerceiverAR as Theirs  # pyright: ignore[reportMissingImports]  # extra: bench
 from perceiver_ar_pytorch.autoregressive_wrapper import (  # pyright: ignore[reportMissingImports]
     AutoregressiveWrapper,
@@ -149,15 +150,6 @@ def memory_speed(device: str) -> float:
         array.sum()
         seconds.append(now(device) - start)
     return array.numel() * array.element_size() / min(seconds)
-
-
-def cached_bytes(model: PerceiverAR, prompt: int) -> int:
-    """What the middle step of a growing window reads of each row's cache."""
-    config, size = model.config, model.embed.weight.element_size()
-    latents, context = 3 * config.num_latents // 4, min(prompt, config.context_length)
-    numbers = context * len(config.cross_layers) * config.heads_cross * config.width_head_cross
-    numbers += latents * config.num_layers * config.num_heads * config.width_head
-    return 2 * numbers * size
 
 
 def llama(args: argparse.Namespace, tokens: torch.Tensor, device: str) -> list[float]:

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, dense_training_flops, in_turns, machine, product_peak, synchronize
-from decode import cached_bytes
+from common import DEVICE, cached_bytes, dense_training_flops, in_turns, machine, product_peak, synchronize
 from gpu_checks import CHECKS
 from networks import DENSE, OURS, SEED, Network, Size
 from torch import nn

@@ -39,6 +39,11 @@ def write_numbers(path: Path, number: int) -> None:
     np.save(path, np.random.default_rng(number).integers(0, 40, (30, 10)))
 
 
+def write_genome(path: Path, number: int) -> None:
+    bases = np.random.default_rng(number).choice(list(b"ACGT"), 400).astype(np.uint8).tobytes()
+    path.write_bytes(b">record %d\n%b\n" % (number, bases))
+
+
 def write_words(path: Path, number: int) -> None:
     path.write_text(f"{number} words and more words " * 20)
 

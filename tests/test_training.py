@@ -348,7 +348,8 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_then_equals_an_undisturb
 
 
 TERMINAL = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from perceiver_ar.cli import main
 sys.exit(main(sys.argv[1:]))

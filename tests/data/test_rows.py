@@ -188,7 +188,7 @@ def test_what_lies_beside_rows_is_left_out_unless_named(tmp_path: Path) -> None:
     (folder / "README.md").write_text("about")
     (folder / "more.txt").write_text("a document, too")
     found = find_rows(find_files([folder, folder / "dataset_info.json"]), "text")
-    assert [source.path.suffix for source in found] == [".arrow"] * 3 + [".txt"]
+    assert [source.path.suffix for source in found] == [".arrow"] * 3 + [".json", ".txt"]
     found = find_rows(find_files([folder / "README.md", folder]), "text")
     assert found[0].path.name == "README.md"
 

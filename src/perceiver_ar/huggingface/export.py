@@ -13,7 +13,19 @@ from perceiver_ar.huggingface.modeling import PerceiverARForCausalLM
 from perceiver_ar.huggingface.tokenizer import codec_tokenizer
 
 MODULE = "modeling_perceiver_ar"
-NETWORK = ["kernels", "attention", "heads", "inputs", "streaming", "prefix", "init", "weights", "model"]
+NETWORK = [
+    "kernels",
+    "autocast",
+    "activations",
+    "attention",
+    "heads",
+    "inputs",
+    "streaming",
+    "prefix",
+    "init",
+    "weights",
+    "model",
+]
 GENERATION = ["cache", "sampling", "compiled", "decoder", "main"]
 SOURCES = [
     *("errors", "files", "config/checks", "config/presets", "config/network"),
