@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perceiver_ar.data.pictures import grid, piano_roll, spectrogram
+from perceiver_ar.data.pictures import grid, piano_roll, shaded_text, spectrogram
 
 RATE = 8000
 NOISE = np.random.default_rng(0).uniform(-1, 1, 2 * RATE)
@@ -25,6 +25,16 @@ def is_blue(picture: np.ndarray) -> np.ndarray:
 def dark_columns(picture: np.ndarray) -> np.ndarray:
     """Where a line goes from top to bottom."""
     return np.flatnonzero((picture[40:-40].max(axis=-1) < 60).all(axis=0))
+
+
+# Texts.
+
+
+def test_letters_beyond_ascii_are_drawn() -> None:
+    drawn = [
+        pixels(shaded_text(2 * letter.encode(), np.zeros(4))).tobytes() for letter in "\u00e4\u00f6\u0436\u0448\u00b6"
+    ]
+    assert len(set(drawn)) == 5  # a font that lacks them draws one box for all
 
 
 # Piano rolls.

@@ -1,6 +1,7 @@
 """Pictures of results: piano rolls, spectrograms and grids, drawn with Pillow (a dependency of matplotlib)."""
 
 from collections.abc import Sequence
+from importlib.metadata import distribution
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -8,6 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 PAPER, LINE, INK = (255, 255, 255), (230, 232, 235), (110, 119, 129)
 BLUE, ORANGE = (47, 111, 178), (196, 84, 26)
 EDGE = (20, 24, 28)  # where the prompt ends
+FONT = "matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf"
+"""A font with accented, Greek, Cyrillic and Arabic letters; Pillow's own has those of ASCII alone."""
 RANGE = 80  # decibels of a spectrogram
 
 
@@ -76,7 +79,7 @@ def shaded_text(data: bytes, bits: np.ndarray) -> Image.Image:
     """
     width, line, gap, most, dark = 900, 20, 10, 4000, 8.0
     text = data[: 4 * most].decode("utf-8", errors="surrogateescape")[:most]
-    font, spots = ImageFont.load_default(14), []
+    font, spots = ImageFont.truetype(str(distribution("matplotlib").locate_file(FONT)), 13), []
     x, y, at = gap, 2 * gap + line, 0
     for character in text:
         size = len(character.encode("utf-8", errors="surrogateescape"))
