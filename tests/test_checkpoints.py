@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from perceiver_ar import InputError
 from perceiver_ar.training.checkpoints import Checkpoint, Checkpoints
+from perceiver_ar.training.saving import load_optimizer, stored_optimizer
 
 
 def add(checkpoints: Checkpoints, step: int, bits: float | None = None) -> Path:
@@ -158,3 +160,18 @@ def test_removing_starts_with_the_manifest(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         Checkpoint(path, 10).remove()
     assert not path.with_suffix(".json").exists()
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_an_optimizer_keeps_its_own_kernel_when_it_resumes_from_another_device(fused: bool | None) -> None:
+    """With the stored choice, the loss scaling of fp16 raises an error, or a GPU takes the slow kernel."""
+    model = torch.nn.Linear(2, 2)
+    before, after = (torch.optim.AdamW(model.parameters(), fused=each) for each in (None if fused else True, fused))
+    model(torch.ones(2)).sum().backward()
+    before.step()
+    load_optimizer(after, model, stored_optimizer(before, model, lambda state: state))
+    assert after.param_groups[0]["fused"] is fused
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.ones(2)).sum()).backward()
+    scaler.step(after)
+    assert all(after.state[parameter]["step"] == 2 for parameter in model.parameters())

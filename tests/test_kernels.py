@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference import assert_close
 from torch import Tensor
 
-from perceiver_ar.network.kernels import CpuFlash, Kernels, Plain
+from perceiver_ar.network.kernels import CpuFlash, Kernels, Plain, flash_takes
 
 KERNELS: list[type[Kernels]] = [CpuFlash, Plain]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -69,3 +69,21 @@ def test_small_pieces(
 @pytest.mark.parametrize(("N", "K"), [(40, 511), (300, 512), (33, 513), (70, 1100), (600, 600)])
 def test_pieces_of_several_tiles(kernel: type[Kernels], dtype: torch.dtype, N: int, K: int) -> None:
     check(kernel, dtype, N, K, 64, causal=N == K, masked=K % 2 == 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "widths"),
+    [
+        ((7, 5), set()),
+        ((8, 0), {64, 192, 200, 224, 232, 256}),
+        ((8, 6), {64, 192, 232, 256}),
+        ((8, 9), {64, 192, 232, 256}),
+        ((9, 0), {64, 192, 200, 224, 232, 256}),
+        ((12, 0), {64, 192, 232, 256}),
+    ],
+)
+def test_flash_attention_gets_the_widths_that_it_has_a_backward_for(
+    capability: tuple[int, int], widths: set[int]
+) -> None:
+    """PyTorch's own choice (sdp_utils.cpp) leaves out the same widths, if gradients are needed."""
+    assert {C for C in (64, 192, 200, 224, 232, 256, 264) if flash_takes(C, capability)} == widths

@@ -48,16 +48,23 @@ def choose_kernels(q: Tensor, masked: bool) -> type[Kernels]:
         return CpuFlash
     if q.device.type not in DEVICES or q.dtype == torch.float64 or q.shape[-1] % 8 != 0:
         return Plain
-    ampere = compute_capability(q.device) >= (8, 0)
-    if not masked and q.dtype != torch.float32 and q.shape[-1] <= 256 and ampere:
+    capability = compute_capability(q.device)
+    if not masked and q.dtype != torch.float32 and flash_takes(q.shape[-1], capability):
         return CudaFlash
-    return CudaEfficient if q.dtype != torch.bfloat16 or ampere else Plain
+    return CudaEfficient if q.dtype != torch.bfloat16 or capability >= (8, 0) else Plain
+
+
+def flash_takes(channels: int, capability: tuple[int, int]) -> bool:
+    """Whether FlashAttention-2 has a forward and a backward for heads of this width on such a GPU."""
+    server = capability in ((8, 0), (9, 0), (10, 0), (10, 3))  # others have too little shared memory for some widths
+    return capability >= (8, 0) and channels <= 256 and (server or not 192 < channels <= 224)
 
 
 @lru_cache
 def compute_capability(device: torch.device) -> tuple[int, int]:
-    """Of a CUDA device; that of an A100 if this machine has no such device, as for fake tensors."""
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
+    """Of a CUDA device; that of an A100 for "meta", and on a machine without CUDA, as for fake tensors."""
+    cuda = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_capability(device) if cuda else (8, 0)
 
 
 class CpuFlash:

@@ -70,7 +70,7 @@ def stored_optimizer(optimizer: Optimizer, model: nn.Module, gathered: Gather) -
 
 
 def load_optimizer(optimizer: Optimizer, model: nn.Module, stored: dict[str, Any]) -> None:
-    """The inverse of `stored_optimizer`."""
+    """The inverse of `stored_optimizer`. Each group keeps its own `fused`, which suits the device of this run."""
     numbers = {id(parameter): i for i, parameter in enumerate(model.parameters())}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states, place = {}, {numbers[id(parameter)]: i for i, parameter in enumerate(parameters)}
@@ -81,7 +81,11 @@ def load_optimizer(optimizer: Optimizer, model: nn.Module, stored: dict[str, Any
                 name: divided_as(parameter, value) if value.shape == parameter.shape else value
                 for name, value in state.items()
             }
-    groups = [{**group, "params": [place[number] for number in group["params"]]} for group in stored["param_groups"]]
+    groups = [
+        {**group, "params": [place[number] for number in group["params"]]}
+        | ({"fused": own["fused"]} if "fused" in own else {})
+        for group, own in zip(stored["param_groups"], optimizer.param_groups, strict=True)
+    ]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
