@@ -21,8 +21,6 @@ SETTINGS: dict[str, dict[str, str]] = {
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
 }
-
-
 COMMAND, BUSY = "the command's, 10000", "while True: pass"
 
 
@@ -84,7 +82,7 @@ def main() -> None:
     alone = 1.0
     print("| other processes | setting | seconds a step | of the command's alone |\n|---|---|---|---|")
     try:
-        for number in args.busy:
+        for number in sorted(args.busy):
             others += [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(number - len(others))]
             measured: dict[str, list[float]] = {name: [] for name in processes}
             for _ in range(args.rounds):

@@ -6,8 +6,9 @@ Checks (gpu_checks.py) come first. Then come the card's own peaks (a product of 
 a copy), training steps (forward, backward, clipping and the optimizer, bfloat16 autocast) of ours, of the package
 perceiver-ar-pytorch and of a dense Transformer (Llama), and generation with a network of 315M parameters. Each figure
 is in `gpu.json` and in the tables of `gpu.md` as soon as it is measured, so a run that is cut short leaves all that it
-has measured. A figure that fails, for example for lack of memory, is a row with the reason. The exit status is 1 if a
-check fails.
+has measured. A figure that fails, for example for lack of memory, is a row with the reason. Figures are measured in a
+process of their own: one that dies, takes more than three minutes or leaves the GPU in an error is replaced, and the
+others follow. The exit status is 1 if a check fails.
 
 "Of the peak" counts the FLOPs of `perceiver_ar.costs` (for the dense Transformer, those of `common.py`) against the
 measured product; "of the bandwidth" the bytes of the weights and of the cache that a step reads, against the copy.
@@ -17,6 +18,7 @@ measured product; "of the bandwidth" the bytes of the weights and of the cache t
 import argparse
 import gc
 import json
+import multiprocessing
 import statistics
 import sys
 import time
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -70,32 +73,82 @@ NAMES = {"ours": "ours", "seed": "perceiver-ar-pytorch", "dense": "dense Transfo
 PARTS = "checks", "peaks", "training", "generation"
 
 
+Figures = Callable[[], dict[str, Any]]
+LONGEST = 180.0
+"""Seconds that a figure may take, with compilation."""
+
+
+class Worker:
+    """A process that measures figures, until one fails: after some errors CUDA fails to the end of its process."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, there = context.Pipe()
+        self.process = context.Process(target=work, args=(there,), daemon=True)
+        self.process.start()
+        there.close()
+
+    def measure(self, figures: Figures, seconds: float) -> dict[str, Any]:
+        """The figures, or why there are none."""
+        self.connection.send(figures)
+        try:
+            if self.connection.poll(seconds):
+                return self.connection.recv()
+            return {"failed": f"not finished after {seconds:.0f} seconds"}
+        except (EOFError, OSError):
+            self.process.join()
+            return {"failed": f"the process died with exit status {self.process.exitcode}"}
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def work(connection: Connection) -> None:
+    while True:
+        figures = connection.recv()
+        try:
+            found = figures()
+        except Exception as error:  # the next figure may still be had
+            lines = str(error).strip().splitlines()
+            found = {"failed": f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]}
+        connection.send(found)
+        if DEVICE == "cuda" and "failed" not in found:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
 class Report:
     """Records, in `gpu.json` and `gpu.md` after each."""
 
     def __init__(self, folder: Path, minutes: float) -> None:
         self.folder, self.records = folder, list[dict[str, Any]]()
         self.until = time.monotonic() + 60 * minutes
+        self.worker: Worker | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
-    def measure(self, part: str, what: dict[str, Any], figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Adds the record of `what`, with its figures or the reason why there are none."""
+    def measure(self, part: str, what: dict[str, Any], figures: Figures, longest: float = LONGEST) -> dict[str, Any]:
+        """Adds the record of `what`, with its figures or the reason why there are none. Pickles `figures`."""
         began = time.monotonic()
-        try:
-            found = figures() if began < self.until else {"failed": "no time left"}
-        except Exception as error:  # the next figure may still be had
-            lines = str(error).strip().splitlines()
-            found = {"failed": f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]}
+        if began < self.until:
+            self.worker = self.worker or Worker()
+            found = self.worker.measure(figures, min(longest, self.until - began))
+        else:
+            found = {"failed": "no time left"}
+        if "failed" in found:
+            self.close()
         record = {"part": part, **what, **found, "took": round(time.monotonic() - began, 1)}
         self.records.append(record)
         write_text(self.folder / "gpu.json", json.dumps({"machine": machine(), "records": self.records}, indent=1))
         write_text(self.folder / "gpu.md", self.tables())
         print(json.dumps(record), flush=True)
-        if DEVICE == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         return record
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.stop()
+            self.worker = None
 
     @property
     def failed_checks(self) -> list[str]:
@@ -119,23 +172,31 @@ def cell(value: Any) -> str:
     return f"{value:,}" if type(value) is int else str(value).replace("|", "/")
 
 
+def check(name: str) -> dict[str, Any]:
+    return CHECKS[name](DEVICE)
+
+
+def product_speed(size: int) -> dict[str, Any]:
+    return {"/s": product_peak(torch.bfloat16, size)}
+
+
+def copy_speed(size: int) -> dict[str, Any]:
+    """Bytes read and written."""
+    source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+
+    def step() -> None:
+        target.copy_(source)
+        synchronize()
+
+    return {"/s": 2 * size / min(in_turns([step], 10)[0])}
+
+
 def measure_peaks(report: Report, size: int) -> tuple[float, float]:
-    """FLOP/s of a bfloat16 product, and bytes/s of a copy (read and written)."""
-
-    def copy() -> float:
-        source = torch.zeros(16 * size * size, dtype=torch.uint8, device=DEVICE)
-        target = torch.empty_like(source)
-
-        def step() -> None:
-            target.copy_(source)
-            synchronize()
-
-        return 2 * source.numel() / min(in_turns([step], 10)[0])
-
-    product = report.measure(
-        "peaks", {"what": f"product of {size} x {size}, FLOP/s"}, lambda: {"/s": product_peak(torch.bfloat16, size)}
-    )
-    copied = report.measure("peaks", {"what": f"copy of {16 * size * size:,} bytes, bytes/s"}, lambda: {"/s": copy()})
+    """FLOP/s of a bfloat16 product, and bytes/s of a copy."""
+    count = 16 * size * size
+    product = report.measure("peaks", {"what": f"product of {size} x {size}, FLOP/s"}, partial(product_speed, size))
+    copied = report.measure("peaks", {"what": f"copy of {count:,} bytes, bytes/s"}, partial(copy_speed, count))
     return product.get("/s", float("nan")), copied.get("/s", float("nan"))
 
 
@@ -215,7 +276,7 @@ def measure_generation(setup: Setup, batch: int, compiled: bool, tokens: int, ba
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for gpu.json and gpu.md")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after them nothing new is begun")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after them it ends")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of them, with commas between")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, for tests")
     args = parser.parse_args(arguments)
@@ -230,18 +291,18 @@ def main(arguments: list[str] | None = None) -> int:
     if "checks" in parts:
         slow = {"generation, compiled", "one graph"} if args.rehearse else set()
         for name in [name for name in CHECKS if name not in slow]:
-            report.measure("checks", {"what": name}, partial(CHECKS[name], DEVICE))
+            report.measure("checks", {"what": name}, partial(check, name))
     peak, bandwidth = measure_peaks(report, peak_size) if "peaks" in parts else (float("nan"), float("nan"))
 
     def train(setup: Setup, who: str, compiled: bool) -> None:
         what = {"setup": setup.name, "what": NAMES[who] + (", compiled" if compiled else "")}
         what |= {"context": setup.context, "latents": setup.latents, "dim": setup.size.dim, "rows": setup.batch}
         count = 1 if setup.context > 1 << 22 else repeats
-        report.measure("training", what, lambda: measure_training(setup, who, compiled, count, peak))
+        report.measure("training", what, partial(measure_training, setup, who, compiled, count, peak))
 
     def generate(batch: int, compiled: bool) -> None:
         what = {"what": "ours, bfloat16" + (", compiled" if compiled else ""), "rows": batch}
-        figures = lambda: measure_generation(generation, batch, compiled, tokens, bandwidth)  # noqa: E731
+        figures = partial(measure_generation, generation, batch, compiled, tokens, bandwidth)
         report.measure("generation", what, figures)
 
     # What matters most comes first: the time may end.
@@ -257,6 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
             for who in setup.others:
                 if setup.compiled or not compiled:
                     train(setup, who, compiled)
+    report.close()
     for name in report.failed_checks:
         print(f"gpu.py: {name} does not hold", file=sys.stderr)
     return 1 if report.failed_checks else 0

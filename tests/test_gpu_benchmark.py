@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,19 +36,22 @@ def test_a_rehearsal_leaves_checks_that_hold_and_finite_figures(gpu: Any, tmp_pa
     assert {row["what"] for row in records} >= {"ours", "perceiver-ar-pytorch", "dense Transformer"}
 
 
-def test_a_figure_that_fails_is_a_row_and_the_others_follow(gpu: Any, tmp_path: Path) -> None:
-    report = gpu.Report(tmp_path, 1.0)
-
-    def fails() -> dict[str, Any]:
-        raise RuntimeError("out of memory\nlong story")
-
-    report.measure("checks", {"what": "one"}, fails)
-    report.measure("checks", {"what": "two"}, lambda: {"holds": True})
-    late = gpu.Report(tmp_path / "late", 0.0)
-    late.measure("training", {"what": "three"}, fails)
-    assert report.failed_checks == ["one"]
-    assert "RuntimeError: out of memory" in (tmp_path / "gpu.md").read_text()
-    assert json.loads((tmp_path / "late" / "gpu.json").read_text())["records"][0]["failed"] == "no time left"
+def test_a_figure_that_fails_hangs_or_kills_its_process_is_a_row_and_the_others_follow(
+    gpu: Any, tmp_path: Path
+) -> None:
+    report = gpu.Report(tmp_path, 5.0)
+    report.measure("checks", {"what": "fails"}, partial(math.sqrt, -1))
+    report.measure("checks", {"what": "dies"}, partial(os._exit, 7))
+    report.measure("checks", {"what": "holds"}, partial(dict, holds=True))
+    report.measure("checks", {"what": "hangs"}, partial(time.sleep, 600), longest=0.1)
+    report.until = 0.0
+    report.measure("training", {"what": "late"}, partial(dict))
+    assert report.worker is None
+    fails, dies, holds, hangs, late = json.loads((tmp_path / "gpu.json").read_text())["records"]
+    assert fails["failed"].startswith("ValueError: ") and fails["failed"] in (tmp_path / "gpu.md").read_text()
+    assert dies["failed"].endswith("exit status 7") and holds["holds"] is True
+    assert "not finished" in hangs["failed"] and late["failed"] == "no time left"
+    assert report.failed_checks == ["fails", "dies", "hangs"]
 
 
 def test_an_unknown_part_is_refused(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
