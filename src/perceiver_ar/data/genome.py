@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -68,7 +69,7 @@ class Records(Source):
                 return
             raise WrongModality(f"{self.name} begins with neither '>' nor '@', so it is no FASTA or FASTQ file")
         names, found = list[str](), False
-        for name, sequence in records(_before(first.lstrip(_SPACE), chunks), self.name):
+        for name, sequence in records(chain([first.lstrip(_SPACE)], chunks), self.name):
             where = f"{self.name}, record {name},"
             names = [*names[:4], name]
             self.unseen.discard(name)
@@ -162,11 +163,6 @@ def _cut(chunks: Iterator[bytes], spans: Iterable[tuple[int, int]]) -> Iterator[
         yield read(end)
 
 
-def _before(first: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from chunks
-
-
 def _fasta(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[bytes]]]:
     """Pairs of a record's name (the first word of its header) and its sequence, without white space. The first chunk
     begins with ">"."""
@@ -177,13 +173,13 @@ def _fasta(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[
             if b"\n" in header:
                 break
         header, _, start = header.removeprefix(b">").partition(b"\n")
-        sequence = (piece.translate(None, _SPACE) for piece in _before(start, document))
+        sequence = (piece.translate(None, _SPACE) for piece in chain([start], document))
         yield _name(header), filter(None, sequence)
 
 
 def _fastq(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[bytes]]]:
     """Pairs of a read's name and its sequence; qualities are left out. A record has four lines."""
-    lines = (line.rstrip(b"\r") for line in _lines(chunks))
+    lines = (b"".join(line).rstrip(b"\r") for line in split_documents(chunks, b"\n"))
     for header in lines:
         if not header:
             continue
@@ -192,15 +188,6 @@ def _fastq(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[
         if header[:1] != b"@" or plus[:1] != b"+" or len(quality) != len(sequence):
             raise InputError(f"{where}, record {name}, is damaged, or not of four lines; write it again")
         yield name, iter([sequence] if sequence else [])
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
 
 
 def _name(header: bytes) -> str:
@@ -241,11 +228,11 @@ class NucleotideCodec(Codec):
         codes, chunks = np.empty(0, np.int64), iter(chunks)
         first = next(chunks, b"").lstrip(_SPACE)
         if first[:1] == b">":
-            records = [b"".join(bases) for _, bases in _fasta(_before(first, chunks), where)]
+            records = [b"".join(bases) for _, bases in _fasta(chain([first], chunks), where)]
             if len(records) > 1:
                 raise WrongModality(f"{where} has {len(records)} records: give a file with one")
             first, chunks = records[0], iter(())
-        for chunk in _before(first, chunks):
+        for chunk in chain([first], chunks):
             letters = chunk.translate(_LETTERS, _SPACE)
             if wrong := letters.translate(None, BASES):
                 raise WrongModality(f"{where} is no nucleotide sequence ({wrong[:1]!r} is no base); a protein is text")
