@@ -128,7 +128,7 @@ def score_documents(
         each=keep,
         **settings,
     )
-    bounds = [*file.documents.tolist(), len(file)]
+    bounds = file.bounds()
     if codec.document_length is None:  # from after a document's separator to after the next one's
         bounds = [max(1, min(start + len(codec.separator), len(file))) for start in bounds]
         bounds[0] = 1

@@ -46,11 +46,10 @@ def embed_verb(argv: list[str]) -> None:
     model, codec = to_device(run.model()), run.codec()
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
         file, files = documents_to_score(run, codec, names(args.paths), Path(scratch))
-        bounds = [*file.documents.tolist(), len(file)]
         unread = int(codec.document_length is not None)  # the last value of a picture has no position: it is no input
         vectors = []
         with ProgressBar("embedding", len(files)) as bar:
-            for start, stop in pairwise(bounds):
+            for start, stop in pairwise(file.bounds()):
                 tokens = file.tokens[start : stop - unread]
                 settings = {"stride": args.stride, "batch_size": args.batch_size, "precision": args.precision}
                 vectors.append(embed(model, tokens, **settings))

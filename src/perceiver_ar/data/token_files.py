@@ -84,6 +84,10 @@ class TokenFile:
         """Where each document starts, its separator included: (num_documents,) uint64, memory-mapped."""
         return np.load(f"{self.stem}.documents.npy", mmap_mode="r")
 
+    def bounds(self) -> list[int]:
+        """Where each document starts, and the number of all tokens, where the last one ends."""
+        return [*self.documents.tolist(), len(self)]
+
     @cached_property
     def _descriptor(self) -> int:
         descriptor = os.open(f"{self.stem}.bin", os.O_RDONLY)
