@@ -22,9 +22,12 @@ from perceiver_ar.training.tracking import Track
 def finish(prepared: Prepared, training: Training, model: PerceiverAR, track: Track) -> dict[str, Any]:
     """Writes `summary.json` last: it marks the run as finished. Returns the summary."""
     run, recipe, codec, held_out = prepared.run, prepared.recipe, prepared.codec, prepared.held_out
-    best = better_checkpoint(prepared, model) if recipe.trainer.final_weights == "best" else None
+    some, shorter, best = recipe.trainer.evaluation_tokens, None, None
+    if recipe.trainer.final_weights == "best":
+        shorter = score(prepared, model, some, spread=True)
+        best = better_checkpoint(prepared, math.inf if shorter is None else shorter.bits_per_token)
     if best is not None:
-        model = take_weights(prepared, best, training)
+        model, shorter = take_weights(prepared, best, training), None
     summary: dict[str, Any] = {
         "steps": training.step,
         "tokens_seen": training.tokens_seen,
@@ -36,11 +39,10 @@ def finish(prepared: Prepared, training: Training, model: PerceiverAR, track: Tr
     references: dict[str, float] = {}
     last: list[tuple[float, float]] = []
     tokens_per_byte: float | None = None
-    some = recipe.trainer.evaluation_tokens
     result = score(prepared, model, 10 * some)
     if result is not None and held_out is not None:
         # Evaluations during training scored fewer tokens.
-        shorter = score(prepared, model, some, spread=True) if result.tokens > some else result
+        shorter = result if result.tokens <= some else shorter or score(prepared, model, some, spread=True)
         assert shorter is not None
         references = compressors(codec, held_out.tokens[: 10 * some + 1])
         compressed = {f"{name}_bits_per_byte": bits for name, bits in references.items()}
@@ -63,12 +65,9 @@ def finish(prepared: Prepared, training: Training, model: PerceiverAR, track: Tr
     return summary
 
 
-def better_checkpoint(prepared: Prepared, model: PerceiverAR) -> Checkpoint | None:
-    """The intact checkpoint that was best on held-out text, if it was better than `model` is on the same tokens."""
-    recipe = prepared.recipe
-    result = score(prepared, model, recipe.trainer.evaluation_tokens, spread=True)
-    least = math.inf if result is None else result.bits_per_token
-    kept = Checkpoints(prepared.run.checkpoints, recipe.trainer.keep_best).all()
+def better_checkpoint(prepared: Prepared, least: float) -> Checkpoint | None:
+    """The intact checkpoint that was best on held-out text, if it had fewer bits per token than `least`."""
+    kept = Checkpoints(prepared.run.checkpoints, prepared.recipe.trainer.keep_best).all()
     measured = [(each.validation_bits, each.step, each) for each in kept if each.validation_bits is not None]
     return next((each for bits, _, each in sorted(measured) if bits < least and each.damage() is None), None)
 

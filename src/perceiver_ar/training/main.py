@@ -70,8 +70,9 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
             if resources.rank > 0:
                 return {}
             if training.patience.over:
-                say(training.patience.reason(training.step))
-                write_text(run.stopped_file, training.patience.reason(training.step) + "\n")
+                reason = training.patience.reason(training.step)
+                say(reason)
+                write_text(run.stopped_file, f"{reason}\n")
             return finish(prepared, training, model, track)
 
 
