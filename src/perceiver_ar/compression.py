@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from perceiver_ar import __version__
-from perceiver_ar.data.codec import Codec, WrongModality, missing_extra
+from perceiver_ar.data.codec import Codec, WrongModality, missing_extra, start_ids
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.errors import require
 from perceiver_ar.generation import evaluation_mode
@@ -132,7 +132,7 @@ def _walk(
     their next tokens (rows, V) float32, and the number of tokens before."""
     if max(lengths) == 0:
         return
-    start = torch.from_numpy(codec.start().astype(np.int64)) if len(codec.start()) else torch.zeros(1, dtype=torch.long)
+    start = torch.from_numpy(start_ids(codec))
     rows = [Row(i, start, model.config, RowSettings(max_new_tokens=length)) for i, length in enumerate(lengths)]
     with _one_thread(), evaluation_mode(model), torch.inference_mode():
         decoder = Decoder(model, rows, 1, max(lengths)) if model.config.cacheable else Recomputing(model, rows)

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> list[int]:
     """The ids of the prompt, as the start of a document; at least one."""
-    from perceiver_ar.data.codec import WrongModality
+    from perceiver_ar.data.codec import WrongModality, start_ids
     from perceiver_ar.data.text import text_only
 
     try:
         if prompt_file is None:
-            return codec.start(prompt or "").tolist() or [0]
+            return start_ids(codec, prompt or "").tolist()
         where = f"--prompt_file {prompt_file}"
         try:
             data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()

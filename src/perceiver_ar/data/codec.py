@@ -215,6 +215,12 @@ class Codec(ABC):
         return cls(**settings)
 
 
+def start_ids(codec: Codec, prompt: str = "") -> np.ndarray:
+    """`codec.start` as ids (n,) int64, n >= 1, to generate from: id 0 if nothing precedes documents."""
+    ids = codec.start(prompt).astype(np.int64)
+    return ids if len(ids) else np.zeros(1, np.int64)
+
+
 def prompt_and_count(codec: Codec, document: list[int], keep: float | None, count: int | None) -> tuple[list[int], int]:
     """The prompt (a document's start and `keep` tokens after it) and the number of tokens to draw after it.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec import Codec, start_ids
 from perceiver_ar.data.text import END_OF_TEXT, Utf8Stream
 from perceiver_ar.errors import require
 from perceiver_ar.serving.protocol import Refused
@@ -48,8 +48,7 @@ class Vocabulary:
             InputError: text that the codec cannot read, ids outside of the vocabulary, or no ids.
         """
         if isinstance(prompt, str):
-            ids = self.codec.start(prompt)
-            return ids.astype(np.int64) if len(ids) else np.zeros(1, np.int64)
+            return start_ids(self.codec, prompt)
         require(len(prompt) > 0, "prompt has no ids: give at least one")
         return np.array(self.check(prompt, "prompt"), dtype=np.int64)
 

@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from perceiver_ar.data.codec import start_ids
 from perceiver_ar.evaluation import Evaluation, evaluate
 from perceiver_ar.files import write_text
 from perceiver_ar.generation import generate
@@ -46,11 +47,11 @@ def sample(prepared: Prepared, model: PerceiverAR, step: int, whole: bool = Fals
     if codec.document_length is not None:
         rest = codec.document_length - len(codec.start())
         length = rest if whole else min(length, rest)
-    start = codec.start() if len(codec.start()) else np.zeros(1, np.int64)
+    start = start_ids(codec)
     stop = codec.separator[-1:]
     ids = generate(
         model,
-        torch.from_numpy(start.astype(np.int64))[None],
+        torch.from_numpy(start)[None],
         length,
         temperature=0.8,
         stop_tokens=stop,
