@@ -86,6 +86,11 @@ def training_step(loss: Callable[[], Tensor], model: nn.Module, bf16: bool) -> S
     return step
 
 
+def training_clock() -> float:
+    """Seconds of training so far: of the processor with one CPU thread, so that other programs take nothing away."""
+    return time.process_time() if DEVICE == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()

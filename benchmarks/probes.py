@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import DEVICE, machine
+from common import DEVICE, machine, training_clock
 from torch import Tensor, nn
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, next_token_loss
@@ -165,12 +164,12 @@ def measure(probe: Probe, setting: Setting) -> Iterator[Record]:
         progress = (step + 0.5) / probe.steps if probe.steps else seconds / (60 * setting.minutes)
         if progress >= 1 or (recent >= 0.999 and right and not setting.full):
             break
-        began = time.perf_counter()
+        began = training_clock()
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor(rule, progress)
         batch = probe.batch if probe.steps else max(1, min(probe.batch, 2**16 // context))
         right.append(learn(model, optimizer, rule, probe.draw(probe, batch, context, random)))
-        seconds += time.perf_counter() - began
+        seconds += training_clock() - began
     for read_at in probe.reads or (context,):
         yield record(read_at)
 

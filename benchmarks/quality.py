@@ -21,7 +21,6 @@ import math
 import os
 import statistics
 import threading
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -32,7 +31,7 @@ from typing import Any
 import networks
 import numpy as np
 import torch
-from common import DEVICE, machine
+from common import DEVICE, machine, training_clock
 from networks import Size
 from torch import nn
 
@@ -170,8 +169,7 @@ def train(contender: Contender, model: nn.Module, windows: TrainingWindows, job:
     bf16 = setting.precision == "bf16"
     optimizer = make_optimizer(model, rule, torch.bfloat16 if bf16 else torch.float32)
     random, micro_batch = np.random.default_rng(job.seed), contender.micro_batch or batch
-    clock = time.process_time if (DEVICE, setting.threads) == ("cpu", 1) else time.perf_counter
-    limit, elapsed, steps, targets, began = 60 * setting.minutes, 0.0, 0, 0, clock()
+    limit, elapsed, steps, targets, began = 60 * setting.minutes, 0.0, 0, 0, training_clock()
     while elapsed < limit:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor(rule, elapsed / limit)
@@ -188,7 +186,7 @@ def train(contender: Contender, model: nn.Module, windows: TrainingWindows, job:
         if nn.utils.clip_grad_norm_(model.parameters(), rule.grad_clip).isfinite():
             optimizer.step()
         optimizer.zero_grad()
-        steps, elapsed = steps + 1, clock() - began
+        steps, elapsed = steps + 1, training_clock() - began
     return {"steps": steps, "seconds": elapsed, "targets_per_second": targets / elapsed}
 
 
