@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from perceiver_ar import InputError, PerceiverAR, Recipe, Run, train
 from perceiver_ar.config import OptimConfig, PerceiverARConfig, TrainerConfig
@@ -229,3 +230,18 @@ def test_find_batch_takes_what_fits_and_the_run_succeeds(tmp_path: Path) -> None
     assert recipe["steps"] == 1
     [line] = [line for line in result.stderr.splitlines() if line.startswith("micro-batches of")]
     assert 1 <= int(line.split()[2]) < 64
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_deterministic_run_lets_torch_take_only_deterministic_algorithms_until_it_ends(
+    recipe: Recipe, wanted: bool
+) -> None:
+    def note(module: nn.Module, inputs: Any) -> None:
+        found.add(torch.are_deterministic_algorithms_enabled())
+
+    found, hook = set[bool](), register_module_forward_pre_hook(note)
+    try:
+        train(replace(recipe, trainer=replace(recipe.trainer, deterministic=wanted)))
+    finally:
+        hook.remove()
+    assert found == {wanted} and not torch.are_deterministic_algorithms_enabled()

@@ -166,6 +166,9 @@ class TrainerConfig:
     """Where to compute."""
     compile: bool = False
     """torch.compile the network: minutes of compilation, then faster steps."""
+    deterministic: bool = False
+    """Compute in the same order every time, so that a seed gives the same weights again on a GPU, too; slower. A CPU
+    always does. An operation that has no such form ends the run with torch's message."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, a third more time."""
     evaluations: NotNegative = 10

@@ -81,6 +81,7 @@ def run_steps(
                 group["lr"] = group["initial_lr"] * factor
             training.make_step(batches.of_step(training.step, training.progress), batches.accumulate)
             stop = training.agree(request.made) and not training.failures  # only good weights are saved
+            training.check_end()
             watch.after_step(stop)
             if stop or training.trouble:
                 return stop

@@ -15,7 +15,7 @@ from perceiver_ar.training.finish import finish
 from perceiver_ar.training.loop import fit
 from perceiver_ar.training.memory import keep_freed_memory
 from perceiver_ar.training.prepare import check_resumable, goes_further, prepare, with_settings_taken, with_trainer
-from perceiver_ar.training.resources import resolve
+from perceiver_ar.training.resources import deterministic, resolve
 from perceiver_ar.training.tracking import tracking
 
 
@@ -62,7 +62,8 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
         tracker = recipe.trainer.tracker if resources.rank == 0 else "none"
         recording = reason_recorded(run) if resources.rank == 0 else nullcontext()
         tracked = with_trainer(prepared.recipe, tracker=tracker)
-        with recording, tracking(run.path, tracked) as track, keep_freed_memory():
+        in_order = deterministic(recipe.trainer.deterministic)
+        with recording, tracking(run.path, tracked) as track, keep_freed_memory(), in_order:
             training = fit(prepared, track)
             if training is None:
                 return {}

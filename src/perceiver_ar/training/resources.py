@@ -2,6 +2,8 @@
 
 import os
 import timeit
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -153,6 +155,19 @@ def launch_fabric(resources: Resources, settings: TrainerConfig, precision: str)
     )
     fabric.launch()
     return fabric
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside, if wanted, torch takes deterministic algorithms only."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:

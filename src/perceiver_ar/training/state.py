@@ -140,6 +140,13 @@ class Training:
                 + self.after_divergence
             )
 
+    def check_end(self) -> None:
+        """Sets `trouble` if the run ends with steps that gave no finite gradients."""
+        if self.finished and self.failures and not self.trouble and self.recipe.trainer.precision != "fp16":
+            self.trouble = (
+                f"training diverged: the last {self.failures} steps gave no finite gradients; {self.after_divergence}"
+            )
+
     @property
     def after_divergence(self) -> str:
         return f"start a new run with lower optim.lr and optim.muon_lr; {self.recipe.out} keeps earlier weights"

@@ -54,11 +54,6 @@ class Watch:
         """`stop`: the run stops after this step, before its end."""
         training = self.training
         finished = training.finished
-        if finished and training.failures and self.settings.precision != "fp16":
-            training.trouble = (
-                f"training diverged: the last {training.failures} steps gave no finite gradients; "
-                + training.after_divergence
-            )
         if training.trouble or (training.failures and not finished):
             return  # only weights that gave finite gradients are saved
         if finished or training.now - self.logged_at >= 1.0:
