@@ -52,7 +52,7 @@ def compress(run: Run, data: bytes, progress: Callable[[float], Any] = lambda sh
     """
     coder = _coder()
     model, codec = run.model(), run.codec()
-    ids = exact_ids(codec, data)
+    ids = exact_ids(codec.plain, data)
     count = max(1, min(ROWS, len(ids) // (CONTEXTS * longest_context(model.config))))
     segments = [part.tolist() for part in np.array_split(ids.astype(np.int64), count)]
     encoder = coder.stream.queue.RangeEncoder()
@@ -112,7 +112,7 @@ def decompress(run: Run, file: bytes, progress: Callable[[float], Any] = lambda 
         _walk(model, codec, lengths, decoded, progress)
     except AssertionError:  # the coder's, for code that cannot come from these probabilities
         segments = []
-    data = exact_bytes(codec, [token for segment in segments for token in segment])
+    data = exact_bytes(codec.plain, [token for segment in segments for token in segment])
     require(
         _hash(data) == data_hash,
         "it does not decompress to what it was made from, so probabilities differ from those where it was made; "
@@ -133,7 +133,9 @@ def _walk(
     if max(lengths) == 0:
         return
     start = torch.from_numpy(start_ids(codec))
-    rows = [Row(i, start, model.config, RowSettings(max_new_tokens=length)) for i, length in enumerate(lengths)]
+    pinned = tuple(codec.condition_ids({}))
+    settings = [RowSettings(max_new_tokens=length, pinned=pinned) for length in lengths]
+    rows = [Row(i, start, model.config, each) for i, each in enumerate(settings)]
     with _one_thread(), evaluation_mode(model), torch.inference_mode():
         decoder = Decoder(model, rows, 1, max(lengths)) if model.config.cacheable else Recomputing(model, rows)
         for step in range(max(lengths)):

@@ -29,6 +29,8 @@ def info_verb(argv: list[str]) -> None:
             shown = "yes" if value else "no"
         elif isinstance(value, list):
             shown = ", ".join(value[:3]) + (f" and {len(value) - 3:,} more" if len(value) > 3 else "")
+        elif isinstance(value, dict):
+            shown = "; ".join(f"{key}={'|'.join(values)}" for key, values in value.items())
         else:
             shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' '):<34}{shown}")
@@ -58,6 +60,8 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
     config, parameters, codec = model.config, model.num_parameters(), run.codec_name()
     if codec is not None:
         yield "codec", codec
+        if conditions := run.conditions():
+            yield "conditions", conditions
     yield "parameters", parameters
     yield "vocab_size", config.vocab_size
     yield "context_length", config.context_length

@@ -30,6 +30,8 @@ PATHS = (
     "prompt_file",
     "soundfont",
     "data.tokenizer",
+    "data.conditions",
+    "conditions",
     "data.audio_weights",
     "settings",
 )
@@ -171,6 +173,11 @@ def make_parser(verb: str, arguments: str, description: str, examples: str) -> A
 def add_paths(parser: ArgumentParser, help: str) -> None:
     action = parser.add_argument("paths", nargs="*", help=help)
     action.required = False  # pyright: ignore[reportOptionalMemberAccess]  # else the help marks it as required
+
+
+def add_conditions(parser: ArgumentParser) -> None:
+    help = "the table of the files' conditions, as data.conditions of train (default: unknown)"
+    parser.add_argument("--conditions", type=str | None, help=help)
 
 
 def names(paths: Any) -> tuple[str, ...]:
