@@ -52,7 +52,7 @@ def compress(run: Run, data: bytes, progress: Callable[[float], Any] = lambda sh
     """
     coder = _coder()
     model, codec = run.model(), run.codec()
-    ids = exact_ids(codec.plain, data)
+    ids = exact_ids(codec, data)
     count = max(1, min(ROWS, len(ids) // (CONTEXTS * longest_context(model.config))))
     segments = [part.tolist() for part in np.array_split(ids.astype(np.int64), count)]
     encoder = coder.stream.queue.RangeEncoder()
@@ -112,7 +112,7 @@ def decompress(run: Run, file: bytes, progress: Callable[[float], Any] = lambda 
         _walk(model, codec, lengths, decoded, progress)
     except AssertionError:  # the coder's, for code that cannot come from these probabilities
         segments = []
-    data = exact_bytes(codec.plain, [token for segment in segments for token in segment])
+    data = exact_bytes(codec, [token for segment in segments for token in segment])
     require(
         _hash(data) == data_hash,
         "it does not decompress to what it was made from, so probabilities differ from those where it was made; "
@@ -162,6 +162,7 @@ def exact_ids(codec: Codec, data: bytes) -> np.ndarray:
     Raises:
         InputError: the codec's ids do not stand for bytes, or some byte has no id.
     """
+    codec = codec.plain
     require(codec.writes_text, f"the codec {codec.name!r} does not write bytes: compress with a run of text or bytes")
     if isinstance(codec, BytesCodec):
         return np.frombuffer(data, dtype=np.uint8)
@@ -186,7 +187,7 @@ def exact_ids(codec: Codec, data: bytes) -> np.ndarray:
 
 def exact_bytes(codec: Codec, ids: Sequence[int]) -> bytes:
     """The inverse of `exact_ids`."""
-    return bytes(ids) if isinstance(codec, BytesCodec) else codec.decode(ids)
+    return bytes(ids) if isinstance(codec.plain, BytesCodec) else codec.decode(ids)
 
 
 def run_hash(run: Run, codec: Codec) -> bytes:
