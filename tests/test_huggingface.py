@@ -588,7 +588,7 @@ TEXT_CODECS: list[Codec] = [
 
 
 def name(codec: Codec) -> str:
-    return f"{codec.name}-{len(codec.separator)}"
+    return f"{codec.name}-{len(codec.separator)}" + ("-conditions" if codec.conditions else "")
 
 
 @pytest.mark.parametrize("codec", TEXT_CODECS, ids=name)

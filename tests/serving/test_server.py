@@ -89,8 +89,8 @@ def test_a_completion_is_what_generate_draws(client: Any, model: PerceiverAR) ->
 
 def test_a_completion_has_conditions_in_front_of_every_window(serving: Any, tmp_path: Path) -> None:
     codec = ConditionedCodec(BytesCodec(), {"kind": ["high", "low"], "year": ["1812"]})
-    model = randomize(PerceiverAR(PerceiverARConfig(**CONFIG | {"vocab_size": codec.vocab_size})), seed=1)
-    model.save_pretrained(tmp_path)
+    config = PerceiverARConfig(**CONFIG).replace(vocab_size=codec.vocab_size)
+    randomize(PerceiverAR(config), seed=1).save_pretrained(tmp_path)
     save_codec(codec, tmp_path)
     model, count = PerceiverAR.from_pretrained(tmp_path), 2 * CONFIG["context_length"]
     with serving(tmp_path) as url:

@@ -25,6 +25,7 @@ def evaluate_verb(argv: list[str]) -> None:
         "Scores every token of files exactly once, each with as much context as there is.",
         "  perceiver-ar evaluate runs/books new_book.txt\n"
         "  perceiver-ar evaluate runs/books                        (the documents it held out)\n"
+        "  perceiver-ar evaluate runs/letters new/ --conditions new/about.csv\n"
         "  perceiver-ar evaluate runs/books --context_lengths 256,1024,4096\n"
         "  perceiver-ar evaluate runs/books new_book.txt --json",
     )

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perceiver_ar.cli.options import make_parser, parse
+from perceiver_ar.cli.options import make_parser, names, parse
 from perceiver_ar.cli.prompts import prompt_ids, stop_bytes, to_device, what_to_draw
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.progress import ProgressBar
@@ -34,7 +34,7 @@ def generate_verb(argv: list[str]) -> None:
     parser.add_argument("run", type=str, help="a run directory")
     parser.add_argument("--prompt", type=str | None, help="text to continue; for pictures the name of a class")
     parser.add_argument("--prompt_file", type=str | None, help="a file to continue, - for standard input")
-    parser.add_argument("--condition", type=str, action="append", default=[], help="KEY=VALUE, a condition that the "
+    parser.add_argument("--condition", action="append", default=[], help="KEY=VALUE, a condition that the "
                         "run was trained with (perceiver-ar info lists them); others are unknown")  # fmt: skip
     parser.add_argument("--keep", type=float | None, help="continue only the first KEEP tokens of the prompt file; "
                         "below 1: this share of them (default: all; of a picture half)")  # fmt: skip
@@ -92,7 +92,7 @@ def generate_verb(argv: list[str]) -> None:
         model = model.to(torch.bfloat16)
     if args.precision == "int8":
         int8_weights(model)
-    conditions = parse_conditions(args.condition)
+    conditions = parse_conditions(names(args.condition, "condition"))
     pinned = codec.condition_ids(conditions)
     require(not (args.ignore_end and pinned), "--ignore_end begins documents without conditions: leave it out")
     require(not (args.slide and pinned), "--slide drops the conditions of a document, its oldest tokens: leave it out")

@@ -17,6 +17,7 @@ def info_verb(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parse(parser, argv)
 
+    from perceiver_ar.data.conditions import listed
     from perceiver_ar.run import Run
 
     run = Run.open(args.run)
@@ -30,7 +31,7 @@ def info_verb(argv: list[str]) -> None:
         elif isinstance(value, list):
             shown = ", ".join(value[:3]) + (f" and {len(value) - 3:,} more" if len(value) > 3 else "")
         elif isinstance(value, dict):
-            shown = "; ".join(f"{key}={'|'.join(values)}" for key, values in value.items())
+            shown = "; ".join(f"{key}: {listed(values)}" for key, values in value.items())
         else:
             shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' '):<34}{shown}")

@@ -180,11 +180,12 @@ def add_conditions(parser: ArgumentParser) -> None:
     parser.add_argument("--conditions", type=str | None, help=help)
 
 
-def names(paths: Any) -> tuple[str, ...]:
-    """The paths as a tuple; a --config file may give one, several or none."""
+def names(paths: Any, option: str = "paths") -> tuple[str, ...]:
+    """The paths, or the texts of another option, as a tuple; a --config file may give one, several or none."""
     found = (paths,) if isinstance(paths, str) else paths or ()
     if not isinstance(found, list | tuple) or not all(isinstance(path, str) for path in found):
-        raise InputError(f"paths is {paths!r}: it must be names of files or folders")
+        what = "names of files or folders" if option == "paths" else "a text, or a list of texts"
+        raise InputError(f"{option} is {paths!r}: it must be {what}")
     return tuple(found)
 
 

@@ -299,8 +299,6 @@ def save_codec(codec: Codec, directory: str | Path) -> None:
 
 def load_codec(directory: str | Path) -> Codec:
     """The codec that `save_codec` wrote. Raises `InputError` if it is missing, damaged, or of an unknown kind."""
-    from perceiver_ar.data.conditions import ConditionedCodec
-
     path = Path(directory) / "codec.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -319,7 +317,11 @@ def load_codec(directory: str | Path) -> Codec:
     codec_class: type[Codec] = getattr(import_module(module), attribute)
     try:
         codec = codec_class.load(path.parent, settings)
-        return codec if conditions is None else ConditionedCodec(codec, conditions)
+        if conditions is None:
+            return codec
+        from perceiver_ar.data.conditions import ConditionedCodec
+
+        return ConditionedCodec(codec, conditions)
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:  # not what the class takes

@@ -170,6 +170,7 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
             codec = table.codec(codec, [*sources, *(held_out_sources or [])])
         sources = table.apply(sources, codec)
         held_out_sources = held_out_sources and table.apply(held_out_sources, codec)
+        say(f"conditions: {', '.join(f'{name} ({len(values):,})' for name, values in codec.conditions.items())}")
     elif codec.conditions:
         say(f"conditions are unknown ({', '.join(codec.conditions)}): there is no table data.conditions")
     tokens, validation = tokenise(
