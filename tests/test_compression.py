@@ -18,6 +18,7 @@ from perceiver_ar import InputError, PerceiverAR, PerceiverARConfig, Run, evalua
 from perceiver_ar.cli import main
 from perceiver_ar.compression import HASH, HEADER, compress, decompress, exact_bytes, exact_ids, run_hash, surroundings
 from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.integers import IntegerCodec
 from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec, train_bpe
 
@@ -33,6 +34,7 @@ CODECS: dict[str, Codec] = {
     "bytes": BytesCodec(text=False),
     "offset": OffsetBytesCodec(6, 1),
     "bpe": BPE,
+    "conditions": ConditionedCodec(BytesCodec(), {"kind": ["high", "low"]}),
 }
 
 

@@ -77,6 +77,13 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         text = " ".join(f"It was night {i} in book {number}." for i in range(40))
         (tmp_path / f"books/{number}.txt").write_text(text)
         (tmp_path / f"logs/{number}.log").write_text(text.replace(".", "\n"))
+    (tmp_path / "letters").mkdir()
+    names = ["austen-1", "austen-2", "keats-1", "keats-2"]
+    (tmp_path / "letters/about.csv").write_text(
+        "file,author,year\n" + "".join(f"{name}.txt,{name[:-2]},{1812 + 7 * (name[0] == 'k')}\n" for name in names)
+    )
+    for name in names:
+        (tmp_path / f"letters/{name}.txt").write_text(f"My dear, it was night. {name} " * 20)
     for name in ("new_book.txt", "corpus.txt"):
         (tmp_path / name).write_text("It was a dark and stormy night.\n\n\n\n" * 9)
     with gzip.open(tmp_path / "genome.fa.gz", "wt") as file:
@@ -111,6 +118,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "docs/tutorial-piano.md",
         "docs/tutorial-long.md",
         "docs/data.md",
+        "docs/conditions.md",
         "docs/score.md",
         "docs/embed.md",
         pytest.param("docs/compress.md", marks=pytest.mark.skipif(not HAS_CODER, reason="needs constriction")),

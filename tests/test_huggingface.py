@@ -34,6 +34,7 @@ from perceiver_ar import cli
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.audio import MuLawCodec
 from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.genome import NucleotideCodec
 from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec, train_bpe
 from perceiver_ar.errors import InputError
@@ -581,11 +582,13 @@ TEXT_CODECS: list[Codec] = [
     OffsetBytesCodec(6, start_id=1),
     OffsetBytesCodec(3),
     train_bpe(["the cat sat on the mat, the cat, the mat"] * 3, 280),
+    ConditionedCodec(BytesCodec(), {"kind": ["high", "low"]}),
+    ConditionedCodec(train_bpe(["the cat, the cat"], 262), {"kind": ["high"], "year": ["1812"]}),
 ]
 
 
 def name(codec: Codec) -> str:
-    return f"{codec.name}-{len(codec.separator)}"
+    return f"{codec.name}-{len(codec.separator)}" + ("-conditions" if codec.conditions else "")
 
 
 @pytest.mark.parametrize("codec", TEXT_CODECS, ids=name)

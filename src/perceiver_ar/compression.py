@@ -133,7 +133,9 @@ def _walk(
     if max(lengths) == 0:
         return
     start = torch.from_numpy(start_ids(codec))
-    rows = [Row(i, start, model.config, RowSettings(max_new_tokens=length)) for i, length in enumerate(lengths)]
+    pinned = tuple(codec.condition_ids({}))
+    settings = [RowSettings(max_new_tokens=length, pinned=pinned) for length in lengths]
+    rows = [Row(i, start, model.config, each) for i, each in enumerate(settings)]
     with _one_thread(), evaluation_mode(model), torch.inference_mode():
         decoder = Decoder(model, rows, 1, max(lengths)) if model.config.cacheable else Recomputing(model, rows)
         for step in range(max(lengths)):
@@ -160,6 +162,7 @@ def exact_ids(codec: Codec, data: bytes) -> np.ndarray:
     Raises:
         InputError: the codec's ids do not stand for bytes, or some byte has no id.
     """
+    codec = codec.plain
     require(codec.writes_text, f"the codec {codec.name!r} does not write bytes: compress with a run of text or bytes")
     if isinstance(codec, BytesCodec):
         return np.frombuffer(data, dtype=np.uint8)
@@ -184,7 +187,7 @@ def exact_ids(codec: Codec, data: bytes) -> np.ndarray:
 
 def exact_bytes(codec: Codec, ids: Sequence[int]) -> bytes:
     """The inverse of `exact_ids`."""
-    return bytes(ids) if isinstance(codec, BytesCodec) else codec.decode(ids)
+    return bytes(ids) if isinstance(codec.plain, BytesCodec) else codec.decode(ids)
 
 
 def run_hash(run: Run, codec: Codec) -> bytes:

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from perceiver_ar.errors import require
@@ -21,6 +22,7 @@ def embed(
     stride: int | None = None,
     batch_size: int = 8,
     precision: Literal["32", "bf16"] = "32",
+    pinned: ArrayLike = (),
 ) -> np.ndarray:
     """The embedding of a document, (D,) float32.
 
@@ -33,6 +35,8 @@ def embed(
         stride: new latents per window, 1 ... num_latents. None: half of num_latents.
         batch_size: windows per forward.
         precision: "32": in the weights' dtype; "bf16": autocast.
+        pinned: ids in place of the first tokens of a window that starts later, unless these are new: the document's
+            conditions.
 
     Raises:
         InputError: no tokens, ids outside the vocabulary, or a model whose weights give NaN.
@@ -46,6 +50,7 @@ def embed(
     wrong = x[(x < 0) | (x >= config.vocab_size)]
     require(len(wrong) == 0, f"there is no id {wrong[:1]}: this model's are 0 ... {config.vocab_size - 1}")
     require(batch_size >= 1, f"batch_size is {batch_size}: it must be at least 1")
+    first = np.array(pinned, dtype=x.dtype)
     T = longest_context(config)
     N = min(config.num_latents, T)
     each = windows(len(x) + 1, T, N, max(1, N // 2) if stride is None else stride)
@@ -59,6 +64,9 @@ def embed(
         for (length, P), alike in groupby(each, key=lambda window: (window.end - window.start - 1, window.prefix_len)):
             while batch := list(islice(alike, batch_size)):
                 ids = np.stack([x[window.start : window.start + length] for window in batch])
+                for row, window in zip(ids, batch, strict=True):
+                    if 0 < window.start < window.first_target - len(first):
+                        row[: len(first)] = first
                 latents = model.latents(torch.from_numpy(ids.astype(np.int64)).to(device), P).cpu().double()
                 for window, row in zip(batch, latents, strict=True):
                     total += row[window.first_target - window.end :].sum(dim=0)

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.token_files import TokenFile
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
 from perceiver_ar.generation import evaluation_mode
@@ -143,7 +144,7 @@ class Evaluation:
 
 def evaluate(
     model: PerceiverAR,
-    tokens: np.ndarray | Tensor,
+    tokens: np.ndarray | Tensor | TokenFile,
     *,
     stride: int | None = None,
     num_latents: int | None = None,
@@ -164,7 +165,9 @@ def evaluate(
     The model may be in any mode; it computes in evaluation mode without gradients and is left as it was.
 
     Args:
-        tokens: (n,) integer ids, n >= 2; a memory map is read window by window.
+        tokens: (n,) integer ids, n >= 2; a memory map is read window by window. In a token file whose documents have
+            conditions, these are not scored, and a window that starts within a document has its conditions in place of
+            the first tokens, unless these are to be scored.
         stride: new targets per window, 1 ... num_latents. A smaller stride is slower, but gives each target more
             context and so a better and truer score. None: half of num_latents.
         num_latents: more or fewer than in training is allowed (paper, section 5). None: the model's.
@@ -195,6 +198,8 @@ def evaluate(
     require(batch_size >= 1, f"batch_size is {batch_size}: it must be at least 1")
     require(max_tokens is None or max_tokens >= 1, f"max_tokens is {max_tokens}: it must be at least 1, or left out")
     require(precision in ("32", "bf16"), f"precision is {precision!r}: choose 32 or bf16")
+    file = tokens if isinstance(tokens, TokenFile) and tokens.conditions[1] > 0 else None
+    tokens = tokens.tokens if isinstance(tokens, TokenFile) else tokens
     x = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asanyarray(tokens)
     require(x.ndim == 1, f"the tokens to evaluate on have shape {x.shape}: they must be one sequence, (n,)")
     require(x.dtype.kind in "iu", f"the tokens to evaluate on have type {x.dtype}: ids are integers")
@@ -238,9 +243,16 @@ def evaluate(
                 ids = np.stack([x[window.start : window.end] for window in batch])  # in their stored dtype
                 _check_ids(ids, batch, config.vocab_size)
                 sizes = [window.end - window.first_target for window in batch]
-                losses = _losses(model, torch.from_numpy(ids).to(device), prefix_len, sizes, start)
+                scored = np.arange(-max(sizes), 0) >= -np.array(sizes)[:, None]
+                for row, window in enumerate(batch if file is not None else ()):
+                    assert file is not None
+                    scored[row, -sizes[row] :] &= ~file.are_conditions(window.first_target, window.end)
+                    if window.first_target - window.start > file.conditions[1]:
+                        conditions = file.conditions_before(window.start)
+                        ids[row, : len(conditions)] = conditions
+                losses = _losses(model, torch.from_numpy(ids).to(device), prefix_len, scored, start)
                 sums += losses.sum(dim=1).tolist()
-                counts += sizes
+                counts += scored.sum(axis=1).tolist()
                 if each is not None:
                     for window, size, row in zip(batch, sizes, losses.numpy(), strict=True):
                         each(window.first_target, row[-size:])
@@ -250,6 +262,8 @@ def evaluate(
                 if progress is not None:
                     progress(done, total)
 
+    total = sum(counts)
+    require(total > 0, "there is nothing to score but conditions of documents: score more tokens")
     nats = math.fsum(sums) / total
     require(
         math.isfinite(nats),
@@ -294,17 +308,16 @@ def _shifted(window: ScoredWindow, base: int) -> ScoredWindow:
     return ScoredWindow(base + start, prefix_len, base + end, base + first_target)
 
 
-def _losses(model: PerceiverAR, ids: Tensor, prefix_len: int, sizes: Sequence[int], start: int | None) -> Tensor:
-    """Nats (B, n) float64 of the last n targets of each row of ids (B, input + 1), n = max(sizes); 0 before the last
-    `size` of a row. `start`: the first position, if it matters."""
+def _losses(model: PerceiverAR, ids: Tensor, prefix_len: int, scored: np.ndarray, start: int | None) -> Tensor:
+    """Nats (B, n) float64 of the last n ids of each row (B, input + 1); 0 for those that are not `scored` (B, n).
+    `start`: the first position, if it matters."""
     if start is None or model.config.positions_from_end:
         positions = None
     else:
         positions = torch.arange(start, start + ids.shape[1] - 1, device=ids.device)
-    most = max(sizes)
+    most = scored.shape[1]
     labels = ids[:, -most:].to(torch.int64, copy=True)
-    for row, size in zip(labels, sizes, strict=True):
-        row[: most - size] = IGNORE
+    labels[torch.from_numpy(~scored).to(ids.device)] = IGNORE
     logits = model.head(model.latents(ids[:, :-1], prefix_len, positions=positions)[:, -most:])
     return next_token_loss(logits, labels, reduction="none").cpu().double()
 
@@ -328,7 +341,7 @@ def _standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
 
 def evaluate_context_lengths(
     model: PerceiverAR,
-    tokens: np.ndarray | Tensor,
+    tokens: np.ndarray | Tensor | TokenFile,
     context_lengths: Sequence[int],
     *,
     stride: int | None = None,

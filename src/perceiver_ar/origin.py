@@ -117,16 +117,17 @@ class Origin:
         return fixed
 
     def _tokenizer(self) -> str:
-        is_one = isinstance(self.codec, TokenizerCodec)
-        return f"a tokenizer of {self.codec.vocab_size:,} ids" if is_one else "no tokenizer"
+        is_one = isinstance(self.codec.plain, TokenizerCodec)
+        return f"a tokenizer of {self.codec.plain.vocab_size:,} ids" if is_one else "no tokenizer"
 
     def _same_tokenizer(self, name: str, asked: Any) -> bool:
-        if not isinstance(self.codec, TokenizerCodec):
+        codec = self.codec.plain
+        if not isinstance(codec, TokenizerCodec):
             return False
         if name == "data.bpe_vocab_size":
-            return asked == self.codec.vocab_size
+            return asked == codec.vocab_size
         other = TokenizerCodec.from_file(asked) if name == "data.tokenizer" else None
-        return other is not None and other.tokenizer.to_str() == self.codec.tokenizer.to_str()
+        return other is not None and other.tokenizer.to_str() == codec.tokenizer.to_str()
 
     def write(self, network: PerceiverARConfig, directory: Path) -> None:
         """Writes the weights, with `network` as configuration, and the codec into a new `directory`, atomically.

@@ -133,6 +133,13 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def conditions(self) -> dict[str, list[str]]:
+        """Field -> values of the conditions that the run was trained with, without loading the codec; {} if unknown."""
+        try:
+            return dict(json.loads((self.path / "codec.json").read_text(encoding="utf-8"))["conditions"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
     def summary(self) -> dict[str, Any] | None:
         """The content of `summary.json`; None before the run is finished. Raises InputError if it is damaged."""
         try:

@@ -70,7 +70,7 @@ class DocumentScores:
         first byte in the document and its bytes (None if ids stand for no bytes), and its bits."""
         known = self.evaluation.bytes is not None
         starts = [start for start, _ in self.spans]
-        if starts and self.codec.document_length is None and not self.codec.separator:
+        if starts and self.codec.document_length is None and not (self.codec.separator or self.codec.unknown):
             starts[0] = 0  # its first token has no score
         for number, (first, (start, stop)) in enumerate(zip(starts, self.spans, strict=True)):
             at = self.codec.num_bytes(self.ids[first:start]) if known else 0
@@ -121,7 +121,7 @@ def score_documents(
 
     evaluation = evaluate(
         model,
-        file.tokens,
+        file,
         byte_lengths=codec.byte_lengths(),
         amounts=codec.amounts,
         document_length=codec.document_length,
@@ -130,9 +130,11 @@ def score_documents(
     )
     bounds = file.bounds()
     if codec.document_length is None:  # from after a document's separator to after the next one's
-        bounds = [max(1, min(start + len(codec.separator), len(file))) for start in bounds]
-        bounds[0] = 1
-        spans = list(pairwise(bounds))
+        ends = [max(1, min(start + len(codec.separator), len(file))) for start in bounds[1:]]
+        starts = [1, *ends[:-1]]
+        if codec.unknown:
+            starts = [start + len(codec.separator) + len(codec.unknown) for start in bounds[:-1]]
+        spans = list(zip(starts, ends, strict=True))
     else:
         spans = [(start + 1, stop) for start, stop in pairwise(bounds)]
     return DocumentScores(codec, file.tokens, nats, spans, list(names), evaluation)

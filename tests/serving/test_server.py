@@ -26,6 +26,7 @@ from reference import randomize
 from perceiver_ar.cli import main
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import save_codec
+from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.evaluation import evaluate
 from perceiver_ar.generation import generate
@@ -84,6 +85,30 @@ def test_a_completion_is_what_generate_draws(client: Any, model: PerceiverAR) ->
     assert answer.usage.prompt_tokens == 5
     assert answer.usage.completion_tokens <= 20
     assert answer.object == "text_completion"
+
+
+def test_a_completion_has_conditions_in_front_of_every_window(serving: Any, tmp_path: Path) -> None:
+    codec = ConditionedCodec(BytesCodec(), {"kind": ["high", "low"], "year": ["1812"]})
+    config = PerceiverARConfig(**CONFIG).replace(vocab_size=codec.vocab_size)
+    randomize(PerceiverAR(config), seed=1).save_pretrained(tmp_path)
+    save_codec(codec, tmp_path)
+    model, count = PerceiverAR.from_pretrained(tmp_path), 2 * CONFIG["context_length"]
+    with serving(tmp_path) as url:
+        for given, front in (({"kind": "low"}, [258, 259]), (None, [256, 259])):
+            body = {"prompt": "Once", "condition": given, "max_tokens": count, "seed": 3, "logprobs": 0, "echo": True}
+            answer = http.post(f"{url}/v1/completions", json=body).json()["choices"][0]
+            start = [0, *front, *b"Once"]
+            options = {"pinned": front, "allowed_next": codec.constraint(), "stop_tokens": [0], "seed": 3}
+            ids = generate(model, [start], count, **options)[0].numpy()
+            assert answer["text"] == "Once" + codec.decode(ids).decode(errors="replace")
+            assert len(answer["logprobs"]["tokens"]) == len(start) + len(ids)
+        for body, says in (
+            ({"prompt": "a", "condition": {"kind": "lo"}}, "known are high, low"),
+            ({"prompt": [1], "condition": {"kind": "low"}}, "condition is for texts"),
+        ):
+            answer = http.post(f"{url}/v1/completions", json=body)
+            assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+            assert answer.json()["error"]["param"] == "condition"
 
 
 def test_a_stream_is_the_same_in_pieces_under_one_id(client: Any, model: PerceiverAR) -> None:

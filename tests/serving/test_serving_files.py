@@ -22,6 +22,7 @@ from samples import write_music, write_picture
 
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.integers import IntegerCodec
 from perceiver_ar.data.midi import PerformanceCodec
@@ -87,6 +88,24 @@ def test_music_goes_on_and_its_files_are_behind_links(serving: Any, made: Made, 
         wrong = http.post("/v1/generate", files={"file": ("x.mid", b"no music")})
         assert wrong.status_code == 422
         assert wrong.json()["error"]["param"] == "file"
+
+
+def test_music_goes_on_under_its_conditions(serving: Any, made: Made, tmp_path: Path) -> None:
+    codec = ConditionedCodec(PerformanceCodec(), {"composer": ["bach", "chopin"]})
+    run, model = made(codec)
+    write_music(tmp_path / "a.mid", 1)
+    data = (tmp_path / "a.mid").read_bytes()
+    with serving(run) as url, httpx.Client(base_url=url, timeout=120) as http:
+        form = {"keep": "20", "max_new_tokens": "80", "seed": "5", "condition": "composer=chopin"}
+        answer = http.post("/v1/generate", data=form, files={"file": ("a.mid", data)}).json()
+        files = {file["name"]: http.get(file["url"]).content for file in answer["files"]}
+        wrong = http.post("/v1/generate", data={"condition": "composer"})
+        assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "condition"
+    pinned = codec.condition_ids({"composer": "chopin"})
+    prompt = [*codec.separator, *pinned, *codec.encode(data).tolist()][: 2 + 20]
+    options = {"allowed_next": codec.constraint(), "stop_tokens": codec.separator[-1:], "pinned": pinned}
+    drawn = generate(model, [prompt], 80, seed=5, **options)[0].tolist()
+    assert files["generated.mid"] == codec.decode(np.array([*prompt, *drawn]))
 
 
 def pixels(picture: bytes) -> np.ndarray:

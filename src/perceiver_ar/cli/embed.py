@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from perceiver_ar.cli.evaluate import documents_to_score
-from perceiver_ar.cli.options import add_paths, make_parser, names, parse
+from perceiver_ar.cli.options import add_conditions, add_paths, make_parser, names, parse
 from perceiver_ar.cli.prompts import to_device
 from perceiver_ar.errors import InputError
 from perceiver_ar.progress import ProgressBar
@@ -20,6 +20,7 @@ def embed_verb(argv: list[str]) -> None:
     )
     parser.add_argument("run", type=str, help="a run directory")
     add_paths(parser, "files as for train; none: what the run held out")
+    add_conditions(parser)
     parser.add_argument("--out", type=str | None, help="what to write: .npy (documents, dim) float32 in the order of "
                         "the documents, or a table: .parquet, .jsonl, .csv")  # fmt: skip
     parser.add_argument("--stride", type=int | None, help="new latents per window (default: half the latents)")
@@ -45,14 +46,15 @@ def embed_verb(argv: list[str]) -> None:
     run = Run.open(args.run)
     model, codec = to_device(run.model()), run.codec()
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
-        file, files = documents_to_score(run, codec, names(args.paths), Path(scratch))
+        file, files = documents_to_score(run, codec, names(args.paths), Path(scratch), args.conditions)
+        first, count = file.conditions
         unread = int(codec.document_length is not None)  # the last value of a picture has no position: it is no input
         vectors = []
         with ProgressBar("embedding", len(files)) as bar:
             for start, stop in pairwise(file.bounds()):
                 tokens = file.tokens[start : stop - unread]
                 settings = {"stride": args.stride, "batch_size": args.batch_size, "precision": args.precision}
-                vectors.append(embed(model, tokens, **settings))
+                vectors.append(embed(model, tokens, pinned=tokens[first : first + count], **settings))
                 bar.advance(1)
     if Path(args.out).suffix.lower() == ".npy":
         with atomic_path(args.out) as temporary:

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceiver_ar.cli.options import add_paths, make_parser, names, parse
+from perceiver_ar.cli.options import add_conditions, add_paths, make_parser, names, parse
 from perceiver_ar.cli.prompts import of_trained, to_device
 from perceiver_ar.config import Recipe
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -25,11 +25,13 @@ def evaluate_verb(argv: list[str]) -> None:
         "Scores every token of files exactly once, each with as much context as there is.",
         "  perceiver-ar evaluate runs/books new_book.txt\n"
         "  perceiver-ar evaluate runs/books                        (the documents it held out)\n"
+        "  perceiver-ar evaluate runs/letters new/ --conditions new/about.csv\n"
         "  perceiver-ar evaluate runs/books --context_lengths 256,1024,4096\n"
         "  perceiver-ar evaluate runs/books new_book.txt --json",
     )
     parser.add_argument("run", type=str, help="a run directory")
     add_paths(parser, "files as for train; none: the documents that the run held out")
+    add_conditions(parser)
     parser.add_argument("--stride", type=int | None, help="tokens from window to window; 1 is exact and slow "
                         "(default: half the latents)")  # fmt: skip
     parser.add_argument("--num_latents", type=int | None, help="latents per window (default: as trained)")
@@ -51,7 +53,7 @@ def evaluate_verb(argv: list[str]) -> None:
     run = Run.open(args.run)
     model, codec = to_device(run.model()), run.codec()
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
-        tokens = documents_to_score(run, codec, names(args.paths), Path(scratch))[0].tokens
+        tokens = documents_to_score(run, codec, names(args.paths), Path(scratch), args.conditions)[0]
         options: dict[str, Any] = {"num_latents": args.num_latents, "byte_lengths": codec.byte_lengths()}
         options |= {"amounts": codec.amounts, "document_length": codec.document_length}
         options |= {"max_tokens": args.max_tokens, "batch_size": args.batch_size, "precision": args.precision}
@@ -64,7 +66,7 @@ def evaluate_verb(argv: list[str]) -> None:
         if lengths is None:
             print(json.dumps(results[0].to_dict()) if args.json else describe(results[0]))
             return
-        references = compressors(codec, tokens[max(lengths) :][: results[0].tokens])
+        references = compressors(codec, tokens.tokens[max(lengths) :][: results[0].tokens])
     show_context_table(run, results, references, args.json)
 
 
@@ -78,9 +80,13 @@ def parse_lengths(text: str | None) -> list[int] | None:
 
 
 def documents_to_score(
-    run: "Run", codec: "Codec", paths: tuple[str, ...], scratch: Path
+    run: "Run", codec: "Codec", paths: tuple[str, ...], scratch: Path, conditions: str | None = None
 ) -> "tuple[TokenFile, list[str]]":
-    """The documents at `paths`, or else those that the run held out, and the file name of each."""
+    """The documents at `paths`, or else those that the run held out, and the file name of each.
+
+    conditions: a table of the conditions of files at `paths`.
+    """
+    from perceiver_ar.data.conditions import ConditionTable
     from perceiver_ar.data.genome import find_records
     from perceiver_ar.data.rows import find_rows
     from perceiver_ar.data.sources import find_files
@@ -89,14 +95,21 @@ def documents_to_score(
     if paths:
         recipe = run.recipe() if run.recipe_file.exists() else Recipe(out=str(run.path))
         sources = find_files(paths)
+        table = None if conditions is None else ConditionTable.read(conditions)
+        sources = sources if table is None else table.without_itself(sources)
         if codec.name == "nucleotides":
             sources, _ = find_records(sources, None)
         elif codec.writes_text and recipe.modality != "bytes":
             sources = find_rows(sources, recipe.data.column)
+        if table is not None:
+            sources = table.apply(sources, codec)
+        elif codec.conditions:
+            print(f"conditions are unknown ({', '.join(codec.conditions)}): give --conditions TABLE", file=sys.stderr)
         try:
             return prepare_all(sources, codec, scratch / "documents", recipe.data.split_on)
         except InputError as error:
             raise InputError(of_trained(str(error))) from None
+    require(conditions is None, "--conditions is of files: name them, or leave it out")
     if not (run.tokens / "validation.json").exists():
         raise InputError(f"{run.path} held nothing out: name the files to evaluate")
     held_out = TokenFile.open(run.tokens / "validation")

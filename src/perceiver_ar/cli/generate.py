@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perceiver_ar.cli.options import make_parser, parse
+from perceiver_ar.cli.options import make_parser, names, parse
 from perceiver_ar.cli.prompts import prompt_ids, stop_bytes, to_device, what_to_draw
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -28,11 +28,14 @@ def generate_verb(argv: list[str]) -> None:
         "  perceiver-ar generate runs/books --prompt 'Call me'\n"
         "  perceiver-ar generate runs/code --prompt_file start.py --max_new_tokens 2000 --top_p 0.95\n"
         "  perceiver-ar generate runs/books --stop '\\n\\n' --seed 1 --out sample.txt\n"
+        "  perceiver-ar generate runs/letters --condition author=austen --condition year=1812\n"
         "  perceiver-ar generate runs/piano --prompt_file prelude.mid --keep 500 --max_new_tokens 1000 --out new.mid",
     )
     parser.add_argument("run", type=str, help="a run directory")
     parser.add_argument("--prompt", type=str | None, help="text to continue; for pictures the name of a class")
     parser.add_argument("--prompt_file", type=str | None, help="a file to continue, - for standard input")
+    parser.add_argument("--condition", action="append", default=[], help="KEY=VALUE, a condition that the "
+                        "run was trained with (perceiver-ar info lists them); others are unknown")  # fmt: skip
     parser.add_argument("--keep", type=float | None, help="continue only the first KEEP tokens of the prompt file; "
                         "below 1: this share of them (default: all; of a picture half)")  # fmt: skip
     parser.add_argument("--max_new_tokens", type=int | None, help="number of tokens to draw (default: 256, or the "
@@ -75,7 +78,7 @@ def generate_verb(argv: list[str]) -> None:
 
     import torch
 
-    from perceiver_ar.data.codec import numbered
+    from perceiver_ar.data.codec import numbered, parse_conditions
     from perceiver_ar.data.sound import check_soundfont
     from perceiver_ar.generation import stream
     from perceiver_ar.generation.quantization import int8_weights
@@ -89,7 +92,11 @@ def generate_verb(argv: list[str]) -> None:
         model = model.to(torch.bfloat16)
     if args.precision == "int8":
         int8_weights(model)
-    document = prompt_ids(codec, args.prompt, args.prompt_file)
+    conditions = parse_conditions(names(args.condition, "condition"))
+    pinned = codec.condition_ids(conditions)
+    require(not (args.ignore_end and pinned), "--ignore_end begins documents without conditions: leave it out")
+    require(not (args.slide and pinned), "--slide drops the conditions of a document, its oldest tokens: leave it out")
+    document = prompt_ids(codec, args.prompt, args.prompt_file, conditions)
     prompt, count, samples = what_to_draw(codec, document, args)
     stop = stop_bytes(codec, args.stop)
     steps = partial(
@@ -109,6 +116,7 @@ def generate_verb(argv: list[str]) -> None:
         slide=args.slide,
         compile="max-autotune" if args.max_autotune else args.compile,
         allowed_next=codec.constraint(),
+        pinned=pinned,
     )
     if not codec.writes_text:
         drawn = steps(num_samples=samples, seed=args.seed)

@@ -17,6 +17,7 @@ def info_verb(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parse(parser, argv)
 
+    from perceiver_ar.data.conditions import listed
     from perceiver_ar.run import Run
 
     run = Run.open(args.run)
@@ -29,6 +30,8 @@ def info_verb(argv: list[str]) -> None:
             shown = "yes" if value else "no"
         elif isinstance(value, list):
             shown = ", ".join(value[:3]) + (f" and {len(value) - 3:,} more" if len(value) > 3 else "")
+        elif isinstance(value, dict):
+            shown = "; ".join(f"{key}: {listed(values)}" for key, values in value.items())
         else:
             shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' '):<34}{shown}")
@@ -58,6 +61,8 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
     config, parameters, codec = model.config, model.num_parameters(), run.codec_name()
     if codec is not None:
         yield "codec", codec
+        if conditions := run.conditions():
+            yield "conditions", conditions
     yield "parameters", parameters
     yield "vocab_size", config.vocab_size
     yield "context_length", config.context_length

@@ -30,6 +30,8 @@ PATHS = (
     "prompt_file",
     "soundfont",
     "data.tokenizer",
+    "data.conditions",
+    "conditions",
     "data.audio_weights",
     "settings",
 )
@@ -173,11 +175,17 @@ def add_paths(parser: ArgumentParser, help: str) -> None:
     action.required = False  # pyright: ignore[reportOptionalMemberAccess]  # else the help marks it as required
 
 
-def names(paths: Any) -> tuple[str, ...]:
-    """The paths as a tuple; a --config file may give one, several or none."""
+def add_conditions(parser: ArgumentParser) -> None:
+    help = "the table of the files' conditions, as data.conditions of train (default: unknown)"
+    parser.add_argument("--conditions", type=str | None, help=help)
+
+
+def names(paths: Any, option: str = "paths") -> tuple[str, ...]:
+    """The paths, or the texts of another option, as a tuple; a --config file may give one, several or none."""
     found = (paths,) if isinstance(paths, str) else paths or ()
     if not isinstance(found, list | tuple) or not all(isinstance(path, str) for path in found):
-        raise InputError(f"paths is {paths!r}: it must be names of files or folders")
+        what = "names of files or folders" if option == "paths" else "a text, or a list of texts"
+        raise InputError(f"{option} is {paths!r}: it must be {what}")
     return tuple(found)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,14 @@ if TYPE_CHECKING:
     from perceiver_ar.data.codec import Codec
 
 
-def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> list[int]:
-    """The ids of the prompt, as the start of a document; at least one."""
+def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None, conditions: Mapping[str, str]) -> list[int]:
+    """The ids of the prompt, as the start of a document with `conditions`; at least one."""
     from perceiver_ar.data.codec import WrongModality, start_ids
     from perceiver_ar.data.text import text_only
 
     try:
         if prompt_file is None:
-            return start_ids(codec, prompt or "").tolist()
+            return start_ids(codec, prompt or "", conditions).tolist()
         where = f"--prompt_file {prompt_file}"
         try:
             data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
@@ -33,7 +34,7 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
     except WrongModality as error:
         reason = str(error).replace("the input", "--prompt", 1) if prompt_file is None else f"--prompt_file {error}"
         raise InputError(f"this run cannot read the prompt: {of_trained(reason)}") from None
-    return [*codec.separator, *chain.from_iterable(pieces)] or [0]
+    return [*codec.separator, *codec.condition_ids(conditions), *chain.from_iterable(pieces)] or [0]
 
 
 def of_trained(reason: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver_ar.cli.evaluate import describe, documents_to_score
-from perceiver_ar.cli.options import add_paths, make_parser, names, parse
+from perceiver_ar.cli.options import add_conditions, add_paths, make_parser, names, parse
 from perceiver_ar.cli.prompts import to_device
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.progress import ProgressBar
@@ -29,6 +29,7 @@ def score_verb(argv: list[str]) -> None:
     )
     parser.add_argument("run", type=str, help="a run directory")
     add_paths(parser, "files as for train; none: what the run held out")
+    add_conditions(parser)
     parser.add_argument("--out", type=str | None, help="write a table with a row for each document: .csv, .jsonl or "
                         ".parquet")  # fmt: skip
     parser.add_argument("--tokens", action="store_true", help="write a second table, OUT-tokens, with every token")
@@ -61,11 +62,12 @@ def score_verb(argv: list[str]) -> None:
     options = {"stride": args.stride, "num_latents": args.num_latents}
     options |= {"batch_size": args.batch_size, "precision": args.precision}
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
-        scores = scores_of(run, paths, Path(scratch), options)
+        scores = scores_of(run, paths, Path(scratch), options, conditions=args.conditions)
         columns, rows = scores.columns(), scores.rows
         result = scores.summary()
         if other is not None:
-            others = scores_of(other, paths, Path(scratch) / "other", options, held_out_by=run)
+            table = args.conditions if other.conditions() else None
+            others = scores_of(other, paths, Path(scratch) / "other", options, held_out_by=run, conditions=table)
             result["against"] = compare(scores, others)
             columns |= {"bits_against": float}
             rows = [row | {"bits_against": its["bits"]} for row, its in zip(rows, others.rows, strict=True)]
@@ -89,7 +91,12 @@ def score_verb(argv: list[str]) -> None:
 
 
 def scores_of(
-    run: "Run", paths: tuple[str, ...], scratch: Path, options: dict[str, Any], held_out_by: "Run | None" = None
+    run: "Run",
+    paths: tuple[str, ...],
+    scratch: Path,
+    options: dict[str, Any],
+    held_out_by: "Run | None" = None,
+    conditions: str | None = None,
 ) -> "DocumentScores":
     """`held_out_by`: the run whose held-out documents are scored without `paths`; None: `run`."""
     from perceiver_ar.scores import score_documents
@@ -97,7 +104,7 @@ def scores_of(
     model, codec = to_device(run.model()), run.codec()
     if held_out_by is not None and not paths and not same_codec(run, held_out_by):
         raise InputError(f"{held_out_by.path} and {run.path} have different codecs: name the files to compare them on")
-    file, files = documents_to_score(held_out_by or run, codec, paths, scratch)
+    file, files = documents_to_score(held_out_by or run, codec, paths, scratch, conditions)
     with ProgressBar("scoring", 1.0) as bar:
         options |= {"progress": lambda done, total: bar.update(done / total)}
         return score_documents(model, codec, file, files, **options)

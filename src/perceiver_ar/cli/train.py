@@ -36,6 +36,7 @@ def train_verb(argv: list[str]) -> None:
         "  perceiver-ar train corpus.txt.xz --data.split_on '\\n\\n\\n\\n' --out runs/corpus --max_steps 2000\n"
         "  perceiver-ar train src/ --out runs/code --model.context_length 8192 --model.dim 256 --model.num_heads 4\n"
         "  perceiver-ar train stories.parquet --data.column story --out runs/stories     (each row is a document)\n"
+        "  perceiver-ar train letters/ --data.conditions letters/about.csv --out runs/letters      (author, year)\n"
         "  perceiver-ar train --out runs/python --max_time 5m      (Python's own source)\n"
         "  perceiver-ar train --out runs/books --resume            (go on where it stopped)\n"
         "  perceiver-ar train letters/ --init_from runs/books --out runs/letters --max_time 10m      (fine-tune a run)",

@@ -33,6 +33,9 @@ class DataConfig:
     group_by: str | None = None
     """Regular expression for file names: files with the same match are held out together, or not at all. '(.*)__' keeps
     all performances of Piece__Performer.mid together, '(.*)/' all files of a folder. None: every file is separate."""
+    conditions: str | None = None
+    """A table (.csv, .tsv, .jsonl, .parquet) with a column `file` (relative to the table's folder); its other columns,
+    such as composer, become tokens in front of each document, which generate --condition composer=bach chooses."""
     augment: bool = True
     """Train on variants of windows if the modality has any: music in other keys, faster, slower, louder, softer."""
     tokenizer: str | None = None

@@ -7,10 +7,11 @@ as `codec.json` (which codec, with which settings) and the codec's own files, if
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,6 +42,9 @@ class WrongModality(InputError):
     """A document that the codec cannot read: skipped if it was found in a folder, an error if the user named it."""
 
 
+NO_CONDITIONS: Mapping[str, str] = MappingProxyType({})
+
+
 class Codec(ABC):
     """Documents to ids and back.
 
@@ -53,6 +57,9 @@ class Codec(ABC):
             one document.
         files: patterns of the files that `save` writes into a run directory.
         ending: file name ending for what `decode` returns, such as ".mid".
+        conditions: field -> its values, of which one or "unknown" stands as a token after the separator of every
+            document; see `ConditionedCodec`.
+        unknown: the id of each field of `conditions` in documents that have no value.
         reads_text: documents are UTF-8 text; files that cannot be text are refused.
         writes_text: `decode` returns text that can be read piece by piece.
         encodes_in_threads: `encode_pieces` lets other threads run, so encoding in several threads is faster.
@@ -68,6 +75,13 @@ class Codec(ABC):
     separator: tuple[int, ...] = ()
     index_dims: tuple[int, ...] = ()
     document_length: int | None = None
+    conditions: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    unknown: tuple[int, ...] = ()
+
+    @property
+    def plain(self) -> "Codec":
+        """The codec of the documents alone, without conditions."""
+        return self
 
     @property
     def dtype(self) -> np.dtype:
@@ -114,14 +128,20 @@ class Codec(ABC):
         """`config` with the settings that follow from the codec filled in."""
         return config.replace(vocab_size=self.vocab_size)
 
-    def start(self, prompt: str = "") -> np.ndarray:
+    def condition_ids(self, conditions: Mapping[str, str]) -> list[int]:
+        """The ids that stand for `conditions` between separator and document. Raises `InputError` for unknown ones."""
+        if conditions:
+            raise InputError(f"there is no condition {next(iter(conditions))!r}: this run was trained without any")
+        return []
+
+    def start(self, prompt: str = "", conditions: Mapping[str, str] = NO_CONDITIONS) -> np.ndarray:
         """The ids (n,) of a document that begins with `prompt`. Raises `InputError` if text cannot be a prompt."""
-        separator = np.array(self.separator, dtype=self.dtype)
+        front = np.array([*self.separator, *self.condition_ids(conditions)], dtype=self.dtype)
         if not prompt:
-            return separator
+            return front
         if not self.writes_text:
             raise InputError(f"this run does not write text, so {prompt!r} is no prompt; give a file to go on from")
-        return np.append(separator, self.encode(prompt.encode("utf-8", errors="surrogateescape")))
+        return np.append(front, self.encode(prompt.encode("utf-8", errors="surrogateescape")))
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray | None:
         """Which ids may follow `ids` (n,), the whole row with separator and prompt: (vocab_size,) bool; None: all may.
@@ -215,10 +235,23 @@ class Codec(ABC):
         return cls(**settings)
 
 
-def start_ids(codec: Codec, prompt: str = "") -> np.ndarray:
+def start_ids(codec: Codec, prompt: str = "", conditions: Mapping[str, str] = NO_CONDITIONS) -> np.ndarray:
     """`codec.start` as ids (n,) int64, n >= 1, to generate from: id 0 if nothing precedes documents."""
-    ids = codec.start(prompt).astype(np.int64)
+    ids = codec.start(prompt, conditions).astype(np.int64)
     return ids if len(ids) else np.zeros(1, np.int64)
+
+
+def parse_conditions(words: Iterable[str]) -> dict[str, str]:
+    """Words of the form key=value as a dict. Raises `InputError` for others, and for a key that comes twice."""
+    conditions: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not (key and equals and value):
+            raise InputError(f"condition {word!r} has no key and value: write KEY=VALUE, such as composer=bach")
+        if key in conditions:
+            raise InputError(f"condition {key} is given twice: choose one of {conditions[key]} and {value}")
+        conditions[key] = value
+    return conditions
 
 
 def prompt_and_count(codec: Codec, document: list[int], keep: float | None, count: int | None) -> tuple[list[int], int]:
@@ -259,8 +292,9 @@ def missing_extra(extra: str, error: ImportError) -> InputError:
 def save_codec(codec: Codec, directory: str | Path) -> None:
     """Writes `codec.json` and the codec's own files into `directory`, each atomically, `codec.json` last."""
     codec.save(Path(directory))
-    text = json.dumps({"codec": codec.name, "settings": codec.settings()}, indent=2)
-    write_text(Path(directory) / "codec.json", text + "\n")
+    content = {"codec": codec.name, "settings": codec.settings()}
+    content |= {"conditions": dict(codec.conditions)} if codec.conditions else {}
+    write_text(Path(directory) / "codec.json", json.dumps(content, indent=2) + "\n")
 
 
 def load_codec(directory: str | Path) -> Codec:
@@ -268,7 +302,7 @@ def load_codec(directory: str | Path) -> Codec:
     path = Path(directory) / "codec.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        name, settings = content["codec"], content["settings"]
+        name, settings, conditions = content["codec"], content["settings"], content.get("conditions")
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{path} does not exist: {directory} is not a run directory (train one with --out), or was converted from "
@@ -282,8 +316,13 @@ def load_codec(directory: str | Path) -> Codec:
     module, _, attribute = CODECS[name].partition(":")
     codec_class: type[Codec] = getattr(import_module(module), attribute)
     try:
-        return codec_class.load(path.parent, settings)
+        codec = codec_class.load(path.parent, settings)
+        if conditions is None:
+            return codec
+        from perceiver_ar.data.conditions import ConditionedCodec
+
+        return ConditionedCodec(codec, conditions)
     except InputError:
         raise
-    except (TypeError, ValueError, KeyError, OverflowError) as error:  # settings that the class does not take
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:  # not what the class takes
         raise InputError(f"{path} is damaged ({error}); copy it again from the original run") from None

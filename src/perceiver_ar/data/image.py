@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from PIL import ExifTags, Image, ImageOps
 
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.data.codec import Codec, WrongModality, check_positive
+from perceiver_ar.data.codec import NO_CONDITIONS, Codec, WrongModality, check_positive
 from perceiver_ar.data.pictures import grid
 from perceiver_ar.data.sources import Source
 from perceiver_ar.errors import InputError
@@ -188,8 +188,9 @@ class ImageCodec(Codec):
             settings |= {"position_table": "learned", "index_dims": self.index_dims}
         return config.replace(vocab_size=self.vocab_size, **settings)
 
-    def start(self, prompt: str = "") -> np.ndarray:
+    def start(self, prompt: str = "", conditions: Mapping[str, str] = NO_CONDITIONS) -> np.ndarray:
         """`prompt`: name of a class. Raises `InputError` if there is no such class."""
+        self.condition_ids(conditions)  # there are none
         if prompt and prompt not in self.classes:
             known = f"give one of {', '.join(self.classes)}" if self.classes else "this run was trained without any"
             raise InputError(f"there is no class {prompt!r}: {known}")

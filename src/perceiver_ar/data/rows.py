@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from perceiver_ar.data.codec import WrongModality, missing_extra
 from perceiver_ar.data.modalities import NOTES
-from perceiver_ar.data.sources import Source, split_documents
+from perceiver_ar.data.sources import Source, find_files, split_documents
 from perceiver_ar.data.text import decode_utf8, text_only
 from perceiver_ar.errors import InputError
 
@@ -30,7 +30,10 @@ ROWS_TO_SEARCH = 1000  # rows without the column after which it counts as missin
 
 @dataclass(frozen=True)
 class Rows(Source):
-    """A file of rows. Each row is a document: the text in `column`, which may be a field of a field (doc.text)."""
+    """A file of rows. Each row is a document: the text in `column`, which may be a field of a field (doc.text).
+
+    Empty: no column is the document's, and all are read.
+    """
 
     of_rows: ClassVar[bool] = True
     column: str = "text"
@@ -130,7 +133,7 @@ class Rows(Source):
         options = options if reader == "parquet" else {}
         try:
             rows = load_dataset(reader, data_files=path, split="train", streaming=True, **options)
-            if names := rows.column_names:  # without names it is empty or damaged; reading finds out
+            if self.column and (names := rows.column_names):  # without names it is empty or damaged; reading finds out
                 column = self.column if self.column in names else self.column.partition(".")[0]
                 if column not in names:
                     if next(iter(rows), None) is None:
@@ -217,6 +220,19 @@ def find_rows(sources: Iterable[Source], column: str) -> list[Source]:
         for source in sources
         if not is_left_out(source)
     ]
+
+
+def read_rows(path: str) -> Iterator[dict[str, Any]]:
+    """The rows of one table, with all their columns. Raises `InputError` if it is no table, or damaged."""
+    if os.path.isdir(path) or not TABLE.fullmatch(os.path.basename(path)):
+        raise InputError(f"{path} is no table: name a .csv, .tsv, .jsonl or .parquet file")
+    (source,) = find_rows(find_files([path]), "")
+    assert isinstance(source, Rows)
+    for number, row in enumerate(source._rows(lambda num_bytes: None), 1):
+        if isinstance(row, str):
+            raise InputError(f"{source.name}, row {number}, {row}")
+        if row:
+            yield row
 
 
 def _reader(source: Source) -> str:

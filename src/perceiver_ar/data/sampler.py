@@ -25,6 +25,9 @@ class TrainingWindows:
     and no context reaches beyond its start, so a token has the same place in the context as in the document.
 
     `augment` (`codec.augment`) may change a window's ids; its randomness depends on (seed, index) alone, too.
+
+    If documents have conditions, a window that starts within a document has that document's conditions in place of its
+    first tokens; `forget` (`ConditionedCodec.forget`) may make conditions of the window unknown.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class TrainingWindows:
         *,
         document_length: int | None = None,
         augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+        forget: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
     ):
         """tokens: (n,) ids. Raises `InputError` if there are fewer than T + 1, or documents of another length."""
         length = len(tokens) if document_length is None else document_length
@@ -57,11 +61,16 @@ class TrainingWindows:
         self.num_latents = num_latents
         self.seed = seed
         self.document_length = document_length
-        self._augment = augment
+        self._augment, self._forget = augment, forget
         self._data = tokens
         self._length = length
         self._num_documents = len(tokens) // length
         self._firsts = np.zeros(1, dtype=np.int64)  # index of the first window of each pass; grows when needed
+
+    @property
+    def num_conditions(self) -> int:
+        """Number of conditions at the start of each context."""
+        return self._data.conditions[1] if isinstance(self._data, TokenFile) else 0
 
     @property
     def windows_per_pass(self) -> int:
@@ -95,19 +104,21 @@ class TrainingWindows:
         ends = np.minimum(starts + self.num_latents, self._length)
         return np.stack([np.maximum(starts, 1), ends], axis=1) + documents[:, None] * self._length
 
-    def batch(self, first: int, count: int) -> dict[str, torch.Tensor]:
+    def batch(self, first: int, count: int, cut: int = 0) -> dict[str, torch.Tensor]:
         """Windows first..first+count-1 as `tokens` (B, T) and `labels` int64 (B, N), both right-aligned.
 
         Tokens are uint8 if they are stored as uint8, else of a larger signed type (torch hardly supports uint16). The
         last label belongs to the last token. Labels that are not targets of the window are -100. A row with fewer than
         T tokens starts with zeros; only then is there a `mask` bool (B, T), True for real tokens. With
         `document_length`, padding that all rows share is cut from T in quarters (each new shape needs new kernels).
+        The first `cut` tokens of each row are left out.
         """
         size = 8 if self._augment is not None else self._data.dtype.itemsize
         tokens = np.zeros((count, self.context_length), dtype={1: np.uint8, 2: np.int32}.get(size, np.int64))
         labels = np.full((count, self.num_latents), -100, dtype=np.int64)
         mask = np.ones(tokens.shape, dtype=bool)
-        for row, (a, b) in enumerate(self.spans(first, count).tolist()):
+        spans = self.spans(first, count).tolist()
+        for row, (a, b) in enumerate(spans):
             document = (b - 1) // self._length * self._length
             first_token = max(document, b - 1 - self.context_length)
             window = self._read(first_token, b)  # the context and, after it, the last target
@@ -119,11 +130,23 @@ class TrainingWindows:
             mask[row, :padding] = False
         if self.document_length is not None:
             quarter = max(1, self.context_length // 4)
-            cut = int((~mask).sum(axis=1).min()) // quarter * quarter
-            cut = max(0, min(cut, self.context_length - self.num_latents))
-            tokens, mask = tokens[:, cut:], mask[:, cut:]
-        arrays = {"tokens": tokens, "labels": labels} | ({} if mask.all() else {"mask": mask})
+            shared = int((~mask).sum(axis=1).min()) // quarter * quarter
+            shared = max(0, min(shared, self.context_length - self.num_latents))
+            tokens, mask = tokens[:, shared:], mask[:, shared:]
+        arrays = {"tokens": tokens[:, cut:], "labels": labels} | ({} if mask.all() else {"mask": mask[:, cut:]})
+        if self.num_conditions > 0:
+            for row, (_, b) in enumerate(spans):
+                self._add_conditions(arrays["tokens"][row], b - 1, first + row)
         return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+    def _add_conditions(self, context: np.ndarray, stop: int, index: int) -> None:
+        """Changes the context (T,) of window `index`, which ends before token `stop`."""
+        assert isinstance(self._data, TokenFile)
+        context = context[-min(stop, len(context)) :]  # without padding
+        conditions = self._data.conditions_before(stop - len(context))
+        context[: len(conditions)] = conditions
+        if self._forget is not None:
+            context[:] = self._forget(context, np.random.default_rng((self.seed % 2**63, 3, index)))
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         return self._data.read(start, stop) if isinstance(self._data, TokenFile) else self._data[start:stop]

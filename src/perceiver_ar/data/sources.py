@@ -49,6 +49,7 @@ class Source:
     name: str
     size: int
     named: bool = True
+    conditions: tuple[int, ...] = ()  # ids in front of each of its documents; empty: the codec's unknown ones
     spool: Any = field(default=None, repr=False, compare=False)  # keeps a temporary file alive as long as its source
 
     @property

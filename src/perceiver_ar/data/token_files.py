@@ -35,6 +35,7 @@ class TokenFile:
     """A finished token file. Opening it reads none of the ids; pickling it (to a data loader's worker) opens it again.
 
     num_bytes: bytes of the documents that the ids came from, without separators and `split_on`.
+    conditions: where in each document its conditions stand, and how many there are.
     """
 
     stem: Path
@@ -44,6 +45,7 @@ class TokenFile:
     num_tokens: int
     num_documents: int
     num_bytes: int
+    conditions: tuple[int, int] = (0, 0)
 
     @classmethod
     def open(cls, stem: str | Path) -> "TokenFile":
@@ -53,7 +55,9 @@ class TokenFile:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content["version"]
             numbers = {key: int(content[key]) for key in ("vocab_size", "num_tokens", "num_documents", "num_bytes")}
-            file = cls(Path(stem), content["codec"], dtype=np.dtype(content["dtype"]).newbyteorder("<"), **numbers)
+            first, count = content.get("conditions", (0, 0))
+            dtype = np.dtype(content["dtype"]).newbyteorder("<")
+            file = cls(Path(stem), content["codec"], dtype=dtype, conditions=(int(first), int(count)), **numbers)
         except FileNotFoundError:
             raise InputError(
                 f"{path} does not exist: there is no finished token file; prepare the data again"
@@ -87,6 +91,22 @@ class TokenFile:
     def bounds(self) -> list[int]:
         """Where each document starts, and the number of all tokens, where the last one ends."""
         return [*self.documents.tolist(), len(self)]
+
+    def conditions_before(self, start: int) -> np.ndarray:
+        """The conditions of a document that begins before token `start` and goes on there; empty if it begins there.
+
+        They stand in place of the first tokens of a context that starts at `start`, so that no document is without.
+        """
+        first, count = self.conditions
+        begin = int(self.documents[np.searchsorted(self.documents, np.uint64(start), side="right") - 1])
+        return self.read(begin + first, begin + first + (count if begin < start else 0))
+
+    def are_conditions(self, start: int, stop: int) -> np.ndarray:
+        """Which of tokens[start:stop] are conditions: (stop - start,) bool."""
+        first, count = self.conditions
+        places = np.arange(start, stop, dtype=np.uint64)
+        begins = self.documents[np.searchsorted(self.documents, places, side="right") - 1]
+        return (places >= begins + np.uint64(first)) & (places < begins + np.uint64(first + count))
 
     @cached_property
     def _descriptor(self) -> int:
@@ -123,6 +143,7 @@ class TokenWriter:
         self.sizes = array("Q")  # bytes of each document
         self.digests = array("Q")  # hash of each document's ids: the same for equal documents
         self.groups = array("Q")  # group number of each document: a split keeps a group together
+        self.conditions = codec.unknown  # of the documents added next
         self.group: int | None = None  # of the documents added next; None: each is a group of its own
         self.num_tokens = 0
 
@@ -161,7 +182,7 @@ class TokenWriter:
         start, size, digest = self.num_tokens, 0, hashlib.sha256()
         skipped = 0 if self.codec.document_length is None else self.dtype.itemsize  # a start id may name a class
         try:
-            self.write(self.codec.separator)
+            self.write([*self.codec.separator, *self.conditions])
             for part in parts:
                 size += part.num_bytes
                 if part.error is not None:
@@ -174,7 +195,7 @@ class TokenWriter:
             self.sizes.append(size)
             self.digests.append(int.from_bytes(digest.digest()[:8], "little"))
             self.groups.append(len(self.groups) if self.group is None else self.group)
-        if self.num_tokens == start + len(self.codec.separator):
+        if self.num_tokens == start + len(self.codec.separator) + len(self.conditions):
             self.take_back(len(self.lengths) - 1)
 
     def take_back(self, num_documents: int) -> None:
@@ -230,5 +251,6 @@ def token_writer(stem: Path, codec: Codec) -> Iterator[TokenWriter]:
         "num_tokens": writer.num_tokens,
         "num_documents": len(writer.lengths),
         "num_bytes": sum(writer.sizes),
+        "conditions": [len(codec.separator), len(codec.unknown)],
     }
     write_text(f"{stem}.json", json.dumps(content, indent=2) + "\n")

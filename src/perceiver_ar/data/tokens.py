@@ -111,6 +111,7 @@ def _add_all(
     with closing(encode_documents(sources, writer.codec, split_on, advance)) as encoded:
         for number, parts in groupby(encoded, key=lambda part: part.source):
             source, before = sources[number], len(writer.lengths)
+            writer.conditions = source.conditions or writer.codec.unknown
             writer.group = None if groups is None else groups[number]
             try:
                 rows += writer.add_source(parts)

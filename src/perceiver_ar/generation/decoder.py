@@ -45,6 +45,8 @@ class RowSettings:
     max_new_tokens: int | None = None
     """None: no limit, for callers that count themselves."""
     schedule: Schedule = field(default_factory=Schedule)
+    pinned: tuple[int, ...] = ()
+    """Ids in place of the first tokens of every window that does not start with the row."""
 
     @property
     def plain(self) -> bool:
@@ -81,6 +83,13 @@ class Row:
         self.ending: deque[int] = deque()
         self.finish_reason: Literal["stop", "length"] | None = None
         self.window = next_window(config, None, self.num_tokens, self.settings.schedule)
+        schedule, most = self.settings.schedule, config.num_latents
+        fewest = min(schedule.refill_latents or max(1, most // 2), schedule.prompt_latents or most)
+        require(
+            len(self.settings.pinned) < max(longest - (most - fewest), 1),
+            f"{len(self.settings.pinned)} pinned ids (conditions) leave no room in a context of {longest} tokens with "
+            f"{most} latents, of which a refill has {fewest}: use more refill_latents, or a run with a longer context",
+        )
         self.kept, self.dropped = 0, 0
         """At a refill: cached positions that stay valid, and positions before them that left the window."""
 
@@ -95,13 +104,20 @@ class Row:
 
     def last_ids(self, n: int) -> list[int]:
         """The last n ids, oldest first; NOTHING before the window."""
-        inside = min(n, self.num_tokens - self.window.start)
+        size = self.num_tokens - self.window.start
+        if size - n < len(self.settings.pinned):
+            return self.window_ids(size - n, size)
+        inside = min(n, size)
         return [NOTHING] * (n - inside) + list(islice(reversed(self.ids), inside))[::-1]
 
     def window_ids(self, first: int, last: int) -> list[int]:
         """Ids first ... last - 1 of the window; NOTHING before it."""
         start = len(self.ids) - (self.num_tokens - self.window.start)
-        return [NOTHING] * -min(first, 0) + list(islice(self.ids, start + max(first, 0), start + last))
+        ids = list(islice(self.ids, start + max(first, 0), start + last))
+        if self.window.start > 0:
+            pinned = self.settings.pinned[max(first, 0) : last]
+            ids[: len(pinned)] = pinned
+        return [NOTHING] * -min(first, 0) + ids
 
     def add(self, token: int) -> bool:
         """Adds a token and moves on to the next window; False if the row ends, for the reason `finish_reason`."""
@@ -311,7 +327,8 @@ class Decoder:
 
         def shape(slot: int) -> tuple[int, ...]:
             row = self.rows[slot]
-            return row.window.refill, row.dropped, row.kept, row.prefix_len, row.window.num_latents
+            pinned = len(row.settings.pinned)
+            return row.window.refill, pinned, row.dropped, row.kept, row.prefix_len, row.window.num_latents
 
         for (refill, *_, N), group in groupby(range(len(self.rows)), shape):
             if not refill:
@@ -327,10 +344,11 @@ class Decoder:
         kept, P, N = row.kept, row.prefix_len, row.window.num_latents
         cache.self_attention.keep(0)
         cache.cross.keep(kept, row.dropped)
-        if row.dropped and self.reach:  # keys of the first tokens depend on tokens that have left the window
+        # Keys of the first tokens depend on tokens that have left the window, or are those of pinned ones now.
+        if row.dropped and (stale := self.reach + len(row.settings.pinned)):
             cache.cross.keep(0)
-            yield from self._read(rows, cache, 0, min(self.reach, kept))
-            cache.cross.advance(max(0, kept - self.reach))
+            yield from self._read(rows, cache, 0, min(stale, kept))
+            cache.cross.advance(max(0, kept - stale))
         yield from self._read(rows, cache, kept, P)
         end = P + N - (not newest)
         for first in range(P, end, piece):
@@ -388,7 +406,7 @@ class Recomputing:
     def next_logits(self) -> Tensor:
         device, logits = self.model.device, []
         for row in self.rows:
-            ids = list(row.ids)[-(row.num_tokens - row.window.start) :]
+            ids = row.window_ids(0, row.num_tokens - row.window.start)
             logits.append(self.model.latents(torch.tensor([ids], device=device), row.prefix_len)[:, -1])
         return self.model.head(torch.cat(logits))
 

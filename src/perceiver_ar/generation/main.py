@@ -58,6 +58,7 @@ def stream(
     refill_latents: int | None = None,
     prompt_latents: int | None = None,
     slide: bool = False,
+    pinned: Sequence[int] = (),
     compile: bool | Literal["max-autotune"] = False,
 ) -> Iterator[Step]:
     """Continues every row of a prompt token by token.
@@ -93,6 +94,8 @@ def stream(
         slide: instead of refills, drop the oldest latent, and the oldest token of a full context. Every step then costs
             the same, but the remaining latents still depend on the dropped ones: after the first drop no single
             forward gives these logits. With position tables a full context is still followed by a refill.
+        pinned: ids that stand in place of the first tokens of every window that does not start with the row, such as
+            the conditions of its document.
         compile: run the step under `torch.compile`, on CUDA as CUDA graphs. Compiling takes half a minute, for each
             model, number of rows and size of the cache (a power of two); then every token is faster. On a CPU it needs
             a C++ compiler. (Every step reads the whole cache, so a long context that is still growing gains nothing.)
@@ -128,6 +131,7 @@ def stream(
                 0 <= token < config.vocab_size,
                 f"a stop token or sequence has id {token}: this model's ids are 0 ... {config.vocab_size - 1}",
             )
+    require(not (slide and pinned), "slide drops the oldest tokens one by one, pinned ones too: leave out one of them")
     prompts = prompt_rows(prompt, config.vocab_size)
     generators = _generators(seed, len(prompts) * num_samples)
     settings = RowSettings(
@@ -137,6 +141,7 @@ def stream(
         tuple(stops),
         max_new_tokens,
         Schedule(refill_latents, prompt_latents, slide),
+        tuple(map(int, pinned)),
     )
 
     def steps() -> Iterator[Step]:

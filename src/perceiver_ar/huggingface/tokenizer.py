@@ -2,7 +2,8 @@
 
 Text is encoded as the start of a document: `codec.separator` first (`add_special_tokens=False`: without it). As with
 other tokenizers of transformers, `tokenizer.eos_token` in a text is the end of a document (TRL writes it there), and
-with `split_special_tokens=True` it is text. Codecs that do not write text have ids as words: "60 388 12".
+with `split_special_tokens=True` it is text. Codecs that do not write text have ids as words: "60 388 12". Conditions
+are special tokens, such as `<|composer=bach|>`; those after the separator are unknown: `<|composer|>`.
 """
 
 import json
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.data.genome import WRITTEN_AS, NucleotideCodec
 from perceiver_ar.data.text import BYTE_CHARACTERS, END_OF_TEXT, BytesCodec, OffsetBytesCodec, TokenizerCodec
+from perceiver_ar.errors import require
 from perceiver_ar.huggingface.hub import HUB, find_codec
 
 NO_UTF8 = BYTE_CHARACTERS[0xFF]
@@ -39,8 +41,8 @@ def codec_tokenizer(codec: Codec, **options: Any) -> PreTrainedTokenizerFast:
     tokenizer = id_tokenizer(codec)
     end = tokenizer.id_to_token(codec.separator[-1]) if codec.separator else None
     padding = PADDING if tokenizer.token_to_id(PADDING) is not None else end
-    if codec.separator:
-        names = [(str(tokenizer.id_to_token(index)), index) for index in codec.separator]
+    if codec.separator or codec.unknown:
+        names = [(str(tokenizer.id_to_token(index)), index) for index in (*codec.separator, *codec.unknown)]
         start = [name for name, _ in names]
         tokenizer.post_processor = processors.TemplateProcessing(single=[*start, "$A"], special_tokens=names)
     else:
@@ -56,6 +58,13 @@ def codec_tokenizer(codec: Codec, **options: Any) -> PreTrainedTokenizerFast:
 
 def id_tokenizer(codec: Codec) -> Tokenizer:
     """Text to the codec's ids and back, without a start."""
+    if codec.conditions:
+        tokenizer = id_tokenizer(codec.plain)
+        words = (word for key, all in codec.conditions.items() for word in (key, *(f"{key}={value}" for value in all)))
+        tokenizer.add_special_tokens([f"<|{word}|>" for word in words])
+        first = tokenizer.token_to_id(f"<|{next(iter(codec.conditions))}|>")
+        require(first == codec.unknown[0], "the tokenizer leaves ids out, so conditions cannot follow them: no export")
+        return tokenizer
     if isinstance(codec, TokenizerCodec):
         settings = json.loads(codec.tokenizer.to_str())
         vocab = settings["model"]["vocab"]

@@ -187,11 +187,13 @@ class Completion:
         self.left = len(self.drawn)
         """Choices that have not ended."""
         stops, n = request.stops(), request.samples
+        pinned = tuple(condition_ids(request, vocabulary))
         settings = RowSettings(
             request.sampling(),
             allowed_next=vocabulary.codec.constraint(),
             stops=() if vocabulary.end is None else ((vocabulary.end,),),
             max_new_tokens=request.count,
+            pinned=pinned,
         )
         score = request.top is not None and bool(request.echo)
         if request.top is not None and score and self.prompt_tokens * n * (request.top + 1) > MAX_SCORES:
@@ -256,12 +258,23 @@ class Completion:
         return [delta.choice(self.request.top is not None) for delta in deltas]
 
 
+def condition_ids(request: CompletionRequest, vocabulary: Vocabulary) -> list[int]:
+    """The ids of the request's conditions. Raises Refused."""
+    try:
+        return vocabulary.codec.condition_ids(request.condition or {})
+    except InputError as error:
+        raise Refused(str(error), "condition") from None
+
+
 def read_prompts(request: CompletionRequest, vocabulary: Vocabulary) -> list[Prompt]:
     """The prompts of a request; slow for long ones. Raises Refused."""
     found = list[Prompt]()
+    condition_ids(request, vocabulary)
     for prompt in request.prompts():
+        if request.condition and not isinstance(prompt, str):
+            raise Refused("condition is for texts, and prompt holds ids: put the condition's ids first", "condition")
         try:
-            ids = torch.from_numpy(vocabulary.prompt_ids(prompt))
+            ids = torch.from_numpy(vocabulary.prompt_ids(prompt, request.condition or {}))
         except InputError as error:
             raise Refused(f"prompt cannot be read: {str(error).partition(';')[0]}", "prompt") from None
         echo = (prompt if isinstance(prompt, str) else vocabulary.text(prompt)) if request.echo else None

@@ -314,7 +314,7 @@ class Engine:
         context = longest_context(config)
         latents = min(config.num_latents, context)
         for window in windows(len(ids), context, latents, max(1, latents // 2)):
-            row = Row(0, ids[: window.end - 1], config)
+            row = Row(0, ids[: window.end - 1], config, RowSettings(pinned=job.settings.pinned))
             row.window = Window(window.start, row.num_tokens - window.start - window.prefix_len)
             target = row.num_tokens - row.window.num_latents + 1  # that of the next latent
             for found in self._decoder.latents(row):

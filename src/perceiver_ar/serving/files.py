@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
-from perceiver_ar.data.codec import Codec, prompt_and_count
+from perceiver_ar.data.codec import Codec, parse_conditions, prompt_and_count
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.midi import MusicCodec
 from perceiver_ar.errors import InputError
@@ -43,6 +43,8 @@ class GenerateForm(BaseModel):
 
     file: UploadFile | None = None
     prompt: str = ""
+    condition: list[str] = []
+    """Of the form key=value, as `--condition`."""
     keep: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -125,7 +127,7 @@ class Progress:
     """What a page can draw of a sample while it is drawn: notes of music, a picture's rows."""
 
     def __init__(self, codec: Codec) -> None:
-        self.codec, self.notes = codec, list[list[float]]()
+        self.codec, self.notes = codec.plain, list[list[float]]()
 
     def update(self, ids: np.ndarray) -> dict[str, Any]:
         """
@@ -133,6 +135,7 @@ class Progress:
             first `kept` notes stay.
         picture: a PNG file in base64.
         """
+        ids = ids[ids < self.codec.vocab_size]  # without conditions
         if isinstance(self.codec, ImageCodec):
             return {"picture": base64.b64encode(self.codec.decode(ids)).decode()}
         if not isinstance(self.codec, MusicCodec):
@@ -163,12 +166,17 @@ class Generation:
     async def read(self) -> bool:
         """Makes the prompt from the form; True. Raises InputError for a file that cannot be read; TooMuch, Busy."""
         form, file = self.form, self.form.file
+        try:
+            conditions = parse_conditions(form.condition)
+            front = self.codec.condition_ids(conditions)
+        except InputError as error:
+            raise Refused(str(error), "condition") from None
         if file is not None and form.prompt:
             raise Refused("prompt and file are both given: choose one", "prompt")
         if file is None:
-            document = await run_in_threadpool(self.codec.start, form.prompt)
+            document = await run_in_threadpool(self.codec.start, form.prompt, conditions)
         else:
-            document = self.original = await self.worker.encode(await file.read())
+            document = self.original = await self.worker.encode(await file.read(), front)
         self.prompt, count = await run_in_threadpool(self._prompt_and_count, document)
         if count < 1:
             raise Refused("keep leaves nothing to draw: the prompt is a whole picture", "keep")
@@ -179,6 +187,7 @@ class Generation:
             allowed_next=self.codec.constraint(),
             stops=(separator,) if separator else (),
             max_new_tokens=count,
+            pinned=tuple(front),
         )
         seeds = [None if form.seed is None else form.seed + sample for sample in range(self.samples)]
         self.listener = Tokens(self.outbox, self.metrics)

@@ -35,7 +35,7 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """Fields of OpenAI's completions with their meanings, and `top_k`, `min_p`, `repetition_penalty`."""
+    """Fields of OpenAI's completions with their meanings, and `top_k`, `min_p`, `repetition_penalty`, `condition`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -59,6 +59,8 @@ class CompletionRequest(BaseModel):
     echo: bool | None = None
     logit_bias: dict[str, float] | None = None
     suffix: str | None = None
+    condition: dict[str, str] | None = None
+    """Conditions of the documents that the texts of `prompt` begin, such as {"composer": "bach"}."""
     user: str | None = None
     """Accepted without effect."""
 

@@ -3,11 +3,11 @@
 Stops are compared as bytes, because a text has many tokenizations and a character may take several tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from perceiver_ar.data.codec import Codec, start_ids
+from perceiver_ar.data.codec import NO_CONDITIONS, Codec, start_ids
 from perceiver_ar.data.text import END_OF_TEXT, Utf8Stream
 from perceiver_ar.errors import require
 from perceiver_ar.serving.protocol import Refused
@@ -41,14 +41,14 @@ class Vocabulary:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def prompt_ids(self, prompt: str | Sequence[int]) -> np.ndarray:
-        """The ids (T,) of a prompt: a text as the start of a document; ids unchanged.
+    def prompt_ids(self, prompt: str | Sequence[int], conditions: Mapping[str, str] = NO_CONDITIONS) -> np.ndarray:
+        """The ids (T,) of a prompt: a text as the start of a document with `conditions`; ids unchanged.
 
         Raises:
             InputError: text that the codec cannot read, ids outside of the vocabulary, or no ids.
         """
         if isinstance(prompt, str):
-            return start_ids(self.codec, prompt)
+            return start_ids(self.codec, prompt, conditions)
         require(len(prompt) > 0, "prompt has no ids: give at least one")
         return np.array(self.check(prompt, "prompt"), dtype=np.int64)
 
@@ -64,7 +64,8 @@ class Vocabulary:
         """Ids of a text, after those that begin a document if `start`. END_OF_TEXT alone is its one id."""
         if text == END_OF_TEXT and self.end is not None:
             return [self.end]
-        return self.codec.start(text).tolist()[0 if start else len(self.codec.separator) :]
+        front = len(self.codec.separator) + len(self.codec.condition_ids({}))
+        return self.codec.start(text).tolist()[0 if start else front :]
 
     def text(self, ids: Sequence[int]) -> str:
         return b"".join(self.bytes[index] for index in ids).decode(errors="replace")

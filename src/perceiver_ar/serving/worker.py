@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -51,13 +51,16 @@ class Worker:
         self._process: Any = None
         self._pipe: Connection | None = None
 
-    async def encode(self, data: bytes) -> np.ndarray:
-        """The ids (n,) int64 of a file. Raises InputError if the codec cannot read it; TooMuch; Busy."""
+    async def encode(self, data: bytes, front: Sequence[int] = ()) -> np.ndarray:
+        """The ids (n,) int64 of a file, after `front`, those of its conditions.
+
+        Raises InputError if the codec cannot read it; TooMuch; Busy.
+        """
         if self._waiting >= QUEUE:
             raise Busy
         self._waiting += 1
         try:
-            [ids] = (await self._in_turn(self._ask, {"do": "encode"}, [data])).values()
+            [ids] = (await self._in_turn(self._ask, {"do": "encode", "front": front}, [data])).values()
         finally:
             self._waiting -= 1
         return np.frombuffer(ids, dtype=np.int64)
@@ -161,7 +164,7 @@ def work(pipe: Connection, run: str) -> None:
         error, contents = None, dict[str, bytes]()
         try:
             if task["do"] == "encode":
-                ids = list(codec.separator)
+                ids = [*codec.separator, *task["front"]]
                 for piece in codec.encode_stream([blobs[0]], "the file"):
                     if len(ids) + len(piece) > MAX_IDS:
                         raise OverflowError

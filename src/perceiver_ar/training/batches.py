@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from perceiver_ar.config import Recipe
 from perceiver_ar.data.sampler import TrainingWindows
@@ -40,14 +39,15 @@ class Batches:
         targets = np.diff(self.windows.spans(first, settings.batch_size)).reshape(pieces, -1).sum(axis=1)
         total = int(targets.sum())
         weights = pieces * targets / total
+        cut = self.cut(step, progress)
         for i in range(self.data_rank, pieces, settings.data_ranks):
-            batch = self.windows.batch(first + i * settings.micro_batch, settings.micro_batch)
+            batch = self.windows.batch(first + i * settings.micro_batch, settings.micro_batch, cut)
             seed = (self.recipe.seed * 1_000_003 + step * pieces + i) % 2**63
-            yield self.shorten(batch, step, progress) | {"weight": float(weights[i]), "targets": total, "seed": seed}
+            yield batch | {"weight": float(weights[i]), "targets": total, "seed": seed}
 
-    def shorten(self, batch: dict[str, Tensor], step: int, progress: float) -> dict[str, Tensor]:
-        """Cuts a prefix of P to 0, P/4, P/2 or 3P/4: at random in a share `short_prefix` of the steps, and always
-        to the length that `prefix_growth` allows at `progress`.
+    def cut(self, step: int, progress: float) -> int:
+        """How many tokens a prefix of P is cut by, to 0, P/4, P/2 or 3P/4: at random in a share `short_prefix` of the
+        steps, and always to the length that `prefix_growth` allows at `progress`. Conditions of documents stay.
 
         There are few lengths because every new shape needs new kernels, which stay in memory.
         """
@@ -59,7 +59,6 @@ class Batches:
         if settings.prefix_growth:
             quarters = min(quarters, int(5 * progress / settings.prefix_growth))
         if quarters == 4 or self.windows.document_length is not None:
-            return batch
+            return 0
         prefix_len = self.windows.context_length - self.windows.num_latents
-        cut = prefix_len - quarters * prefix_len // 4
-        return {name: x if name == "labels" else x[:, cut:] for name, x in batch.items()}
+        return min(prefix_len - quarters * prefix_len // 4, prefix_len - self.windows.num_conditions)

@@ -122,7 +122,7 @@ def draw_context(prepared: Prepared, model: PerceiverAR, held_out: TokenFile) ->
     lengths = [longest, *(longest // 4**i for i in (1, 2, 3) if longest // 4**i >= 16)]
     results = evaluate_context_lengths(
         model,
-        held_out.tokens,
+        held_out,
         lengths,
         byte_lengths=codec.byte_lengths(),
         max_tokens=max(2, recipe.trainer.evaluation_tokens // 10),

@@ -21,7 +21,7 @@ def score(prepared: Prepared, model: PerceiverAR, max_tokens: int, spread: bool 
         return None
     return evaluate(
         model,
-        held_out.tokens,
+        held_out,
         byte_lengths=codec.byte_lengths(),
         amounts=codec.amounts,
         document_length=codec.document_length,
@@ -57,6 +57,7 @@ def sample(prepared: Prepared, model: PerceiverAR, step: int, whole: bool = Fals
         stop_tokens=stop,
         seed=recipe.seed,
         allowed_next=codec.constraint(),
+        pinned=codec.condition_ids({}),
     )[0]
     stem = f"step-{step:06d}"
     if not codec.writes_text:

@@ -12,6 +12,7 @@ import torch
 
 from perceiver_ar.config import Recipe
 from perceiver_ar.data.codec import Codec, load_codec, save_codec
+from perceiver_ar.data.conditions import ConditionedCodec, ConditionTable
 from perceiver_ar.data.genome import Records, find_records
 from perceiver_ar.data.modalities import make_codec, official_split, recognise
 from perceiver_ar.data.rows import find_rows
@@ -136,6 +137,10 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
     out = run.path.resolve()  # may lie in a folder that is trained on
     sources = [source for source in sources if out not in Path(os.path.realpath(source.path)).parents]
     held_out_sources = find_files(data.validation) if data.validation else None
+    table = None if data.conditions is None else ConditionTable.read(data.conditions)
+    if table is not None:
+        sources = table.without_itself(sources)
+        held_out_sources = held_out_sources and table.without_itself(held_out_sources)
     modality = recipe.modality
     if modality == "auto":
         modality = recognise(sources) if recipe.paths else "text"
@@ -156,6 +161,18 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
         say(line)
     seen = [*sources, *(held_out_sources or [])] if modality == "integers" else sources  # its ids are those in files
     codec = load_codec(run.initial) if recipe.init_from is not None else make_codec(modality, data, seen)
+    if table is not None:
+        require(
+            codec.document_length is None,
+            "data.conditions does not work with pictures: put those of a class in a folder, and set data.classes",
+        )
+        if recipe.init_from is None:
+            codec = table.codec(codec, [*sources, *(held_out_sources or [])])
+        sources = table.apply(sources, codec)
+        held_out_sources = held_out_sources and table.apply(held_out_sources, codec)
+        say(f"conditions: {', '.join(f'{name} ({len(values):,})' for name, values in codec.conditions.items())}")
+    elif codec.conditions:
+        say(f"conditions are unknown ({', '.join(codec.conditions)}): there is no table data.conditions")
     tokens, validation = tokenise(
         sources,
         codec,
@@ -194,6 +211,11 @@ def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> TrainingWin
         f"trainer.blocks is {blocks}, which a network with latent_keys query, positions_from_end, learned_queries each "
         "or latents_per_position does not allow: leave it out",
     )
+    require(
+        recipe.window_latents + len(codec.unknown) <= model.context_length,
+        f"data.conditions takes {len(codec.unknown)} of the context_length {model.context_length}, and the latents "
+        f"{recipe.window_latents} ({blocks} blocks): lower model.num_latents or trainer.blocks",
+    )
     return TrainingWindows(
         tokens,
         model.context_length,
@@ -201,6 +223,7 @@ def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> TrainingWin
         recipe.seed,
         document_length=codec.document_length,
         augment=codec.augment if recipe.data.augment else None,
+        forget=codec.forget if isinstance(codec, ConditionedCodec) else None,
     )
 
 

@@ -1,0 +1,235 @@
+"""Conditions: fields of documents, such as a composer, from a table beside the files, as tokens in front of documents.
+
+The codec of a run with conditions is a `ConditionedCodec` around the one of its files.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.rows import read_rows
+from perceiver_ar.data.sources import Source
+from perceiver_ar.errors import InputError, require
+
+FILE = "file"
+"""The column that names a document's file, relative to the table's folder; the others are fields."""
+MOST_VALUES = 1000
+"""Maximum number of different values of a field."""
+FORGOTTEN = 0.1
+"""Share of training windows whose conditions are all unknown; in as many, half of the fields are."""
+SHOWN = 20
+"""Values listed in a message."""
+
+
+class ConditionedCodec(Codec):
+    """Another codec, and a token for each field between the separator and the document: its value, or unknown.
+
+    The ids of the other codec stay as they are. After them come those of each field: unknown, then its values. They
+    stand for no bytes, and none is ever allowed next.
+    """
+
+    def __init__(self, plain: Codec, conditions: Mapping[str, Sequence[str]]) -> None:
+        self._plain = plain
+        self.conditions = {field: tuple(values) for field, values in conditions.items()}
+        kept = ("name", "files", "ending", "writes_text", "encodes_in_threads", "reads_text", "separator", "index_dims")
+        for name in (*kept, "document_length"):
+            setattr(self, name, getattr(plain, name))
+        self.first = plain.vocab_size
+        sizes = [1 + len(values) for values in self.conditions.values()]
+        *firsts, self.vocab_size = accumulate(sizes, initial=self.first)
+        self.unknown = tuple(firsts)
+
+    @property
+    def plain(self) -> Codec:
+        return self._plain
+
+    def field_ids(self, conditions: Mapping[str, str]) -> list[int]:
+        """The id of each field's value in `conditions`, or of unknown. Raises `InputError` for an unknown value."""
+        ids = list(self.unknown)
+        for number, (field, values) in enumerate(self.conditions.items()):
+            if (value := conditions.get(field)) is not None:
+                require(value in values, f"there is no condition {field}={value}: known are {listed(values)}")
+                ids[number] += 1 + values.index(value)
+        return ids
+
+    def condition_ids(self, conditions: Mapping[str, str]) -> list[int]:
+        others = {field: value for field, value in conditions.items() if field not in self.conditions}
+        if others and type(self.plain).condition_ids is Codec.condition_ids:
+            raise InputError(f"there is no condition {next(iter(others))!r}: known are {listed(self.conditions)}")
+        return [*self.field_ids(conditions), *self.plain.condition_ids(others)]
+
+    def forget(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """A training window (n,), with all or some of its conditions unknown in two shares `FORGOTTEN` of the windows.
+
+        So generation with some conditions, or none, is trained, too.
+        """
+        draw = random.random()
+        lost = random.random(len(self.unknown)) < (1.0 if draw < FORGOTTEN else 0.5)
+        if draw < 2 * FORGOTTEN:
+            for first, end, chosen in zip(self.unknown, (*self.unknown[1:], self.vocab_size), lost, strict=True):
+                ids = np.where(chosen & (ids >= first) & (ids < end), first, ids)
+        return ids
+
+    def _documents(self, ids: ArrayLike) -> np.ndarray:
+        """`ids` without conditions."""
+        ids = np.asarray(ids)
+        return ids[ids < self.first]
+
+    def encode(self, data: bytes) -> np.ndarray:
+        return self.plain.encode(data).astype(self.dtype)
+
+    def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
+        return (ids.astype(self.dtype) for ids in self.plain.encode_stream(chunks, where))
+
+    def pieces(self, chunks: Iterable[bytes], where: str) -> Iterator[Any]:
+        return self.plain.pieces(chunks, where)
+
+    def encode_pieces(self, pieces: Sequence[Any]) -> list[np.ndarray]:
+        return self.plain.encode_pieces(pieces)
+
+    def decode(self, ids: ArrayLike) -> bytes:
+        return self.plain.decode(self._documents(ids))
+
+    def to_file(self, ids: ArrayLike) -> bytes:
+        return self.plain.to_file(self._documents(ids))
+
+    def fit(self, config: PerceiverARConfig) -> PerceiverARConfig:
+        return self.plain.fit(config).replace(vocab_size=self.vocab_size)
+
+    def allowed_next(self, ids: np.ndarray) -> np.ndarray:
+        allowed = None if self.plain.constraint() is None else self.plain.allowed_next(self._documents(ids))
+        mask = np.arange(self.vocab_size) < self.first
+        if allowed is not None:
+            mask[: self.first] = allowed
+        return mask
+
+    def augment(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Each document in the window is augmented separately: conditions and separators stay where they are."""
+        ids = ids.copy()
+        fixed = (ids >= self.first) | np.isin(ids, self.separator)
+        for start, stop in np.flatnonzero(np.diff(fixed, prepend=True, append=True)).reshape(-1, 2):
+            ids[start:stop] = self.plain.augment(ids[start:stop], random)
+        return ids
+
+    def amounts(self, ids: np.ndarray) -> dict[str, float]:
+        return self.plain.amounts(self._documents(ids))
+
+    def show(self, rows: Sequence[np.ndarray], prompt_len: int, *args: Any, **options: Any) -> list[Path]:
+        kept = len(self._documents(rows[0][:prompt_len]))
+        if options.get("original") is not None:
+            options["original"] = self._documents(options["original"])
+        return self.plain.show([self._documents(row) for row in rows], kept, *args, **options)
+
+    def draw_bits(self, ids: np.ndarray, bits: np.ndarray, path: Path) -> None:
+        self.plain.draw_bits(self._documents(ids), bits[np.asarray(ids) < self.first], path)
+
+    def byte_lengths(self) -> np.ndarray:
+        return np.pad(self.plain.byte_lengths(), (0, self.vocab_size - self.first))
+
+    def settings(self) -> dict[str, Any]:
+        return self.plain.settings()
+
+    def save(self, directory: Path) -> None:
+        self.plain.save(directory)
+
+
+@dataclass(frozen=True)
+class ConditionTable:
+    """A table of conditions, read."""
+
+    path: str
+    fields: dict[str, dict[str, str]]
+    """Real path of a file -> field -> value, without empty cells."""
+
+    @classmethod
+    def read(cls, path: str) -> "ConditionTable":
+        """Raises `InputError`, naming the row, if the table cannot be read, or does not say what each file's fields
+        are."""
+        files: dict[str, dict[str, str]] = {}
+        rows: dict[str, int] = {}
+        for number, row in enumerate(read_rows(path), 1):
+            where = f"{path}, row {number},"
+            require(FILE in row, f"{where} has no column {FILE!r}: name each document's file there")
+            cells = {column: _cell(value, f"{where} column {column!r}") for column, value in row.items()}
+            name = cells.pop(FILE)
+            require(name != "", f"{where} names no file: fill in the column {FILE!r}, or remove the row")
+            real = os.path.realpath(Path(path).parent / name)
+            require(real not in rows, f"{where} names {name} again, as row {rows.get(real)} does: keep one of them")
+            for column in cells:
+                require(
+                    column != "" and "=" not in column,
+                    f"{path} has a column {column!r}: give it a name without =, for --condition NAME=VALUE",
+                )
+            rows[real], files[real] = number, {column: value for column, value in cells.items() if value != ""}
+        require(any(files.values()), f"{path} has no field with a value: give it columns beside {FILE!r}")
+        return cls(path, files)
+
+    def without_itself(self, sources: Iterable[Source]) -> list[Source]:
+        return [source for source in sources if os.path.realpath(source.path) != os.path.realpath(self.path)]
+
+    def codec(self, plain: Codec, sources: Iterable[Source]) -> ConditionedCodec:
+        """`plain` with the fields and values that `sources` have. Raises `InputError` for too many values."""
+        values: dict[str, set[str]] = {}
+        for source in sources:
+            for field, value in self.fields.get(os.path.realpath(source.path), {}).items():
+                values.setdefault(field, set()).add(value)
+        self._require_any(values)
+        for field, found in values.items():
+            require(
+                len(found) <= MOST_VALUES,
+                f"{self.path} has {len(found):,} different values in the column {field!r}, of at most "
+                f"{MOST_VALUES:,}: a name or a free text is no condition, so remove the column",
+            )
+        columns = dict.fromkeys(field for fields in self.fields.values() for field in fields)
+        return ConditionedCodec(plain, {field: sorted(values[field]) for field in columns if field in values})
+
+    def apply(self, sources: Iterable[Source], codec: Codec) -> list[Source]:
+        """`sources` with the ids of their conditions. Raises `InputError` for fields or values that `codec` lacks.
+
+        stderr gets the number of files that are not in the table.
+        """
+        sources, missing = list(sources), list[str]()
+        require(
+            isinstance(codec, ConditionedCodec), f"{self.path}: the run was trained without conditions: leave it out"
+        )
+        assert isinstance(codec, ConditionedCodec)
+        for i, source in enumerate(sources):
+            fields = self.fields.get(os.path.realpath(source.path))
+            if fields is None:
+                missing.append(source.name)
+                continue
+            try:
+                codec.condition_ids(fields)
+                sources[i] = replace(source, conditions=tuple(codec.field_ids(fields)))
+            except InputError as error:
+                raise InputError(f"{self.path}, {source.name}: {error}") from None
+        self._require_any(len(missing) < len(sources))
+        if missing:
+            amount = f"{len(missing):,} of {len(sources):,} files are not in {self.path}, such as {missing[0]}"
+            print(f"{amount}: their conditions are unknown", file=sys.stderr)
+        return sources
+
+    def _require_any(self, found: Any) -> None:
+        require(found, f"{self.path} says nothing of any of these files: it names them relative to its own folder")
+
+
+def _cell(value: Any, where: str) -> str:
+    if value is None or value != value:  # NaN
+        return ""
+    require(isinstance(value, str | int | float), f"{where} holds {value!r:.40}: a condition is a text or a number")
+    return str(value).strip()
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message."""
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
