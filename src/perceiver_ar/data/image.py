@@ -128,6 +128,7 @@ class ImageCodec(Codec):
 
     name = "image"
     ending = ".png"
+    encodes_slowly = True
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.origin import Origin, fill_in
 from perceiver_ar.run import Run
 from perceiver_ar.training.checkpoints import Checkpoints
-from perceiver_ar.training.console import ending_on_signals, say
+from perceiver_ar.training.console import Interrupted, ending_on_signals, say
 from perceiver_ar.training.resources import Resources, choose_precision
 from perceiver_ar.training.tracking import check_tracker
 from perceiver_ar.training.trouble import ROOM, free_bytes, gigabytes, largest_micro_batch, out_of_memory
@@ -83,8 +83,12 @@ def prepare_first(run: Run, recipe: Recipe, resources: Resources, resume: bool, 
         Checkpoints(run.checkpoints).newest()  # raises if all are damaged
         run.summary_file.unlink(missing_ok=True)  # from here on the run is unfinished
         run.write_recipe(prepared.recipe)
-    except BaseException:
-        if not resume:  # nothing has been trained yet, so remove everything
+    except BaseException as error:
+        if run.has_intermediate_tokens():
+            if isinstance(error, InputError | Interrupted):
+                go_on = f"perceiver-ar train --out {shlex.quote(str(run.path))} --resume"
+                raise type(error)(f"{error}; what is read and encoded is kept, go on with: {go_on}") from error
+        elif not resume:  # nothing has been trained yet, so remove everything
             run.remove_prepared(None if prepared is None else prepared.codec)
         raise
     return prepared
@@ -128,6 +132,7 @@ def wait_for_first(run: Run, seconds: float = 24 * 3600.0) -> None:
 def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | None, Codec]:
     """The run's token files and codec: opened if they exist, else made from the files of the recipe."""
     if (run.path / "codec.json").exists():  # written last
+        run.remove_intermediate_tokens()  # a kill may have left some
         held_out = (run.tokens / "validation.json").exists()
         validation = TokenFile.open(run.tokens / "validation") if held_out else None
         return TokenFile.open(run.tokens / "train"), validation, load_codec(run.path)
@@ -167,6 +172,7 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
         seed=recipe.seed,
     )
     save_codec(codec, run.path)
+    run.remove_intermediate_tokens()
     if unseen := {name for source in held_out_sources or () if isinstance(source, Records) for name in source.unseen}:
         names = ", ".join(sorted(unseen)[:5])
         say(f"the .bed file names records that are in no file, so they are not held out: {names}")
