@@ -82,6 +82,7 @@ def documents_to_score(
 ) -> "tuple[TokenFile, list[str]]":
     """The documents at `paths`, or else those that the run held out, and the file name of each."""
     from perceiver_ar.data.genome import find_records
+    from perceiver_ar.data.modalities import codec_settings, find_members
     from perceiver_ar.data.rows import find_rows
     from perceiver_ar.data.sources import find_files
     from perceiver_ar.data.tokens import TokenFile, prepare_all
@@ -91,8 +92,11 @@ def documents_to_score(
         sources = find_files(paths)
         if codec.name == "nucleotides":
             sources, _ = find_records(sources, None)
-        elif codec.writes_text and recipe.modality != "bytes":
-            sources = find_rows(sources, recipe.data.column)
+        else:
+            modality = codec_settings(codec)["modality"] if recipe.modality != "bytes" else "bytes"
+            sources = find_members(sources, modality, recipe.data.column)
+            if modality == "text":
+                sources = find_rows(sources, recipe.data.column)
         try:
             return prepare_all(sources, codec, scratch / "documents", recipe.data.split_on)
         except InputError as error:

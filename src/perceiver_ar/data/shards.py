@@ -89,8 +89,8 @@ class Encoders:
             status = process.wait()
             how = f"was killed (signal {-status})" if status < 0 else f"failed (exit status {status})"
             raise InputError(
-                f"{pieces[0][0]}: the process that encoded it {how}; look for the reason (too little memory?) and start "
-                "again"
+                f"{pieces[0][0]}: the process that encoded it {how}; look for the reason, such as too little memory, "
+                "and start again"
             ) from None
         with self._lock:
             self._idle.append(process)

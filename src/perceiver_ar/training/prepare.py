@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from perceiver_ar.config import Recipe
 from perceiver_ar.data.codec import Codec, load_codec, save_codec
 from perceiver_ar.data.genome import Records, find_records
-from perceiver_ar.data.modalities import make_codec, official_split, recognise
+from perceiver_ar.data.hub import DOWNLOADS, find_datasets
+from perceiver_ar.data.modalities import find_members, make_codec, official_split, recognise
 from perceiver_ar.data.rows import find_rows
 from perceiver_ar.data.sampler import TrainingWindows
-from perceiver_ar.data.sources import find_files, standard_library
+from perceiver_ar.data.sources import HUB, Source, standard_library
 from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.data.tokens import prepare as tokenise
 from perceiver_ar.errors import InputError, require
@@ -137,11 +139,25 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
         validation = TokenFile.open(run.tokens / "validation") if held_out else None
         return TokenFile.open(run.tokens / "train"), validation, load_codec(run.path)
     data = recipe.data
-    sources = find_files(recipe.paths) if recipe.paths else standard_library()
-    out = run.path.resolve()  # may lie in a folder that is trained on
-    sources = [source for source in sources if out not in Path(os.path.realpath(source.path)).parents]
-    held_out_sources = find_files(data.validation) if data.validation else None
     modality = recipe.modality
+    if any(path.startswith(HUB) for path in (*recipe.paths, *data.validation)):
+        require(modality in ("auto", "text"), f"of the Hub only text is read: set modality to text, not {modality}")
+        modality = "text"
+    else:
+        require(data.max_bytes is None, f"data.max_bytes is for datasets that begin with {HUB}: leave it out")
+    downloads = run.tokens / DOWNLOADS
+
+    def find(paths: Sequence[str]) -> list[Source]:
+        return find_datasets(paths, downloads, data.column, data.max_bytes, recipe.seed)
+
+    sources = find(recipe.paths) if recipe.paths else standard_library()
+    out = run.path.resolve()  # may lie in a folder that is trained on
+    sources = [
+        source
+        for source in sources
+        if downloads in source.path.parents or out not in Path(os.path.realpath(source.path)).parents
+    ]
+    held_out_sources = find(data.validation) if data.validation else None
     if modality == "auto":
         modality = recognise(sources) if recipe.paths else "text"
     if modality == "genome":
@@ -152,6 +168,8 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
         require(data.kmer == 1, f"data.kmer {refused}")
         beds = [source.name for source in held_out_sources or () if source.path.suffix.lower() == ".bed"]
         require(not beds or recipe.modality != "auto", f"{''.join(beds[:1])} in data.validation {refused}")
+        sources = find_members(sources, modality, data.column)
+        held_out_sources = held_out_sources and find_members(held_out_sources, modality, data.column)
     if modality == "text":
         sources = find_rows(sources, data.column)
         held_out_sources = held_out_sources and find_rows(held_out_sources, data.column)
