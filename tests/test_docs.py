@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FENCE, ROOT, blocks
+from helpers import FENCE, ROOT, blocks, write_files
 from samples import write_music, write_numbers, write_picture, write_sound
 
 import perceiver_ar
@@ -103,6 +104,11 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / folder).mkdir()
         for number in range(4):
             write(tmp_path / folder / name.format(number), number)
+    rows = "".join(json.dumps({"text": f"It was night {number}."}) + "\n" for number in range(40))
+    write_files(tmp_path / "roneneldan" / "TinyStories", {"train.jsonl": rows.encode()})
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as archive:
+        archive.add(tmp_path / "books", "books")
     write_music(tmp_path / "prelude.mid", 20)
     write_picture(tmp_path / "cat.png", 20)
     small = PerceiverARConfig(vocab_size=256, context_length=128, num_latents=16, dim=16, num_layers=1, num_heads=1)
@@ -119,6 +125,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "docs/tutorial-long.md",
         "docs/data.md",
         "docs/conditions.md",
+        "docs/large-data.md",
         "docs/score.md",
         "docs/embed.md",
         pytest.param("docs/compress.md", marks=pytest.mark.skipif(not HAS_CODER, reason="needs constriction")),

@@ -26,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+import soundfile
 import torch
-from helpers import MODEL, TRAINER, assert_same_parameters, content, parameters
+from helpers import MODEL, SMALL, TRAINER, assert_same_parameters, content, parameters
 from reference import assert_close
 
 from perceiver_ar import InputError, PerceiverAR, Recipe, Run, train
@@ -413,6 +415,45 @@ def test_an_interrupt_while_files_are_read_leaves_nothing(
     assert server.run(*command, "--out", run, signals=[(appears(run, "tokens/.unfinished-*"), number)]) == 130
     assert server.messages()[-1:] == ["perceiver-ar: interrupted"]
     assert not run.exists()
+
+
+def test_files_that_take_long_to_encode_are_encoded_on_after_a_kill_and_an_interrupt(
+    server: Server, tmp_path: Path
+) -> None:
+    run, files, workers = tmp_path / "run", tmp_path / "files", list[psutil.Process]()
+    files.mkdir()
+    for number in range(16):  # enough bytes for other processes to encode them, each a shard
+        soundfile.write(files / f"{number}.wav", np.full(1 << 20, number * 100, np.int16), 16_000)
+
+    def shards() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in run.glob("tokens/shards/*.npz")}
+
+    def encoding_goes_on() -> bool:
+        """Stops the processes that encode once there are more shards than before."""
+        if not kept.items() < shards().items():
+            return False
+        (command,) = psutil.Process(server.process.pid).children()
+        workers[:] = command.children()
+        for worker in workers:
+            worker.suspend()
+        return True
+
+    command, cores = ["train", files, *SMALL, "--max_steps=1"], os.sched_getaffinity(0)
+    os.sched_setaffinity(server.process.pid, {min(cores)})  # one more process, not one per core
+    try:
+        for number, status in (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130):
+            kept = shards()
+            assert server.run(*command, "--out", run, signals=[(encoding_goes_on, number)]) == status
+            for worker in workers:
+                with suppress(psutil.NoSuchProcess):
+                    worker.resume()
+            assert workers and not psutil.wait_procs(workers, 60)[1]
+            assert kept.items() < shards().items()
+            command = ["train", "--resume"]
+    finally:
+        os.sched_setaffinity(server.process.pid, cores)
+    last = server.messages()[-1]
+    assert last.startswith("perceiver-ar: interrupted; ") and last.endswith(f"perceiver-ar train --out {run} --resume")
 
 
 def test_a_second_interrupt_stops_at_once_and_the_last_checkpoint_goes_on(

@@ -25,6 +25,8 @@ import yaml
 
 from perceiver_ar.config import BEFORE, Recipe, dump_yaml, load_yaml
 from perceiver_ar.data.codec import Codec, load_codec
+from perceiver_ar.data.hub import DOWNLOADS
+from perceiver_ar.data.shards import SHARDS
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import TEMPORARY, write_text
 from perceiver_ar.lock import LOCK
@@ -102,6 +104,15 @@ class Run:
                 shutil.rmtree(file, ignore_errors=True)
             else:
                 file.unlink(missing_ok=True)
+
+    def has_intermediate_tokens(self) -> bool:
+        """Whether token files are unfinished and the part that is done is kept."""
+        kept = (f"{SHARDS}/*.npz", f"{DOWNLOADS}/*/.state.json")
+        return any(file for pattern in kept for file in self.tokens.glob(pattern))
+
+    def remove_intermediate_tokens(self) -> None:
+        for folder in (SHARDS, DOWNLOADS):
+            shutil.rmtree(self.tokens / folder, ignore_errors=True)
 
     def remove_prepared(self, codec: Codec | None) -> None:
         """Removes the files that preparing a new run made; files of others stay."""

@@ -88,6 +88,7 @@ def documents_to_score(
     """
     from perceiver_ar.data.conditions import ConditionTable
     from perceiver_ar.data.genome import find_records
+    from perceiver_ar.data.modalities import codec_settings, find_members
     from perceiver_ar.data.rows import find_rows
     from perceiver_ar.data.sources import find_files
     from perceiver_ar.data.tokens import TokenFile, prepare_all
@@ -99,8 +100,11 @@ def documents_to_score(
         sources = sources if table is None else table.without_itself(sources)
         if codec.name == "nucleotides":
             sources, _ = find_records(sources, None)
-        elif codec.writes_text and recipe.modality != "bytes":
-            sources = find_rows(sources, recipe.data.column)
+        else:
+            modality = codec_settings(codec.plain)["modality"] if recipe.modality != "bytes" else "bytes"
+            sources = find_members(sources, modality, recipe.data.column)
+            if modality == "text":
+                sources = find_rows(sources, recipe.data.column)
         if table is not None:
             sources = table.apply(sources, codec)
         elif codec.conditions:

@@ -37,14 +37,16 @@ def train_verb(argv: list[str]) -> None:
         "  perceiver-ar train src/ --out runs/code --model.context_length 8192 --model.dim 256 --model.num_heads 4\n"
         "  perceiver-ar train stories.parquet --data.column story --out runs/stories     (each row is a document)\n"
         "  perceiver-ar train letters/ --data.conditions letters/about.csv --out runs/letters      (author, year)\n"
+        "  perceiver-ar train 'shards/*.tar' --out runs/shards      (WebDataset: members KEY.txt, KEY.mid, ...)\n"
+        "  perceiver-ar train hf://datasets/roneneldan/TinyStories --data.max_bytes 1000000000 --out runs/tiny\n"
         "  perceiver-ar train --out runs/python --max_time 5m      (Python's own source)\n"
         "  perceiver-ar train --out runs/books --resume            (go on where it stopped)\n"
         "  perceiver-ar train letters/ --init_from runs/books --out runs/letters --max_time 10m      (fine-tune a run)",
     )
     add_paths(
         parser,
-        "files, folders, patterns, - for standard input; also .gz .xz .bz2 .zst, and .jsonl .csv .parquet .arrow with "
-        "a document in each row; none: Python's source",
+        "files, folders, patterns, - for standard input, hf://datasets/OWNER/NAME; also .gz .xz .bz2 .zst, .jsonl .csv "
+        ".parquet .arrow with a document in each row, .tar with a document in each sample; none: Python's source",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly where it stopped")
     parser.add_argument(

@@ -24,7 +24,8 @@ class Recipe:
     """The complete settings of a run: training one again reproduces it."""
 
     paths: tuple[str, ...] = ()
-    """Files, folders, globs, or - for standard input; none: the Python standard library's source."""
+    """Files, folders, globs, - for standard input, or hf://datasets/OWNER/NAME; none: the Python standard library's
+    source."""
     out: str = ""
     """The run directory to make."""
     modality: Literal["auto", "text", "bytes", "midi", "image", "audio", "integers", "genome"] = "auto"

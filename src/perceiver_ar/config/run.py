@@ -28,8 +28,11 @@ class DataConfig:
     split_on: str | None = None
     """Text that separates documents in a file, such as '\\n\\n\\n\\n'; it is removed. None: each file is a document."""
     column: str = "text"
-    """Column that holds the text in .jsonl, .ndjson, .csv, .tsv, .parquet and .arrow files, or a field of a field
-    (doc.text). Each row is a document."""
+    """Column that holds the text in .jsonl, .ndjson, .csv, .tsv, .parquet and .arrow files and in datasets of the Hub,
+    or a field of a field (doc.text). Each row is a document. In .tar files another extension than txt, or json.FIELD.
+    """
+    max_bytes: Positive | None = None
+    """Bytes of text to take from each dataset of the Hugging Face Hub (hf://datasets/OWNER/NAME). None: all of it."""
     group_by: str | None = None
     """Regular expression for file names: files with the same match are held out together, or not at all. '(.*)__' keeps
     all performances of Piece__Performer.mid together, '(.*)/' all files of a folder. None: every file is separate."""

@@ -77,6 +77,7 @@ class AudioCodec(Codec):
     """The common part of audio codecs: recordings in, WAV and spectrograms out."""
 
     ending = ".wav"
+    encodes_slowly = True
     sample_rate: int
 
     def encode(self, data: bytes) -> np.ndarray:

@@ -63,6 +63,7 @@ class Codec(ABC):
         reads_text: documents are UTF-8 text; files that cannot be text are refused.
         writes_text: `decode` returns text that can be read piece by piece.
         encodes_in_threads: `encode_pieces` lets other threads run, so encoding in several threads is faster.
+        encodes_slowly: encoding takes much longer than reading, so several processes encode large corpora.
     """
 
     name: ClassVar[str]
@@ -70,6 +71,7 @@ class Codec(ABC):
     ending: ClassVar[str] = ".bin"
     writes_text: ClassVar[bool] = False
     encodes_in_threads: ClassVar[bool] = False
+    encodes_slowly: ClassVar[bool] = False
     reads_text: bool = False
     vocab_size: int
     separator: tuple[int, ...] = ()

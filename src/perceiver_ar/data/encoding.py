@@ -1,13 +1,15 @@
-"""The documents of many sources -> their ids, in order. Codecs that allow it encode in threads, on all cores."""
+"""The documents of many sources -> their ids, in order. Codecs that allow it encode in threads, on all cores; of large
+corpora, slow codecs encode in processes (see shards.py)."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from perceiver_ar.data.codec import Codec, WrongModality
+from perceiver_ar.data.shards import Encoders
 from perceiver_ar.data.sources import Source
 from perceiver_ar.errors import InputError
 from perceiver_ar.threads import available_cores
@@ -24,45 +26,66 @@ class Part:
     document: int | None
     num_bytes: int = 0
     content: Any = None
-    """A piece from `Codec.pieces`; ids (n,) once encoded. None: only bytes to count, or an error."""
+    """A piece from `Codec.pieces`, or a whole document; ids (n,) once encoded. None: only bytes to count, or an
+    error."""
     error: InputError | None = None
+    where: str = ""
+    """The document's name in messages, if `content` is the whole document."""
 
 
 def encode_documents(
-    sources: Iterable[Source],
+    sources: Sequence[Source],
     codec: Codec,
     split_on: bytes | None,
     advance: Callable[[int], Any] = lambda num_bytes: None,
     threads: int | None = None,
+    encoders: Encoders | None = None,
 ) -> Generator[Part]:
     """Yields the encoded parts of all documents in order, and the end of each source. Empty documents have no parts.
 
-    `threads` (None: one per core) encode ahead, each by at most 2 `BATCH` characters. Their number does not change the
-    ids. Close the iterator to stop: this waits for the batches that are being encoded and drops the others.
+    `threads` (None: one per core) encode ahead, each by at most 2 `BATCH` characters; with `encoders`, processes encode
+    instead, ahead by 2 shards each. Their number does not change the ids. Close the iterator to stop: this waits for
+    the batches that threads are encoding, kills processes, and drops the others.
     """
-    batches = _batches(_parts(sources, codec, split_on, advance))
+    if encoders is not None:
+        whole = not codec.encodes_in_threads
+        batches = _batches(_parts(sources, codec, split_on, advance, whole), encoders.shard)
+        encode = partial(_encode_elsewhere, encoders, sources)
+        encoded = _ahead(batches, encode, encoders.processes, encoders.kill)
+        yield from _ended_by_errors(encoded, sources) if whole else encoded
+        return
+    batches = _batches(_parts(sources, codec, split_on, advance), BATCH)
     if not codec.encodes_in_threads:
         for batch in batches:
             yield from _encode(codec, batch)
         return
-    threads = threads or available_cores()
+    yield from _ahead(batches, partial(_encode, codec), threads or available_cores(), lambda: None)
+
+
+def _ahead(
+    batches: Iterable[list[Part]], encode: Callable[[list[Part]], list[Part]], threads: int, stop: Callable[[], None]
+) -> Iterator[Part]:
+    """The parts of all batches in order, encoded ahead. An early end calls `stop`."""
     waiting = deque[Future[list[Part]]]()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for batch in batches:
-                waiting.append(pool.submit(_encode, codec, batch))
+                waiting.append(pool.submit(encode, batch))
                 if len(waiting) > 2 * threads:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
+        except BaseException:
+            stop()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _parts(
-    sources: Iterable[Source], codec: Codec, split_on: bytes | None, advance: Callable[[int], Any]
+    sources: Iterable[Source], codec: Codec, split_on: bytes | None, advance: Callable[[int], Any], whole: bool = False
 ) -> Iterator[Part]:
-    """The same parts as in `encode_documents`, not yet encoded."""
+    """The same parts as in `encode_documents`, not yet encoded. `whole`: each is a whole document, as bytes."""
     size = 0  # bytes of the document that are in no part yet
 
     def counted(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -76,6 +99,11 @@ def _parts(
             for index, (where, chunks) in enumerate(source.documents(split_on, advance, codec.reads_text)):
                 part, size = partial(Part, number, index), 0
                 try:
+                    if whole:
+                        content = b"".join(counted(chunks))
+                        yield part(size, content, where=where)
+                        size = 0
+                        continue
                     for piece in codec.pieces(counted(chunks), where):
                         yield part(size, piece)
                         size = 0
@@ -91,12 +119,12 @@ def _parts(
             yield Part(number, None, error=error)
 
 
-def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+def _batches(parts: Iterable[Part], limit: int) -> Iterator[list[Part]]:
     batch, size = list[Part](), 0
     for part in parts:
         batch.append(part)
         size += PART + (0 if part.content is None else len(part.content))
-        if size >= BATCH:
+        if size >= limit:
             yield batch
             batch, size = [], 0
     if batch:
@@ -109,3 +137,24 @@ def _encode(codec: Codec, batch: list[Part]) -> list[Part]:
     for part, ids in zip(whole, codec.encode_pieces([part.content for part in whole]), strict=True):
         part.content = ids
     return batch
+
+
+def _encode_elsewhere(encoders: Encoders, sources: Sequence[Source], batch: list[Part]) -> list[Part]:
+    """As `_encode`, by another process. A document that cannot be read gets an error."""
+    whole = [part for part in batch if part.content is not None]
+    pieces = [(part.where or sources[part.source].name, part.content) for part in whole]
+    for part, ids in zip(whole, encoders.encode(pieces) if whole else [], strict=True):
+        part.content, part.error = (None, ids) if isinstance(ids, InputError) else (ids, None)
+    return batch
+
+
+def _ended_by_errors(parts: Iterable[Part], sources: Sequence[Source]) -> Iterator[Part]:
+    """The same parts, but a document that cannot be read ends its source, as when it is encoded while it is read."""
+    ended = -1
+    for part in parts:
+        if part.source == ended:
+            continue
+        rows = sources[part.source].of_rows and isinstance(part.error, WrongModality)
+        if part.document is not None and part.error is not None and not rows:
+            ended, part = part.source, Part(part.source, None, error=part.error)
+        yield part

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from perceiver_ar.data.codec import Codec, WrongModality
 from perceiver_ar.data.sources import Source, split_documents
+from perceiver_ar.data.tars import TAR
 from perceiver_ar.errors import InputError
 
 BASES = b"ACGTN"
@@ -92,6 +93,9 @@ def find_records(
     Raises `InputError` for a .bed file that cannot be read.
     """
     sources, regions = list(sources), Regions()
+    for source in sources:
+        if TAR.fullmatch(source.path.name):
+            raise InputError(f"{source.name} is a tar file, from which no genomes are read: unpack it")
     beds = [source for source in held_out or () if source.path.suffix.lower() == ".bed"]
     for bed in beds:
         for name, spans in read_bed(bed).items():

@@ -4,7 +4,7 @@ import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import NO_CONDITIONS, Codec, WrongModality, check_positive
 from perceiver_ar.data.pictures import grid
-from perceiver_ar.data.sources import Source
+from perceiver_ar.data.sources import Source, read_documents
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path
 
@@ -128,6 +128,7 @@ class ImageCodec(Codec):
 
     name = "image"
     ending = ".png"
+    encodes_slowly = True
 
     def __init__(
         self,
@@ -251,17 +252,10 @@ def choose_palette(sources: Iterable[Source], rows: int, columns: int, size: int
 
     Raises `InputError` if a named file cannot be read, or if there is no picture.
     """
-    samples, sources = [], list(sources)
+    sources = list(sources)
     step = max(1, len(sources) // most)  # sources are sorted by folder, so the first ones may be alike
-    for source in chain.from_iterable(sources[first::step] for first in range(step)):
-        try:
-            samples.append(read_image(b"".join(source.chunks()), rows, columns, "palette"))
-        except InputError as error:
-            if source.named:
-                raise InputError(f"{source.name}: {error}") from None
-            continue
-        if len(samples) == most:
-            break
+    spread = chain.from_iterable(sources[first::step] for first in range(step))
+    samples = list(islice(read_documents(spread, lambda data: read_image(data, rows, columns, "palette")), most))
     if not samples:
         raise InputError("there is no picture to choose a palette from; give a folder of pictures")
     pixels = np.concatenate(samples)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from perceiver_ar.data.codec import Codec, WrongModality, check_positive
-from perceiver_ar.data.sources import Source
+from perceiver_ar.data.sources import Source, read_documents
 from perceiver_ar.errors import InputError
 
 LARGEST = (1 << 31) - 2
@@ -68,13 +68,7 @@ def count_values(sources: Iterable[Source]) -> int:
     """One more than the largest number in all files. Raises `InputError` for a named file that cannot be read, or if no
     file holds a number."""
     largest = -1
-    for source in sources:
-        try:
-            arrays = read_arrays(b"".join(source.chunks()))
-        except InputError as error:
-            if source.named:
-                raise InputError(f"{source.name}: {error}") from None
-            continue
+    for arrays in read_documents(sources, read_arrays):
         largest = max([largest, *(int(array.max()) for array in arrays if array.size)])
     if largest < 0:
         raise InputError("no integers in these files; give .npy or .npz files of whole numbers from 0 on")

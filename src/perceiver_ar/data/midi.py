@@ -23,6 +23,7 @@ class MusicCodec(Codec):
     """The common part of music codecs: MIDI in and out, and results as sound and pictures."""
 
     ending = ".mid"
+    encodes_slowly = True
 
     def encode(self, data: bytes) -> np.ndarray:
         return self.encode_notes(read_midi(data))

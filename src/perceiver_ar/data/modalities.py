@@ -6,12 +6,14 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from perceiver_ar.config import DataConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.sources import Source, read_text
+from perceiver_ar.data.tars import TAR, Members, extension, read_tar
 from perceiver_ar.data.text import BytesCodec, TokenizerCodec, train_bpe
 from perceiver_ar.errors import InputError
 
@@ -22,6 +24,8 @@ ENDINGS = {
     "integers": (".npy", ".npz"),
     "genome": (".fasta", ".fa", ".fna", ".ffn", ".fas", ".fastq", ".fq"),
 }
+TEXT_MEMBERS = (".txt", ".text")
+TAR_MEMBERS = 20  # of a tar file, to recognise its modality by
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 MAGIC = {
     rb"MThd|RIFF....RMID": "midi",
@@ -40,7 +44,11 @@ def recognise(sources: Iterable[Source]) -> str:
     Raises `InputError`, with the number of files of each, if they have several. Notes and tables beside other files
     (README, LICENSE, .csv, .json, .md) do not count, nor do files that cannot be read.
     """
-    kinds = [(source, kind) for source in sources if (kind := _kind(source)) is not None]
+    sources = list(sources)
+    tars = [source for source in sources if TAR.fullmatch(source.path.name)]
+    others = (source for source in sources if not TAR.fullmatch(source.path.name))
+    kinds = [(source, kind) for source in others if (kind := _kind(source)) is not None]
+    kinds += [(source, kind) for source in tars[:1] for kind in _kinds_in(source)]  # shards are alike
     kinds = [(source, kind) for source, kind in kinds if kind != "text" or not NOTES.fullmatch(source.path.name)]
     seen = Counter(kind for _, kind in kinds)
     if len(seen) > 1:
@@ -48,6 +56,34 @@ def recognise(sources: Iterable[Source]) -> str:
         counts = ", ".join(f"{count:,} {kind}, such as {examples[kind]}" for kind, count in seen.most_common())
         raise InputError(f"the files are of several kinds ({counts}); name files of one kind, or set --modality")
     return next(iter(seen), "text")
+
+
+def _kinds_in(tar: Source) -> list[str]:
+    """The modalities of the first members of a tar file."""
+    try:
+        endings = {extension(name) for name, _ in islice(read_tar(tar), TAR_MEMBERS)}
+    except InputError:  # reported when the file is read
+        return []
+    known = {**ENDINGS, "text": TEXT_MEMBERS}
+    return [modality for modality, own in known.items() if not endings.isdisjoint(own)]
+
+
+def find_members(sources: Iterable[Source], modality: str, column: str) -> list[Source]:
+    """`sources`, with tar files as `Members` with documents of this modality; for bytes, a tar file stays a file.
+
+    column: for text, if it is not "text", the ending of the members (md), or that of JSON members and a field in them
+        (json.caption).
+    """
+    endings, field = ENDINGS.get(modality, TEXT_MEMBERS), ""
+    if modality == "text" and column != "text":
+        ending, _, field = column.partition(".") if column.startswith("json.") else (column, "", "")
+        endings = (f".{ending.lower()}",)
+    return [
+        Members(**vars(source), endings=endings, field=field)
+        if modality != "bytes" and TAR.fullmatch(source.path.name)
+        else source
+        for source in sources
+    ]
 
 
 def _kind(source: Source) -> str | None:
@@ -84,6 +120,9 @@ def make_codec(modality: str, data: DataConfig, sources: Sequence[Source]) -> Co
         from perceiver_ar.data.image import ImageCodec, choose_palette
 
         rows, columns = data.image_size
+        tar = next((source.name for source in sources if isinstance(source, Members)), None)
+        if data.classes and tar is not None:
+            raise InputError(f"data.classes takes the classes from folders, but {tar} is a tar file: unpack it")
         palette = None
         if data.image_colours == "palette":
             palette = choose_palette(sources, rows, columns, data.palette_size)

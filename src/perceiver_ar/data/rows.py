@@ -51,7 +51,7 @@ class Rows(Source):
             if isinstance(row, str):
                 yield where, _refused(WrongModality(f"{where} {row}"))
                 continue
-            value = _field(row, self.column)
+            value = field_of(row, self.column)
             if not found and value is MISSING:
                 columns |= dict.fromkeys(row)
                 if number == ROWS_TO_SEARCH:
@@ -149,7 +149,7 @@ class Rows(Source):
             raise self._damaged(str(error) or type(error).__name__) from None
 
     def _has_nul(self, row: dict[str, Any]) -> bool:
-        value = _field(row, self.column)
+        value = field_of(row, self.column)
         return isinstance(value, str) and "\0" in value
 
     def _damaged(self, reason: str) -> InputError:
@@ -157,7 +157,7 @@ class Rows(Source):
         return InputError(f"{self.name} is damaged, or its ending is wrong ({reason}); write it again")
 
 
-def _field(row: Any, column: str) -> Any:
+def field_of(row: Any, column: str) -> Any:
     """The value of `column` in a row, or of the field of a field that it names; MISSING if the row has neither."""
     if column in row:
         return row[column]

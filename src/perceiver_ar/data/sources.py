@@ -26,6 +26,7 @@ from perceiver_ar.data.codec import WrongModality
 from perceiver_ar.data.text import text_only, text_pieces
 from perceiver_ar.errors import InputError
 
+HUB = "hf://"
 CHUNK = 1 << 20  # bytes per read
 NOT_DOCUMENTS = frozenset({"__pycache__"})  # folders that are skipped, besides hidden ones
 RUN_FILES = ("recipe.yaml", "codec.json", "model.safetensors", "tokens")  # two of them make a folder a run
@@ -112,7 +113,7 @@ def _decompressed(raw: IO[bytes], suffix: str, name: str) -> Iterator[bytes]:
     if suffix == ".zst":
         yield from _zstd_chunks(raw, name)
         return
-    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+    openers: dict[str, Any] = {".gz": gzip.open, ".tgz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
     file = openers[suffix](raw) if suffix in openers else raw
     while chunk := file.read(CHUNK):
         yield chunk
@@ -144,8 +145,9 @@ def find_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
     """The files at `paths`, in order, each once, even if several paths or links lead to it.
 
     A path is a file, a folder (walked in sorted order, without hidden files and folders and `__pycache__`), a pattern
-    (`*`, `?`, `[...]`, and `**` for any folders) or `-` for standard input. Files ending in .gz, .xz, .bz2 or .zst are
-    decompressed when read. Raises `InputError` if a path does not exist, holds or matches nothing, or may not be read.
+    (`*`, `?`, `[...]`, and `**` for any folders) or `-` for standard input. Files ending in .gz, .tgz, .xz, .bz2 or
+    .zst are decompressed when read. Raises `InputError` if a path does not exist, holds or matches nothing, or may not
+    be read.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
     sources: dict[str, Source] = {}  # by the real path
@@ -198,6 +200,24 @@ def read_text(sources: Iterable[Source], max_bytes: int | None = None) -> Iterat
                 raise
 
 
+def read_documents(sources: Iterable[Source], read: Callable[[bytes], Any]) -> Iterator[Any]:
+    """What `read` makes of the documents of `sources`, without those that it cannot read.
+
+    Raises `InputError` if that is a file, or in a file, that the user named.
+    """
+    for source in sources:
+        try:
+            for where, chunks in source.documents(None):
+                try:
+                    yield read(b"".join(chunks))
+                except InputError as error:
+                    if not source.of_rows:
+                        raise InputError(f"{where}: {error}") from None
+        except InputError:
+            if source.named:
+                raise
+
+
 def split_documents(chunks: Iterable[bytes], separator: bytes | None) -> Iterator[Iterator[bytes]]:
     """The documents of one file, each an iterator of chunks. `separator` stands between them and is left out.
 
@@ -235,6 +255,8 @@ def split_documents(chunks: Iterable[bytes], separator: bytes | None) -> Iterato
 
 def _at(path: str) -> list[Source]:
     """The files at a path that the user named."""
+    if path.startswith(HUB):
+        raise InputError(f"{path}: only `train` reads the Hub; fetch it with `hf download` and name the folder")
     try:
         mode = os.stat(path).st_mode
     except PermissionError:

@@ -140,7 +140,7 @@ class TokenizerCodec(Codec):
     name = "tokenizer"
     files = ("tokenizer.json",)
     ending = ".txt"
-    reads_text = writes_text = encodes_in_threads = True
+    reads_text = writes_text = encodes_in_threads = encodes_slowly = True
 
     def __init__(self, tokenizer: "Tokenizer", where: str = "this tokenizer"):
         """Raises `InputError`, naming `where`, if `tokenizer` is not byte-level."""

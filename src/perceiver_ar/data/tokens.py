@@ -1,14 +1,16 @@
 """From files to token files, split into training and validation."""
 
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.encoding import encode_documents
+from perceiver_ar.data.shards import LARGE, SHARD, SHARDS, Encoders
 from perceiver_ar.data.sources import Source, find_files, read_text, standard_library
 from perceiver_ar.data.splits import choose_groups, document_groups, drop_held_out
 from perceiver_ar.data.token_files import NAMED, TokenFile, TokenWriter, token_writer
@@ -29,6 +31,8 @@ def prepare(
     group_by: str | None = None,
     seed: int = 0,
     progress: bool = True,
+    processes: int | None = None,
+    shard: int = SHARD,
 ) -> tuple[TokenFile, TokenFile | None]:
     """Encodes `sources` into the token files `train` and `validation` in `directory`, replacing those that are there.
 
@@ -40,6 +44,10 @@ def prepare(
     choice keeps files together if the regular expression `group_by` has the same match in their names (its first group,
     or the whole match without groups). Equal documents stay together, too: no copy of a held-out document is trained
     on.
+
+    If the codec is slow and the files have at least `LARGE` times `shard` bytes, other processes encode them
+    (`processes`; None: one per core). They keep the ids in `directory/shards`, where a later call finds them, such as
+    after a kill; remove that folder when all is done.
 
     Files that were found, not named, and that are empty or cannot be read are skipped; stderr gets their names and the
     reasons. `progress` shows a bar on a terminal, and one line on stderr at the end.
@@ -60,10 +68,10 @@ def prepare(
     total = sum(source.size for source in [*sources, *held_out])
     groups = None if group_by is None else document_groups(sources, group_by)
     with ProgressBar("reading", total, enabled=progress) as bar, token_writer(directory / "train", codec) as train:
-        _add_all(train, sources, mark, bar.advance, groups)
+        _add_all(train, sources, mark, bar.advance, groups, processes, shard)
         if held_out:
             with token_writer(directory / "validation", codec) as validation:
-                _add_all(validation, held_out, mark, bar.advance)
+                _add_all(validation, held_out, mark, bar.advance, None, processes, shard)
                 drop_held_out(train, validation)
         elif (chosen := choose_groups(train, validation_fraction, seed)).any():
             with token_writer(directory / "validation", codec) as validation:
@@ -91,6 +99,7 @@ def prepare_all(
     sources = list(sources)
     with token_writer(Path(stem), codec) as writer:
         _add_all(writer, sources, _mark(split_on), lambda num_bytes: None, range(len(sources)))
+    shutil.rmtree(Path(stem).parent / SHARDS, ignore_errors=True)
     return TokenFile.open(stem), [sources[number].name for number in writer.groups]
 
 
@@ -106,9 +115,16 @@ def _add_all(
     split_on: bytes | None,
     advance: Callable[[int], Any],
     groups: Sequence[int] | None = None,
+    processes: int | None = None,
+    shard: int = SHARD,
 ) -> None:
     wrong, empty, rows = list[str](), list[str](), list[str]()
-    with closing(encode_documents(sources, writer.codec, split_on, advance)) as encoded:
+    codec, folder = writer.codec, Path(writer.file.name).parent / SHARDS
+    large = codec.encodes_slowly and sum(source.size for source in sources) >= LARGE * shard
+    with (
+        Encoders(codec, folder, processes, shard) if large else nullcontext() as encoders,
+        closing(encode_documents(sources, codec, split_on, advance, encoders=encoders)) as encoded,
+    ):
         for number, parts in groupby(encoded, key=lambda part: part.source):
             source, before = sources[number], len(writer.lengths)
             writer.conditions = source.conditions or writer.codec.unknown

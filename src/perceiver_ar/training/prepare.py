@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from perceiver_ar.config import Recipe
 from perceiver_ar.data.codec import Codec, load_codec, save_codec
 from perceiver_ar.data.conditions import ConditionedCodec, ConditionTable
 from perceiver_ar.data.genome import Records, find_records
-from perceiver_ar.data.modalities import make_codec, official_split, recognise
+from perceiver_ar.data.hub import DOWNLOADS, find_datasets
+from perceiver_ar.data.modalities import find_members, make_codec, official_split, recognise
 from perceiver_ar.data.rows import find_rows
 from perceiver_ar.data.sampler import TrainingWindows
-from perceiver_ar.data.sources import find_files, standard_library
+from perceiver_ar.data.sources import HUB, Source, standard_library
 from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.data.tokens import prepare as tokenise
 from perceiver_ar.errors import InputError, require
@@ -26,7 +28,7 @@ from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.origin import Origin, fill_in
 from perceiver_ar.run import Run
 from perceiver_ar.training.checkpoints import Checkpoints
-from perceiver_ar.training.console import ending_on_signals, say
+from perceiver_ar.training.console import Interrupted, ending_on_signals, say
 from perceiver_ar.training.resources import Resources, choose_precision
 from perceiver_ar.training.tracking import check_tracker
 from perceiver_ar.training.trouble import ROOM, free_bytes, gigabytes, largest_micro_batch, out_of_memory
@@ -84,8 +86,12 @@ def prepare_first(run: Run, recipe: Recipe, resources: Resources, resume: bool, 
         Checkpoints(run.checkpoints).newest()  # raises if all are damaged
         run.summary_file.unlink(missing_ok=True)  # from here on the run is unfinished
         run.write_recipe(prepared.recipe)
-    except BaseException:
-        if not resume:  # nothing has been trained yet, so remove everything
+    except BaseException as error:
+        if run.has_intermediate_tokens():
+            if isinstance(error, InputError | Interrupted):
+                go_on = f"perceiver-ar train --out {shlex.quote(str(run.path))} --resume"
+                raise type(error)(f"{error}; what is read and encoded is kept, go on with: {go_on}") from error
+        elif not resume:  # nothing has been trained yet, so remove everything
             run.remove_prepared(None if prepared is None else prepared.codec)
         raise
     return prepared
@@ -129,19 +135,34 @@ def wait_for_first(run: Run, seconds: float = 24 * 3600.0) -> None:
 def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | None, Codec]:
     """The run's token files and codec: opened if they exist, else made from the files of the recipe."""
     if (run.path / "codec.json").exists():  # written last
+        run.remove_intermediate_tokens()  # a kill may have left some
         held_out = (run.tokens / "validation.json").exists()
         validation = TokenFile.open(run.tokens / "validation") if held_out else None
         return TokenFile.open(run.tokens / "train"), validation, load_codec(run.path)
     data = recipe.data
-    sources = find_files(recipe.paths) if recipe.paths else standard_library()
+    modality = recipe.modality
+    if any(path.startswith(HUB) for path in (*recipe.paths, *data.validation)):
+        require(modality in ("auto", "text"), f"of the Hub only text is read: set modality to text, not {modality}")
+        modality = "text"
+    else:
+        require(data.max_bytes is None, f"data.max_bytes is for datasets that begin with {HUB}: leave it out")
+    downloads = run.tokens / DOWNLOADS
+
+    def find(paths: Sequence[str]) -> list[Source]:
+        return find_datasets(paths, downloads, data.column, data.max_bytes, recipe.seed)
+
+    sources = find(recipe.paths) if recipe.paths else standard_library()
     out = run.path.resolve()  # may lie in a folder that is trained on
-    sources = [source for source in sources if out not in Path(os.path.realpath(source.path)).parents]
-    held_out_sources = find_files(data.validation) if data.validation else None
+    sources = [
+        source
+        for source in sources
+        if downloads in source.path.parents or out not in Path(os.path.realpath(source.path)).parents
+    ]
+    held_out_sources = find(data.validation) if data.validation else None
     table = None if data.conditions is None else ConditionTable.read(data.conditions)
     if table is not None:
         sources = table.without_itself(sources)
         held_out_sources = held_out_sources and table.without_itself(held_out_sources)
-    modality = recipe.modality
     if modality == "auto":
         modality = recognise(sources) if recipe.paths else "text"
     if modality == "genome":
@@ -152,6 +173,8 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
         require(data.kmer == 1, f"data.kmer {refused}")
         beds = [source.name for source in held_out_sources or () if source.path.suffix.lower() == ".bed"]
         require(not beds or recipe.modality != "auto", f"{''.join(beds[:1])} in data.validation {refused}")
+        sources = find_members(sources, modality, data.column)
+        held_out_sources = held_out_sources and find_members(held_out_sources, modality, data.column)
     if modality == "text":
         sources = find_rows(sources, data.column)
         held_out_sources = held_out_sources and find_rows(held_out_sources, data.column)
@@ -184,6 +207,7 @@ def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | Non
         seed=recipe.seed,
     )
     save_codec(codec, run.path)
+    run.remove_intermediate_tokens()
     if unseen := {name for source in held_out_sources or () if isinstance(source, Records) for name in source.unseen}:
         names = ", ".join(sorted(unseen)[:5])
         say(f"the .bed file names records that are in no file, so they are not held out: {names}")
