@@ -12,6 +12,7 @@ from samples import write_music
 from test_encoding import BPE, SAMPLE, comparable, sources  # noqa: F401  (a fixture)
 
 from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.encoding import encode_documents
 from perceiver_ar.data.midi import PerformanceCodec
 from perceiver_ar.data.shards import SHARDS, Encoders
@@ -65,6 +66,13 @@ def test_any_files_give_what_one_process_gives(
     write_files(folder, {f"{number}.txt": text for number, text in enumerate([*texts, b"one more"])})
     encoders.shard = shard
     check_same(BPE, find_files(folder), b"a", encoders)
+
+
+def test_conditions_do_not_matter_to_processes(sources: list[Source], tmp_path: Path) -> None:  # noqa: F811
+    codec = ConditionedCodec(BPE, {"author": ["austen", "melville"]})
+    assert codec.encodes_slowly
+    with Encoders(codec, tmp_path, processes=1, shard=SHARD) as encoders:
+        check_same(codec, sources, None, encoders)
 
 
 def test_whole_documents_that_cannot_be_read_are_skipped_or_refused_alike(tmp_path: Path) -> None:

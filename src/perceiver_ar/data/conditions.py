@@ -40,8 +40,8 @@ class ConditionedCodec(Codec):
     def __init__(self, plain: Codec, conditions: Mapping[str, Sequence[str]]) -> None:
         self._plain = plain
         self.conditions = {field: tuple(values) for field, values in conditions.items()}
-        kept = ("name", "files", "ending", "writes_text", "encodes_in_threads", "reads_text", "separator", "index_dims")
-        for name in (*kept, "document_length"):
+        kept = ("name", "files", "ending", "writes_text", "reads_text", "separator", "index_dims", "document_length")
+        for name in (*kept, "encodes_in_threads", "encodes_slowly"):
             setattr(self, name, getattr(plain, name))
         self.first = plain.vocab_size
         sizes = [1 + len(values) for values in self.conditions.values()]
