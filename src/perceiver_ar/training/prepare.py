@@ -1,27 +1,18 @@
 """Before training: makes or checks the run directory with recipe, tokens and codec."""
 
 import math
-import os
 import shlex
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from perceiver_ar.config import Recipe
-from perceiver_ar.data.codec import Codec, load_codec, save_codec
-from perceiver_ar.data.conditions import ConditionedCodec, ConditionTable
-from perceiver_ar.data.genome import Records, find_records
-from perceiver_ar.data.hub import DOWNLOADS, find_datasets
-from perceiver_ar.data.modalities import find_members, make_codec, official_split, recognise
-from perceiver_ar.data.rows import find_rows
+from perceiver_ar.data.codec import Codec, load_codec
+from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.sampler import TrainingWindows
-from perceiver_ar.data.sources import HUB, Source, standard_library
 from perceiver_ar.data.tokens import TokenFile
-from perceiver_ar.data.tokens import prepare as tokenise
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import TEMPORARY
 from perceiver_ar.network.model import PerceiverAR
@@ -29,6 +20,7 @@ from perceiver_ar.origin import Origin, fill_in
 from perceiver_ar.run import Run
 from perceiver_ar.training.checkpoints import Checkpoints
 from perceiver_ar.training.console import Interrupted, ending_on_signals, say
+from perceiver_ar.training.documents import open_or_make_tokens
 from perceiver_ar.training.resources import Resources, choose_precision
 from perceiver_ar.training.tracking import check_tracker
 from perceiver_ar.training.trouble import ROOM, free_bytes, gigabytes, largest_micro_batch, out_of_memory
@@ -98,7 +90,7 @@ def prepare_first(run: Run, recipe: Recipe, resources: Resources, resume: bool, 
 
 
 def with_tokens(run: Run, recipe: Recipe, resources: Resources) -> Prepared:
-    tokens, held_out, codec = prepare_tokens(run, recipe)
+    tokens, held_out, codec = open_or_make_tokens(run, recipe)
     require(
         held_out is not None or (recipe.trainer.patience is None and recipe.trainer.final_weights == "last"),
         "trainer.patience and final_weights best need held-out documents, and there are none: give --data.validation",
@@ -130,92 +122,6 @@ def wait_for_first(run: Run, seconds: float = 24 * 3600.0) -> None:
         if time.monotonic() > deadline:
             raise InputError(f"{run.path} does not appear: is it on a disk that all machines share?")
         time.sleep(0.1)
-
-
-def prepare_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | None, Codec]:
-    """The run's token files and codec: opened if they exist, else made from the files of the recipe."""
-    if (run.path / "codec.json").exists():  # written last
-        run.remove_intermediate_tokens()  # a kill may have left some
-        held_out = (run.tokens / "validation.json").exists()
-        validation = TokenFile.open(run.tokens / "validation") if held_out else None
-        return TokenFile.open(run.tokens / "train"), validation, load_codec(run.path)
-    data = recipe.data
-    modality = recipe.modality
-    if any(path.startswith(HUB) for path in (*recipe.paths, *data.validation)):
-        require(modality in ("auto", "text"), f"of the Hub only text is read: set modality to text, not {modality}")
-        modality = "text"
-    else:
-        require(data.max_bytes is None, f"data.max_bytes is for datasets that begin with {HUB}: leave it out")
-    downloads = run.tokens / DOWNLOADS
-
-    def find(paths: Sequence[str]) -> list[Source]:
-        return find_datasets(paths, downloads, data.column, data.max_bytes, recipe.seed)
-
-    sources = find(recipe.paths) if recipe.paths else standard_library()
-    out = run.path.resolve()  # may lie in a folder that is trained on
-    sources = [
-        source
-        for source in sources
-        if downloads in source.path.parents or out not in Path(os.path.realpath(source.path)).parents
-    ]
-    held_out_sources = find(data.validation) if data.validation else None
-    table = None if data.conditions is None else ConditionTable.read(data.conditions)
-    if table is not None:
-        sources = table.without_itself(sources)
-        held_out_sources = held_out_sources and table.without_itself(held_out_sources)
-    if modality == "auto":
-        modality = recognise(sources) if recipe.paths else "text"
-    if modality == "genome":
-        require(data.split_on is None, "data.split_on is for text: leave it out; records of a genome are documents")
-        sources, held_out_sources = find_records(sources, held_out_sources)
-    else:
-        refused = f"is for genomes, but the files are {modality}: leave it out, or set the modality to genome"
-        require(data.kmer == 1, f"data.kmer {refused}")
-        beds = [source.name for source in held_out_sources or () if source.path.suffix.lower() == ".bed"]
-        require(not beds or recipe.modality != "auto", f"{''.join(beds[:1])} in data.validation {refused}")
-        sources = find_members(sources, modality, data.column)
-        held_out_sources = held_out_sources and find_members(held_out_sources, modality, data.column)
-    if modality == "text":
-        sources = find_rows(sources, data.column)
-        held_out_sources = held_out_sources and find_rows(held_out_sources, data.column)
-    ruled = data.group_by is not None or held_out_sources is not None
-    if modality in ("midi", "audio") and not ruled and (split := official_split(sources)):
-        sources, held_out_sources, line = split
-        say(line)
-    seen = [*sources, *(held_out_sources or [])] if modality == "integers" else sources  # its ids are those in files
-    codec = load_codec(run.initial) if recipe.init_from is not None else make_codec(modality, data, seen)
-    if table is not None:
-        require(
-            codec.document_length is None,
-            "data.conditions does not work with pictures: put those of a class in a folder, and set data.classes",
-        )
-        if recipe.init_from is None:
-            codec = table.codec(codec, [*sources, *(held_out_sources or [])])
-        sources = table.apply(sources, codec)
-        held_out_sources = held_out_sources and table.apply(held_out_sources, codec)
-        say(f"conditions: {', '.join(f'{name} ({len(values):,})' for name, values in codec.conditions.items())}")
-    elif codec.conditions:
-        say(f"conditions are unknown ({', '.join(codec.conditions)}): there is no table data.conditions")
-    tokens, validation = tokenise(
-        sources,
-        codec,
-        run.tokens,
-        validation_fraction=data.validation_fraction,
-        validation_sources=held_out_sources,
-        split_on=data.split_on,
-        group_by=data.group_by,
-        seed=recipe.seed,
-    )
-    save_codec(codec, run.path)
-    run.remove_intermediate_tokens()
-    if unseen := {name for source in held_out_sources or () if isinstance(source, Records) for name in source.unseen}:
-        names = ", ".join(sorted(unseen)[:5])
-        say(f"the .bed file names records that are in no file, so they are not held out: {names}")
-    if validation is None and data.validation_fraction > 0:
-        one = "Only one document (or group), so none is held out: give --data.validation or --data.split_on to measure."
-        absent = f"data.split_on {data.split_on!r} does not occur, so there is one document, and none is held out."
-        say(absent if data.split_on is not None and tokens.num_documents == 1 else one)
-    return tokens, validation, codec
 
 
 def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> TrainingWindows:

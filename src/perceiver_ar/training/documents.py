@@ -1,0 +1,123 @@
+"""The documents that a recipe names, as the codec and the token files of its run."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from perceiver_ar.config import Recipe
+from perceiver_ar.data.codec import Codec, load_codec, save_codec
+from perceiver_ar.data.conditions import ConditionTable
+from perceiver_ar.data.genome import Records, find_records
+from perceiver_ar.data.hub import DOWNLOADS, find_datasets
+from perceiver_ar.data.modalities import find_members, make_codec, official_split, recognise
+from perceiver_ar.data.rows import find_rows
+from perceiver_ar.data.sources import HUB, Source, standard_library
+from perceiver_ar.data.token_files import TokenFile
+from perceiver_ar.data.tokens import prepare as tokenise
+from perceiver_ar.errors import require
+from perceiver_ar.run import Run
+from perceiver_ar.training.console import say
+
+
+class Documents(NamedTuple):
+    modality: str
+    sources: list[Source]
+    held_out: list[Source] | None
+    """None: a share of `sources`."""
+
+
+def open_or_make_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | None, Codec]:
+    """The run's token files, for training and held out, and its codec. Made from the recipe's files unless they are
+    there."""
+    if (run.path / "codec.json").exists():  # written last
+        run.remove_intermediate_tokens()  # a kill may have left some
+        held_out = (run.tokens / "validation.json").exists()
+        validation = TokenFile.open(run.tokens / "validation") if held_out else None
+        return TokenFile.open(run.tokens / "train"), validation, load_codec(run.path)
+    data = recipe.data
+    table = None if data.conditions is None else ConditionTable.read(data.conditions)
+    documents = find_documents(run, recipe, table)
+    codec = load_codec(run.initial) if recipe.init_from is not None else new_codec(recipe, documents, table)
+    if table is not None:
+        sources, held_out = table.apply(documents.sources, codec), documents.held_out
+        documents = documents._replace(sources=sources, held_out=held_out and table.apply(held_out, codec))
+        say(f"conditions: {', '.join(f'{name} ({len(values):,})' for name, values in codec.conditions.items())}")
+    elif codec.conditions:
+        say(f"conditions are unknown ({', '.join(codec.conditions)}): there is no table data.conditions")
+    tokens, validation = tokenise(
+        documents.sources,
+        codec,
+        run.tokens,
+        validation_fraction=data.validation_fraction,
+        validation_sources=documents.held_out,
+        split_on=data.split_on,
+        group_by=data.group_by,
+        seed=recipe.seed,
+    )
+    save_codec(codec, run.path)
+    run.remove_intermediate_tokens()
+    records = [source for source in documents.held_out or () if isinstance(source, Records)]
+    if unseen := {name for source in records for name in source.unseen}:
+        names = ", ".join(sorted(unseen)[:5])
+        say(f"the .bed file names records that are in no file, so they are not held out: {names}")
+    if validation is None and data.validation_fraction > 0:
+        one = "Only one document (or group), so none is held out: give --data.validation or --data.split_on to measure."
+        absent = f"data.split_on {data.split_on!r} does not occur, so there is one document, and none is held out."
+        say(absent if data.split_on is not None and tokens.num_documents == 1 else one)
+    return tokens, validation, codec
+
+
+def find_documents(run: Run, recipe: Recipe, table: ConditionTable | None) -> Documents:
+    """The recipe's files and what they hold. Raises InputError for settings that do not fit them."""
+    data, modality = recipe.data, recipe.modality
+    if any(path.startswith(HUB) for path in (*recipe.paths, *data.validation)):
+        require(modality in ("auto", "text"), f"of the Hub only text is read: set modality to text, not {modality}")
+        modality = "text"
+    else:
+        require(data.max_bytes is None, f"data.max_bytes is for datasets that begin with {HUB}: leave it out")
+    downloads, out = run.tokens / DOWNLOADS, run.path.resolve()
+
+    def find(paths: Sequence[str]) -> list[Source]:
+        found = find_datasets(paths, downloads, data.column, data.max_bytes, recipe.seed)
+        return found if table is None else table.without_itself(found)
+
+    def is_input(source: Source) -> bool:  # the run may lie in a folder that is trained on
+        return downloads in source.path.parents or out not in Path(os.path.realpath(source.path)).parents
+
+    sources = list(filter(is_input, find(recipe.paths) if recipe.paths else standard_library()))
+    held_out = find(data.validation) if data.validation else None
+    if modality == "auto":
+        modality = recognise(sources) if recipe.paths else "text"
+    if modality == "genome":
+        require(data.split_on is None, "data.split_on is for text: leave it out; records of a genome are documents")
+        sources, held_out = find_records(sources, held_out)
+    else:
+        refused = f"is for genomes, but the files are {modality}: leave it out, or set the modality to genome"
+        require(data.kmer == 1, f"data.kmer {refused}")
+        beds = [source.name for source in held_out or () if source.path.suffix.lower() == ".bed"]
+        require(not beds or recipe.modality != "auto", f"{''.join(beds[:1])} in data.validation {refused}")
+        sources = find_members(sources, modality, data.column)
+        held_out = held_out and find_members(held_out, modality, data.column)
+    if modality == "text":
+        sources = find_rows(sources, data.column)
+        held_out = held_out and find_rows(held_out, data.column)
+    ruled = data.group_by is not None or held_out is not None
+    if modality in ("midi", "audio") and not ruled and (split := official_split(sources)):
+        sources, held_out, line = split
+        say(line)
+    return Documents(modality, sources, held_out)
+
+
+def new_codec(recipe: Recipe, documents: Documents, table: ConditionTable | None) -> Codec:
+    """The codec of a run that starts from scratch."""
+    everything = [*documents.sources, *(documents.held_out or [])]
+    seen = everything if documents.modality == "integers" else documents.sources  # its ids are those in files
+    codec = make_codec(documents.modality, recipe.data, seen)
+    if table is None:
+        return codec
+    require(
+        codec.document_length is None,
+        "data.conditions does not work with pictures: put those of a class in a folder, and set data.classes",
+    )
+    return table.codec(codec, everything)
