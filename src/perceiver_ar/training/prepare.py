@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from perceiver_ar.config import Recipe
+from perceiver_ar.config import Recipe, flat
 from perceiver_ar.data.codec import Codec, load_codec, save_codec
 from perceiver_ar.data.genome import Records, find_records
 from perceiver_ar.data.modalities import make_codec, official_split, recognise
@@ -265,15 +265,6 @@ def check_weights_have_a_checkpoint(run: Run) -> None:
             f"--init_from {shlex.quote(str(run.path))} and another --out"
         )
     run.weights_file.unlink()
-
-
-def flat(settings: dict[str, Any], group: str = "") -> dict[str, Any]:
-    """Nested settings as one flat dict, with names such as model.dim."""
-    parts = (
-        flat(value, f"{name}.") if isinstance(value, dict) else {group + name: value}
-        for name, value in settings.items()
-    )
-    return {name: value for part in parts for name, value in part.items()}
 
 
 def goes_further(recipe: Recipe, before: Recipe, stopped_early: bool) -> bool:
