@@ -331,6 +331,24 @@ def test_errors_have_one_form(url: str, client: Any) -> None:
         client.completions.create(model="other", prompt="a")
 
 
+@pytest.mark.parametrize(("path", "field"), [("completions", "prompt"), ("../detokenize", "tokens")])
+def test_a_list_of_ids_longer_than_any_useful_one_is_not_parsed(url: str, path: str, field: str) -> None:
+    most = 5 * 2**18  # "256, " for each token that may be scored
+    for before, after in (("[", "]"), ("[\n [", "]]")):
+        content = f'{{"model": "tiny", "{field}" : {before}1{", 1" * (most // 3)}{after}}}'
+        answer = http.post(f"{url}/v1/{path}", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413
+        assert answer.json()["error"]["message"].startswith(f"{field} is a list of ids in more than {most} bytes")
+
+
+def test_a_text_of_that_size_is_read_whatever_is_in_it(url: str) -> None:
+    text = '{"prompt": [1, 2], "tokens": [[3]]} ' * 40_000
+    for prompt in (text, [text]):
+        answer = http.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["prompt_tokens"] == len(text) + 1
+
+
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
