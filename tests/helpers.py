@@ -13,6 +13,8 @@ from torch import Tensor
 
 from perceiver_ar.cli import main
 from perceiver_ar.config import PerceiverARConfig, TrainerConfig
+from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.windows import next_window
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", flags=re.DOTALL | re.MULTILINE)
@@ -58,6 +60,24 @@ def assert_same_parameters(run: str | Path, other: str | Path, tolerance: float 
             assert torch.equal(ours[name], theirs[name]), name
         else:
             assert_close(ours[name], theirs[name], tolerance)
+
+
+def window_nats(model: PerceiverAR, row: Tensor) -> Tensor:
+    """Nats (T - 1,) of the tokens of a row (T,) after the first, as generation from that one would draw them."""
+    with torch.no_grad():
+        return -window_logits(model, row[:-1]).log_softmax(-1).gather(1, row[1:, None])[:, 0]
+
+
+def window_logits(model: PerceiverAR, row: Tensor, prompt_len: int = 1, first: int | None = None) -> Tensor:
+    """Logits (T - first + 1, V) after each token of a row (T,) from `first` on (None: the last one of its prompt), each
+    by a forward of its own over the window that generation from that prompt would report."""
+    logits, window = [], None
+    for t in range(prompt_len, len(row) + 1):
+        window = next_window(model.config, window, t)
+        prefix_len = t - window.start - window.num_latents
+        if t >= (prompt_len if first is None else first):
+            logits.append(model(row[None, window.start : t], prefix_len)[0, -1])
+    return torch.stack(logits)
 
 
 def blocks(page: str) -> Iterator[tuple[str, str]]:

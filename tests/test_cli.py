@@ -33,8 +33,8 @@ from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.evaluation import compressors
 
 VERBS = [
-    *("train", "evaluate", "score", "embed", "generate", "compress", "decompress", "serve", "info"),
-    *("convert", "export", "push"),
+    *("train", "evaluate", "score", "embed", "scaling", "generate", "compress", "decompress", "serve"),
+    *("info", "convert", "export", "push"),
 ]
 
 

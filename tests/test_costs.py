@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, Recipe, TrainerConfig
-from perceiver_ar.costs import costs, training_bytes
+from perceiver_ar.costs import costs, step_flops, training_bytes
+from perceiver_ar.data.sampler import TrainingWindows
+from perceiver_ar.training.batches import Batches
 
 SIZES = PerceiverARConfig(vocab_size=31, context_length=24, num_latents=6, dim=16, num_layers=2, num_heads=2)
 PAPER = {"vocab_size": 31, "context_length": 24, "num_latents": 6, "dim": 16, "num_layers": 3, "num_heads": 4}
@@ -124,6 +127,19 @@ def test_longer_contexts_cost_the_cross_attention_only() -> None:
         short, long = costs(config, context=10_000, latents=6), costs(config, context=20_000, latents=6)
         assert long.forward_flops - short.forward_flops == 10_000 * (projection + 4 * 6 * width)
         assert long.context_bytes == 2 * short.context_bytes
+
+
+@pytest.mark.parametrize("options", [{}, {"short_prefix": 1.0}, {"short_prefix": 0.0, "prefix_growth": 0.5}])
+def test_a_step_costs_what_the_prefixes_of_training_cost(options: Any) -> None:
+    recipe = Recipe(out="x", model=SIZES.replace(context_length=100), trainer=TrainerConfig(**options))
+    N, steps = recipe.window_latents, 1000
+    batches = Batches(TrainingWindows(np.arange(1000) % 31, 100, N, 0), recipe)
+    whole = {"tokens": torch.zeros(1, 100), "labels": torch.zeros(1, N)}
+    lengths = [batches.shorten(whole, i, (i + 0.5) / steps)["tokens"].shape[1] for i in range(steps)]
+    seen = sum(costs(recipe.model, length, N, recipe.blocks).training_flops for length in lengths) / steps
+    assert step_flops(recipe) == pytest.approx(recipe.trainer.batch_size * seen, rel=0.02)
+    uncut = costs(recipe.model, latents=N, blocks=recipe.blocks).training_flops
+    assert step_flops(recipe, prefix_is_cut=False) == recipe.trainer.batch_size * uncut
 
 
 # Memory.

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import window_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import assert_close, configs, randomize
@@ -43,7 +44,6 @@ from perceiver_ar.huggingface import PerceiverARCache, PerceiverARForCausalLM, P
 from perceiver_ar.huggingface.caching import CACHE
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.run import Run
-from perceiver_ar.windows import next_window
 
 SMALL = PerceiverARConfig(vocab_size=256, context_length=24, num_latents=8, dim=16, num_layers=2, num_heads=2)
 
@@ -85,18 +85,6 @@ def ids(*shape: int, seed: int = 0, vocab_size: int = 256) -> Tensor:
 
 
 @torch.no_grad()
-def window_logits(model: PerceiverAR, row: Tensor, prompt_len: int = 1, first: int | None = None) -> Tensor:
-    """Logits (T - first + 1, V) after each token of a row (T,) from `first` on (None: the last one of its prompt), each
-    by a forward of its own over the window that generation from that prompt would report."""
-    logits, window = [], None
-    for t in range(prompt_len, len(row) + 1):
-        window = next_window(model.config, window, t)
-        prefix_len = t - window.start - window.num_latents
-        if t >= (prompt_len if first is None else first):
-            logits.append(model(row[None, window.start : t], prefix_len)[0, -1])
-    return torch.stack(logits)
-
-
 def last_logits(model: PerceiverAR, row: Tensor, prompt_len: int) -> Tensor:
     """The last ones (V,) of `window_logits`."""
     return window_logits(model, row, prompt_len, first=len(row))[-1]

@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "compression": BELOW_THE_TASKS,
     "embeddings": BELOW_THE_TASKS | {"evaluation"},
     "scores": BELOW_THE_TASKS | {"evaluation"},
+    "scaling": BELOW_THE_TASKS,
     "plots": BOTTOM | {"config", "evaluation"},
     "onnx": NETWORK | {"generation", "data"},
     "report": BOTTOM | {"run"},
@@ -58,8 +59,8 @@ MAY_IMPORT = {
     "huggingface": BELOW_THE_TASKS,
     "serving": BELOW_THE_TASKS | {"evaluation"},
     "cli": BELOW_THE_TASKS
-    | {"compat", "card", "onnx", "compression", "embeddings", "evaluation", "scores", "tables", "plots"}
-    | {"training", "huggingface", "serving"},
+    | {"compat", "card", "onnx", "compression", "embeddings", "evaluation", "scores", "scaling", "tables"}
+    | {"plots", "training", "huggingface", "serving"},
     "__main__": {"cli"},
 }
 
@@ -74,6 +75,7 @@ ONLY_IN = {
     "datasets": "data",
     "torchao": "generation",
     "constriction": "compression",
+    "scipy": "scaling",
     "fastapi": "serving",
     "starlette": "serving",
     "uvicorn": "serving",

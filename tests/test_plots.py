@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perceiver_ar.evaluation import Evaluation
-from perceiver_ar.plots import binary_count, plot_context, plot_loss, spread
+from perceiver_ar.plots import binary_count, plot_context, plot_loss, plot_scaling, spread
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -57,6 +57,14 @@ def test_context_lengths_are_drawn(tmp_path: Path, num_bytes: int | None, error:
 def test_counts_are_written_in_powers_of_two() -> None:
     counts = [1, 256, 1000, 1024, 1536, 4096, 65536, 2**20, 3 * 2**19]
     assert [binary_count(n) for n in counts] == ["1", "256", "1000", "1k", "1.5k", "4k", "64k", "1M", "1.5M"]
+
+
+def test_scaling_is_drawn_also_for_one_size(tmp_path: Path) -> None:
+    points = {"1k": [(1e6, 3.0), (1e7, 2.0)], "2k": [(1e7, 2.1), (1e8, 1.5)]}
+    for sizes in (["1k"], ["1k", "2k"]):
+        some = {size: points[size] for size in sizes}
+        plot_scaling(tmp_path / "scaling.png", some, some, [(1e6, 3.0), (1e9, 1.2)], y_label="bits")
+        assert (tmp_path / "scaling.png").read_bytes().startswith(PNG)
 
 
 @given(st.lists(st.floats(0, 1)).map(sorted))

@@ -51,6 +51,24 @@ def costs(config: PerceiverARConfig, context: int | None = None, latents: int | 
     return Costs(forward_flops=forward, training_flops=3 * forward, context_bytes=K * context_bytes)
 
 
+def step_flops(recipe: Recipe, prefix_is_cut: bool = True) -> float:
+    """Mean operations of a training step over a run, with `trainer.short_prefix` and `prefix_growth`, which cut
+    prefixes unless a window is a picture, and with prefix dropout."""
+    config, N = recipe.model, recipe.window_latents
+    short, growth = recipe.trainer.short_prefix, recipe.trainer.prefix_growth
+
+    def window(quarters: int) -> float:
+        left = quarters * (config.context_length - N) / 4 * (1 - config.prefix_dropout)
+        return costs(config, N + round(left), N, recipe.blocks).training_flops
+
+    def mean(most: int) -> float:
+        """Over the steps in which prefixes have at most so many quarters."""
+        return (1 - short) * window(most) + short * sum(window(min(q, most)) for q in range(4)) / 4
+
+    grown = mean(4) if growth == 0 else (1 - growth) * mean(4) + growth * sum(map(mean, range(5))) / 5
+    return recipe.trainer.batch_size * (grown if prefix_is_cut else window(4))
+
+
 def training_bytes(
     recipe: Recipe, parameters: int, windows: int | None = None, prefix_chunk: int | None = None
 ) -> float:

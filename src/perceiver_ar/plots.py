@@ -117,6 +117,42 @@ def plot_context(
         _finish(axes, heights, labels, "context length in tokens", "bits per byte" if per_byte else "bits per token")
 
 
+def plot_scaling(
+    path: str | os.PathLike[str],
+    points: Mapping[str, Points],
+    lines: Mapping[str, Points],
+    best: Points,
+    *,
+    y_label: str,
+) -> None:
+    """Draws the loss of runs against the FLOPs of their training.
+
+    Args:
+        path: the file; its suffix chooses the format. Written atomically.
+        points: size -> (FLOPs, loss) of its runs, the smallest size first.
+        lines: size -> the same along the fit.
+        best: (FLOPs, loss) with the best size for these FLOPs, in rising order.
+    """
+    with _picture(path) as axes:
+        labels, heights = list[Label](), [loss for runs in points.values() for _, loss in runs]
+        for i, (size, runs) in enumerate(points.items()):
+            colour = _blend("#9ecae9", "#0b3d75", i / max(1, len(points) - 1))
+            axes.plot(*_arrays(lines[size]), color=colour, linewidth=1.2)
+            axes.plot(*_arrays(runs), color=colour, linestyle="", marker="o", markersize=5)
+            labels.append((lines[size][-1][1], size, colour))
+        x, loss = _arrays(best)
+        axes.plot(x, loss, color=ORANGE, linewidth=1.8, linestyle=(0, (4, 3)))
+        labels.append((loss[-1], f"best size {loss[-1]:.2f}", ORANGE))
+        axes.set_xscale("log")
+        axes.set_xlim(min(line[0][0] for line in lines.values()), x[-1])
+        _finish(axes, [*heights, loss[-1]], labels, "FLOPs of training", y_label)
+
+
+def _blend(one: str, other: str, share: float) -> str:
+    pairs = zip(bytes.fromhex(one[1:]), bytes.fromhex(other[1:]), strict=True)
+    return "#" + bytes(round(a + share * (b - a)) for a, b in pairs).hex()
+
+
 def binary_count(value: float) -> str:
     """256 -> "256", 1024 -> "1k", 1536 -> "1.5k", 1048576 -> "1M"; others in full."""
     for unit, name in ((2**20, "M"), (2**10, "k")):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import window_nats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import configs, randomize
@@ -330,8 +331,10 @@ def test_a_prompt_that_is_read_for_too_long_ends(score: bool) -> None:
             assert heard(one).samples == {}
 
 
-def test_position_tables_shorter_than_the_context_limit_what_is_scored() -> None:
-    model = tiny(position_table="learned", index_dims=(20,))
+@pytest.mark.parametrize("fields", [{}, {"index_dims": (20,)}, {"positions_from_end": True}])
+def test_a_prompt_is_scored_as_it_would_be_drawn(fields: dict[str, Any]) -> None:
+    """Without a cache, which would take a forward for each token, in the windows of `evaluate`."""
+    model = tiny(position_table="learned", **fields)
     ids = torch.randint(11, (50,), generator=torch.Generator().manual_seed(0))
     with running(model, slots=1) as engine:
         scored = Job(ids, RowSettings(), [], Heard(), score=True)
@@ -339,7 +342,10 @@ def test_position_tables_shorter_than_the_context_limit_what_is_scored() -> None
         with heard(scored).changed:
             assert heard(scored).changed.wait_for(lambda: heard(scored).last or heard(scored).error, timeout=60)
     nats = [-float(logprobs[token]) for token, logprobs in heard(scored).scores if logprobs is not None]
-    assert sum(nats) / len(nats) == pytest.approx(evaluate(model, ids).nats_per_token)
+    if model.config.cacheable:
+        assert nats == pytest.approx(window_nats(model, ids).tolist(), abs=1e-5)
+    else:
+        assert sum(nats) / len(nats) == pytest.approx(evaluate(model, ids).nats_per_token)
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:

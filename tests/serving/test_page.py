@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from helpers import window_nats
 from reference import randomize
 from samples import write_music
 
@@ -22,7 +23,6 @@ from perceiver_ar.data.codec import Codec, save_codec
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.midi import PerformanceCodec
 from perceiver_ar.data.text import BytesCodec
-from perceiver_ar.evaluation import evaluate
 from perceiver_ar.generation import generate
 from perceiver_ar.network.model import PerceiverAR
 
@@ -78,7 +78,7 @@ def test_a_text_is_continued_stopped_undone_and_retried(
     whole = "Once\nupon\n" + expected(3)
     if "\ufffd" not in whole:
         ids = torch.tensor([0, *whole.encode()])
-        bits = evaluate(model, ids).nats_per_token / math.log(2)
+        bits = float(window_nats(model, ids).mean()) / math.log(2)
         playwright.expect(page.locator("#score")).to_have_text(
             f"{bits:.2f} bits a byte · {len(ids)} of 64 tokens of context used"
         )
@@ -259,13 +259,17 @@ def test_pictures_and_sound_are_shown(browser: Any, serving: Any, tmp_path: Path
         context.close()
 
 
-def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, tmp_path: Path) -> None:
-    codec, run = PerformanceCodec(), tmp_path / "piano"
+def piano_run(path: Path) -> Path:
+    codec = PerformanceCodec()
     size: dict[str, Any] = {"context_length": 64, "num_latents": 16, "dim": 16, "num_layers": 1, "num_heads": 2}
-    randomize(PerceiverAR(codec.fit(PerceiverARConfig(vocab_size=codec.vocab_size, **size))), seed=1).save_pretrained(
-        run
-    )
-    save_codec(codec, run)
+    config = codec.fit(PerceiverARConfig(vocab_size=codec.vocab_size, **size))
+    randomize(PerceiverAR(config), seed=1).save_pretrained(path)
+    save_codec(codec, path)
+    return path
+
+
+def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, tmp_path: Path) -> None:
+    run = piano_run(tmp_path / "piano")
     write_music(tmp_path / "prelude.mid", 3)
     with serving(run) as url:
         context = browser.new_context(viewport={"width": 1280, "height": 800})
@@ -293,6 +297,19 @@ def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, 
         assert roll.evaluate(coloured) > 2
         page.screenshot(path=os.environ.get("SCREENSHOTS", str(tmp_path)) + "/piano.png", full_page=True)
 
+        loop = page.get_by_role("button", name="Loop")
+        playwright.expect(loop).to_have_attribute("aria-pressed", "false")
+        loop.click()
+        playwright.expect(loop).to_have_attribute("aria-pressed", "true")
+        assert page.evaluate(  # it has come to the end, and goes on from the start
+            "async () => { const a = document.querySelector('audio');"
+            " a.muted = true; a.currentTime = a.duration - .05; await a.play();"
+            " await new Promise(done => a.ontimeupdate = () => a.currentTime < a.duration / 2 && done());"
+            " return !a.paused && !a.ended; }"
+        )
+        loop.click()
+        assert page.evaluate("() => { const a = document.querySelector('audio'); a.pause(); return !a.loop; }")
+
         # A beginning that is played, on two kinds of keys.
         page.get_by_role("button", name="C 4").click()
         page.keyboard.press("g")
@@ -304,6 +321,57 @@ def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, 
         playwright.expect(page.locator("#status")).to_contain_text("the files stay")
         page.get_by_role("button", name="Forget").click()
         playwright.expect(page.get_by_role("button", name="Forget")).to_be_disabled()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert trouble == []
+        context.close()
+
+
+def test_several_takes_are_kept_heard_and_saved(browser: Any, serving: Any, tmp_path: Path) -> None:
+    with serving(piano_run(tmp_path / "piano"), slots=2) as url:
+        context = browser.new_context(**FORMS["dark-phone"])
+        page = context.new_page()
+        trouble = list[str]()
+        page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.goto(url)
+        takes = page.get_by_role("slider", name="Takes")
+        playwright.expect(takes).to_have_attribute("max", "2")  # as the server has slots
+        takes.fill("2")
+        page.get_by_role("slider", name="Length").fill("32")
+        page.get_by_label("Seed").fill("1")
+        page.get_by_role("button", name="Continue").click()
+        playwright.expect(page.locator("#status")).to_contain_text("the files stay", timeout=120_000)
+        roll, buttons = page.get_by_role("img", name="Piano roll"), page.get_by_role("button", name=re.compile("Take "))
+        playwright.expect(roll).to_have_count(1)
+        playwright.expect(buttons).to_have_count(2)
+        playwright.expect(buttons.first).to_have_attribute("aria-pressed", "true")
+        saved, drawings = set[bytes](), set[str]()
+        for number in (1, 2):
+            buttons.nth(number - 1).click()
+            playwright.expect(roll).to_have_count(1)
+            page.wait_for_function("() => document.querySelector('canvas.roll:not([hidden])').width > 300")
+            drawings.add(roll.evaluate("canvas => canvas.toDataURL()"))
+            with page.expect_download() as download:
+                page.get_by_role("link", name=f"generated-{number}.mid").click()
+            saved.add(download.value.path().read_bytes())
+        assert len(saved) == len(drawings) == 2
+        # Playing a take shows it, and silences the others.
+        page.evaluate(
+            "() => Promise.all([...document.querySelectorAll('audio')].map(a => { a.muted = a.loop = true; }))"
+        )
+        page.evaluate("() => document.querySelectorAll('audio')[1].play()")
+        playwright.expect(buttons.nth(1)).to_have_attribute("aria-pressed", "true")
+        page.evaluate("() => document.querySelectorAll('audio')[0].play()")
+        playwright.expect(buttons.first).to_have_attribute("aria-pressed", "true")
+        page.wait_for_function("() => document.querySelectorAll('audio')[1].paused")
+        for width, name in ((390, "phone"), (1280, "desktop")):
+            page.set_viewport_size({"width": width, "height": 800})
+            path = os.environ.get("SCREENSHOTS", str(tmp_path)) + f"/takes-{name}.png"
+            page.screenshot(path=path, full_page=True)
+            assert page.evaluate(
+                "() => [...results.querySelectorAll('figure *')].every(one => one.getBoundingClientRect().right"
+                " <= one.closest('figure').getBoundingClientRect().right + 1)"
+            )
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert trouble == []
         context.close()

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIG
+from helpers import window_nats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import randomize
@@ -28,7 +29,6 @@ from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import save_codec
 from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.text import BytesCodec
-from perceiver_ar.evaluation import evaluate
 from perceiver_ar.generation import generate
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.serving.engine import Engine
@@ -181,7 +181,7 @@ def test_log_probabilities_are_of_the_tokens_drawn(client: Any, model: Perceiver
     assert logprobs.tokens == [names[token] for token in ids[: len(logprobs.tokens)]]
 
 
-def test_an_echo_scores_the_prompt_as_evaluate_does(client: Any, model: PerceiverAR) -> None:
+def test_an_echo_scores_the_prompt_as_it_would_be_drawn(client: Any, model: PerceiverAR) -> None:
     prompt = "A prompt that is longer than the context of this model, so that windows move: " * 2
     answer = client.completions.create(
         model="tiny", prompt=prompt, max_tokens=1, echo=True, logprobs=1, temperature=0, seed=1234
@@ -190,14 +190,24 @@ def test_an_echo_scores_the_prompt_as_evaluate_does(client: Any, model: Perceive
     assert answer.choices[0].text.startswith(prompt)
     assert logprobs.token_logprobs[0] is None
     ids = [0, *prompt.encode()]
-    expected = evaluate(model, torch.tensor(ids)).nats_per_token
-    assert -sum(logprobs.token_logprobs[1:-1]) / (len(ids) - 1) == pytest.approx(expected, abs=1e-5)
+    expected = -window_nats(model, torch.tensor(ids))
+    assert logprobs.token_logprobs[1:-1] == pytest.approx(expected.tolist(), abs=1e-4)
     offsets = logprobs.text_offset[1:-1]
     assert [prompt[offset] for offset in offsets] == logprobs.tokens[1:-1]
     only = client.completions.create(model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=1)
     assert only.choices[0].logprobs.token_logprobs == logprobs.token_logprobs[:-1]
     assert only.choices[0].text == prompt
     assert only.usage.completion_tokens == 0
+
+
+def test_an_echo_scores_texts_of_any_length_alike(client: Any, model: PerceiverAR) -> None:
+    """As transformers' forward does (tests/test_huggingface.py), so lm-evaluation-harness finds the same with both."""
+    ids = torch.randint(1, 256, (200,), generator=torch.Generator().manual_seed(0))
+    expected, lengths = (-window_nats(model, ids)).tolist(), (2, 16, 17, 18, 25, 64, 65, 66, 120, 200)
+    prompts = [ids[:length].tolist() for length in lengths]
+    answer = client.completions.create(model="tiny", prompt=prompts, max_tokens=0, echo=True, logprobs=0)
+    for length, choice in zip(lengths, answer.choices, strict=True):
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(expected[: length - 1], abs=1e-4)
 
 
 def test_all_samples_have_the_scores_of_the_prompt(client: Any) -> None:
@@ -344,6 +354,24 @@ def test_errors_have_one_form(url: str, client: Any) -> None:
         assert answer.json()["error"]["message"]
     with pytest.raises(openai.NotFoundError, match="this server has"):
         client.completions.create(model="other", prompt="a")
+
+
+@pytest.mark.parametrize(("path", "field"), [("completions", "prompt"), ("../detokenize", "tokens")])
+def test_a_list_of_ids_longer_than_any_useful_one_is_not_parsed(url: str, path: str, field: str) -> None:
+    most = 5 * 2**18  # "256, " for each token that may be scored
+    for before, after in (("[", "]"), ("[\n [", "]]")):
+        content = f'{{"model": "tiny", "{field}" : {before}1{", 1" * (most // 3)}{after}}}'
+        answer = http.post(f"{url}/v1/{path}", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413
+        assert answer.json()["error"]["message"].startswith(f"{field} is a list of ids in more than {most} bytes")
+
+
+def test_a_text_of_that_size_is_read_whatever_is_in_it(url: str) -> None:
+    text = '{"prompt": [1, 2], "tokens": [[3]]} ' * 40_000
+    for prompt in (text, [text]):
+        answer = http.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["prompt_tokens"] == len(text) + 1
 
 
 anything = st.recursive(

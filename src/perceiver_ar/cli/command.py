@@ -19,6 +19,7 @@ from perceiver_ar.cli.evaluate import evaluate_verb
 from perceiver_ar.cli.generate import generate_verb
 from perceiver_ar.cli.info import info_verb
 from perceiver_ar.cli.push import push_verb
+from perceiver_ar.cli.scaling import scaling_verb
 from perceiver_ar.cli.score import score_verb
 from perceiver_ar.cli.serve import serve_verb
 from perceiver_ar.cli.train import train_verb
@@ -33,6 +34,7 @@ Perceiver AR on your own files: train, see how good it is, generate.
   evaluate RUN [PATH...]        bits per byte on files, or on the run's held-out documents
   score RUN [PATH...]           bits of every document and token; two runs compared
   embed RUN [PATH...]           a vector for each document
+  scaling RUN...                what size and how many tokens a budget wants, from several runs
   generate RUN                  write text, music, pictures or sound
   compress RUN FILE             make a file smaller with the model's probabilities
   decompress RUN FILE           and back
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         "evaluate": evaluate_verb,
         "score": score_verb,
         "embed": embed_verb,
+        "scaling": scaling_verb,
         "generate": generate_verb,
         "compress": compress_verb,
         "decompress": decompress_verb,

@@ -7,7 +7,7 @@
 from perceiver_ar.config.checks import parse_duration, unknown_words
 from perceiver_ar.config.network import BEFORE, MODEL_TYPE, PerceiverARConfig
 from perceiver_ar.config.presets import PRESETS
-from perceiver_ar.config.recipe import Recipe, default_network, names_all
+from perceiver_ar.config.recipe import Recipe, default_network, flat, names_all
 from perceiver_ar.config.run import DataConfig, OptimConfig, TrainerConfig
 from perceiver_ar.config.yaml_files import dump_yaml, load_yaml
 
@@ -22,6 +22,7 @@ __all__ = [
     "TrainerConfig",
     "default_network",
     "dump_yaml",
+    "flat",
     "load_yaml",
     "names_all",
     "parse_duration",

@@ -115,6 +115,15 @@ class Recipe:
             raise InputError(f"{where}: {error}") from None
 
 
+def flat(settings: dict[str, Any], group: str = "") -> dict[str, Any]:
+    """Nested settings as one flat dict, with names such as model.dim."""
+    parts = (
+        flat(value, f"{name}.") if isinstance(value, dict) else {group + name: value}
+        for name, value in settings.items()
+    )
+    return {name: value for part in parts for name, value in part.items()}
+
+
 def names_all(group: str, settings: Any) -> bool:
     """Whether these settings of a group, such as "trainer", are a whole one of this or an older version."""
     kind = {"model": PerceiverARConfig, "trainer": TrainerConfig}[group]

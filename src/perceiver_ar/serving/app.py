@@ -4,8 +4,9 @@ model."""
 import asyncio
 import json
 import logging
+import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 from fastapi import FastAPI, Form, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
+from fastapi.routing import APIRoute
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict
@@ -31,7 +33,7 @@ from perceiver_ar.serving.errors import FAILED, describe, error_body, error_resp
 from perceiver_ar.serving.files import GenerateForm, Generation, Results, media_type
 from perceiver_ar.serving.metrics import Metrics
 from perceiver_ar.serving.outbox import Outbox
-from perceiver_ar.serving.protocol import CompletionRequest, Refused, require_unicode
+from perceiver_ar.serving.protocol import MAX_PROMPTS, MAX_SCORES, CompletionRequest, Refused, require_unicode
 from perceiver_ar.serving.security import RETRY, Guard
 from perceiver_ar.serving.text import Vocabulary
 from perceiver_ar.serving.worker import Stopping, TooMuch, Worker
@@ -39,6 +41,8 @@ from perceiver_ar.serving.worker import Stopping, TooMuch, Worker
 MAX_BODY, MAX_BODIES = 16 * 2**20, 128 * 2**20
 BODY_SECONDS = 60.0
 PING_SECONDS = 15.0
+IDS = re.compile(rb'"(prompt|tokens)"\s*:\s*\[[\s\[]*[-\d]')
+"""Where a list of ids begins in a body."""
 PAGE = {path.name: path for path in Path(__file__).with_name("page").iterdir()}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -80,6 +84,30 @@ class DetokenizeRequest(BaseModel):
 
     tokens: list[int]
     model: str | None = None
+
+
+def bounded_route(most: int) -> type[APIRoute]:
+    """A route that refuses a JSON body of more than `most` bytes that is a list of ids. Python's parser holds the
+    interpreter while it reads, which for such lists takes ten times as long as for a text of as many bytes."""
+
+    class BoundedRequest(Request):
+        async def json(self) -> Any:
+            body = await self.body()
+            if len(body) > most and (found := IDS.search(body)):
+                field = found[1].decode()
+                raise HTTPException(413, f"{field} is a list of ids in more than {most} bytes: send fewer, or the text")
+            return await super().json()
+
+    class BoundedRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def handle_bounded(request: Request) -> Response:
+                return await handle(BoundedRequest(request.scope, request.receive))
+
+            return handle_bounded
+
+    return BoundedRoute
 
 
 class Events(EventSourceResponse):
@@ -126,6 +154,8 @@ def create_app(service: Service) -> FastAPI:
     )
     add_error_handlers(app)
     app.state.worker = worker
+    size = len(f"{service.codec.vocab_size}, ")
+    app.router.route_class = bounded_route(size * max(MAX_SCORES, MAX_PROMPTS * engine.context))
 
     def check_model(model: str | None) -> None:
         if model not in (None, name):
@@ -174,7 +204,7 @@ def create_app(service: Service) -> FastAPI:
         card = {"id": name, "object": "model", "created": created, "owned_by": "perceiver-ar"}
         card |= {"context_length": engine.context, "writes_text": service.codec.writes_text}
         card |= {"document_length": service.codec.document_length, "file_ending": service.codec.ending}
-        card |= {"conditions": service.codec.conditions}
+        card |= {"conditions": service.codec.conditions, "slots": engine.slots}
         card |= {"parameters": engine.model.num_parameters(), "evaluation": service.scores}
         return {"object": "list", "data": [card]}
 

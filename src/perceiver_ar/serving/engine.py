@@ -19,7 +19,7 @@ from perceiver_ar.evaluation import windows
 from perceiver_ar.generation.decoder import Row, RowSettings, draw, require_finite
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.serving.slots import slot_decoder
-from perceiver_ar.windows import Window, longest_context
+from perceiver_ar.windows import Window, blocks, longest_context
 
 Finish = Literal["stop", "length"]
 
@@ -306,20 +306,26 @@ class Engine:
         job.listener.begun(last=False)
 
     def _score(self, job: Job) -> Iterator[None]:
-        """Log-probabilities of a prompt's tokens, in the windows of `evaluation.evaluate`; yields after each piece."""
+        """Log-probabilities of a prompt's tokens, in the windows of generation from its first token (`blocks`); of a
+        network without a cache in those of `evaluate`, which are fewer. Yields after each piece."""
         config, ids = self.config, job.prompt
         job.listener.scored(ids[:1].tolist(), None)
         if len(ids) < 2:
             return
-        context = longest_context(config)
-        latents = min(config.num_latents, context)
-        for window in windows(len(ids), context, latents, max(1, latents // 2)):
-            row = Row(0, ids[: window.end - 1], config, RowSettings(pinned=job.settings.pinned))
-            row.window = Window(window.start, row.num_tokens - window.start - window.prefix_len)
+        if config.cacheable:
+            spans = ((*block[:2], block.end, block.first + 1) for block in blocks(config, len(ids) - 1))
+        else:
+            context = longest_context(config)
+            latents = min(config.num_latents, context)
+            few = windows(len(ids), context, latents, max(1, latents // 2))
+            spans = ((*window[:2], window.end - 1, window.first_target) for window in few)
+        for start, prefix_len, end, first_target in spans:
+            row = Row(0, ids[:end], config, RowSettings(pinned=job.settings.pinned))
+            row.window = Window(start, end - start - prefix_len)
             target = row.num_tokens - row.window.num_latents + 1  # that of the next latent
             for found in self._decoder.latents(row):
                 if found is not None:
-                    scored = found[0, max(0, window.first_target - target) :]
+                    scored = found[0, max(0, first_target - target) :]
                     target += found.shape[1]
                     if len(scored) > 0:
                         logits = self.model.head(scored)

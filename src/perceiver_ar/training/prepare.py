@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from perceiver_ar.config import Recipe
+from perceiver_ar.config import Recipe, flat
 from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.sampler import TrainingWindows
@@ -218,15 +218,6 @@ def check_weights_have_a_checkpoint(run: Run) -> None:
             f"--init_from {shlex.quote(str(run.path))} and another --out"
         )
     run.weights_file.unlink()
-
-
-def flat(settings: dict[str, Any], group: str = "") -> dict[str, Any]:
-    """Nested settings as one flat dict, with names such as model.dim."""
-    parts = (
-        flat(value, f"{name}.") if isinstance(value, dict) else {group + name: value}
-        for name, value in settings.items()
-    )
-    return {name: value for part in parts for name, value in part.items()}
 
 
 def goes_further(recipe: Recipe, before: Recipe, stopped_early: bool) -> bool:

@@ -1,7 +1,7 @@
 "use strict";
 // What the other scripts share.
 const $ = id => document.getElementById(id);
-const text = $("text"), sliders = ["temperature", "top_p", "repetition_penalty", "max_tokens"];
+const text = $("text"), sliders = ["temperature", "top_p", "repetition_penalty", "max_tokens", "takes"];
 let model = {writes_text: true, document_length: null, context_length: 0, file_ending: ""};
 let running = null;   // the AbortController of the request that runs
 const chosenSeed = () => $("seed").value === "" ? null : +$("seed").value;

@@ -6,13 +6,14 @@ async function goOnWithFile() {
   buttons();
   say("reading …");
   const form = new FormData(), file = played.length ? playedFile() : $("file").files[0];
-  const takes = document.createElement("section");
-  let roll = null;
+  const takes = document.createElement("section"), n = +$("takes").value;
+  let rolls = [];
   if (file) {
     form.append("file", file);
     if ($("keep").value !== "1") form.append("keep", $("keep").value);
   }
   if (model.document_length === null) form.append("max_new_tokens", $("max_tokens").value);
+  form.append("n", n);
   for (const id of ["temperature", "top_p"]) form.append(id, $(id).value);
   if ($("seed").value !== "") form.append("seed", $("seed").value);
   form.append("stream", "true");
@@ -24,19 +25,18 @@ async function goOnWithFile() {
       if (event.error) throw new Error(event.error.message);
       if (event.type === "prompt") {
         $("results").prepend(takes);
-        if (event.notes) takes.append((roll = new Roll(event.notes)).canvas);
+        if (event.notes) rolls = addRolls(takes, event.notes, n);
       } else if (event.type === "tokens") {
         for (const sample of event.samples) {
           drawn += sample.ids.length;
-          if (sample.notes) roll.change(sample.kept, sample.notes);
+          if (sample.notes) rolls[sample.index].change(sample.kept, sample.notes);
           if (sample.picture) picture(takes, sample);
         }
         say(`${drawn} tokens …`);
       } else {
         for (const old of takes.querySelectorAll("img")) old.remove();
-        takes.append(...event.files.filter(file => !(roll && file.media_type.startsWith("image"))).map(figure));
-        const sound = takes.querySelector("audio");
-        if (roll && sound) roll.follow(sound);
+        if (rolls.length) addFiles(takes, rolls, event.files);
+        else takes.append(...event.files.map(figure));
         say(`${drawn} tokens; the files stay for ${Math.round(event.expires_in / 60)} minutes`);
       }
     }
@@ -47,6 +47,41 @@ async function goOnWithFile() {
   if (!takes.childNodes.length) takes.remove();
   running = null;
   buttons();
+}
+
+// A piano roll for each take, of which one is shown, and a place for the files of each.
+function addRolls(takes, notes, n) {
+  const rolls = Array.from({length: n}, () => new Roll(notes)), figures = rolls.map(() => document.createElement("figure"));
+  const choose = chosen => rolls.forEach((roll, i) => {
+    roll.canvas.hidden = i !== chosen;
+    figures[i].firstChild.setAttribute("aria-pressed", String(i === chosen));
+  });
+  figures.forEach((figure, i) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = `Take ${i + 1}`;
+    button.hidden = n === 1;
+    button.onclick = () => choose(i);
+    figure.append(button);
+    figure.addEventListener("play", event => {  // of its sound
+      choose(i);
+      for (const other of $("results").querySelectorAll("audio")) if (other !== event.target) other.pause();
+    }, true);
+  });
+  choose(0);
+  takes.append(...rolls.map(roll => roll.canvas), ...figures);
+  return rolls;
+}
+
+function addFiles(takes, rolls, files) {
+  takes.querySelectorAll("figure").forEach((all, i) => {
+    const own = files.filter(({name}) => !name.endsWith(".png") && (rolls.length === 1 || name.includes(`-${i + 1}.`)));
+    for (const file of own) all.append(...figure(file).childNodes);
+    const bar = all.querySelector(".sound");
+    if (!bar) return;
+    all.firstChild.after(bar);
+    rolls[i].follow(bar.querySelector("audio"));
+  });
 }
 
 // A picture while its rows are drawn.
@@ -77,7 +112,17 @@ function figure(file) {
     audio.src = url;
     audio.setAttribute("aria-label", file.name);
     if (model.file_ending === ".wav") all.append(waveform(audio));
-    all.append(audio);
+    const bar = document.createElement("div"), loop = document.createElement("button");
+    bar.className = "sound";
+    loop.type = "button";
+    loop.textContent = "Loop";
+    loop.setAttribute("aria-pressed", "false");
+    loop.onclick = () => {
+      audio.loop = !audio.loop;
+      loop.setAttribute("aria-pressed", String(audio.loop));
+    };
+    bar.append(audio, loop);
+    all.append(bar);
   }
   link.href = url;
   link.download = link.textContent = file.name;
