@@ -4,6 +4,7 @@ import shlex
 
 import torch
 
+from perceiver_ar.adapters import with_adapter
 from perceiver_ar.errors import InputError
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.optim import lr_factor
@@ -95,6 +96,8 @@ def make_model(prepared: Prepared, begins: bool) -> PerceiverAR:
     recipe = prepared.recipe
     torch.manual_seed(recipe.seed % 2**63)
     try:
+        if recipe.adapter is not None:
+            return with_adapter(PerceiverAR.from_pretrained(prepared.run.initial).train(), recipe)
         if begins and recipe.init_from is not None:
             return PerceiverAR.from_pretrained(prepared.run.initial).train()
         return PerceiverAR(recipe.model)

@@ -233,7 +233,7 @@ def check_resumable(run: Run, recipe: Recipe) -> Recipe:
         recipe = fill_in(recipe, before.model, before.modality, data)
     if (run.path / "codec.json").exists():
         recipe = replace(recipe, model=load_codec(run.path).fit(recipe.model))
-    fixed = ("paths", "modality", "init_from", "seed", "model", "data", "optim")
+    fixed = ("paths", "modality", "init_from", "adapter", "seed", "model", "data", "optim")
     fixed += ("trainer.batch_size", "trainer.blocks", "trainer.short_prefix", "trainer.prefix_growth")
     was, now = flat(before.to_dict()), flat(recipe.to_dict())
     if recipe.blocks == before.blocks:
