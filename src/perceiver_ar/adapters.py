@@ -33,17 +33,20 @@ PREFIX = "base_model.model.network."
 
 def with_adapter(model: PerceiverAR, recipe: Recipe) -> PerceiverAR:
     """`model` with a new adapter, and everything else frozen; it is changed in place."""
+    return import_peft().inject_adapter_in_model(lora_config(recipe), model)
+
+
+def import_peft() -> Any:
+    """The package. Raises InputError if it is not installed."""
     with importing("adapters"):
-        from peft import inject_adapter_in_model
-    return inject_adapter_in_model(lora_config(recipe), model)  # type: ignore[reportReturnType]
+        import peft
+    return peft
 
 
 def lora_config(recipe: Recipe, **settings: Any) -> Any:
-    from peft import LoraConfig
-
-    rank = recipe.adapter_rank or 0
+    rank = recipe.adapter_rank
     # PEFT multiplies B A by lora_alpha / r.
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, task_type="CAUSAL_LM", **settings)
+    return import_peft().LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, task_type="CAUSAL_LM", **settings)
 
 
 def merged(model: PerceiverAR, weights: dict[str, Tensor]) -> PerceiverAR:
@@ -89,22 +92,22 @@ def read(directory: Path, base: str | None) -> tuple[PerceiverAR, Codec | None]:
     require(base is not None, "--base is missing: name the run that the adapter was trained on")
     for name in (SETTINGS, WEIGHTS):
         require((directory / name).is_file(), f"{directory / name}: no such file, so this is not a PEFT adapter")
-    run = Run.open(str(base))
-    with importing("adapters"):
-        import peft
+    run, peft = Run.open(str(base)), import_peft()
+    from perceiver_ar.huggingface import PerceiverARForCausalLM, PerceiverARModelConfig
 
-        from perceiver_ar.huggingface import PerceiverARForCausalLM
-    model: Any = PerceiverARForCausalLM.from_pretrained(run.path)
+    plain = run.model()
+    model: Any = PerceiverARForCausalLM(PerceiverARModelConfig(plain.config))
+    model.network.load_state_dict(plain.state_dict())
     try:
         config = peft.PeftConfig.from_pretrained(str(directory))
         require(not config.is_prompt_learning, f"{directory} holds a prompt, and only weights can be merged")
         with safe_open(directory / WEIGHTS, "pt") as file:
             trained_on = (file.metadata() or {}).get("base")
-        tensors, before = load_file(directory / WEIGHTS), fingerprint(model.network)
+        tensors = load_file(directory / WEIGHTS)
         model = peft.get_peft_model(model, config)
         if wrong := differences(tensors, peft.get_peft_model_state_dict(model, save_embedding_layers=False)):
             raise InputError(f"{directory} does not fit {base}: {wrong[0]} ({len(wrong)} such differences)")
-        require(trained_on in (None, before), f"{directory} was trained on other weights than those of {base}")
+        require(trained_on in (None, fingerprint(plain)), f"{directory} was trained on other weights than those of {base}")
         peft.set_peft_model_state_dict(model, tensors)
         network: PerceiverAR = model.merge_and_unload().network
     except InputError:
@@ -116,6 +119,5 @@ def read(directory: Path, base: str | None) -> tuple[PerceiverAR, Codec | None]:
         not network.config.tie_embeddings or network.head.weight.equal(network.embed.weight),
         f"{directory} changes the embedding of {base} but not the head, and they are one (tie_embeddings)",
     )
-    plain = PerceiverAR(network.config)
     plain.load_tensors(network.stored_tensors(), str(directory))
-    return plain.eval(), run.codec_if_any()
+    return plain, run.codec_if_any()

@@ -67,8 +67,14 @@ class Recipe:
             self.adapter is None or not self.trainer.sharded,
             "trainer.strategy is 'fsdp', which cannot train an adapter: leave it out, or adapter",
         )
-        if self.adapter is not None and self.adapter_rank is None:
-            object.__setattr__(self, "adapter_rank", 16)
+        require(
+            self.adapter is None or self.optim.muon_lr == OptimConfig.muon_lr,
+            f"optim.muon_lr is {self.optim.muon_lr}, but AdamW trains an adapter: give optim.lr instead",
+        )
+        if self.adapter is not None:
+            object.__setattr__(self, "adapter_rank", self.adapter_rank or 16)
+            lr = 0.01 if self.optim.lr is None else self.optim.lr
+            object.__setattr__(self, "optim", dataclasses.replace(self.optim, lr=lr))
         require(self.max_steps is None or self.max_steps >= 1, f"max_steps is {self.max_steps}: it must be at least 1")
         require(
             self.modality in ("auto", "text") or (self.data.tokenizer is None and self.data.bpe_vocab_size is None),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from perceiver_ar.adapters import import_peft
 from perceiver_ar.config import Recipe
 from perceiver_ar.data.codec import Codec, load_codec, save_codec
 from perceiver_ar.data.genome import Records, find_records
@@ -65,6 +66,8 @@ def prepare(run: Run, recipe: Recipe, resources: Resources, resume: bool, find_b
 
 def prepare_first(run: Run, recipe: Recipe, resources: Resources, resume: bool, find_batch: bool) -> Prepared:
     check_tracker(recipe.trainer.tracker)
+    if recipe.adapter is not None:
+        import_peft()  # raises if it is missing
     if not resume and recipe.init_from is not None:
         recipe = Origin.open(recipe.init_from).complete(recipe)
     if not resume and run.is_taken():
