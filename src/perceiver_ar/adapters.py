@@ -6,7 +6,7 @@ and B are trained. Runs have the sum as their weights; A and B lie beside it, as
 
 import copy
 import hashlib
-import tempfile
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,8 @@ def save_adapter(directory: Path, recipe: Recipe, weights: dict[str, Tensor], ba
     tensors = {PREFIX + name.replace(".default.", "."): tensor.contiguous() for name, tensor in weights.items()}
     with atomic_path(directory / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "base": base})
-    with tempfile.TemporaryDirectory() as folder:
-        lora_config(recipe, inference_mode=True, base_model_name_or_path=recipe.init_from).save_pretrained(folder)
-        write_text(directory / SETTINGS, (Path(folder) / SETTINGS).read_text(encoding="utf-8"))
+    config = lora_config(recipe, inference_mode=True, base_model_name_or_path=recipe.init_from)
+    write_text(directory / SETTINGS, json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted) + "\n")
 
 
 def read(directory: Path, base: str | None) -> tuple[PerceiverAR, Codec | None]:
@@ -107,7 +106,9 @@ def read(directory: Path, base: str | None) -> tuple[PerceiverAR, Codec | None]:
         model = peft.get_peft_model(model, config)
         if wrong := differences(tensors, peft.get_peft_model_state_dict(model, save_embedding_layers=False)):
             raise InputError(f"{directory} does not fit {base}: {wrong[0]} ({len(wrong)} such differences)")
-        require(trained_on in (None, fingerprint(plain)), f"{directory} was trained on other weights than those of {base}")
+        require(
+            trained_on in (None, fingerprint(plain)), f"{directory} was trained on other weights than those of {base}"
+        )
         peft.set_peft_model_state_dict(model, tensors)
         network: PerceiverAR = model.merge_and_unload().network
     except InputError:

@@ -20,7 +20,6 @@ CONVERT_OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
         ("heads", int, "attention heads, if the weights do not determine them"),
     ],
     "krasserm": [],
-    "peft": [("base", str, "the run that the adapter was trained on")],
     "google": [
         ("settings", str, "random_mirrored_32, random_mirrored_131072, imagenet_w_positions, or a JSON file with "
          "the arguments of their PerceiverAR"),
@@ -29,6 +28,7 @@ CONVERT_OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
         ("num_cross_attend_heads", int, "as in their settings"),
         ("num_transformer_heads", int, "as in their settings"),
     ],
+    "peft": [("base", str, "the run that the adapter was trained on")],
 }  # fmt: skip
 
 

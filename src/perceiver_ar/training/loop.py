@@ -115,8 +115,11 @@ def make_model(prepared: Prepared, begins: bool) -> PerceiverAR:
 def announce(prepared: Prepared, model: PerceiverAR, resuming: bool) -> None:
     recipe, devices = prepared.recipe, prepared.resources.devices
     settings, network = recipe.trainer, recipe.model
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     say(
-        f"{model.num_parameters():,} parameters, context {network.context_length:,}, {network.num_latents:,} latents, "
+        f"{model.num_parameters():,} parameters"
+        + (f", {trained:,} of them in the adapter" if recipe.adapter else "")
+        + f", context {network.context_length:,}, {network.num_latents:,} latents, "
         f"{settings.batch_size} windows a step"
         + (f" of {recipe.blocks} blocks" if recipe.blocks > 1 else "")
         + f", {FABRIC_PRECISIONS[settings.precision]}"
