@@ -216,6 +216,17 @@ def test_adapters_that_peft_made_are_merged_too(settings: dict[str, Any], base: 
     assert_close(merged_logits, model(input_ids=TOKENS).logits, 1e-4)
 
 
+@pytest.mark.parametrize("name", ["embed", "head"])
+def test_an_adapter_of_one_of_two_tied_weights_is_not_merged(
+    name: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tied, adapter = other_base(base, tmp_path / "tied", tie_embeddings=True), tmp_path / "adapter"
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=[name])
+    peft.get_peft_model(PerceiverARForCausalLM.from_pretrained(tied), config).save_pretrained(str(adapter))
+    says = f"{adapter} changes the embedding and the head of {tied} differently"
+    assert_refused(capsys, "convert", "peft", adapter, "--base", tied, "--out", tmp_path / "merged", says=says)
+
+
 # What is refused.
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from perceiver_ar.config import Recipe
 from perceiver_ar.data.codec import Codec, importing
@@ -91,12 +91,13 @@ def read(directory: Path, base: str | None) -> tuple[PerceiverAR, Codec | None]:
     require(base is not None, "--base is missing: name the run that the adapter was trained on")
     for name in (SETTINGS, WEIGHTS):
         require((directory / name).is_file(), f"{directory / name}: no such file, so this is not a PEFT adapter")
-    run, peft = Run.open(str(base)), import_peft()
+    run, peft, remedy = Run.open(str(base)), import_peft(), "give the run that it was trained on"
     from perceiver_ar.huggingface import PerceiverARForCausalLM, PerceiverARModelConfig
 
     plain = run.model()
     model: Any = PerceiverARForCausalLM(PerceiverARModelConfig(plain.config))
     model.network.load_state_dict(plain.state_dict())
+    model.network.head.weight = nn.Parameter(plain.head.weight.detach().clone())  # merging would change a tied one, too
     try:
         config = peft.PeftConfig.from_pretrained(str(directory))
         require(not config.is_prompt_learning, f"{directory} holds a prompt, and only weights can be merged")
@@ -105,9 +106,10 @@ def read(directory: Path, base: str | None) -> tuple[PerceiverAR, Codec | None]:
         tensors = load_file(directory / WEIGHTS)
         model = peft.get_peft_model(model, config)
         if wrong := differences(tensors, peft.get_peft_model_state_dict(model, save_embedding_layers=False)):
-            raise InputError(f"{directory} does not fit {base}: {wrong[0]} ({len(wrong)} such differences)")
+            raise InputError(f"{directory} does not fit {base}: {wrong[0]} ({len(wrong)} such differences); {remedy}")
         require(
-            trained_on in (None, fingerprint(plain)), f"{directory} was trained on other weights than those of {base}"
+            trained_on in (None, fingerprint(plain)),
+            f"{directory} was trained on other weights than those of {base}: {remedy}",
         )
         peft.set_peft_model_state_dict(model, tensors)
         network: PerceiverAR = model.merge_and_unload().network
@@ -118,7 +120,8 @@ def read(directory: Path, base: str | None) -> tuple[PerceiverAR, Codec | None]:
         raise InputError(f"{directory} cannot be merged into {base} ({type(error).__name__}: {reason})") from error
     require(
         not network.config.tie_embeddings or network.head.weight.equal(network.embed.weight),
-        f"{directory} changes the embedding of {base} but not the head, and they are one (tie_embeddings)",
+        f"{directory} changes the embedding and the head of {base} differently, and they are one (tie_embeddings): "
+        "use it with PEFT, unmerged",
     )
     plain.load_tensors(network.stored_tensors(), str(directory))
     return plain, run.codec_if_any()
