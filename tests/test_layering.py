@@ -55,12 +55,13 @@ MAY_IMPORT = {
     "onnx": NETWORK | {"generation", "data"},
     "report": BOTTOM | {"run"},
     "card": BOTTOM | {"run", "data"},
-    "training": BELOW_THE_TASKS | {"report", "evaluation", "plots"},
+    "training": BELOW_THE_TASKS | {"report", "evaluation", "plots", "adapters"},
     "huggingface": BELOW_THE_TASKS,
     "serving": BELOW_THE_TASKS | {"evaluation"},
+    "adapters": NETWORK | {"data", "run", "huggingface"},
     "cli": BELOW_THE_TASKS
-    | {"compat", "card", "onnx", "compression", "embeddings", "evaluation", "scores", "scaling", "tables"}
-    | {"plots", "training", "huggingface", "serving"},
+    | {"compat", "card", "onnx", "compression", "embeddings", "evaluation", "scores", "scaling", "tables", "plots"}
+    | {"training", "huggingface", "serving", "adapters"},
     "__main__": {"cli"},
 }
 
@@ -74,6 +75,7 @@ ONLY_IN = {
     "matplotlib": "plots",
     "datasets": "data",
     "torchao": "generation",
+    "peft": "adapters",
     "constriction": "compression",
     "scipy": "scaling",
     "fastapi": "serving",

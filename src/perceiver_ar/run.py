@@ -2,6 +2,7 @@
 
 config.json, model.safetensors      the network; safetensors cannot hold code
 codec.json (tokenizer.json)         the codec: files to ids and back
+adapter/                            the adapter alone, as the PEFT library saves it; only with Recipe.adapter
 recipe.yaml                         the complete settings; training it again reproduces the run
 stopped.txt                         why training ended before its end
 summary.json                        final results; written last, so a run that has it is finished
@@ -9,7 +10,7 @@ metrics.csv, tensorboard/           measurements during training
 tracker_id, wandb/                  the run's name in a tracker, and the files of W&B; only with a tracker
 samples/, plots/, report.html       generated samples, plots, and both on one page
 tokens/, checkpoints/               only for resuming
-checkpoints/initial/                copy of init_from, until the run is finished
+checkpoints/initial/                copy of init_from, until the run is finished; with an adapter, for good
 .lock                               names the process that trains in it
 """
 
@@ -49,6 +50,7 @@ class Run:
         self.summary_file = self.path / "summary.json"
         self.stopped_file = self.path / "stopped.txt"
         self.weights_file = self.path / "model.safetensors"
+        self.adapter = self.path / "adapter"
         self.metrics_file = self.path / "metrics.csv"
         self.tokens = self.path / "tokens"
         self.samples = self.path / "samples"

@@ -1,5 +1,6 @@
 """Weights in eight bits: near those that they were, half of bfloat16's bytes, and good for every way to generate."""
 
+import logging
 import subprocess
 import sys
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
-from perceiver_ar.generation import quantization, stream
+from perceiver_ar.generation import stream
 from perceiver_ar.generation.quantization import int8_weights
 from perceiver_ar.network.model import PerceiverAR
 
@@ -72,7 +73,7 @@ def test_without_the_package_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(InputError, match=r"torchao.*pip install 'perceiver-ar\[int8\]'"):
         int8_weights(small())
-    assert quantization.logging.root.manager.disable == 0
+    assert logging.root.manager.disable == 0
 
 
 def test_nothing_is_said_of_kernels_for_other_devices() -> None:

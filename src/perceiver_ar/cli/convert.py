@@ -28,19 +28,21 @@ CONVERT_OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
         ("num_cross_attend_heads", int, "as in their settings"),
         ("num_transformer_heads", int, "as in their settings"),
     ],
+    "peft": [("base", str, "the run that the adapter was trained on")],
 }  # fmt: skip
 
 
 def convert_verb(argv: list[str]) -> None:
     parser = make_parser(
         "convert",
-        "lucidrains|krasserm|google CHECKPOINT --out RUN",
+        "lucidrains|krasserm|google|peft CHECKPOINT --out RUN",
         "Makes a run from a checkpoint of perceiver-ar-pytorch (lucidrains), perceiver-io (krasserm) or\n"
-        "google-research/perceiver-ar (google). No code in a checkpoint is run.",
+        "google-research/perceiver-ar (google), or from a run and a PEFT adapter (peft). No code in a checkpoint runs.",
         "  perceiver-ar convert krasserm perceiver-ar-clm-base/ --out runs/clm       (a Hugging Face directory)\n"
         "  perceiver-ar convert krasserm epoch=1.ckpt --out runs/clm                 (a Lightning checkpoint)\n"
         "  perceiver-ar convert lucidrains model.pt --cross_attn_seq_len 3072 --heads 8 --out runs/enwik8\n"
-        "  perceiver-ar convert google checkpoint.dill --settings random_mirrored_131072 --out runs/copy",
+        "  perceiver-ar convert google checkpoint.dill --settings random_mirrored_131072 --out runs/copy\n"
+        "  perceiver-ar convert peft runs/letters/adapter --base runs/books --out runs/merged",
     )
     parser.add_argument("format", choices=list(CONVERT_OPTIONS), help="the implementation that wrote it")
     parser.add_argument("checkpoint", type=str, help="a file or a directory, as that implementation writes it")
@@ -63,7 +65,8 @@ def convert_verb(argv: list[str]) -> None:
 
     if Run(args.out).is_taken():
         raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
-    read = import_module(f"perceiver_ar.compat.{args.format}").read
+    module = "perceiver_ar.adapters" if args.format == "peft" else f"perceiver_ar.compat.{args.format}"
+    read = import_module(module).read
     with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always", LeftOut)
         model, codec = read(Path(args.checkpoint), **{name: args[name] for name in own})

@@ -52,6 +52,8 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
         yield "trained_on", list(recipe.paths) or ["Python's standard library"]
         if recipe.init_from is not None:
             yield "started_from", recipe.init_from
+        if recipe.adapter is not None:
+            yield "adapter", f"{recipe.adapter} of rank {recipe.adapter_rank}"
         yield "finished", summary is not None
         if run.stopped_file.exists():
             yield "stopped", " ".join(run.stopped_file.read_text(encoding="utf-8").split())

@@ -27,6 +27,7 @@ PATHS = (
     "run",
     "checkpoint",
     "init_from",
+    "base",
     "prompt_file",
     "soundfont",
     "data.tokenizer",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 SHOWN = (
-    *("help", "config", "resume", "preset", "out", "init_from", "max_time", "max_steps", "modality"),
+    *("help", "config", "resume", "preset", "out", "init_from", "adapter", "max_time", "max_steps", "modality"),
     *("model.context_length", "model.num_latents", "model.dim", "model.num_layers", "model.num_heads"),
     *("data.bpe_vocab_size", "data.split_on", "trainer.batch_size", "trainer.device"),
 )
@@ -41,7 +41,8 @@ def train_verb(argv: list[str]) -> None:
         "  perceiver-ar train hf://datasets/roneneldan/TinyStories --data.max_bytes 1000000000 --out runs/tiny\n"
         "  perceiver-ar train --out runs/python --max_time 5m      (Python's own source)\n"
         "  perceiver-ar train --out runs/books --resume            (go on where it stopped)\n"
-        "  perceiver-ar train letters/ --init_from runs/books --out runs/letters --max_time 10m      (fine-tune a run)",
+        "  perceiver-ar train letters/ --init_from runs/books --out runs/letters --max_time 10m     (fine-tune a run)\n"
+        "  perceiver-ar train letters/ --init_from runs/books --adapter lora --out runs/letters     (an adapter alone)",
     )
     add_paths(
         parser,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, Self
 
-from perceiver_ar.config.checks import check_fields, parse_duration, unknown_words
+from perceiver_ar.config.checks import Positive, check_fields, parse_duration, unknown_words
 from perceiver_ar.config.network import BEFORE, PerceiverARConfig
 from perceiver_ar.config.run import DataConfig, OptimConfig, TrainerConfig
 from perceiver_ar.errors import InputError, require
@@ -34,6 +34,12 @@ class Recipe:
     """Trained run, or folder with an exported one, from which to take weights, network and codec. Of these, only
     model.context_length (without position tables), num_latents, prefix_chunk and dropout can be changed.
     None: train from scratch."""
+    adapter: Literal["lora"] | None = None
+    """lora: train small low-rank additions to the projections of init_from, whose own weights stay as they are. The
+    run's weights are the sum of both; its folder adapter/ holds the additions alone, for the PEFT library. None: train
+    all weights."""
+    adapter_rank: Positive | None = None
+    """Rank of the additions; None: 16."""
     max_time: str | None = None
     """Training time, such as 90s, 5m or 1h30m; the learning rate schedule fits into it. none: overrides the time in a
     --config file, so that only max_steps counts."""
@@ -50,6 +56,26 @@ class Recipe:
         check_fields(self)
         require(self.out != "", "out is missing: name the run directory to make, as in --out runs/mine")
         require(self.init_from != "", "init_from is empty: name a trained run, or leave it out")
+        require(
+            self.adapter is None or self.init_from is not None,
+            f"adapter is {self.adapter!r}, but init_from is missing: name the trained run to adapt",
+        )
+        require(
+            self.adapter is not None or self.adapter_rank is None,
+            f"adapter_rank is {self.adapter_rank}, but adapter is missing: give --adapter lora, or leave it out",
+        )
+        require(
+            self.adapter is None or not self.trainer.sharded,
+            "trainer.strategy is 'fsdp', which cannot train an adapter: leave it out, or adapter",
+        )
+        require(
+            self.adapter is None or self.optim.muon_lr == OptimConfig.muon_lr,
+            f"optim.muon_lr is {self.optim.muon_lr}, but AdamW trains an adapter: give optim.lr instead",
+        )
+        if self.adapter is not None:
+            object.__setattr__(self, "adapter_rank", self.adapter_rank or 16)
+            lr = 0.01 if self.optim.lr is None else self.optim.lr
+            object.__setattr__(self, "optim", dataclasses.replace(self.optim, lr=lr))
         require(self.max_steps is None or self.max_steps >= 1, f"max_steps is {self.max_steps}: it must be at least 1")
         require(
             self.modality in ("auto", "text") or (self.data.tokenizer is None and self.data.bpe_vocab_size is None),

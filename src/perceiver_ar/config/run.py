@@ -98,11 +98,11 @@ class OptimConfig:
     """The learning rule. Learning rates are peaks; the schedule scales them all alike."""
 
     name: Literal["muon", "adamw"] = "muon"
-    """muon: Muon for hidden matrices and AdamW for the rest; adamw: AdamW for all."""
+    """muon: Muon for hidden matrices and AdamW for the rest, which includes adapters; adamw: AdamW for all."""
     muon_lr: NotNegativeNumber = 0.02
     """Peak learning rate of the hidden matrices under Muon."""
     lr: NotNegativeNumber | None = None
-    """Peak learning rate of AdamW; None: 0.03 with muon, 0.003 with adamw."""
+    """Peak learning rate of AdamW; None: 0.03 with muon, 0.003 with adamw, 0.01 for an adapter."""
     weight_decay: NotNegativeNumber = 0.0
     """Decoupled weight decay of matrices, per unit of learning rate."""
     momentum: Share = 0.95

@@ -6,8 +6,10 @@ as `codec.json` (which codec, with which settings) and the codec's own files, if
 """
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -289,6 +291,19 @@ def numbered(stem: str, number: int, count: int) -> str:
 def missing_extra(extra: str, error: ImportError) -> InputError:
     """The error for a missing package that only one modality needs."""
     return InputError(f"this needs the package {error.name}: pip install 'perceiver-ar[{extra}]'")
+
+
+@contextmanager
+def importing(extra: str) -> Iterator[None]:
+    """For imports of the packages of an extra: raises InputError if one is missing, and keeps their notices silent."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # torchao's are about kernels for other devices
+    try:
+        yield
+    except ImportError as error:
+        raise missing_extra(extra, error) from None
+    finally:
+        logging.disable(before)
 
 
 def save_codec(codec: Codec, directory: str | Path) -> None:

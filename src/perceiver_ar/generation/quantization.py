@@ -1,10 +1,8 @@
 """Int8 weights for generation, by torchao: half of bfloat16's bytes to hold, and to read for every token."""
 
-import logging
-
 from torch import nn
 
-from perceiver_ar.data.codec import missing_extra
+from perceiver_ar.data.codec import importing
 
 
 def int8_weights(model: nn.Module) -> None:
@@ -16,12 +14,6 @@ def int8_weights(model: nn.Module) -> None:
     Raises:
         InputError: torchao is not installed.
     """
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # about kernels for other devices
-    try:
+    with importing("int8"):
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise missing_extra("int8", error) from None
-    finally:
-        logging.disable(before)
     quantize_(model, Int8WeightOnlyConfig())

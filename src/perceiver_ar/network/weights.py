@@ -81,17 +81,20 @@ class StoredModule(nn.Module):
 
     def load_tensors(self, tensors: dict[str, Tensor], where: str) -> None:
         """Loads every tensor by name. Raises InputError that lists missing, unknown and misshaped ones."""
-        own = self.stored_tensors()
-        wrong = [f"{name} is missing" for name in own if name not in tensors]
-        wrong += [f"{name} is unknown" for name in tensors if name not in own]
-        wrong += [
-            f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in tensors and tensors[name].shape != tensor.shape
-        ]
-        if wrong:
+        if wrong := differences(tensors, self.stored_tensors()):
             raise InputError(f"{where} does not fit the settings: {'; '.join(wrong)}")
         self.load_state_dict(tensors, strict=False)
+
+
+def differences(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """The names that are missing, unknown, or of another shape than expected, as phrases."""
+    wrong = [f"{name} is missing" for name in expected if name not in tensors]
+    wrong += [f"{name} is unknown" for name in tensors if name not in expected]
+    return wrong + [
+        f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
 
 
 def from_hub(name: str | os.PathLike[str], **kwargs: Any) -> Path:

@@ -14,7 +14,7 @@ from perceiver_ar.training.console import say
 from perceiver_ar.training.measure import evaluation_precision, sample, score
 from perceiver_ar.training.metrics import read_metrics
 from perceiver_ar.training.prepare import Prepared
-from perceiver_ar.training.saving import read_checkpoint
+from perceiver_ar.training.saving import read_checkpoint, weights_for_use, write_weights
 from perceiver_ar.training.state import Training
 from perceiver_ar.training.tracking import Track
 
@@ -59,7 +59,8 @@ def finish(prepared: Prepared, training: Training, model: PerceiverAR, track: Tr
     draw_loss(run, last, references, tokens_per_byte)
     track({name: value for name, value in summary.items() if isinstance(value, (int, float))}, training.step)
     report = write_report(run, summary)
-    shutil.rmtree(run.initial, ignore_errors=True)
+    if recipe.adapter is None:  # else checkpoints hold the adapter alone
+        shutil.rmtree(run.initial, ignore_errors=True)
     run.write_summary(summary)
     say(f"report: {report}")
     return summary
@@ -75,14 +76,10 @@ def better_checkpoint(prepared: Prepared, least: float) -> Checkpoint | None:
 def take_weights(prepared: Prepared, checkpoint: Checkpoint, training: Training) -> PerceiverAR:
     """Makes the weights of a checkpoint those of the run; returns their network."""
     content = read_checkpoint(checkpoint)
-    weights = content.get("mean") or {
-        name.removeprefix("model."): value for name, value in content["state_dict"].items()
-    }
-    model = PerceiverAR(prepared.recipe.model)
-    model.load_state_dict(weights)
-    model.save_pretrained(prepared.run.path)
+    model = training.with_weights(weights_for_use(content))
+    write_weights(prepared.run, prepared.recipe, model, content)
     say(f"the run's weights are those of step {checkpoint.step:,}, the best on held-out text (trainer.final_weights)")
-    return model.to(training.fabric.device).eval()
+    return model.eval()
 
 
 def draw_loss(

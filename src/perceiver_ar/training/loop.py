@@ -4,6 +4,7 @@ import shlex
 
 import torch
 
+from perceiver_ar.adapters import with_adapter
 from perceiver_ar.errors import InputError
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.optim import lr_factor
@@ -96,6 +97,8 @@ def make_model(prepared: Prepared, begins: bool) -> PerceiverAR:
     recipe = prepared.recipe
     torch.manual_seed(recipe.seed % 2**63)
     try:
+        if recipe.adapter is not None:
+            return with_adapter(PerceiverAR.from_pretrained(prepared.run.initial).train(), recipe)
         if begins and recipe.init_from is not None:
             return PerceiverAR.from_pretrained(prepared.run.initial).train()
         return PerceiverAR(recipe.model)
@@ -113,8 +116,11 @@ def make_model(prepared: Prepared, begins: bool) -> PerceiverAR:
 def announce(prepared: Prepared, model: PerceiverAR, resuming: bool) -> None:
     recipe, devices = prepared.recipe, prepared.resources.devices
     settings, network = recipe.trainer, recipe.model
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     say(
-        f"{model.num_parameters():,} parameters, context {network.context_length:,}, {network.num_latents:,} latents, "
+        f"{model.num_parameters():,} parameters"
+        + (f", {trained:,} of them in the adapter" if recipe.adapter else "")
+        + f", context {network.context_length:,}, {network.num_latents:,} latents, "
         f"{settings.batch_size} windows a step"
         + (f" of {recipe.blocks} blocks" if recipe.blocks > 1 else "")
         + f", {FABRIC_PRECISIONS[settings.precision]}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from perceiver_ar.adapters import import_peft
 from perceiver_ar.config import Recipe, flat
 from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.data.conditions import ConditionedCodec
@@ -60,6 +61,8 @@ def prepare(run: Run, recipe: Recipe, resources: Resources, resume: bool, find_b
 
 def prepare_first(run: Run, recipe: Recipe, resources: Resources, resume: bool, find_batch: bool) -> Prepared:
     check_tracker(recipe.trainer.tracker)
+    if recipe.adapter is not None:
+        import_peft()  # raises if it is missing
     if not resume and recipe.init_from is not None:
         recipe = Origin.open(recipe.init_from).complete(recipe)
     if not resume and run.is_taken():
@@ -186,7 +189,7 @@ def check_resumable(run: Run, recipe: Recipe) -> Recipe:
         recipe = fill_in(recipe, before.model, before.modality, data)
     if (run.path / "codec.json").exists():
         recipe = replace(recipe, model=load_codec(run.path).fit(recipe.model))
-    fixed = ("paths", "modality", "init_from", "seed", "model", "data", "optim")
+    fixed = ("paths", "modality", "init_from", "adapter", "seed", "model", "data", "optim")
     fixed += ("trainer.batch_size", "trainer.blocks", "trainer.short_prefix", "trainer.prefix_growth")
     was, now = flat(before.to_dict()), flat(recipe.to_dict())
     if recipe.blocks == before.blocks:

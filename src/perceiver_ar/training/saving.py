@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from perceiver_ar.adapters import save_adapter
+from perceiver_ar.config import Recipe
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.run import Run
 from perceiver_ar.training.checkpoints import Checkpoint, Checkpoints
@@ -24,9 +26,14 @@ Gather = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def write_checkpoint(
-    run: Run, checkpoints: Checkpoints, checkpoint: dict[str, Any], model: PerceiverAR, validation_bits: float | None
+    run: Run,
+    recipe: Recipe,
+    checkpoints: Checkpoints,
+    checkpoint: dict[str, Any],
+    model: PerceiverAR,
+    validation_bits: float | None,
 ) -> None:
-    """Writes model.safetensors and a checkpoint; each file replaces the previous one only when it is complete.
+    """Writes the weights and a checkpoint; each file replaces the previous one only when it is complete.
 
     The checkpoint comes last: resuming from one at the end of the run does not save the weights again.
 
@@ -36,13 +43,26 @@ def write_checkpoint(
     try:
         with checkpoints.writing(checkpoint["global_step"], validation_bits) as temporary:
             torch.save(checkpoint, temporary)
-            model.save_pretrained(run.path)  # inside, so that a kill leaves an incomplete checkpoint, too
+            write_weights(run, recipe, model, checkpoint)  # inside: a kill leaves an incomplete checkpoint, too
     except (OSError, SafetensorError, RuntimeError) as error:  # some writers raise these instead of OSError
         if is_out_of_memory(error):
             raise
         message = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         raise OSError(number, f"cannot save ({message})", str(run.path)) from error
+
+
+def write_weights(run: Run, recipe: Recipe, model: PerceiverAR, checkpoint: dict[str, Any]) -> None:
+    """Writes `model`, and the adapter of `checkpoint` if the recipe has one, as the weights of the run."""
+    model.save_pretrained(run.path)
+    if recipe.adapter is not None:
+        save_adapter(run.adapter, recipe, weights_for_use(checkpoint), checkpoint["base"])
+
+
+def weights_for_use(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights in the content of a checkpoint, or their running mean if there is one."""
+    state = checkpoint["state_dict"]
+    return checkpoint.get("mean") or {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -12,11 +12,14 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from perceiver_ar.adapters import fingerprint, merged
 from perceiver_ar.config import Recipe
+from perceiver_ar.errors import require
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.network.streaming import SHARE, device_memory
 from perceiver_ar.objective import head_loss, next_token_loss
 from perceiver_ar.optim import make_optimizer, whole
+from perceiver_ar.run import Run
 from perceiver_ar.training.console import say
 from perceiver_ar.training.patience import Patience
 from perceiver_ar.training.saving import divided_as, load_optimizer, stored_optimizer
@@ -66,9 +69,16 @@ class Training:
 
     def __init__(self, model: PerceiverAR, recipe: Recipe, fabric: Fabric, checkpoint: dict[str, Any] | None) -> None:
         self.recipe, self.fabric, self.model = recipe, fabric, model
+        self.base = None if recipe.adapter is None else fingerprint(model)
+        """Of the weights that an adapter is added to."""
         loss = WeightedLoss(model, recipe)
         if checkpoint is not None:
-            loss.load_state_dict(checkpoint["state_dict"])
+            initial = Run(recipe.out).initial
+            require(
+                checkpoint.get("base") == self.base,
+                f"the weights in {initial} are not those that the adapter was trained on: restore them",
+            )
+            loss.load_state_dict(checkpoint["state_dict"], strict=recipe.adapter is None)
         settings = recipe.trainer
         if settings.prefix_ranks > 1:
             shape = (settings.data_ranks, settings.prefix_ranks)
@@ -236,21 +246,27 @@ class Training:
     # For evaluation, samples and checkpoints.
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name; a shared one under each of its names."""
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters(remove_duplicate=False)}
+        """The parameters by name, a shared one under each of its names; with an adapter, those of the adapter alone."""
+        everything = self.recipe.adapter is None
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        return {name: parameter.detach() for name, parameter in parameters if everything or parameter.requires_grad}
 
     def usable(self) -> PerceiverAR:
         """The network to evaluate, sample from and save; with the running mean of the weights if there is one.
 
         Under FSDP all ranks have to call this; only the first one gets the weights.
         """
-        if not (self.mean or self.recipe.trainer.sharded):
+        if not (self.mean or self.recipe.trainer.sharded or self.recipe.adapter):
             return self.model
         state = self.gathered(self.mean or self.weights())
-        if not state:
-            return self.model
+        return self.with_weights(state) if state else self.model
+
+    def with_weights(self, weights: dict[str, Tensor]) -> PerceiverAR:
+        """A network with other weights than the present ones, which have the names of `weights()`."""
+        if self.recipe.adapter is not None:
+            return merged(self.model, weights)
         model = PerceiverAR(self.recipe.model)
-        model.load_state_dict(state)
+        model.load_state_dict(weights)
         return model.to(self.fabric.device)
 
     def gathered(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -263,10 +279,11 @@ class Training:
 
     def checkpoint(self) -> dict[str, Any]:
         """The content of a checkpoint. Under FSDP all ranks have to call this; only the first one gets the tensors."""
-        state = {f"model.{name}": tensor for name, tensor in self.gathered(self.model.state_dict()).items()}
+        state = {f"model.{name}": tensor for name, tensor in self.gathered(self.weights()).items()}
         checkpoint: dict[str, Any] = {
             "global_step": self.step,
             "state_dict": state,
+            "base": self.base,
             "optimizer_states": [stored_optimizer(self.optimizer, self.model, self.gathered)],
             "scaler": self.fabric.strategy.precision.state_dict(),
             "seconds": self.seconds,

@@ -78,7 +78,7 @@ class Watch:
         checkpoint = training.checkpoint()
         try:
             if self.first:
-                write_checkpoint(self.run, self.checkpoints, checkpoint, model, validation_bits)
+                write_checkpoint(self.run, self.prepared.recipe, self.checkpoints, checkpoint, model, validation_bits)
         except OSError as error:
             failure = error
         training.fabric.barrier()  # also after a failure, so that no rank waits forever
