@@ -264,7 +264,7 @@ SHARED = """
 import sys, torch
 from perceiver_ar import PerceiverAR, Recipe
 from perceiver_ar.config import PerceiverARConfig, TrainerConfig
-from perceiver_ar.training.state import WeightedLoss
+from perceiver_ar.training.weighted_loss import WeightedLoss
 torch.distributed.init_process_group("gloo")
 recipe = Recipe(out="run", model=PerceiverARConfig(context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2),
                 trainer=TrainerConfig(device="cpu", devices=2, prefix_ranks=2))
