@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 from itertools import chain
 from pathlib import Path
@@ -13,11 +14,17 @@ if TYPE_CHECKING:
     from perceiver_ar.data.codec import Codec
 
 
-def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> list[int]:
+def prompt_ids(
+    codec: "Codec", prompt: str | None, prompt_file: str | None, conditions: list[str] | None = None
+) -> list[int]:
     """The ids of the prompt, as the start of a document; at least one."""
     from perceiver_ar.data.codec import WrongModality, start_ids
     from perceiver_ar.data.text import text_only
 
+    if conditions:
+        if prompt is not None or prompt_file is not None:
+            raise InputError("--condition begins a new document: leave out --prompt and --prompt_file")
+        return [*codec.separator, *codec.condition_ids(key_values(conditions)).tolist()]
     try:
         if prompt_file is None:
             return start_ids(codec, prompt or "").tolist()
@@ -34,6 +41,17 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None) -> l
         reason = str(error).replace("the input", "--prompt", 1) if prompt_file is None else f"--prompt_file {error}"
         raise InputError(f"this run cannot read the prompt: {of_trained(reason)}") from None
     return [*codec.separator, *chain.from_iterable(pieces)] or [0]
+
+
+def key_values(conditions: list[str]) -> dict[str, str]:
+    """KEY=VALUE, several times, as a dict."""
+    values = dict[str, str]()
+    for condition in conditions:
+        key, equals, value = condition.partition("=")
+        if not (key and equals) or key in values:
+            raise InputError(f"--condition {condition}: give KEY=VALUE, such as tempo=120, each KEY once")
+        values[key] = value
+    return values
 
 
 def of_trained(reason: str) -> str:
@@ -58,8 +76,13 @@ def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
     return data
 
 
-def what_to_draw(codec: "Codec", document: list[int], args: argparse.Namespace) -> tuple[list[int], int, int]:
-    """Returns the prompt, the number of tokens to draw after it, and the number of samples."""
+def what_to_draw(
+    codec: "Codec", document: list[int], args: argparse.Namespace, context_length: int
+) -> tuple[list[int], list[int], int, int]:
+    """Returns the row that results begin with, the prompt, the number of tokens to draw, and that of samples.
+
+    The row is the prompt, unless a piece around a hole is too long for the context.
+    """
     from perceiver_ar.data.codec import prompt_and_count
 
     if args.keep is not None and not (args.keep > 0 and math.isfinite(args.keep)):
@@ -67,7 +90,18 @@ def what_to_draw(codec: "Codec", document: list[int], args: argparse.Namespace) 
     samples = (1 if codec.document_length is None else 4) if args.samples is None else args.samples
     if samples < 1:
         raise InputError(f"--samples is {samples}: it must be at least 1")
-    return *prompt_and_count(codec, document, args.keep, args.max_new_tokens), samples
+    if args.infill is None:
+        prompt, count = prompt_and_count(codec, document, args.keep, args.max_new_tokens)
+        return prompt, prompt, count, samples
+    bars = re.fullmatch(r"(\d+):(\d+)", args.infill)
+    if bars is None:
+        raise InputError(f"--infill is {args.infill!r}: give the first and the last bar, such as 9:12")
+    if args.prompt_file is None or args.keep is not None:
+        raise InputError("--infill needs a whole piece: give --prompt_file, and leave out --keep")
+    import numpy as np
+
+    row, shown, count = codec.infill(np.array(document), int(bars[1]), int(bars[2]), context_length)
+    return row.tolist(), shown.tolist(), count if args.max_new_tokens is None else args.max_new_tokens, samples
 
 
 def to_device(model: Any) -> Any:

@@ -7,7 +7,7 @@ as `codec.json` (which codec, with which settings) and the codec's own files, if
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +29,7 @@ CODECS = {
     "tokenizer": "perceiver_ar.data.text:TokenizerCodec",
     "performance": "perceiver_ar.data.midi:PerformanceCodec",
     "miditok": "perceiver_ar.data.midi:MidiTokCodec",
+    "remi_plus": "perceiver_ar.data.remi_plus:RemiPlusCodec",
     "image": "perceiver_ar.data.image:ImageCodec",
     "mulaw": "perceiver_ar.data.audio:MuLawCodec",
     "neural": "perceiver_ar.data.audio:NeuralCodec",
@@ -122,6 +123,18 @@ class Codec(ABC):
         if not self.writes_text:
             raise InputError(f"this run does not write text, so {prompt!r} is no prompt; give a file to go on from")
         return np.append(separator, self.encode(prompt.encode("utf-8", errors="surrogateescape")))
+
+    def condition_ids(self, values: Mapping[str, str]) -> np.ndarray:
+        """The ids (n,) after the separator of a document with these properties. Raises `InputError`."""
+        raise InputError(f"documents of the codec {self.name!r} have no conditions: leave --condition out")
+
+    def infill(self, ids: np.ndarray, first: int, last: int, room: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """A document `ids` (n,), with its separator, whose bars first ... last (from 1) are to be drawn anew.
+
+        Returns the row that, with what is drawn, is the whole document for `decode`; the prompt, a row of at most `room`
+        tokens, with those to draw; and the maximum number of tokens to draw. Raises `InputError`.
+        """
+        raise InputError(f"documents of the codec {self.name!r} have no bars to infill: leave --infill out")
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray | None:
         """Which ids may follow `ids` (n,), the whole row with separator and prompt: (vocab_size,) bool; None: all may.
