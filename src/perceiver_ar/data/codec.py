@@ -131,8 +131,8 @@ class Codec(ABC):
     def infill(self, ids: np.ndarray, first: int, last: int, room: int) -> tuple[np.ndarray, np.ndarray, int]:
         """A document `ids` (n,), with its separator, whose bars first ... last (from 1) are to be drawn anew.
 
-        Returns the row that, with what is drawn, is the whole document for `decode`; the prompt, a row of at most `room`
-        tokens, with those to draw; and the maximum number of tokens to draw. Raises `InputError`.
+        Returns the row that, with what is drawn, is the whole document for `decode`; the prompt, which with what is
+        drawn has about `room` tokens; and the maximum number of tokens to draw. Raises `InputError`.
         """
         raise InputError(f"documents of the codec {self.name!r} have no bars to infill: leave --infill out")
 

@@ -121,9 +121,9 @@ def _read_track(
 ) -> tuple[list[Event], int]:
     """The note, controller and program events of the track at `at`, which begins at `tick`, and its end in `data`.
 
-    Adds its tempo changes to `tempos` and its time signatures to `signatures`. A track ends at its end-of-track event, whatever its `size`; without that event,
-    after `size` bytes. If the recorder never filled in the `size`, it may end with the data. Raises IndexError if the
-    track is cut off.
+    Adds its tempo changes to `tempos` and its time signatures to `signatures`. A track ends at its end-of-track event,
+    whatever its `size`; without that event, after `size` bytes. If the recorder never filled in the `size`, it may end
+    with the data. Raises IndexError if the track is cut off.
     """
     events: list[Event] = []
     start, port, running = at, 0, 0
@@ -269,7 +269,8 @@ def _sounding(events: list[Event]) -> np.ndarray:
     times = np.array([event[0] for event in events], dtype=np.float64)
     parts: defaultdict[int, list[tuple[int, int, int, int, int]]] = defaultdict(list)  # by channel
     for (channel, track, pitch), key in keys.items():
-        parts[channel] += [(start, end, pitch, *rest) for start, end, *rest in key.notes(ends[track])]
+        for start, end, velocity, program in key.notes(ends[track]):
+            parts[channel].append((start, end, pitch, velocity, program))
     notes: list[np.ndarray] = [np.empty((0, 5))]
     for channel, part in parts.items():
         start, end, pitch, velocity, program = np.array(part, dtype=np.int64).reshape(-1, 5).T

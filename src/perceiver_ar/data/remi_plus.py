@@ -15,9 +15,9 @@ A document whose bars i ... j are to be infilled has its bars in another order, 
 The empty bars are Bar, TimeSig and changes of tempo. So time is the same whatever comes into the hole.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -64,9 +64,9 @@ def _tokenizer() -> Any:
 
 
 class RemiPlusCodec(MidiTokCodec):
-    """Positions are twelfths of a beat, lengths too up to four beats, then quarters up to sixteen; 32 velocities; tempos
-    are whole numbers from 40 to 250. A time signature that the vocabulary lacks leaves the one before it. Tracks of
-    one program become one."""
+    """Positions are twelfths of a beat, as are lengths up to four beats; longer ones, up to sixteen, are quarters.
+    There are 32 velocities; tempos are whole numbers from 40 to 250. A time signature that the vocabulary lacks is left
+    out. Tracks of one program become one."""
 
     name = "remi_plus"
 
@@ -99,11 +99,7 @@ class RemiPlusCodec(MidiTokCodec):
         instruments = len(np.unique(parts.notes[parts.notes[:, 4] != DRUM_KIT, 4]))
         if instruments > MAX_INSTRUMENTS:
             raise WrongModality(f"a MIDI file of {instruments} instruments; at most {MAX_INSTRUMENTS} have a channel")
-        ids = np.empty(0)
-        for _ in range(2):  # rounding can make notes of a pitch overlap; decoding then makes them meet
-            ids = self._with_header(np.array(self.tokenizer(self._score(parts)).ids, dtype=self.dtype))
-            parts = self._parts(ids)
-        return ids
+        return self._ids(self._parts(self._ids(parts)))  # rounding can make notes overlap; decoding makes them meet
 
     def decode(self, ids: ArrayLike) -> bytes:
         return self._score(self._parts(np.asarray(ids))).dumps_midi()
@@ -113,15 +109,14 @@ class RemiPlusCodec(MidiTokCodec):
 
     def decode_notes(self, ids: np.ndarray) -> np.ndarray:
         """All instruments as one, without the drums."""
-        return self._notes(self._parts(ids))
-
-    def _notes(self, parts: Parts) -> np.ndarray:
+        parts = self._parts(ids)
         notes = parts.notes[parts.notes[:, 4] != DRUM_KIT, :4]
         notes[:, :2] = clock(parts.division, parts.tempos)(notes[:, :2])
         return clean(notes)
 
     def _score(self, parts: Parts) -> Any:
         """Parts -> a symusic Score. Raises `WrongModality` if it has more bars than a piece can have."""
+        from miditok.constants import MIDI_INSTRUMENTS
         from symusic import Note, Score, Tempo, TimeSignature, Track
 
         def ticks(times: Any) -> np.ndarray:
@@ -129,11 +124,10 @@ class RemiPlusCodec(MidiTokCodec):
                 return np.rint(2 * PER_QUARTER * clock(parts.division, [])(np.asarray(times))).astype(np.int32)
             return np.rint(np.asarray(times) * (PER_QUARTER / parts.division)).astype(np.int32)
 
-        longest = 4 * LONGEST * parts.division
         last = parts.notes[:, 1].max(initial=0.0)
-        if not parts.division & 0x8000 and last > longest:
+        if not parts.division & 0x8000 and last > 4 * LONGEST * parts.division:
             raise WrongModality(f"a MIDI file of {last / parts.division:,.0f} beats, which must be damaged")
-        score: Any = Score(PER_QUARTER)
+        score = cast(Any, Score)(PER_QUARTER)
         known = set(self.tokenizer.time_signatures)
         score.tempos = [Tempo(int(ticks(at)), 6e7 / tempo) for at, tempo in parts.tempos if at < last]
         score.time_signatures = [
@@ -144,19 +138,16 @@ class RemiPlusCodec(MidiTokCodec):
         for program in np.unique(parts.notes[:, 4]).astype(int).tolist():
             notes = clean(parts.notes[parts.notes[:, 4] == program, :4])
             starts, ends = ticks(notes[:, 0]), ticks(notes[:, 1])
-            track: Any = Track(program=max(program, 0), is_drum=program == DRUM_KIT, name=self._instrument(program))
+            name = "Drums" if program == DRUM_KIT else MIDI_INSTRUMENTS[program]["name"]
+            track: Any = Track(name, max(program, 0), program == DRUM_KIT)
             pitch, velocity = notes[:, 2:].astype(np.int8).T
             track.notes = Note.from_numpy(starts, np.maximum(ends - starts, 1), pitch.copy(), velocity.copy())
             score.tracks.append(track)
         return score
 
-    def _instrument(self, program: int) -> str:
-        from miditok.constants import MIDI_INSTRUMENTS
-
-        return "Drums" if program == DRUM_KIT else MIDI_INSTRUMENTS[program]["name"]
-
-    def _with_header(self, ids: np.ndarray) -> np.ndarray:
-        """MidiTok's ids of a piece, Bar TimeSig Position Tempo ... -> those of a document."""
+    def _ids(self, parts: Parts) -> np.ndarray:
+        """The ids of a document: MidiTok's, which begin with Bar TimeSig Position Tempo, and the header."""
+        ids = np.array(self.tokenizer(self._score(parts)).ids)
         programs = np.unique(ids[self._types[ids] == "Program"])
         rest = ids[4:] if len(ids) > 4 and self._types[ids[4]] != "Program" else np.append(ids[2], ids[4:])
         return np.concatenate([ids[3:4], programs, ids[:2], rest]).astype(self.dtype)
@@ -175,8 +166,8 @@ class RemiPlusCodec(MidiTokCodec):
                 end[(start < edge) & (end > edge)] = edge
             part = clean(np.stack([start, end, columns["pitch"], columns["velocity"]], axis=1))
             notes.append(np.insert(part, 4, DRUM_KIT if track.is_drum else track.program, axis=1))
-        tempos = [(tempo.time, round(tempo.mspq)) for tempo in score.tempos]
-        signatures = [(one.time, one.numerator, one.denominator) for one in score.time_signatures]
+        tempos = sorted((tempo.time, round(tempo.mspq)) for tempo in score.tempos)
+        signatures = sorted((one.time, one.numerator, one.denominator) for one in score.time_signatures)
         return Parts(np.concatenate(notes), tempos, signatures, self._division)
 
     # The order of bars.
@@ -241,11 +232,13 @@ class RemiPlusCodec(MidiTokCodec):
             "one bar before and one after",
         )
         head = np.append(self.separator, bars[0]).astype(np.int64)
-        before, hole, after = (np.concatenate(part) for part in (bars[1:first], bars[first : last + 1], bars[last + 1 :]))
+        before, hole, after = (np.concatenate(bars[a:b]) for a, b in pairwise((1, first, last + 1, len(bars))))
         whole, _ = self._arranged(head, before, hole, after)
-        most = max(256 * (last - first + 1), 2 * len(hole))
+        most = 2 * max(len(hole), (last - first + 1) * len(ids) // count)  # of a denser hole than the piece has
         left = room - min(most, room // 2) - (len(whole) - len(head) - len(before) - len(after))
-        require(left > 0, f"--infill is {first}:{last}, and these bars do not fit into the {room} tokens of the context")
+        require(
+            left > 0, f"--infill is {first}:{last}, and these bars do not fit into the {room} tokens of the context"
+        )
         if len(head) + len(before) + len(after) > left:  # what is nearest to the hole
             after = after[: max(left // 2, left - len(before) - len(head))]
             if len(head) + len(before) + len(after) > left:
@@ -336,7 +329,7 @@ class RemiPlusCodec(MidiTokCodec):
         first = int(random.integers(2, len(bars) - 1))
         last = int(random.integers(first, min(first + LONGEST_HOLE, len(bars) - 1)))
         head = np.append(ids[:start], bars[0])
-        before, hole, after = (np.concatenate(part) for part in (bars[1:first], bars[first : last + 1], bars[last + 1 :]))
+        before, hole, after = (np.concatenate(bars[a:b]) for a, b in pairwise((1, first, last + 1, len(bars))))
         row, middle = self._arranged(head, before, hole, after)
         excess = len(row) + len(middle) + 1 - len(ids)
         if excess >= len(after):
@@ -350,18 +343,14 @@ class RemiPlusCodec(MidiTokCodec):
 
     # Results.
 
-    def _now(self, ids: np.ndarray) -> int:
-        """The last bar and position, in ticks."""
-        bars = self._bars(self._plain(ids)[0])
-        if len(bars) == 1:
-            return 0
-        place = int(self._place[bars[-1]].max()) * int(self._place_ticks[bars[-1]].max())
-        return self._ticks(np.concatenate(bars[:-1])) + max(0, place)
-
     def seconds(self, ids: np.ndarray) -> float:
         """The time of the last bar and position."""
-        parts = self._parts(np.asarray(ids))
-        return float(clock(parts.division, parts.tempos)(np.array(self._now(np.asarray(ids)))))
+        *bars, last = self._bars(self._plain(ids)[0])
+        if not bars:
+            return 0.0
+        place = max(0, self._place[last].max() * self._place_ticks[last].max())
+        parts = self._parts(ids)
+        return float(clock(parts.division, parts.tempos)(np.array(self._ticks(np.concatenate(bars)) + place)))
 
     def new_span(self, prompt: np.ndarray) -> tuple[float, float]:
         if not (holes := self._plain(prompt)[1]):
@@ -381,6 +370,7 @@ class RemiPlusCodec(MidiTokCodec):
         at, beats, unit = max([(0, 4, 4), *(one for one in parts.signatures if one[0] <= tick)])
         tick -= (tick - at) % (4 * parts.division * beats // unit)
         new[:, :2] = np.maximum(new[:, :2] - tick, 0)
-        tempos = [(max(0, at - tick), tempo) for at, tempo in parts.tempos]
-        signatures = [(max(0, at - tick), *signature) for at, *signature in parts.signatures]
-        return self._score(Parts(new, list(dict(tempos).items()), signatures, parts.division)).dumps_midi()
+        tempos = {max(0, at - tick): tempo for at, tempo in parts.tempos}
+        signatures = {max(0, at - tick): (beats, unit) for at, beats, unit in parts.signatures}
+        moved = Parts(new, [*tempos.items()], [(at, *one) for at, one in signatures.items()], parts.division)
+        return self._score(moved).dumps_midi()
