@@ -21,6 +21,28 @@ def write_music(path: Path, number: int) -> None:
     )
 
 
+def write_band(path: Path, number: int) -> None:
+    """Five instruments and drums, twelve bars, by mido: 6/8 from bar 5 on, slower from bar 9 on."""
+    rng = np.random.default_rng(number)
+    file = mido.MidiFile(ticks_per_beat=480)
+    conductor, slower = mido.MidiTrack(), 4 * 1920 + 4 * 1440
+    conductor += [mido.MetaMessage("set_tempo", tempo=625_000), mido.MetaMessage("time_signature", numerator=4),
+                  mido.MetaMessage("time_signature", numerator=6, denominator=8, time=4 * 1920),
+                  mido.MetaMessage("set_tempo", tempo=652_174, time=4 * 1440)]  # fmt: skip
+    file.tracks.append(conductor)
+    for channel, program in ((0, 0), (1, 25), (2, 33), (3, 48), (4, 73), (9, 0)):
+        track, now = mido.MidiTrack(), 0
+        track.append(mido.Message("program_change", program=program, channel=channel))
+        length = 120 if channel == 9 else 240 * (channel + 1)
+        for start in range(0, slower + 4 * 1440 - length + 1, max(480, length)):
+            pitch, velocity = int(rng.integers(36, 80)), int(rng.integers(40, 110))
+            track.append(on(pitch, velocity, channel).copy(time=start - now))
+            track.append(off(pitch, channel).copy(time=length))
+            now = start + length
+        file.tracks.append(track)
+    file.save(path)
+
+
 def write_picture(path: Path, number: int) -> None:
     """A disc before a background; the number says where and in which colours."""
     rng = np.random.default_rng(number)

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import FENCE, ROOT, blocks, write_files
-from samples import write_music, write_numbers, write_picture, write_sound
+from samples import write_band, write_music, write_numbers, write_picture, write_sound
 
 import perceiver_ar
 from perceiver_ar import PerceiverAR, PerceiverARConfig
@@ -97,6 +97,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "stories.jsonl").write_text(f"{row}\n{row.replace('night', 'day')}\n")
     for folder, name, write in (
         ("performances", "Piece{}__Anna.mid", write_music),
+        ("songs", "{}.mid", write_band),
         ("pictures", "{}.png", write_picture),
         ("recordings", "{}.wav", write_sound),
         ("arrays", "{}.npy", write_numbers),
@@ -110,6 +111,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with tarfile.open(tmp_path / "shards" / "0.tar", "w") as archive:
         archive.add(tmp_path / "books", "books")
     write_music(tmp_path / "prelude.mid", 20)
+    write_band(tmp_path / "song.mid", 20)
     write_picture(tmp_path / "cat.png", 20)
     small = PerceiverARConfig(vocab_size=256, context_length=128, num_latents=16, dim=16, num_layers=1, num_heads=1)
     PerceiverAR(small).save_pretrained(tmp_path / "my-model")

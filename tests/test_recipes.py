@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
-from samples import write_genome, write_music, write_picture, write_words
+from samples import write_band, write_genome, write_music, write_picture, write_words
 
 from perceiver_ar import PerceiverAR, Recipe
 from perceiver_ar.cli import main
@@ -13,7 +13,7 @@ from perceiver_ar.config import load_yaml
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 FILES = {"demo": (write_words, ".txt"), "piano": (write_music, ".mid"), "image": (write_picture, ".png"),
-         "genome": (write_genome, ".fa")}  # fmt: skip
+         "band": (write_band, ".mid"),         "genome": (write_genome, ".fa")}  # fmt: skip
 SMALL = [
     *("--max_steps=1", "--max_time=none", "--model.dim=16", "--model.num_layers=1", "--model.num_heads=2"),
     *("--model.num_latents=8", "--trainer.batch_size=2", "--trainer.micro_batch_size=1", "--trainer.sample_tokens=0"),

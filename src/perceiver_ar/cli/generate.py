@@ -29,13 +29,18 @@ def generate_verb(argv: list[str]) -> None:
         "  perceiver-ar generate runs/code --prompt_file start.py --max_new_tokens 2000 --top_p 0.95\n"
         "  perceiver-ar generate runs/books --stop '\\n\\n' --seed 1 --out sample.txt\n"
         "  perceiver-ar generate runs/letters --condition author=austen --condition year=1812\n"
-        "  perceiver-ar generate runs/piano --prompt_file prelude.mid --keep 500 --max_new_tokens 1000 --out new.mid",
+        "  perceiver-ar generate runs/piano --prompt_file prelude.mid --keep 500 --max_new_tokens 1000 --out new.mid\n"
+        "  perceiver-ar generate runs/band --condition instruments=0,33,drums --condition tempo=96 --out new.mid\n"
+        "  perceiver-ar generate runs/band --prompt_file song.mid --infill 9:12 --out new.mid",
     )
     parser.add_argument("run", type=str, help="a run directory")
     parser.add_argument("--prompt", type=str | None, help="text to continue; for pictures the name of a class")
     parser.add_argument("--prompt_file", type=str | None, help="a file to continue, - for standard input")
     parser.add_argument("--condition", action="append", default=[], help="KEY=VALUE, a condition that the "
-                        "run was trained with (perceiver-ar info lists them); others are unknown")  # fmt: skip
+                        "run was trained with (perceiver-ar info lists them; others are unknown), or of music of "
+                        "several instruments: instruments=0,33,drums (General MIDI programs), tempo=120")  # fmt: skip
+    parser.add_argument("--infill", type=str | None, help="FIRST:LAST: compose these bars of the prompt file anew, "
+                        "between those before and after (counted from 1; music of several instruments)")  # fmt: skip
     parser.add_argument("--keep", type=float | None, help="continue only the first KEEP tokens of the prompt file; "
                         "below 1: this share of them (default: all; of a picture half)")  # fmt: skip
     parser.add_argument("--max_new_tokens", type=int | None, help="number of tokens to draw (default: 256, or the "
@@ -97,7 +102,7 @@ def generate_verb(argv: list[str]) -> None:
     require(not (args.ignore_end and pinned), "--ignore_end begins documents without conditions: leave it out")
     require(not (args.slide and pinned), "--slide drops the conditions of a document, its oldest tokens: leave it out")
     document = prompt_ids(codec, args.prompt, args.prompt_file, conditions)
-    prompt, count, samples = what_to_draw(codec, document, args)
+    row, prompt, count, samples = what_to_draw(codec, document, args, model.config.context_length)
     stop = stop_bytes(codec, args.stop)
     steps = partial(
         stream,
@@ -120,7 +125,7 @@ def generate_verb(argv: list[str]) -> None:
     )
     if not codec.writes_text:
         drawn = steps(num_samples=samples, seed=args.seed)
-        show_files(run, codec, drawn, count, document, len(prompt), args)
+        show_files(run, codec, drawn, count, document, row, args)
         return
     for number in range(1, samples + 1):  # one after the other, so that each can be read as it is drawn
         if number > 1:
@@ -173,10 +178,10 @@ def show_files(
     steps: "Iterable[Step]",
     count: int,
     document: list[int],
-    prompt_len: int,
+    row: list[int],
     args: argparse.Namespace,
 ) -> None:
-    """Draws up to `count` tokens per sample, writes them as files, and prints the paths."""
+    """Draws up to `count` tokens per sample, writes them after `row` as files, and prints the paths."""
     import numpy as np
 
     started, columns = time.perf_counter(), []
@@ -192,11 +197,11 @@ def show_files(
         interrupted = True
     seconds = time.perf_counter() - started
     samples = len(columns[0]) if columns else 1
-    rows = [np.array(document[:prompt_len] + [int(column[r]) for column in columns]) for r in range(samples)]
+    rows = [np.array(row + [int(column[r]) for column in columns]) for r in range(samples)]
     out = Path(args.out) if args.out is not None else run.samples / "generated"
     stem = out.stem if out.suffix.lower() == codec.ending else out.name
     original = np.array(document) if args.prompt_file is not None else None
-    for path in codec.show(rows, prompt_len, out.parent, stem, original=original, soundfont=args.soundfont):
+    for path in codec.show(rows, len(row), out.parent, stem, original=original, soundfont=args.soundfont):
         print(path)
     print(f"{len(columns)} tokens in {seconds:.1f} s, {len(columns) / seconds:.1f} tokens/s", file=sys.stderr)
     if interrupted:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Mapping
 from itertools import chain
@@ -19,6 +20,9 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None, cond
     from perceiver_ar.data.codec import WrongModality, start_ids
     from perceiver_ar.data.text import text_only
 
+    first = [key for key in conditions if key in codec.header_conditions]
+    if first and not (prompt is None and prompt_file is None):
+        raise InputError(f"--condition {first[0]} begins a new document: leave out --prompt and --prompt_file")
     try:
         if prompt_file is None:
             return start_ids(codec, prompt or "", conditions).tolist()
@@ -59,8 +63,13 @@ def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
     return data
 
 
-def what_to_draw(codec: "Codec", document: list[int], args: argparse.Namespace) -> tuple[list[int], int, int]:
-    """Returns the prompt, the number of tokens to draw after it, and the number of samples."""
+def what_to_draw(
+    codec: "Codec", document: list[int], args: argparse.Namespace, context_length: int
+) -> tuple[list[int], list[int], int, int]:
+    """Returns the row that results begin with, the prompt, the number of tokens to draw, and that of samples.
+
+    The row is the prompt, unless a piece around a hole is too long for the context.
+    """
     from perceiver_ar.data.codec import prompt_and_count
 
     if args.keep is not None and not (args.keep > 0 and math.isfinite(args.keep)):
@@ -68,7 +77,18 @@ def what_to_draw(codec: "Codec", document: list[int], args: argparse.Namespace) 
     samples = (1 if codec.document_length is None else 4) if args.samples is None else args.samples
     if samples < 1:
         raise InputError(f"--samples is {samples}: it must be at least 1")
-    return *prompt_and_count(codec, document, args.keep, args.max_new_tokens), samples
+    if args.infill is None:
+        prompt, count = prompt_and_count(codec, document, args.keep, args.max_new_tokens)
+        return prompt, prompt, count, samples
+    bars = re.fullmatch(r"(\d+):(\d+)", args.infill)
+    if bars is None:
+        raise InputError(f"--infill is {args.infill!r}: give the first and the last bar, such as 9:12")
+    if args.prompt_file is None or args.keep is not None:
+        raise InputError("--infill needs a whole piece: give --prompt_file, and leave out --keep")
+    import numpy as np
+
+    row, shown, count = codec.infill(np.array(document), int(bars[1]), int(bars[2]), context_length)
+    return row.tolist(), shown.tolist(), count if args.max_new_tokens is None else args.max_new_tokens, samples
 
 
 def to_device(model: Any) -> Any:

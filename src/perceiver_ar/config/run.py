@@ -46,8 +46,9 @@ class DataConfig:
     bpe_vocab_size: int | None = None
     """Train a byte-level BPE tokenizer of this size on the files first."""
 
-    midi_tokens: Literal["performance", "remi", "tsd", "midilike"] = "performance"
-    """performance: 388 events (note on, note off, time shift, velocity); the others: as in MidiTok."""
+    midi_tokens: Literal["performance", "remi", "tsd", "midilike", "remi_plus"] = "performance"
+    """performance: 388 events (note on, note off, time shift, velocity); remi, tsd, midilike: as in MidiTok. remi_plus:
+    instruments, drums, tempo and time signatures; the others take all instruments as one piano, without drums."""
     image_size: tuple[int, int] = (32, 32)
     """Rows and columns of pictures after scaling and cropping; they determine model.context_length."""
     image_colours: Literal["rgb", "grey", "palette"] = "rgb"

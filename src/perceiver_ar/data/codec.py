@@ -32,6 +32,7 @@ CODECS = {
     "tokenizer": "perceiver_ar.data.text:TokenizerCodec",
     "performance": "perceiver_ar.data.midi:PerformanceCodec",
     "miditok": "perceiver_ar.data.midi:MidiTokCodec",
+    "remi_plus": "perceiver_ar.data.remi_plus:RemiPlusCodec",
     "image": "perceiver_ar.data.image:ImageCodec",
     "mulaw": "perceiver_ar.data.audio:MuLawCodec",
     "neural": "perceiver_ar.data.audio:NeuralCodec",
@@ -61,6 +62,7 @@ class Codec(ABC):
         ending: file name ending for what `decode` returns, such as ".mid".
         conditions: field -> its values, of which one or "unknown" stands as a token after the separator of every
             document; see `ConditionedCodec`.
+        header_conditions: names of conditions that the first ids of a document itself stand for.
         unknown: the id of each field of `conditions` in documents that have no value.
         reads_text: documents are UTF-8 text; files that cannot be text are refused.
         writes_text: `decode` returns text that can be read piece by piece.
@@ -80,6 +82,7 @@ class Codec(ABC):
     index_dims: tuple[int, ...] = ()
     document_length: int | None = None
     conditions: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    header_conditions: tuple[str, ...] = ()
     unknown: tuple[int, ...] = ()
 
     @property
@@ -133,19 +136,39 @@ class Codec(ABC):
         return config.replace(vocab_size=self.vocab_size)
 
     def condition_ids(self, conditions: Mapping[str, str]) -> list[int]:
-        """The ids that stand for `conditions` between separator and document. Raises `InputError` for unknown ones."""
-        if conditions:
-            raise InputError(f"there is no condition {next(iter(conditions))!r}: this run was trained without any")
+        """The ids that stand for `conditions` between separator and document; none for `header_conditions`.
+
+        Raises `InputError` for unknown conditions and values.
+        """
+        if unknown := [field for field in conditions if field not in (*self.conditions, *self.header_conditions)]:
+            known = ", ".join([*self.conditions, *self.header_conditions])
+            known = f"known are {known}" if known else "this run was trained without any"
+            raise InputError(f"there is no condition {unknown[0]!r}: {known}")
+        return []
+
+    def header_ids(self, conditions: Mapping[str, str]) -> list[int]:
+        """The first ids of a document with those of `conditions` that are `header_conditions`; [] if none is.
+
+        Raises `InputError` for values that do not exist.
+        """
         return []
 
     def start(self, prompt: str = "", conditions: Mapping[str, str] = NO_CONDITIONS) -> np.ndarray:
         """The ids (n,) of a document that begins with `prompt`. Raises `InputError` if text cannot be a prompt."""
         front = np.array([*self.separator, *self.condition_ids(conditions)], dtype=self.dtype)
         if not prompt:
-            return front
+            return np.append(front, np.array(self.header_ids(conditions), dtype=self.dtype))
         if not self.writes_text:
             raise InputError(f"this run does not write text, so {prompt!r} is no prompt; give a file to go on from")
         return np.append(front, self.encode(prompt.encode("utf-8", errors="surrogateescape")))
+
+    def infill(self, ids: np.ndarray, first: int, last: int, room: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """A document `ids` (n,), with its separator, whose bars first ... last (from 1) are to be drawn anew.
+
+        Returns the row that, with what is drawn, is the whole document for `decode`; the prompt, which with what is
+        drawn has about `room` tokens; and the maximum number of tokens to draw. Raises `InputError`.
+        """
+        raise InputError(f"documents of the codec {self.name!r} have no bars to infill: leave --infill out")
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray | None:
         """Which ids may follow `ids` (n,), the whole row with separator and prompt: (vocab_size,) bool; None: all may.

@@ -41,7 +41,7 @@ class ConditionedCodec(Codec):
         self._plain = plain
         self.conditions = {field: tuple(values) for field, values in conditions.items()}
         kept = ("name", "files", "ending", "writes_text", "reads_text", "separator", "index_dims", "document_length")
-        for name in (*kept, "encodes_in_threads", "encodes_slowly"):
+        for name in (*kept, "encodes_in_threads", "encodes_slowly", "header_conditions"):
             setattr(self, name, getattr(plain, name))
         self.first = plain.vocab_size
         sizes = [1 + len(values) for values in self.conditions.values()]
@@ -62,10 +62,10 @@ class ConditionedCodec(Codec):
         return ids
 
     def condition_ids(self, conditions: Mapping[str, str]) -> list[int]:
-        others = {field: value for field, value in conditions.items() if field not in self.conditions}
-        if others and type(self.plain).condition_ids is Codec.condition_ids:
-            raise InputError(f"there is no condition {next(iter(others))!r}: known are {listed(self.conditions)}")
-        return [*self.field_ids(conditions), *self.plain.condition_ids(others)]
+        return [*super().condition_ids(conditions), *self.field_ids(conditions)]
+
+    def header_ids(self, conditions: Mapping[str, str]) -> list[int]:
+        return self.plain.header_ids(conditions)
 
     def forget(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """A training window (n,), with all or some of its conditions unknown in two shares `FORGOTTEN` of the windows.
@@ -117,8 +117,16 @@ class ConditionedCodec(Codec):
         ids = ids.copy()
         fixed = (ids >= self.first) | np.isin(ids, self.separator)
         for start, stop in np.flatnonzero(np.diff(fixed, prepend=True, append=True)).reshape(-1, 2):
-            ids[start:stop] = self.plain.augment(ids[start:stop], random)
+            variant = self.plain.augment(ids[start:stop], random)
+            if stop == len(ids) or not np.isin(variant[-1], self.separator):  # it has its separator already
+                ids[start:stop] = variant
         return ids
+
+    def infill(self, ids: np.ndarray, first: int, last: int, room: int) -> tuple[np.ndarray, np.ndarray, int]:
+        ids, place = np.asarray(ids), len(self.separator)
+        conditions = ids[ids >= self.first]
+        row, prompt, most = self.plain.infill(self._documents(ids), first, last, room - len(conditions))
+        return np.insert(row, place, conditions), np.insert(prompt, place, conditions), most
 
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
         return self.plain.amounts(self._documents(ids))

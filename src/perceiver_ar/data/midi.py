@@ -43,6 +43,17 @@ class MusicCodec(Codec):
         """The time in seconds of the next event after ids (n,)."""
         return self.amounts(ids)["second"]
 
+    def new_span(self, prompt: np.ndarray) -> tuple[float, float]:
+        """The start and end in seconds of what is drawn after a prompt (n,)."""
+        return self.seconds(prompt), np.inf
+
+    def excerpt(self, ids: np.ndarray, start: float, end: float) -> bytes | None:
+        """A MIDI file of what sounds between two times in seconds, the first above 0. None: nothing does."""
+        notes = self.decode_notes(ids)
+        notes = notes[(notes[:, 1] > start + 1e-6) & (notes[:, 0] < end)]
+        times = np.maximum(notes[:, :2] - start, 0)
+        return write_midi(np.concatenate([times, notes[:, 2:]], axis=1)) if len(notes) else None
+
     def show(
         self,
         rows: Sequence[np.ndarray],
@@ -53,26 +64,25 @@ class MusicCodec(Codec):
         original: np.ndarray | None = None,
         soundfont: str | None = None,
     ) -> list[Path]:
-        """Writes STEM.mid, STEM.wav and STEM.png for each row; the picture is a piano roll with a line at the prompt's
-        end. If a prompt was continued, STEM-continuation.mid has the music after that line."""
+        """Writes STEM.mid, STEM.wav and STEM.png for each row; the picture is a piano roll with lines where
+        what was drawn begins and ends. If a prompt was continued, STEM-continuation.mid has the music between them."""
         paths = []
         prompt = np.asarray(rows[0][:prompt_len])
         for number, ids in enumerate(rows, 1):
             name = numbered(stem, number, len(rows))
-            notes, boundary = self.decode_notes(np.asarray(ids)), self.seconds(prompt)
-            if boundary > 0 and np.array_equal(notes, self.decode_notes(prompt)):  # nothing new
-                boundary = max(boundary, float(notes[:, 1].max(initial=0.0)))
-            files: dict[str, Any] = {f"{name}.mid": write_midi(notes)}
-            new = notes[notes[:, 1] > boundary + 1e-6]
-            if boundary > 0 and len(new) > 0:
-                times = np.maximum(new[:, :2] - boundary, 0)
-                files[f"{name}-continuation.mid"] = write_midi(np.concatenate([times, new[:, 2:]], axis=1))
+            ids = np.asarray(ids)
+            notes, (start, end) = self.decode_notes(ids), self.new_span(prompt)
+            files: dict[str, Any] = {f"{name}.mid": self.decode(ids)}
+            if start > 0 and files[f"{name}.mid"] == self.decode(prompt):  # nothing new
+                start = end = max(start, float(notes[:, 1].max(initial=0.0)))
+            elif start > 0 and (new := self.excerpt(ids, start, end)) is not None:
+                files[f"{name}-continuation.mid"] = new
             for file, content in files.items():
                 with atomic_path(directory / file) as temporary:
                     temporary.write_bytes(content)
             write_wav(directory / f"{name}.wav", *play_notes(notes, files[f"{name}.mid"], soundfont))
             with atomic_path(directory / f"{name}.png") as temporary:
-                piano_roll(notes, boundary).save(temporary)
+                piano_roll(notes, start, end).save(temporary)
             paths += [directory / file for file in [*files, f"{name}.wav", f"{name}.png"]]
         return paths
 

@@ -3,7 +3,8 @@
     notes (n, 4) float64: start and end in seconds, pitch 0 ... 127, velocity 1 ... 127; sorted by start, then pitch;
     no pitch sounds twice at the same time
 
-All tracks but drums become one. Events at the same tick act in file order, one track after another.
+All tracks but drums become one; `read_parts` keeps instruments and drums apart. Events at the same tick act in file
+order, one track after another.
 
 *Releases.* The k-th release of a key ends its k-th stroke, as in symusic. (pretty_midi ends all strokes of the key at
 its first release, which makes notes shorter than they were held.) A stroke has lost its release if the key
@@ -24,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
 from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,10 +33,12 @@ from perceiver_ar.data.codec import WrongModality
 
 DRUMS = 9
 """The channel (counted from 0) of General MIDI whose pitches are drums."""
+DRUM_KIT = -1
+"""Stands for the program of drums."""
 LONGEST = 24 * 3600.0
 """Maximum length of a piece in seconds; a longer file is damaged."""
 
-NOTE_OFF, NOTE_ON, CONTROL, TRACK_END = 0x80, 0x90, 0xB0, 0xFF
+NOTE_OFF, NOTE_ON, CONTROL, PROGRAM, TRACK_END = 0x80, 0x90, 0xB0, 0xC0, 0xFF
 PEDAL, SOUND_OFF, RESET, NOTES_OFF = 64, 120, 121, (123, 124, 125, 126, 127)
 """Controllers. The pedal is down at 64 or more; a reset lifts it. Mode changes (124 ... 127) release keys, too."""
 HEARD = frozenset({PEDAL, SOUND_OFF, RESET, *NOTES_OFF})
@@ -46,20 +50,44 @@ Event = tuple[int, int, int, int, int, int]
 
 def read_midi(data: bytes) -> np.ndarray:
     """The notes (n, 4) of a standard MIDI file. Raises `WrongModality` if it is damaged, cut off, or without notes."""
-    try:
-        events, seconds = _events(data)
-    except (IndexError, struct.error):
-        raise WrongModality("a MIDI file that is cut off, or damaged") from None
-    notes = clean(_sounding(events, seconds))
+    parts = read_parts(data)
+    notes = parts.notes[parts.notes[:, 4] != DRUM_KIT, :4]
     if len(notes) == 0:
         raise WrongModality("a MIDI file without notes")
-    if notes[:, 1].max() > LONGEST:
-        raise WrongModality(f"a MIDI file of {notes[:, 1].max() / 3600:,.0f} hours, which must be damaged")
-    return notes
+    notes[:, :2] = clock(parts.division, parts.tempos)(notes[:, :2])
+    return clean(notes)
 
 
-def _events(data: bytes) -> tuple[list[Event], Callable[[np.ndarray], np.ndarray]]:
-    """The events of all tracks in order, and the function from ticks to seconds.
+class Parts(NamedTuple):
+    """What the tracks of a file play."""
+
+    notes: np.ndarray
+    """(n, 5) float64, n >= 1: start and end in ticks, pitch, velocity, program (0 ... 127, or DRUM_KIT)."""
+    tempos: list[tuple[int, int]]
+    """Sorted: tick, microseconds per quarter from there on."""
+    signatures: list[tuple[int, int, int]]
+    """Sorted: tick, numerator and denominator of the time signature from there on."""
+    division: int
+    """As in the header: ticks per quarter, or frames and ticks per frame."""
+
+
+def read_parts(data: bytes) -> Parts:
+    """The parts of a standard MIDI file. Raises `WrongModality` if it is damaged, cut off, or without notes."""
+    try:
+        events, tempos, signatures, division = _events(data)
+    except (IndexError, struct.error):
+        raise WrongModality("a MIDI file that is cut off, or damaged") from None
+    seconds = clock(division, tempos)
+    notes = _sounding(events)
+    if len(notes) == 0:
+        raise WrongModality("a MIDI file without notes")
+    if (last := float(seconds(notes[:, 1].max()))) > LONGEST:
+        raise WrongModality(f"a MIDI file of {last / 3600:,.0f} hours, which must be damaged")
+    return Parts(notes, tempos, signatures, division)
+
+
+def _events(data: bytes) -> tuple[list[Event], list[tuple[int, int]], list[tuple[int, int, int]], int]:
+    """The events of all tracks in order, tempos, time signatures, and the division of the header.
 
     Tracks are searched to the end of the data, also between other chunks; the track count in the header is ignored.
     """
@@ -70,25 +98,32 @@ def _events(data: bytes) -> tuple[list[Event], Callable[[np.ndarray], np.ndarray
     _, kind, _, division = struct.unpack_from(">IHHH", data, at + 4)
     tracks: list[list[Event]] = []
     tempos: list[tuple[int, int]] = []
+    signatures: list[tuple[int, int, int]] = []
     while (at := data.find(b"MTrk", at)) >= 0:
         [size] = struct.unpack_from(">I", data, at + 4)
         start = tracks[-1][-1][0] if kind == 2 and tracks else 0  # format 2: one after another
-        events, at = _read_track(data, at + 8, size, len(tracks), start, tempos)
+        events, at = _read_track(data, at + 8, size, len(tracks), start, tempos, signatures)
         tracks.append(events)
     if not tracks:
         raise IndexError
     together = sorted(chain.from_iterable(tracks), key=itemgetter(0))
-    return together, _clock(division, sorted(tempos, key=itemgetter(0)))
+    return together, sorted(tempos, key=itemgetter(0)), sorted(signatures, key=itemgetter(0)), division
 
 
 def _read_track(
-    data: bytes, at: int, size: int, track: int, tick: int, tempos: list[tuple[int, int]]
+    data: bytes,
+    at: int,
+    size: int,
+    track: int,
+    tick: int,
+    tempos: list[tuple[int, int]],
+    signatures: list[tuple[int, int, int]],
 ) -> tuple[list[Event], int]:
-    """The note and controller events of the track at `at`, which begins at `tick`, and its end in `data`.
+    """The note, controller and program events of the track at `at`, which begins at `tick`, and its end in `data`.
 
-    Adds its tempo changes to `tempos`. A track ends at its end-of-track event, whatever its `size`; without that event,
-    after `size` bytes. If the recorder never filled in the `size`, it may end with the data. Raises IndexError if the
-    track is cut off.
+    Adds its tempo changes to `tempos` and its time signatures to `signatures`. A track ends at its end-of-track event,
+    whatever its `size`; without that event, after `size` bytes. If the recorder never filled in the `size`, it may end
+    with the data. Raises IndexError if the track is cut off.
     """
     events: list[Event] = []
     start, port, running = at, 0, 0
@@ -130,6 +165,8 @@ def _read_track(
                     break
                 if meta == 0x51 and len(content) == 3:
                     tempos.append((tick, int.from_bytes(content)))
+                elif meta == 0x58 and len(content) == 4 and content[0] > 0 and content[1] < 8:
+                    signatures.append((tick, content[0], 1 << content[1]))
                 elif meta == 0x21 and len(content) == 1:
                     port = content[0]
             elif status in (0xF0, 0xF7):  # system exclusive
@@ -146,7 +183,7 @@ def _read_track(
                 value = 0 if kind in (0xC0, 0xD0) else argument()
                 if kind == NOTE_ON and value == 0:
                     kind = NOTE_OFF
-                if channel != DRUMS and (kind in (NOTE_ON, NOTE_OFF) or (kind == CONTROL and number in HEARD)):
+                if kind in (NOTE_ON, NOTE_OFF, PROGRAM) or (kind == CONTROL and number in HEARD):
                     events.append((tick, track, 16 * port + channel, kind, number, value))
     except IndexError:
         if not unknown:
@@ -156,7 +193,7 @@ def _read_track(
     return events, at
 
 
-def _clock(division: int, tempos: list[tuple[int, int]]) -> Callable[[np.ndarray], np.ndarray]:
+def clock(division: int, tempos: list[tuple[int, int]]) -> Callable[[np.ndarray], np.ndarray]:
     """The function from ticks to seconds. `tempos`: (tick, microseconds per quarter from there on), sorted by tick."""
     if division & 0x8000:  # frames per second, ticks per frame
         frames, per_frame = 256 - (division >> 8), division & 0xFF
@@ -181,40 +218,44 @@ class _Key:
     """Strokes and releases of one key, of one channel and track. Times are places in the list of events."""
 
     def __init__(self) -> None:
-        self.strokes: list[tuple[int, int]] = []  # place, velocity
+        self.strokes: list[tuple[int, int, int]] = []  # place, velocity, program
         self.releases: list[int] = []
         self.held: list[int] = []  # numbers of unreleased strokes, if each release ended the newest
 
-    def strike(self, place: int, velocity: int) -> None:
+    def strike(self, place: int, velocity: int, program: int) -> None:
         self.held.append(len(self.strokes))
-        self.strokes.append((place, velocity))
+        self.strokes.append((place, velocity, program))
 
     def release(self, place: int) -> None:
         if self.held:
             self.held.pop()
             self.releases.append(place)
 
-    def notes(self, end: int) -> list[tuple[int, int, int]]:
-        """For each stroke: its place, that of its release, and its velocity. `end`: place where the track ends."""
+    def notes(self, end: int) -> list[tuple[int, int, int, int]]:
+        """For each stroke: its place, that of its release, velocity, program. `end`: place where the track ends."""
         lost, releases = set(self.held), iter(self.releases)
         return [
-            (place, end if number in lost else next(releases), velocity)
-            for number, (place, velocity) in enumerate(self.strokes)
+            (place, end if number in lost else next(releases), velocity, program)
+            for number, (place, velocity, program) in enumerate(self.strokes)
         ]
 
 
-def _sounding(events: list[Event], seconds: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Notes (n, 4) of sorted events, with the pedal applied. `clean` then ends notes whose key is struck again."""
+def _sounding(events: list[Event]) -> np.ndarray:
+    """Notes (n, 5) of `Parts`, with the pedal applied. `clean` then ends notes whose key is struck again."""
     keys: defaultdict[tuple[int, int, int], _Key] = defaultdict(_Key)  # by channel, track and pitch
     pedals: defaultdict[int, list[tuple[int, bool]]] = defaultdict(lambda: [(-1, False)])  # by channel: place, down?
     ends: dict[int, int] = {}  # of tracks
+    programs: dict[int, int] = {}  # by channel
     for place, (_, track, channel, kind, number, value) in enumerate(events):
         if kind == NOTE_ON:
-            keys[channel, track, number].strike(place, value)
+            program = DRUM_KIT if channel % 16 == DRUMS else programs.get(channel, 0)
+            keys[channel, track, number].strike(place, value, program)
         elif kind == NOTE_OFF:
             keys[channel, track, number].release(place)
         elif kind == TRACK_END:
             ends[track] = place
+        elif kind == PROGRAM:
+            programs[channel] = number
         elif number == PEDAL:
             pedals[channel].append((place, value >= 64))
         elif number == RESET:
@@ -225,15 +266,16 @@ def _sounding(events: list[Event], seconds: Callable[[np.ndarray], np.ndarray]) 
                     key.release(place)
             if number == SOUND_OFF:
                 pedals[channel] += [(place, False), (place, pedals[channel][-1][1])]
-    times = seconds(np.array([event[0] for event in events], dtype=np.float64))
-    parts: defaultdict[int, list[tuple[int, int, int, int]]] = defaultdict(list)  # by channel
+    times = np.array([event[0] for event in events], dtype=np.float64)
+    parts: defaultdict[int, list[tuple[int, int, int, int, int]]] = defaultdict(list)  # by channel
     for (channel, track, pitch), key in keys.items():
-        parts[channel] += [(start, end, pitch, velocity) for start, end, velocity in key.notes(ends[track])]
-    notes: list[np.ndarray] = [np.empty((0, 4))]
+        for start, end, velocity, program in key.notes(ends[track]):
+            parts[channel].append((start, end, pitch, velocity, program))
+    notes: list[np.ndarray] = [np.empty((0, 5))]
     for channel, part in parts.items():
-        start, end, pitch, velocity = np.array(part, dtype=np.int64).reshape(-1, 4).T
+        start, end, pitch, velocity, program = np.array(part, dtype=np.int64).reshape(-1, 5).T
         end = _sustained(end, np.array(pedals[channel]))
-        notes.append(np.stack([times[start], times[end], pitch, velocity], axis=1))
+        notes.append(np.stack([times[start], times[end], pitch, velocity, program], axis=1))
     return np.concatenate(notes)
 
 

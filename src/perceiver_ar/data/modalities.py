@@ -114,7 +114,10 @@ def make_codec(modality: str, data: DataConfig, sources: Sequence[Source]) -> Co
         raise InputError(f"the modality is {modality}, but a tokenizer reads text: leave out one of them")
     if modality == "midi":
         from perceiver_ar.data.midi import MidiTokCodec, PerformanceCodec
+        from perceiver_ar.data.remi_plus import RemiPlusCodec
 
+        if data.midi_tokens == "remi_plus":
+            return RemiPlusCodec()
         return PerformanceCodec() if data.midi_tokens == "performance" else MidiTokCodec(data.midi_tokens)
     if modality == "image":
         from perceiver_ar.data.image import ImageCodec, choose_palette
@@ -166,6 +169,8 @@ def codec_settings(codec: Codec) -> dict[str, Any]:
             return {"modality": "midi", "data.midi_tokens": "performance"}
         case "miditok":
             return {"modality": "midi", "data.midi_tokens": own["kind"]}
+        case "remi_plus":
+            return {"modality": "midi", "data.midi_tokens": "remi_plus"}
         case "image":
             colours = {"data.image_colours": own["colours"], "data.classes": bool(own["classes"])}
             colours |= {"data.palette_size": len(own["palette"])} if own["palette"] else {}

@@ -14,10 +14,13 @@ FONT = "matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf"
 RANGE = 80  # decibels of a spectrogram
 
 
-def piano_roll(notes: np.ndarray, boundary: float = 0.0, label: str = "generated") -> Image.Image:
+def piano_roll(
+    notes: np.ndarray, boundary: float = 0.0, until: float = np.inf, label: str = "generated"
+) -> Image.Image:
     """Notes (n, 4) as in `perceiver_ar.data.midi_file`: time to the right, pitch upwards, loud notes darker.
 
-    Sound before `boundary`, in seconds, is orange, the rest is blue and has the `label`; a line separates them.
+    Sound before `boundary` and after `until`, in seconds, is orange, the rest is blue and has the `label`; lines
+    separate them.
     """
     seconds = max(1.0, float(notes[:, 1].max(initial=0.0)), boundary)
     width = int(np.clip(40 * seconds, 600, 6000))
@@ -38,20 +41,21 @@ def piano_roll(notes: np.ndarray, boundary: float = 0.0, label: str = "generated
         draw.text((x, top + height + 6), f"{second} s", fill=INK, font=font, anchor="ma")
     for start, end, pitch, velocity in notes.tolist():
         strength, y = 0.35 + 0.65 * velocity / 127, top + row * (high - pitch - 1)
-        parts = [(start, min(end, boundary), ORANGE)] if start < boundary else []
-        if end > boundary + 1e-6 or not parts:
-            parts.append((max(start, boundary), end, BLUE))
+        spans = [(0.0, boundary, ORANGE), (boundary, until, BLUE), (until, np.inf, ORANGE)]
+        parts = [(max(start, a), min(end, b), ink) for a, b, ink in spans if start < b and end > a + 1e-6]
         for begins, ends, ink in parts:
             x, colour = left + scale * begins, tuple(round(255 + strength * (c - 255)) for c in ink)
             draw.rectangle([x, y + 1, max(x + 1, left + scale * ends - 1), y + row - 1], fill=colour)
-    names = [("prompt", ORANGE)] * (boundary > 0) + [(label, BLUE)] * bool((notes[:, 1] > boundary + 1e-6).any())
+    names = [("prompt", ORANGE)] * (boundary > 0) + [(label, BLUE)] * bool(
+        ((notes[:, 1] > boundary + 1e-6) & (notes[:, 0] < until)).any()
+    )
     x = left
     for name, colour in names:
         draw.rectangle([x, 8, x + 10, 18], fill=colour)
         draw.text((x + 16, 13), name, fill=INK, font=font, anchor="lm")
         x += 40 + int(draw.textlength(name, font=font))
-    if boundary > 0:
-        x = left + scale * boundary
+    for edge in {boundary, until} - {0.0, np.inf}:
+        x = left + scale * edge
         draw.line([(x, top), (x, top + height + 4)], fill=EDGE, width=2)
     return image
 
