@@ -132,9 +132,9 @@ class RemiPlusCodec(MidiTokCodec):
         known = set(self.tokenizer.time_signatures)
         score.tempos = [Tempo(int(ticks(at)), 6e7 / tempo) for at, tempo in parts.tempos if at < last]
         score.time_signatures = [
-            TimeSignature(int(ticks(at)), *signature)
-            for at, *signature in parts.signatures
-            if at < last and tuple(signature) in known
+            TimeSignature(int(ticks(at)), beats, unit)
+            for at, beats, unit in parts.signatures
+            if at < last and (beats, unit) in known
         ]
         for program in np.unique(parts.notes[:, 4]).astype(int).tolist():
             notes = clean(parts.notes[parts.notes[:, 4] == program, :4])
