@@ -173,6 +173,8 @@ class Generation:
             raise Refused(str(error), "condition") from None
         if file is not None and form.prompt:
             raise Refused("prompt and file are both given: choose one", "prompt")
+        if file is not None and (first := [key for key in conditions if key in self.codec.header_conditions]):
+            raise Refused(f"condition {first[0]} begins a new document: leave out file", "condition")
         if file is None:
             document = await run_in_threadpool(self.codec.start, form.prompt, conditions)
         else:
