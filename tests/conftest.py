@@ -41,6 +41,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four documents that differ from those of `corpus`."""
+    folder = tmp_path_factory.mktemp("letters")
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(f"Dear cat {number}, the mat is yours.\n" * 30)
+    return folder
+
+
 @pytest.fixture
 def bound_by_modes() -> Iterator[None]:
     """Root, too, may only read what modes allow: meanwhile it lacks the capabilities that let it read everything."""

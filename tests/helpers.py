@@ -68,6 +68,7 @@ def window_nats(model: PerceiverAR, row: Tensor) -> Tensor:
         return -window_logits(model, row[:-1]).log_softmax(-1).gather(1, row[1:, None])[:, 0]
 
 
+@torch.no_grad()
 def window_logits(model: PerceiverAR, row: Tensor, prompt_len: int = 1, first: int | None = None) -> Tensor:
     """Logits (T - first + 1, V) after each token of a row (T,) from `first` on (None: the last one of its prompt), each
     by a forward of its own over the window that generation from that prompt would report."""

@@ -39,15 +39,6 @@ def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Other documents than those of the corpus."""
-    folder = tmp_path_factory.mktemp("letters")
-    for number in range(4):
-        (folder / f"{number}.txt").write_text(f"Dear cat {number}, the mat is yours.\n" * 30)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def recipe(base: Path, letters: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """Of a finished run."""
     made = Recipe(

@@ -134,8 +134,7 @@ def test_a_step_costs_what_the_prefixes_of_training_cost(options: Any) -> None:
     recipe = Recipe(out="x", model=SIZES.replace(context_length=100), trainer=TrainerConfig(**options))
     N, steps = recipe.window_latents, 1000
     batches = Batches(TrainingWindows(np.arange(1000) % 31, 100, N, 0), recipe)
-    whole = {"tokens": torch.zeros(1, 100), "labels": torch.zeros(1, N)}
-    lengths = [batches.shorten(whole, i, (i + 0.5) / steps)["tokens"].shape[1] for i in range(steps)]
+    lengths = [100 - batches.cut(i, (i + 0.5) / steps) for i in range(steps)]
     seen = sum(costs(recipe.model, length, N, recipe.blocks).training_flops for length in lengths) / steps
     assert step_flops(recipe) == pytest.approx(recipe.trainer.batch_size * seen, rel=0.02)
     uncut = costs(recipe.model, latents=N, blocks=recipe.blocks).training_flops

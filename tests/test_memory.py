@@ -24,7 +24,8 @@ def resident():
 with keep_freed_memory():
     kept = faults()
     held = resident()
-print(kept, faults(), held - resident())
+returned = held - resident()
+print(kept, faults(), returned)
 """
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="changes glibc")
 
@@ -38,12 +39,9 @@ def count(**variables: str) -> list[float]:
     return [float(number) for number in result.stdout.split()]
 
 
-def test_freed_memory_stays_for_the_next_step_and_is_given_back_at_the_end() -> None:
+def test_freed_memory_stays_for_the_next_step_unless_the_user_has_configured_the_allocator() -> None:
     kept, _, returned = count()
-    assert kept < 16  # a round has 32,768 pages of 4 KiB, or 64 of 2 MiB; in a few rounds the heap still grows
-    assert returned > 2**25
-
-
-def test_an_allocator_that_the_user_has_configured_is_left_alone() -> None:
-    kept, _, _ = count(MALLOC_MMAP_THRESHOLD_="100000")
-    assert kept >= 64
+    configured, _, _ = count(MALLOC_MMAP_THRESHOLD_="100000")
+    assert configured >= 64  # a round has 32,768 pages of 4 KiB, or 64 of 2 MiB
+    assert kept < configured / 4  # the heap may still grow by one of the eight blocks
+    assert returned > 2**25  # at the end

@@ -38,15 +38,6 @@ def source(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Other documents than those of the corpus."""
-    folder = tmp_path_factory.mktemp("letters")
-    for number in range(4):
-        (folder / f"{number}.txt").write_text(f"Dear cat {number}, the mat is yours.\n" * 30)
-    return folder
-
-
 @pytest.fixture
 def recipe(source: Path, letters: Path, tmp_path: Path) -> Recipe:
     data = DataConfig(validation=(str(letters / "0.txt"),))

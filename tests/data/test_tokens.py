@@ -471,7 +471,7 @@ NO_TEXT = {
     "a.tar": (archive(""), "a tar archive, not UTF-8 text; unpack it, or use --modality bytes"),
     "a.tar.gz": (archive("gz"), "a tar archive"),
     "a.tar.xz": (archive("xz"), "a tar archive"),
-    "a.tgz": (archive("gz"), "compressed (gzip), not UTF-8 text; decompress it, or let its name end in .gz"),
+    "a.tgz": (archive("gz"), "a tar archive"),
     "a.zip": (archive("zip"), "a zip archive"),
     "a.docx": (archive("zip"), "save it as text"),
     "a.zip.gz": (gzip.compress(archive("zip")), "a zip archive"),

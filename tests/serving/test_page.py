@@ -46,6 +46,16 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+def opened(browser: Any, url: str, **form: Any) -> Any:
+    """A new page, whose `trouble` lists the errors that it reports."""
+    page = browser.new_context(**form).new_page()
+    page.trouble = list[str]()
+    page.on("console", lambda message: page.trouble.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.trouble.append(str(error)))
+    page.goto(url)
+    return page
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_text_is_continued_stopped_undone_and_retried(
     browser: Any, url: str, model: PerceiverAR, tmp_path: Path, form: str
@@ -244,19 +254,14 @@ def test_pictures_and_sound_are_shown(browser: Any, serving: Any, tmp_path: Path
     randomize(PerceiverAR(config), seed=1).save_pretrained(tmp_path)
     save_codec(codec, tmp_path)
     with serving(tmp_path) as url:
-        context = browser.new_context(**FORMS["dark-phone"])
-        page = context.new_page()
-        trouble = list[str]()
-        page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.goto(url)
+        page = opened(browser, url, **FORMS["dark-phone"])
         page.get_by_role("button", name="Continue").click()
         playwright.expect(page.locator("#status")).to_contain_text("the files stay", timeout=120_000)
         playwright.expect(page.locator(f"#results {shown}").first).to_be_visible()
         page.screenshot(path=os.environ.get("SCREENSHOTS", str(tmp_path)) + f"/{shown}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        assert trouble == []
-        context.close()
+        assert page.trouble == []
+        page.context.close()
 
 
 def piano_run(path: Path) -> Path:
@@ -272,12 +277,7 @@ def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, 
     run = piano_run(tmp_path / "piano")
     write_music(tmp_path / "prelude.mid", 3)
     with serving(run) as url:
-        context = browser.new_context(viewport={"width": 1280, "height": 800})
-        page = context.new_page()
-        trouble = list[str]()
-        page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.goto(url)
+        page = opened(browser, url, viewport={"width": 1280, "height": 800})
         page.get_by_label("A file to go on from; without").set_input_files(tmp_path / "prelude.mid")
         page.get_by_role("slider", name="Length").fill("32")
         page.get_by_role("button", name="Continue").click()
@@ -322,18 +322,13 @@ def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, 
         page.get_by_role("button", name="Forget").click()
         playwright.expect(page.get_by_role("button", name="Forget")).to_be_disabled()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        assert trouble == []
-        context.close()
+        assert page.trouble == []
+        page.context.close()
 
 
 def test_several_takes_are_kept_heard_and_saved(browser: Any, serving: Any, tmp_path: Path) -> None:
     with serving(piano_run(tmp_path / "piano"), slots=2) as url:
-        context = browser.new_context(**FORMS["dark-phone"])
-        page = context.new_page()
-        trouble = list[str]()
-        page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.goto(url)
+        page = opened(browser, url, **FORMS["dark-phone"])
         takes = page.get_by_role("slider", name="Takes")
         playwright.expect(takes).to_have_attribute("max", "2")  # as the server has slots
         takes.fill("2")
@@ -373,5 +368,5 @@ def test_several_takes_are_kept_heard_and_saved(browser: Any, serving: Any, tmp_
                 " <= one.closest('figure').getBoundingClientRect().right + 1)"
             )
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        assert trouble == []
-        context.close()
+        assert page.trouble == []
+        page.context.close()

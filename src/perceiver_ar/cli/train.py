@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 SHOWN = (
-    *("help", "config", "resume", "preset", "out", "init_from", "adapter", "max_time", "max_steps", "modality"),
+    *("help", "config", "resume", "preset", "out", "init_from", "max_time", "max_steps", "modality"),
     *("model.context_length", "model.num_latents", "model.dim", "model.num_layers", "model.num_heads"),
     *("data.bpe_vocab_size", "data.split_on", "trainer.batch_size", "trainer.device"),
 )

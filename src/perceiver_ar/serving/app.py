@@ -204,7 +204,7 @@ def create_app(service: Service) -> FastAPI:
         card = {"id": name, "object": "model", "created": created, "owned_by": "perceiver-ar"}
         card |= {"context_length": engine.context, "writes_text": service.codec.writes_text}
         card |= {"document_length": service.codec.document_length, "file_ending": service.codec.ending}
-        card |= {"conditions": service.codec.conditions, "slots": engine.slots}
+        card |= {"conditions": dict(service.codec.conditions), "slots": engine.slots}
         card |= {"parameters": engine.model.num_parameters(), "evaluation": service.scores}
         return {"object": "list", "data": [card]}
 
