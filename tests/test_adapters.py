@@ -106,6 +106,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(recipe: Recipe, base: Path, tmp
     Checkpoints(run.checkpoints).all()[-1].remove()  # as if a kill had come before it was written
     run.summary_file.unlink()
     shutil.rmtree(run.adapter)
+    shutil.rmtree(run.initial)  # init_from still has the weights
     resumed = replace(recipe, out=str(run.path))
     assert train(resumed, resume=True)["steps"] == 40
     assert_same_parameters(run.path, recipe.out)

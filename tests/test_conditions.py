@@ -172,8 +172,10 @@ def in_front(file: TokenFile, start: int, stop: int) -> np.ndarray:
     """tokens[start:stop] as a context."""
     ids = file.tokens[start:stop].copy()
     begin = max(first for first in file.bounds() if first <= start)
+    end = min(last for last in file.bounds() if last > start)
     if begin < start:
-        ids[:2] = file.tokens[begin + 1 : begin + 3]
+        fitting = min(2, end - start)
+        ids[:fitting] = file.tokens[begin + 1 : begin + 1 + fitting]
     return ids
 
 
@@ -301,6 +303,8 @@ def test_pinned_ids_that_leave_no_room_are_refused() -> None:
     next(iter(stream(model, [[0]], max_new_tokens=1, pinned=range(12))))
     with pytest.raises(InputError, match="slide"):
         stream(model, [[0]], max_new_tokens=1, pinned=[1], slide=True)
+    with pytest.raises(InputError, match="pinned has id 261"):
+        stream(model, [[0]], max_new_tokens=1, pinned=[261])
 
 
 # A run
@@ -444,7 +448,44 @@ def test_a_wrong_table_is_refused_in_one_line(
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
+def test_a_context_that_starts_with_the_last_token_of_a_document_leaves_the_next_one_its_conditions(
+    file: TokenFile,
+) -> None:
+    border = file.bounds()[1]
+    assert len(file.conditions_before(border - 1)) == 1 and len(file.conditions_before(border - 2)) == 2
+
+
+def test_a_row_of_ids_tells_its_conditions() -> None:
+    codec = ConditionedCodec(BytesCodec(), FIELDS)
+    for given in ({}, {"kind": "low"}, {"kind": "high", "year": "1812"}):
+        assert codec.conditions_of(codec.start("Once", given)) == codec.condition_ids(given)
+    for other in ([], [0], [5, 6, 7, 8], codec.condition_ids({})):
+        assert codec.conditions_of(np.array(other)) == list(codec.unknown)
+    assert BytesCodec().conditions_of(np.array([1, 2])) == []
+
+
+def test_files_held_out_need_no_row_in_the_table(folder: Path, tmp_path: Path) -> None:
+    table = ConditionTable.read(str(folder / "meta.csv"))
+    codec = table.codec(BytesCodec(), find_files(sorted(folder.glob("*.txt"))))
+    others = find_files([str(write_files(tmp_path, {"other.txt": b"x"}) / "other.txt")])
+    assert table.apply(others, codec) == others
+
+
+def test_a_damaged_list_of_values_is_refused(tmp_path: Path) -> None:
+    save_codec(ConditionedCodec(BytesCodec(), FIELDS), tmp_path)
+    content = json.loads((tmp_path / "codec.json").read_text())
+    (tmp_path / "codec.json").write_text(json.dumps(content | {"conditions": {"kind": "xyz"}}))
+    with pytest.raises(InputError, match=r"codec\.json is damaged \(conditions need lists"):
+        load_codec(tmp_path)
+
+
 def test_other_wrong_tables(tmp_path: Path) -> None:
+    (tmp_path / "nul.jsonl").write_text(json.dumps({"file": "0\0.txt", "kind": "a"}))
+    with pytest.raises(InputError, match="row 1, names a file with a NUL character"):
+        ConditionTable.read(str(tmp_path / "nul.jsonl"))
+    (tmp_path / "twice.csv").write_text("file,kind,kind\n0.txt,a,b\n")
+    with pytest.raises(InputError, match="has two columns 'kind'"):
+        ConditionTable.read(str(tmp_path / "twice.csv"))
     for name, says in (("no.csv", "does not exist"), ("meta.txt", "is no table"), ("..", "is no table")):
         with pytest.raises(InputError, match=says):
             ConditionTable.read(str(tmp_path / name))
@@ -474,7 +515,7 @@ def test_a_table_may_be_of_any_format_beside_files_of_any_kind(
     shown = capsys.readouterr().err
     assert f"1 of 4 files are not in {tmp_path}/meta.parquet, such as {tmp_path}/3.mid" in shown
     codec = Run(tmp_path / "run").codec()
-    assert codec.conditions == {"opus": ("7.0", "8.0"), "composer": ("bach",)} and codec.name == "performance"
+    assert codec.conditions == {"opus": ("7", "8"), "composer": ("bach",)} and codec.name == "performance"
     out = ["--condition=composer=bach", "--max_new_tokens=20", "--out", str(tmp_path / "new")]
     assert main(["generate", str(tmp_path / "run"), "--prompt_file", str(tmp_path / "0.mid"), "--keep=10", *out]) == 0
     assert (tmp_path / "new.mid").exists()

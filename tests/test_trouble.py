@@ -20,6 +20,7 @@ from perceiver_ar.config import OptimConfig, PerceiverARConfig, TrainerConfig
 from perceiver_ar.data.sampler import TrainingWindows
 from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.training.checkpoints import Checkpoints
+from perceiver_ar.training.resources import deterministic
 from perceiver_ar.training.trouble import first_not_finite, free_bytes, largest_micro_batch, out_of_memory
 
 MODEL = PerceiverARConfig(context_length=32, num_latents=8, dim=16, num_layers=1, num_heads=2)
@@ -245,3 +246,14 @@ def test_a_deterministic_run_lets_torch_take_only_deterministic_algorithms_until
     finally:
         hook.remove()
     assert found == {wanted} and not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_what_a_program_has_set_for_itself_is_back_after_training(wanted: bool) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with deterministic(wanted):
+            assert torch.is_deterministic_algorithms_warn_only_enabled() != wanted
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,6 +1,7 @@
 """Instruments, drums and tempo come back; an infill joins its two sides; conditions hold; bad input is one line."""
 
 import io
+import os
 from pathlib import Path
 
 import mido
@@ -13,9 +14,10 @@ from samples import GOOD, midi_file, off, on, write_band
 
 from perceiver_ar.cli import main
 from perceiver_ar.data.codec import WrongModality, load_codec, save_codec
-from perceiver_ar.data.conditions import ConditionedCodec
+from perceiver_ar.data.conditions import ConditionedCodec, ConditionTable
 from perceiver_ar.data.midi_file import Parts, read_parts
 from perceiver_ar.data.remi_plus import RemiPlusCodec
+from perceiver_ar.data.sources import Source
 from perceiver_ar.errors import InputError
 
 CODEC = RemiPlusCodec()
@@ -278,6 +280,8 @@ def test_conditions_of_a_table_stand_before_the_header(document: np.ndarray) -> 
     with_style = np.insert(document, 1, waltz)
     for ours, theirs in zip(codec.infill(with_style, 4, 6, 4096), CODEC.infill(document, 4, 6, 4095), strict=True):
         assert np.array_equal(ours, theirs if np.isscalar(theirs) else np.insert(theirs, 1, waltz))
+    with pytest.raises(InputError, match="has a column 'tempo', which is a condition of remi_plus already"):
+        ConditionTable("t.csv", {os.path.realpath("x"): {"tempo": "fast"}}).codec(CODEC, [Source(Path("x"), "x", 1)])
     # A document that ends in the window stays in order: its bars at the end would bring a second separator.
     window = np.concatenate([with_style, with_style])
     variants = [codec.augment(window, np.random.default_rng(seed)) for seed in range(20)]

@@ -62,12 +62,16 @@ def score_verb(argv: list[str]) -> None:
     options = {"stride": args.stride, "num_latents": args.num_latents}
     options |= {"batch_size": args.batch_size, "precision": args.precision}
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
-        scores = scores_of(run, paths, Path(scratch), options, conditions=args.conditions)
+
+        def table(of: Run) -> str | None:
+            others = [one for one in (run, other) if one is not None and one is not of]
+            return args.conditions if of.conditions() or not any(one.conditions() for one in others) else None
+
+        scores = scores_of(run, paths, Path(scratch), options, conditions=table(run))
         columns, rows = scores.columns(), scores.rows
         result = scores.summary()
         if other is not None:
-            table = args.conditions if other.conditions() else None
-            others = scores_of(other, paths, Path(scratch) / "other", options, held_out_by=run, conditions=table)
+            others = scores_of(other, paths, Path(scratch) / "other", options, held_out_by=run, conditions=table(other))
             result["against"] = compare(scores, others)
             columns |= {"bits_against": float}
             rows = [row | {"bits_against": its["bits"]} for row, its in zip(rows, others.rows, strict=True)]

@@ -146,6 +146,10 @@ class Codec(ABC):
             raise InputError(f"there is no condition {unknown[0]!r}: {known}")
         return []
 
+    def conditions_of(self, ids: np.ndarray) -> list[int]:
+        """The ids of the conditions of a row (n,) that begins with a document; those of unknown ones if it has none."""
+        return self.condition_ids({})
+
     def header_ids(self, conditions: Mapping[str, str]) -> list[int]:
         """The first ids of a document with those of `conditions` that are `header_conditions`; [] if none is.
 
@@ -361,6 +365,8 @@ def load_codec(directory: str | Path) -> Codec:
             return codec
         from perceiver_ar.data.conditions import ConditionedCodec
 
+        if not all(isinstance(values, list) and {*map(type, values)} <= {str} for values in conditions.values()):
+            raise ValueError("conditions need lists of texts")
         return ConditionedCodec(codec, conditions)
     except InputError:
         raise

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,13 @@ class ConditionedCodec(Codec):
     def condition_ids(self, conditions: Mapping[str, str]) -> list[int]:
         return [*super().condition_ids(conditions), *self.field_ids(conditions)]
 
+    def conditions_of(self, ids: np.ndarray) -> list[int]:
+        first, count = len(self.separator), len(self.unknown)
+        found = np.asarray(ids)[first : first + count].tolist()
+        starts = [*self.unknown, self.vocab_size]
+        given = len(found) == count and all(a <= id < b for id, (a, b) in zip(found, pairwise(starts), strict=True))
+        return found if given else list(self.unknown)
+
     def header_ids(self, conditions: Mapping[str, str]) -> list[int]:
         return self.plain.header_ids(conditions)
 
@@ -118,8 +125,9 @@ class ConditionedCodec(Codec):
         fixed = (ids >= self.first) | np.isin(ids, self.separator)
         for start, stop in np.flatnonzero(np.diff(fixed, prepend=True, append=True)).reshape(-1, 2):
             variant = self.plain.augment(ids[start:stop], random)
-            if stop == len(ids) or not np.isin(variant[-1], self.separator):  # it has its separator already
-                ids[start:stop] = variant
+            while stop < len(ids) and np.isin(variant[-1], self.separator):  # the document has one already
+                variant = self.plain.augment(ids[start:stop], random)
+            ids[start:stop] = variant
         return ids
 
     def infill(self, ids: np.ndarray, first: int, last: int, room: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -169,6 +177,7 @@ class ConditionTable:
             require(FILE in row, f"{where} has no column {FILE!r}: name each document's file there")
             cells = {column: _cell(value, f"{where} column {column!r}") for column, value in row.items()}
             name = cells.pop(FILE)
+            require("\0" not in name, f"{where} names a file with a NUL character in its name: write it again")
             require(name != "", f"{where} names no file: fill in the column {FILE!r}, or remove the row")
             real = os.path.realpath(Path(path).parent / name)
             require(real not in rows, f"{where} names {name} again, as row {rows.get(real)} does: keep one of them")
@@ -190,12 +199,16 @@ class ConditionTable:
         for source in sources:
             for field, value in self.fields.get(os.path.realpath(source.path), {}).items():
                 values.setdefault(field, set()).add(value)
-        self._require_any(values)
+        require(values, f"{self.path} says nothing of any of these files: it names them relative to its own folder")
         for field, found in values.items():
             require(
                 len(found) <= MOST_VALUES,
                 f"{self.path} has {len(found):,} different values in the column {field!r}, of at most "
                 f"{MOST_VALUES:,}: a name or a free text is no condition, so remove the column",
+            )
+            require(
+                field not in plain.header_conditions,
+                f"{self.path} has a column {field!r}, which is a condition of {plain.name} already: rename the column",
             )
         columns = dict.fromkeys(field for fields in self.fields.values() for field in fields)
         return ConditionedCodec(plain, {field: sorted(values[field]) for field in columns if field in values})
@@ -220,21 +233,18 @@ class ConditionTable:
                 sources[i] = replace(source, conditions=tuple(codec.field_ids(fields)))
             except InputError as error:
                 raise InputError(f"{self.path}, {source.name}: {error}") from None
-        self._require_any(len(missing) < len(sources))
         if missing:
             amount = f"{len(missing):,} of {len(sources):,} files are not in {self.path}, such as {missing[0]}"
             print(f"{amount}: their conditions are unknown", file=sys.stderr)
         return sources
-
-    def _require_any(self, found: Any) -> None:
-        require(found, f"{self.path} says nothing of any of these files: it names them relative to its own folder")
 
 
 def _cell(value: Any, where: str) -> str:
     if value is None or value != value:  # NaN
         return ""
     require(isinstance(value, str | int | float), f"{where} holds {value!r:.40}: a condition is a text or a number")
-    return str(value).strip()
+    whole = isinstance(value, float) and value.is_integer()  # Parquet has columns of integers with gaps as floats
+    return str(int(value) if whole else value).strip()
 
 
 def listed(names: Iterable[str]) -> str:

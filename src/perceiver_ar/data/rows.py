@@ -114,10 +114,15 @@ class Rows(Source):
         delimiter = "\t" if reader == "tsv" else max(",;\t|", key=first.count)
         try:
             (header,) = csv.reader([first], delimiter=delimiter)
+            wanted = {self.column} if self.column else {*header} - {""}
+            if again := [name for name in header if header.count(name) > 1 and name in wanted]:
+                raise InputError(f"{self.name} has two columns {again[0]!r}: rename one of them")
             for record in csv.reader(lines, delimiter=delimiter, strict=True):  # or a lost quote swallows rows
                 row = dict(zip(header, record, strict=False))
                 longer = f"has {len(record)} fields for {len(header)} columns: write texts with {delimiter!r} in quotes"
                 yield NUL if self._has_nul(row) else longer if len(record) > len(header) else row
+        except InputError:
+            raise
         except (ValueError, csv.Error) as error:
             raise self._damaged(str(error)) from None
 

@@ -96,10 +96,13 @@ class TokenFile:
         """The conditions of a document that begins before token `start` and goes on there; empty if it begins there.
 
         They stand in place of the first tokens of a context that starts at `start`, so that no document is without.
+        There are no more than tokens of the document from `start` on.
         """
         first, count = self.conditions
-        begin = int(self.documents[np.searchsorted(self.documents, np.uint64(start), side="right") - 1])
-        return self.read(begin + first, begin + first + (count if begin < start else 0))
+        number = int(np.searchsorted(self.documents, np.uint64(start), side="right"))
+        begin = int(self.documents[number - 1])
+        end = int(self.documents[number]) if number < self.num_documents else len(self)
+        return self.read(begin + first, begin + first + (min(count, end - start) if begin < start else 0))
 
     def are_conditions(self, start: int, stop: int) -> np.ndarray:
         """Which of tokens[start:stop] are conditions: (stop - start,) bool."""

@@ -132,6 +132,11 @@ def stream(
                 f"a stop token or sequence has id {token}: this model's ids are 0 ... {config.vocab_size - 1}",
             )
     require(not (slide and pinned), "slide drops the oldest tokens one by one, pinned ones too: leave out one of them")
+    for token in pinned:
+        require(
+            0 <= token < config.vocab_size,
+            f"pinned has id {token}: this model's ids are 0 ... {config.vocab_size - 1}",
+        )
     prompts = prompt_rows(prompt, config.vocab_size)
     generators = _generators(seed, len(prompts) * num_samples)
     settings = RowSettings(

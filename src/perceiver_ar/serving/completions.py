@@ -5,7 +5,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -187,13 +187,11 @@ class Completion:
         self.left = len(self.drawn)
         """Choices that have not ended."""
         stops, n = request.stops(), request.samples
-        pinned = tuple(condition_ids(request, vocabulary))
         settings = RowSettings(
             request.sampling(),
             allowed_next=vocabulary.codec.constraint(),
             stops=() if vocabulary.end is None else ((vocabulary.end,),),
             max_new_tokens=request.count,
-            pinned=pinned,
         )
         score = request.top is not None and bool(request.echo)
         if request.top is not None and score and self.prompt_tokens * n * (request.top + 1) > MAX_SCORES:
@@ -208,7 +206,9 @@ class Completion:
             choices = [Choice(first + i, vocabulary, stops, request.top) for i in range(n)]
             listener = Listener(outbox, self.results, choices, prompt.echo, metrics)
             seeds = [None if request.seed is None else request.seed + first + i for i in range(n)]
-            self.jobs.append(Job(prompt.ids, settings, seeds if request.count else [], listener, score))
+            pinned = tuple(vocabulary.codec.conditions_of(prompt.ids.numpy()))
+            each = replace(settings, pinned=pinned)
+            self.jobs.append(Job(prompt.ids, each, seeds if request.count else [], listener, score))
 
     def submit(self) -> None:
         """Raises Busy if the queue has no room. Call `cancel` afterwards in any case."""

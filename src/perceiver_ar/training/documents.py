@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,6 @@ def open_or_make_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile 
     """The run's token files, for training and held out, and its codec. Made from the recipe's files unless they are
     there."""
     if (run.path / "codec.json").exists():  # written last
-        run.remove_intermediate_tokens()  # a kill may have left some
         held_out = (run.tokens / "validation.json").exists()
         validation = TokenFile.open(run.tokens / "validation") if held_out else None
         return TokenFile.open(run.tokens / "train"), validation, load_codec(run.path)
@@ -45,6 +45,7 @@ def open_or_make_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile 
         say(f"conditions: {', '.join(f'{name} ({len(values):,})' for name, values in codec.conditions.items())}")
     elif codec.conditions:
         say(f"conditions are unknown ({', '.join(codec.conditions)}): there is no table data.conditions")
+    check_windows(replace(recipe, model=codec.fit(recipe.model)), codec)  # before hours of encoding
     tokens, validation = tokenise(
         documents.sources,
         codec,
@@ -56,7 +57,6 @@ def open_or_make_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile 
         seed=recipe.seed,
     )
     save_codec(codec, run.path)
-    run.remove_intermediate_tokens()
     records = [source for source in documents.held_out or () if isinstance(source, Records)]
     if unseen := {name for source in records for name in source.unseen}:
         names = ", ".join(sorted(unseen)[:5])
@@ -121,3 +121,27 @@ def new_codec(recipe: Recipe, documents: Documents, table: ConditionTable | None
         "data.conditions does not work with pictures: put those of a class in a folder, and set data.classes",
     )
     return table.codec(codec, everything)
+
+
+def check_windows(recipe: Recipe, codec: Codec) -> None:
+    """Raises InputError for settings of windows that do not fit each other or the codec."""
+    require(
+        recipe.trainer.prefix_growth == 0 or codec.document_length is None,
+        "trainer.prefix_growth does not work with pictures, whose prefixes are never cut: leave it out",
+    )
+    model, blocks = recipe.model, recipe.blocks
+    require(
+        recipe.window_latents <= model.context_length,
+        f"trainer.blocks is {blocks}: with {model.num_latents} latents each they exceed context_length "
+        f"{model.context_length}: lower it",
+    )
+    require(
+        blocks == 1 or model.blocks_allowed,
+        f"trainer.blocks is {blocks}, which a network with latent_keys query, positions_from_end, learned_queries each "
+        "or latents_per_position does not allow: leave it out",
+    )
+    require(
+        recipe.window_latents + len(codec.unknown) <= model.context_length,
+        f"data.conditions takes {len(codec.unknown)} of the context_length {model.context_length}, and the latents "
+        f"{recipe.window_latents} ({blocks} blocks): lower model.num_latents or trainer.blocks",
+    )

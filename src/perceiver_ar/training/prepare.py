@@ -21,7 +21,7 @@ from perceiver_ar.origin import Origin, fill_in
 from perceiver_ar.run import Run
 from perceiver_ar.training.checkpoints import Checkpoints
 from perceiver_ar.training.console import Interrupted, ending_on_signals, say
-from perceiver_ar.training.documents import open_or_make_tokens
+from perceiver_ar.training.documents import check_windows, open_or_make_tokens
 from perceiver_ar.training.resources import Resources, choose_precision
 from perceiver_ar.training.tracking import check_tracker
 from perceiver_ar.training.trouble import ROOM, free_bytes, gigabytes, largest_micro_batch, out_of_memory
@@ -79,6 +79,7 @@ def prepare_first(run: Run, recipe: Recipe, resources: Resources, resume: bool, 
         if find_batch:
             prepared = replace(prepared, recipe=with_largest_micro_batch(prepared.recipe, resources))
         Checkpoints(run.checkpoints).newest()  # raises if all are damaged
+        run.remove_intermediate_tokens()
         run.summary_file.unlink(missing_ok=True)  # from here on the run is unfinished
         run.write_recipe(prepared.recipe)
     except BaseException as error:
@@ -103,8 +104,9 @@ def with_tokens(run: Run, recipe: Recipe, resources: Resources) -> Prepared:
 
 
 def copy_origin(run: Run, recipe: Recipe) -> None:
-    """Copies the weights and codec of `init_from` into the run, unless they are there or training has begun."""
-    if recipe.init_from is None or run.initial.exists() or Checkpoints(run.checkpoints).all():
+    """Copies the weights and codec of `init_from` into the run, unless they are there or no longer needed."""
+    begun = recipe.adapter is None and Checkpoints(run.checkpoints).all()
+    if recipe.init_from is None or run.initial.exists() or begun:
         return
     Origin.open(recipe.init_from).write(recipe.model, run.initial)
 
@@ -129,26 +131,8 @@ def wait_for_first(run: Run, seconds: float = 24 * 3600.0) -> None:
 
 def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> TrainingWindows:
     """The sequence of training windows. Raises InputError for too few tokens, or settings that do not fit."""
-    require(
-        recipe.trainer.prefix_growth == 0 or codec.document_length is None,
-        "trainer.prefix_growth does not work with pictures, whose prefixes are never cut: leave it out",
-    )
-    model, blocks = recipe.model, recipe.blocks
-    require(
-        recipe.window_latents <= model.context_length,
-        f"trainer.blocks is {blocks}: with {model.num_latents} latents each they exceed context_length "
-        f"{model.context_length}: lower it",
-    )
-    require(
-        blocks == 1 or model.blocks_allowed,
-        f"trainer.blocks is {blocks}, which a network with latent_keys query, positions_from_end, learned_queries each "
-        "or latents_per_position does not allow: leave it out",
-    )
-    require(
-        recipe.window_latents + len(codec.unknown) <= model.context_length,
-        f"data.conditions takes {len(codec.unknown)} of the context_length {model.context_length}, and the latents "
-        f"{recipe.window_latents} ({blocks} blocks): lower model.num_latents or trainer.blocks",
-    )
+    check_windows(recipe, codec)
+    model = recipe.model
     return TrainingWindows(
         tokens,
         model.context_length,
@@ -189,7 +173,9 @@ def check_resumable(run: Run, recipe: Recipe) -> Recipe:
         recipe = fill_in(recipe, before.model, before.modality, data)
     if (run.path / "codec.json").exists():
         recipe = replace(recipe, model=load_codec(run.path).fit(recipe.model))
-    fixed = ("paths", "modality", "init_from", "adapter", "seed", "model", "data", "optim")
+    fixed = ("paths", "modality", "init_from", "adapter", "seed", "model", "optim")
+    # Before there are tokens, only what a download depends on is fixed.
+    fixed += ("data",) if (run.path / "codec.json").exists() else ("data.column", "data.max_bytes")
     fixed += ("trainer.batch_size", "trainer.blocks", "trainer.short_prefix", "trainer.prefix_growth")
     was, now = flat(before.to_dict()), flat(recipe.to_dict())
     if recipe.blocks == before.blocks:

@@ -160,14 +160,16 @@ def launch_fabric(resources: Resources, settings: TrainerConfig, precision: str)
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """Inside, if wanted, torch takes deterministic algorithms only."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-        torch.use_deterministic_algorithms(True)
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
