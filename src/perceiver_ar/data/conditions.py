@@ -199,7 +199,9 @@ class ConditionTable:
         for source in sources:
             for field, value in self.fields.get(os.path.realpath(source.path), {}).items():
                 values.setdefault(field, set()).add(value)
-        require(bool(values), f"{self.path} says nothing of any of these files: it names them relative to its own folder")
+        require(
+            bool(values), f"{self.path} says nothing of any of these files: it names them relative to its own folder"
+        )
         for field, found in values.items():
             require(
                 len(found) <= MOST_VALUES,
