@@ -71,6 +71,17 @@ def test_standard_errors_cover_what_noise_changes(lengths: tuple[int, ...]) -> N
     assert abs(best["loss"] - true[2]) < 3 * best["loss_error"]
 
 
+def test_time_that_hardly_depends_on_the_size_is_about_that_of_the_runs() -> None:
+    of = [replace(point, seconds=point.targets * 1e-6) for point in points()]
+    result = analyse(runs(of), [(1e3, "seconds")])
+    k, g = result["cost_of_a_target"]["seconds"]
+    sizes = [point.parameters for point in of]
+    assert k * math.exp(np.mean(np.log(sizes))) ** g == pytest.approx(1e-6)
+    assert 5e8 < result["budgets"][0]["targets"] < 2e9  # 1e9 if it did not depend on it at all
+    assert any("seconds of a target hardly depend on the size" in note for note in result["notes"])
+    assert not analyse(runs(of), [(1e16, "flops")])["notes"]
+
+
 def test_what_the_runs_do_not_tell_is_said() -> None:
     noisy = analyse(runs(points(noise=0.03)), [(1e19, "flops")])
     assert any("do not determine the best size" in note for note in noisy["notes"])
@@ -204,6 +215,27 @@ def test_runs_that_differ_in_more_are_refused(
     change(tmp_path / "runs/8-6")
     folders = sorted((tmp_path / "runs").iterdir())
     assert_refused(capsys, "scaling", *folders, says=f"differ in {says}")
+
+
+def test_training_files_are_equal_by_their_real_paths(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "runs")
+    folders = sorted((tmp_path / "runs").iterdir())
+    (tmp_path / "link").symlink_to(Run(folders[0]).recipe().paths[0])
+    edited(folders[0], paths=(str(tmp_path / "link"),))
+    assert len(read_runs(folders).points) == 6
+    for mine, other in (("/a/books", "/b/books"), ("hf://datasets/a/books", "hf://datasets/b/books")):
+        for folder in folders:
+            edited(folder, paths=(mine,))
+        assert len(read_runs(folders).points) == 6
+        edited(folders[2], paths=(other,))
+        with pytest.raises(InputError, match=f"differ in training files .*'{mine}'.* and .*'{other}'"):
+            read_runs(folders)
+
+
+def test_a_run_counts_once_by_whatever_path(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    (tmp_path / "link").symlink_to(trained / "4-6")
+    assert len(read_runs(["4-6", trained / "4-6", tmp_path / "link", "./8-6"]).points) == 2
 
 
 def test_other_differences_are_named(trained: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ in a dense Transformer, since a prefix of any length comes on top: cost(N) = k N
 """
 
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from scipy.optimize import least_squares, nnls
 
 from perceiver_ar.config import Recipe, flat
 from perceiver_ar.costs import step_flops
+from perceiver_ar.data.sources import HUB
 from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.run import Run
@@ -30,6 +32,8 @@ DELTA = 1e-3
 """Of the Huber loss, as Hoffmann et al."""
 LOWEST, HIGHEST = 0.01, 3.0
 """Bounds of the exponents."""
+FLATTEST = 0.05
+"""Least exponent of the cost of a target: `best` divides by it."""
 PASSES = 4
 """Over the training tokens; with more, the same targets teach less (Muennighoff et al. 2023, arXiv 2305.16264)."""
 EQUAL = ("codec", "training files", "held-out documents", "init_from", "model.context_length", "optim.schedule",
@@ -118,7 +122,7 @@ def read_runs(paths: Sequence[str | Path]) -> Runs:
     """
     left_out: dict[str, str] = {}
     found: list[tuple[Run, Recipe, dict[str, Any]]] = []
-    for run in (Run.open(path) for path in dict.fromkeys(map(Path, paths))):
+    for run in map(Run.open, {os.path.realpath(path): path for path in paths}.values()):
         recipe, summary = run.recipe(), run.summary() or {}
         if reason := why_left_out(run, summary):
             left_out[str(run.path)] = reason
@@ -126,7 +130,7 @@ def read_runs(paths: Sequence[str | Path]) -> Runs:
             found.append((run, recipe, summary))
     settings = [
         flat(recipe.to_dict())
-        | {"codec": (run.path / "codec.json").read_text(), "training files": [Path(x).name for x in recipe.paths]}
+        | {"codec": (run.path / "codec.json").read_text(), "training files": [real_path(x) for x in recipe.paths]}
         | {"held-out documents": [summary.get(name) for name in HELD_OUT]}
         for run, recipe, summary in found
     ]
@@ -150,6 +154,11 @@ def read_runs(paths: Sequence[str | Path]) -> Runs:
             tokens.append(TokenFile.open(run.tokens / "train").num_tokens)
     points.sort(key=lambda point: (point.parameters, point.targets))
     return Runs(points, left_out, unit.replace("_", " "), notes, max(tokens, default=None))
+
+
+def real_path(path: str) -> str:
+    """Names of the Hub stay as they are."""
+    return path if path.startswith(HUB) else os.path.realpath(os.path.expanduser(path))
 
 
 def why_left_out(run: Run, summary: dict[str, Any]) -> str | None:
@@ -216,8 +225,9 @@ def fit_law(points: Sequence[Point], near: Powers | None = None) -> Law:
     N, D, loss = arrays(points, "parameters", "targets", "loss")
     costs = {}
     for unit in ("flops", "seconds"):
-        g, log_k = np.polyfit(np.log(N), np.log(arrays(points, unit)[0] / D), 1)
-        costs[unit] = math.exp(log_k), max(float(g), 0.05)
+        log_N, log_cost = np.log(N), np.log(arrays(points, unit)[0] / D)
+        g = max(float(np.polyfit(log_N, log_cost, 1)[0]), FLATTEST)
+        costs[unit] = math.exp(np.mean(log_cost - g * log_N)), g
     return Law(fit_powers(np.stack([N, D], axis=1), loss, near), costs)
 
 
@@ -275,6 +285,11 @@ def analyse(runs: Runs, budgets: Sequence[tuple[float, str]] = ()) -> dict[str, 
              "targets_factor": factors[1], "loss": least, "loss_error": standard_error(losses),
              "beyond_the_runs": not within, "passes": targets / tokens if tokens else None}
         )  # fmt: skip
+    notes += [
+        f"The {name} of a target hardly depend on the size of these runs; they are taken as N^{FLATTEST}."
+        for unit, name in (("flops", "FLOPs"), ("seconds", "seconds"))
+        if law.costs[unit][1] == FLATTEST and any(each["unit"] == unit for each in best)
+    ]
     if abs(np.corrcoef(np.log(N), np.log(D))[0, 1]) > 0.97:
         notes.append("Size and length change together in these runs, which hardly tells the two apart: add others.")
     if (worst := max(max(each["parameters_factor"], each["targets_factor"]) for each in best)) > 3:

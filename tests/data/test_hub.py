@@ -3,6 +3,7 @@
 Without a network, the names are those of folders in the working folder: `load_dataset` reads these in the same way.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import datasets
 import pytest
-from helpers import SMALL, assert_refused, content
+from helpers import SMALL, assert_refused, content, write_files
 
 from perceiver_ar.cli import main
 from perceiver_ar.data.hub import find_datasets
 from perceiver_ar.data.rows import find_rows
+from perceiver_ar.data.sources import Source
 from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.errors import InputError
 
@@ -58,6 +60,28 @@ def test_every_row_comes_once_in_an_order_of_the_seed(tmp_path: Path) -> None:
 def test_a_split_and_a_number_of_bytes(tmp_path: Path) -> None:
     assert sorted(texts(tmp_path, f"{NAME}/test")) == [f"held out {number}" for number in range(9)]
     assert texts(tmp_path, f"{NAME}:default/test", max_bytes=25) and len(texts(tmp_path, f"{NAME}:default/test")) == 3
+
+
+def test_a_dataset_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
+    def names(*paths: str) -> list[Source]:
+        return find_datasets(paths, tmp_path / "out", "story", 25, 0)
+
+    once = names(NAME)
+    assert names(NAME, f"{NAME}/train", NAME) == once
+    assert len(names(NAME, f"{NAME}/test")) == 2
+
+
+def test_rows_without_a_nested_column_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [None, {"text": "one"}, None, {"text": "two"}]
+    write_files(
+        tmp_path / "someone/nested", {"train.jsonl": "".join(f"{json.dumps({'doc': row})}\n" for row in rows).encode()}
+    )
+    for size in (2, 4, 100):
+        found = find_datasets(["hf://datasets/someone/nested"], tmp_path / f"{size}", "doc.text", None, 0, size)
+        texts = [json.loads(line)["doc.text"] for source in found for line in source.path.read_text().splitlines()]
+        assert sorted(texts) == ["one", "two"]
+    with pytest.raises(InputError, match=r"has no column 'doc\.other'; set data\.column to one of doc"):
+        find_datasets(["hf://datasets/someone/nested"], tmp_path / "other", "doc.other", None, 0)
 
 
 def test_after_a_kill_the_rows_are_the_same(tmp_path: Path) -> None:

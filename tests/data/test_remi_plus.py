@@ -2,6 +2,8 @@
 
 import io
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mido
@@ -19,6 +21,7 @@ from perceiver_ar.data.midi_file import Parts, read_parts
 from perceiver_ar.data.remi_plus import RemiPlusCodec
 from perceiver_ar.data.sources import Source
 from perceiver_ar.errors import InputError
+from perceiver_ar.run import Run
 
 CODEC = RemiPlusCodec()
 END = CODEC.separator[0]
@@ -252,6 +255,7 @@ def test_a_piece_begins_as_the_conditions_say(run: Path, tmp_path: Path) -> None
         (["--condition", "tempo=300"], "tempo=300: give a whole number of beats a minute, 40 ... 250"),
         (["--condition", "instruments=0,flute"], "'flute' is no instrument"),
         (["--condition", "instruments=0,"], "'' is no instrument"),
+        (["--condition", f"instruments=drums,{','.join(map(str, range(17)))}"], ": 17 instruments: give at most 15"),
         (["--condition", "key=C"], "known are instruments, tempo"),
         (["--condition", "tempo=90", "--prompt_file", "SONG"], "leave out --prompt and --prompt_file"),
         (["--infill", "3:4"], "give --prompt_file"),
@@ -267,6 +271,16 @@ def test_a_wrong_option_is_answered_in_one_line(
 ) -> None:
     assert_refused(capsys, "generate", run, *[str(run.parent / "0.mid") if one == "SONG" else one for one in options],
                    says=says)  # fmt: skip
+
+
+def test_a_model_that_never_saw_an_infill_is_not_asked_for_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    recipe = Run(run).recipe()
+    Run(tmp_path / "run").write_recipe(replace(recipe, data=replace(recipe.data, augment=False)))
+    words = ["--prompt_file", run.parent / "0.mid", "--infill", "3:4", "--max_new_tokens", 1]
+    assert_refused(capsys, "generate", tmp_path / "run", *words, says="trained with data.augment false")
 
 
 def test_conditions_of_a_table_stand_before_the_header(document: np.ndarray) -> None:

@@ -94,6 +94,14 @@ def test_a_process_that_is_killed_is_named_with_its_file(tmp_path: Path) -> None
             encoders.encode([("b.txt", "other text")])
 
 
+def test_a_process_whose_answer_is_damaged_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('a word', flush=True)")  # Python runs it when a process starts
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    damaged = pytest.raises(InputError, match=r"^a\.txt: the process that encoded it gave a damaged answer")
+    with Encoders(BPE, tmp_path, processes=1) as encoders, damaged:
+        encoders.encode([("a.txt", "some text")])
+
+
 def test_what_is_on_disk_is_not_encoded_again_and_what_changed_is(tmp_path: Path) -> None:
     files = write_files(tmp_path / "files", {f"{number}.txt": SAMPLE.encode() for number in range(9)})
     prepare(find_files(files), BPE, tmp_path / "one", progress=False)

@@ -19,7 +19,7 @@ from perceiver_ar.config import DataConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.modalities import find_members, make_codec, recognise
 from perceiver_ar.data.sources import Source, find_files
-from perceiver_ar.data.text import BytesCodec
+from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec
 from perceiver_ar.data.tokens import TokenFile, prepare
 from perceiver_ar.errors import InputError
 
@@ -100,6 +100,22 @@ def test_the_column_is_an_ending_or_a_field_of_a_json_member(tmp_path: Path) -> 
     assert [*documents(path, column="seg.md").values()] == [b"# title"]
 
 
+def test_a_field_of_a_json_member_is_read_for_every_codec(tmp_path: Path) -> None:
+    path = write_files(tmp_path, {"x.tar": tar({"1.json": b'{"caption": "one"}'})}) / "x.tar"
+    sources = find_members(find_files(path), "text", "json.caption")
+    written = {}
+    for codec in (BytesCodec(), OffsetBytesCodec(reserved=6)):
+        tokens(sources, codec, tmp_path / codec.name, validation_fraction=0)
+        written[codec.name] = codec.decode(TokenFile.open(tmp_path / codec.name / "train").tokens)
+    assert [text.strip(b"\0") for text in written.values()] == [b"one", b"one"]
+
+
+def test_archives_one_after_the_other_are_read_to_the_end(tmp_path: Path) -> None:
+    first, second = tar({"1.txt": b"one"}), tar({"2.txt": b"two"})
+    path = write_files(tmp_path, {"x.tar": first + second + bytes(512)}) / "x.tar"
+    assert [*documents(path).values()] == [b"one", b"two"]
+
+
 def test_with_bytes_a_tar_file_is_a_file(tmp_path: Path) -> None:
     data = tar({"1.txt": b"one"})
     path = write_files(tmp_path, {"x.tar": data}) / "x.tar"
@@ -127,6 +143,9 @@ WHOLE = tar({f"{number}.txt": b"x" * 2000 for number in range(9)})
         (WHOLE[: 512 + 512 + 900], "x.tar is damaged"),  # in a member
         (WHOLE[: 512 + 2560], "x.tar is damaged"),  # between members
         (WHOLE[:3072] + b"\xaa" * 512 + WHOLE[3584:], "x.tar is damaged"),  # a header
+        (WHOLE + b"no header " * 99, "x.tar is damaged"),  # behind the end
+        (WHOLE + WHOLE[:700], "x.tar is damaged"),  # in the header of another archive
+        (WHOLE + WHOLE[: 512 + 2560], "x.tar is damaged"),  # between its members
         (tar({"1.jpg": b"", "1.json": b"", "2": b""}), "no member that ends in .txt or .text, only .jpg, .json"),
         (tar({}), "x.tar is empty"),
     ],

@@ -326,6 +326,24 @@ def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, 
         page.context.close()
 
 
+def test_each_take_has_all_of_its_files(browser: Any) -> None:
+    page = browser.new_page()
+    page.set_content("<section></section>")
+    page.add_script_tag(path=Path(perceiver_ar.__file__).parent / "serving/page/files.js")
+    names = [f"generated-{take}{rest}" for take in (1, 2, 11) for rest in (".mid", "-continuation.mid")]
+    shown = page.evaluate(
+        """names => {
+            const takes = document.querySelector("section"), rolls = Array.from({length: 11}, () => null);
+            takes.append(...rolls.map(() => document.createElement("figure")));
+            addFiles(takes, rolls, names.map(name => ({name, url: `/${name}`, media_type: "audio/midi"})));
+            return [...takes.children].map(take => [...take.querySelectorAll("a")].map(link => link.download));
+        }""",
+        names,
+    )
+    assert [shown[take - 1] for take in (1, 2, 3, 11)] == [names[:2], names[2:4], [], names[4:]]
+    page.close()
+
+
 def test_several_takes_are_kept_heard_and_saved(browser: Any, serving: Any, tmp_path: Path) -> None:
     with serving(piano_run(tmp_path / "piano"), slots=2) as url:
         page = opened(browser, url, **FORMS["dark-phone"])

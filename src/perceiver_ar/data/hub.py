@@ -16,7 +16,7 @@ from urllib.parse import quote
 import numpy as np
 
 from perceiver_ar.data.codec import missing_extra
-from perceiver_ar.data.rows import MISSING, field_of
+from perceiver_ar.data.rows import MISSING, ROWS_TO_SEARCH, field_of
 from perceiver_ar.data.sources import HUB, Source, find_files
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import write_text
@@ -43,7 +43,11 @@ def find_datasets(
     Raises `InputError` as `find_files`, and if a dataset cannot be reached or has no such column.
     """
     sources, local = list[Source](), [path for path in paths if not path.startswith(HUB)]
+    named = dict[str, str]()  # each dataset and split once
     for path in (path for path in paths if path.startswith(HUB)):
+        match = DATASET.fullmatch(path)
+        named.setdefault(f"{path}/train" if match and not match[4] else path, path)
+    for path in named.values():
         parts = folder / quote(path, safe="")
         _download(path, parts, column, max_bytes, seed, rows)
         sources += find_files(parts)
@@ -64,16 +68,24 @@ def _download(path: str, folder: Path, column: str, max_bytes: int | None, seed:
             while stream is not None and not state["ended"]:
                 bar.update(state["bytes"])
                 part, texts, size = state["parts"], list[str](), state["bytes"]
-                for row in islice(stream_rows, rows):
-                    texts.append(_text(path, row, column))
+                read, lacking = 0, dict[str, None]()
+                for read, row in enumerate(islice(stream_rows, rows), 1):
+                    if (text := _text(path, row, column)) is None:
+                        lacking |= dict.fromkeys(row)
+                        if part or texts or read < ROWS_TO_SEARCH:
+                            continue
+                        break
+                    texts.append(text)
                     size += len(texts[-1].encode(errors="surrogatepass"))
                     if max_bytes is not None and size >= max_bytes:
                         break
+                if lacking and not (part or texts):
+                    _no_column(path, column, lacking)
                 order = np.random.default_rng([part, seed & (1 << 64) - 1]).permutation(len(texts))
                 lines = [json.dumps({column: texts[index]}) + "\n" for index in order]
                 if lines:
                     write_text(folder / f"{part:06}.jsonl", "".join(lines))
-                ended = len(texts) < rows or (max_bytes is not None and size >= max_bytes)
+                ended = read < rows or (max_bytes is not None and size >= max_bytes)
                 state = {"parts": part + 1, "bytes": size, "ended": ended, "stream": stream.state_dict()}
                 write_text(state_file, json.dumps(state))
     except InputError:
@@ -111,10 +123,11 @@ def _open(path: str, column: str, seed: int) -> Any:
     return stream.shuffle(seed=seed, buffer_size=1)
 
 
-def _text(path: str, row: dict[str, Any], column: str) -> str:
+def _text(path: str, row: dict[str, Any], column: str) -> str | None:
+    """None if the row has no such column."""
     value = field_of(row, column)
     if value is MISSING:
-        _no_column(path, column, row)
+        return None
     if not isinstance(value, str | None):
         raise InputError(f"{path} has {value!r:.40} in column {column!r}, not text; set data.column")
     return value or ""

@@ -259,15 +259,16 @@ class RemiPlusCodec(MidiTokCodec):
         ids = [vocab[f"Tempo_{int(tempo)}.0"]]
         if "instruments" in values:
             names = {name.strip() for name in values["instruments"].split(",")}
-            for name in names - {"drums"}:
+            programs = names - {"drums"}
+            for name in programs:
                 require(
                     name.isdecimal() and int(name) < 128,
                     f"condition instruments: {name!r} is no instrument: give General MIDI programs 0 ... 127 and "
                     "drums, such as 0,33,drums",
                 )
             require(
-                len(names - {"drums"}) <= MAX_INSTRUMENTS,
-                f"condition instruments: {len(names)} instruments: give at most {MAX_INSTRUMENTS} and drums",
+                len(programs) <= MAX_INSTRUMENTS,
+                f"condition instruments: {len(programs)} instruments: give at most {MAX_INSTRUMENTS} and drums",
             )
             ids += sorted({self._drums if name == "drums" else vocab[f"Program_{int(name)}"] for name in names})
             ids += [vocab["Bar_None"]]  # no more instruments

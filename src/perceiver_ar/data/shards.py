@@ -85,9 +85,12 @@ class Encoders:
             pickle.dump((path, pieces), process.stdin)
             process.stdin.flush()
             failure = pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            if damaged := isinstance(error, pickle.UnpicklingError):
+                process.kill()  # it may be alive
             status = process.wait()
             how = f"was killed (signal {-status})" if status < 0 else f"failed (exit status {status})"
+            how = "gave a damaged answer" if damaged else how
             raise InputError(
                 f"{pieces[0][0]}: the process that encoded it {how}; look for the reason, such as too little memory, "
                 "and start again"

@@ -46,7 +46,7 @@ class Members(Source):
             if ending not in self.endings:
                 continue
             found = True
-            content = self._text(data, where) if text else iter([data])
+            content = self._text(data, where) if text or self.field else iter([data])
             for document in split_documents(content, separator):
                 yield where, document
         if seen and not found:
@@ -80,7 +80,7 @@ def read_tar(source: Source, advance: Callable[[int], Any] = lambda num_bytes: N
     """Name and content of each file in a tar file. Raises `InputError` if it is damaged, or as `Source.chunks`."""
     try:
         file: Any = _Reader(source.chunks(advance))
-        with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as tar:
+        with _Archive.open(fileobj=file, mode="r|") as tar:
             while (member := tar.next()) is not None:
                 if member.isreg() and (content := tar.extractfile(member)) is not None:
                     yield member.name, content.read()
@@ -95,13 +95,24 @@ class _Header(tarfile.TarInfo):
     """The header of a member. tarfile takes a damaged or cut one for the end of the archive; this raises."""
 
     @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_Header":
+    def fromtarfile(cls, tarfile_: Any) -> "_Header":
         try:
-            return super().fromtarfile(tarfile_)
+            header = super().fromtarfile(tarfile_)
         except tarfile.HeaderError as error:
-            if type(error).__name__ == "EOFHeaderError":  # two blocks of zeros
-                raise
-            raise tarfile.ReadError(str(error)) from None
+            kind = type(error).__name__
+            if kind == "EOFHeaderError":  # a block of zeros
+                tarfile_.has_ended = True
+            elif not (kind == "EmptyHeaderError" and tarfile_.has_ended):  # the end of the file
+                raise tarfile.ReadError(str(error)) from None
+            raise
+        tarfile_.has_ended = False
+        return header
+
+
+class _Archive(tarfile.TarFile):
+    """Goes on behind an end mark, as `cat a.tar b.tar` makes archives; has_ended: an end mark was the last block."""
+
+    tarinfo, ignore_zeros, has_ended = _Header, True, False
 
 
 class _Reader:

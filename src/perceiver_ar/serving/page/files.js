@@ -75,7 +75,8 @@ function addRolls(takes, notes, n) {
 
 function addFiles(takes, rolls, files) {
   takes.querySelectorAll("figure").forEach((all, i) => {
-    const own = files.filter(({name}) => !name.endsWith(".png") && (rolls.length === 1 || name.includes(`-${i + 1}.`)));
+    const number = new RegExp(`-${i + 1}[.-]`);
+    const own = files.filter(({name}) => !name.endsWith(".png") && (rolls.length === 1 || number.test(name)));
     for (const file of own) all.append(...figure(file).childNodes);
     const bar = all.querySelector(".sound");
     if (!bar) return;
