@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perceiver_ar import OptimConfig, PerceiverAR, PerceiverARConfig, next_token_loss
 from perceiver_ar.generation.cache import Cache
 from perceiver_ar.generation.compiled import next_logits
-from perceiver_ar.generation.decoder import Decoder, Row, RowSettings
+from perceiver_ar.generation.decoder import Decoder
+from perceiver_ar.generation.rows import Row, RowSettings
 from perceiver_ar.network import attention, streaming
 from perceiver_ar.network.inputs import reach
 from perceiver_ar.optim import MuonAdamW, make_optimizer

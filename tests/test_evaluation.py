@@ -22,14 +22,13 @@ from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.errors import InputError
 from perceiver_ar.evaluation import (
     Evaluation,
-    _spread_windows,
     compressors,
     evaluate,
     evaluate_context_lengths,
-    windows,
     write_table,
 )
 from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.scored_windows import spread_windows, windows
 
 
 def tiny(**fields: Any) -> PerceiverAR:
@@ -176,7 +175,7 @@ def test_max_tokens_scores_the_first_ones() -> None:
 def test_a_spread_sample_is_usual_windows_from_everywhere(n: int, most: int, stride: tuple[int, int, int]) -> None:
     T, N, step = stride
     usual = list(windows(n, T, N, step))
-    chosen = _spread_windows(n, T, N, step, 1, most)
+    chosen = spread_windows(n, T, N, step, 1, most)
     assert set(chosen) <= set(usual) and chosen == sorted(set(chosen))
     assert len(chosen) == min(len(usual), max(1, most // step))
     places = [0, *(usual.index(window) + 1 for window in chosen), len(usual) + 1]
@@ -184,7 +183,7 @@ def test_a_spread_sample_is_usual_windows_from_everywhere(n: int, most: int, str
 
 
 def test_a_spread_sample_scores_like_its_windows() -> None:
-    chosen = _spread_windows(57, 12, 4, 2, 1, 20)
+    chosen = spread_windows(57, 12, 4, 2, 1, 20)
     result = evaluate(MODEL, X, max_tokens=20, spread=True, byte_lengths=[1] * 9, amounts=lambda ids: {"id": len(ids)})
     nats = [sum(naive(MODEL, X[:end], 12, 4, 2, first=first)) for _, _, end, first in chosen]
     assert (result.tokens, result.bytes, result.amounts) == (20, 20, {"id": 20})

@@ -18,6 +18,7 @@ NETWORK = BOTTOM | {"config", "network"}
 BELOW_THE_TASKS = NETWORK | {
     "objective",
     "windows",
+    "scored_windows",
     "generation",
     "optim",
     "data",
@@ -38,6 +39,7 @@ MAY_IMPORT = {
     "network": BOTTOM | {"config"},
     "objective": NETWORK,
     "windows": BOTTOM | {"config"},
+    "scored_windows": BOTTOM,
     "generation": NETWORK | {"windows", "data"},
     "optim": {"errors", "config"},
     "costs": BOTTOM | {"config"},
@@ -84,7 +86,7 @@ ONLY_IN = {
     "prometheus_client": "serving",
     "pydantic": "serving",
 }
-WITHOUT_TORCH = {"errors", "files", "progress", "lock", "config", "costs", "windows"}
+WITHOUT_TORCH = {"errors", "files", "progress", "lock", "config", "costs", "windows", "scored_windows"}
 
 
 class Import(NamedTuple):

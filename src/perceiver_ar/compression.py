@@ -28,7 +28,8 @@ from perceiver_ar.data.codec import Codec, WrongModality, missing_extra, start_i
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.errors import require
 from perceiver_ar.generation import evaluation_mode
-from perceiver_ar.generation.decoder import Decoder, Recomputing, Row, RowSettings, require_finite
+from perceiver_ar.generation.decoder import Decoder, Recomputing
+from perceiver_ar.generation.rows import Row, RowSettings, require_finite
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.run import Run
 from perceiver_ar.windows import longest_context

@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from perceiver_ar.errors import require
-from perceiver_ar.evaluation import windows
 from perceiver_ar.generation import evaluation_mode
 from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.scored_windows import windows
 from perceiver_ar.windows import longest_context
 
 

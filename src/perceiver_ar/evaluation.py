@@ -10,10 +10,10 @@ import lzma
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,76 +27,8 @@ from perceiver_ar.files import atomic_path
 from perceiver_ar.generation import evaluation_mode
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import IGNORE, next_token_loss
+from perceiver_ar.scored_windows import ScoredWindow, evenly, spread_windows, windows
 from perceiver_ar.windows import longest_context
-
-
-class ScoredWindow(NamedTuple):
-    """One forward of an evaluation: the input is x[start : end - 1], and x[first_target : end] are scored."""
-
-    start: int
-    prefix_len: int
-    end: int
-    first_target: int
-
-
-def windows(
-    num_tokens: int, context_length: int, num_latents: int, stride: int, first_target: int = 1
-) -> Iterator[ScoredWindow]:
-    """The windows that score each of the targets x[first_target ... num_tokens-1] exactly once, in order.
-
-    The first window is all latents and has a target for each, if there are enough. Each further one has the next
-    `stride` targets (the last window: the rest) and the last T tokens before its last target as input, or all if
-    there are fewer; its last N are latents. So a target has at least T - stride + 1 tokens of context once there are
-    T before it; with stride 1 each is predicted as by `model(x[max(0, i - T) : i])[:, -1]`.
-
-    Raises:
-        InputError: fewer than two tokens, or numbers that do not fit together.
-    """
-    require(
-        num_tokens >= 2, f"there are {num_tokens} tokens to evaluate on: it takes at least 2, one to predict another"
-    )
-    require(
-        1 <= num_latents <= context_length,
-        f"num_latents is {num_latents} with context_length {context_length}: it must be in 1 ... {context_length}",
-    )
-    require(
-        1 <= stride <= num_latents,
-        f"stride is {stride} with num_latents {num_latents}: it must be in 1 ... {num_latents}",
-    )
-    require(
-        1 <= first_target < num_tokens,
-        f"first_target is {first_target} with {num_tokens} tokens: it must be in 1 ... {num_tokens - 1}",
-    )
-
-    def spans() -> Iterator[ScoredWindow]:
-        first = first_target
-        while first < num_tokens:
-            end = min(num_tokens, max(first + stride, num_latents + 1))
-            start = max(0, end - 1 - context_length)
-            yield ScoredWindow(start, max(0, end - 1 - start - num_latents), end, first)
-            first = end
-
-    return spans()
-
-
-def _spread_windows(
-    num_tokens: int, context_length: int, num_latents: int, stride: int, first_target: int, max_tokens: int
-) -> list[ScoredWindow]:
-    """Evenly spread ones of `windows`, with about `max_tokens` targets together."""
-    first = next(windows(num_tokens, context_length, num_latents, stride, first_target))
-    count = 1 + -(-(num_tokens - first.end) // stride)
-    return [
-        next(windows(num_tokens, context_length, num_latents, stride, first.end + (number - 1) * stride))
-        if number > 0
-        else first
-        for number in _evenly(count, max(1, max_tokens // stride), spread=True)
-    ]
-
-
-def _evenly(count: int, wanted: int, spread: bool) -> list[int]:
-    """`wanted` numbers of 0 ... count - 1: evenly spread, or the first ones."""
-    wanted = min(count, wanted)
-    return [(2 * i + 1) * count // (2 * wanted) if spread else i for i in range(wanted)]
 
 
 @dataclass(frozen=True)
@@ -214,7 +146,7 @@ def evaluate(
         bases = [0]
     else:
         wanted = len(x) // length if max_tokens is None else -(-max_tokens // max(1, length - first_target))
-        bases = [number * length for number in _evenly(len(x) // max(1, length), wanted, spread)]
+        bases = [number * length for number in evenly(len(x) // max(1, length), wanted, spread)]
     lengths = None if byte_lengths is None else np.asarray(byte_lengths, dtype=np.int64)
     if lengths is not None and lengths.shape != (config.vocab_size,):
         raise InputError(f"byte_lengths has shape {lengths.shape}: give one number for each of {config.vocab_size} ids")
@@ -227,7 +159,7 @@ def evaluate(
     chosen: Iterable[ScoredWindow] = windows(length, T, N, stride, first_target)
     targets = [(base + first_target, base + length) for base in bases]
     if spread and document_length is None and max_tokens is not None:
-        chosen = _spread_windows(length, T, N, stride, first_target, max_tokens)
+        chosen = spread_windows(length, T, N, stride, first_target, max_tokens)
         targets = [(window.first_target, window.end) for window in chosen]
     total = sum(stop - start for start, stop in targets)
     began = time.perf_counter()

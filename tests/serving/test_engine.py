@@ -17,7 +17,7 @@ from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError
 from perceiver_ar.evaluation import evaluate
 from perceiver_ar.generation import generate
-from perceiver_ar.generation.decoder import Row, RowSettings, WeightsError
+from perceiver_ar.generation.rows import Row, RowSettings, WeightsError
 from perceiver_ar.generation.sampling import Sampling
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.serving.engine import Busy, Engine, Job, TooSlow

@@ -39,7 +39,8 @@ from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
 from perceiver_ar.generation import evaluation_mode, prompt_rows
-from perceiver_ar.generation.decoder import Decoder, Row, RowSettings
+from perceiver_ar.generation.decoder import Decoder
+from perceiver_ar.generation.rows import Row, RowSettings
 from perceiver_ar.generation.sampling import Sampling, keep_top_k, sample
 from perceiver_ar.network import model as network
 from perceiver_ar.objective import next_token_loss

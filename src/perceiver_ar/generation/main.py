@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.generation.decoder import Decoder, Recomputing, Row, RowSettings, draw
+from perceiver_ar.generation.decoder import Decoder, Recomputing
+from perceiver_ar.generation.rows import Row, RowSettings, draw
 from perceiver_ar.generation.sampling import LogitsProcessor, Sampling, is_whole
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.windows import Schedule

@@ -13,7 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.generation import prompt_rows
-from perceiver_ar.generation.decoder import Decoder, Recomputing, Row
+from perceiver_ar.generation.decoder import Decoder, Recomputing
+from perceiver_ar.generation.rows import Row
 from perceiver_ar.network.model import PerceiverAR
 
 CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__annotations__)

@@ -26,7 +26,7 @@ NETWORK = [
     "weights",
     "model",
 ]
-GENERATION = ["cache", "sampling", "compiled", "decoder", "main"]
+GENERATION = ["cache", "sampling", "rows", "compiled", "decoder", "main"]
 SOURCES = [
     *("errors", "files", "config/checks", "config/presets", "config/network"),
     *(f"network/{name}" for name in NETWORK),

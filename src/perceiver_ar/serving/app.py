@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import END_OF_TEXT
 from perceiver_ar.errors import InputError
-from perceiver_ar.generation.decoder import WeightsError
+from perceiver_ar.generation.rows import WeightsError
 from perceiver_ar.serving.completions import Completion, read_prompts
 from perceiver_ar.serving.engine import Busy, Engine, TooSlow
 from perceiver_ar.serving.errors import FAILED, describe, error_body, error_response

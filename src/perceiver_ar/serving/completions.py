@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from perceiver_ar.errors import InputError
-from perceiver_ar.generation.decoder import RowSettings
+from perceiver_ar.generation.rows import RowSettings
 from perceiver_ar.serving.engine import Engine, Finish, Job
 from perceiver_ar.serving.metrics import Metrics, TokenTimes
 from perceiver_ar.serving.outbox import Outbox

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.evaluation import windows
-from perceiver_ar.generation.decoder import Row, RowSettings, draw, require_finite
+from perceiver_ar.generation.rows import Row, RowSettings, draw, require_finite
 from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.scored_windows import windows
 from perceiver_ar.serving.slots import slot_decoder
 from perceiver_ar.windows import Window, blocks, longest_context
 

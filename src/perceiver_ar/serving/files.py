@@ -22,7 +22,7 @@ from perceiver_ar.data.codec import Codec, parse_conditions, prompt_and_count
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.midi import MusicCodec
 from perceiver_ar.errors import InputError
-from perceiver_ar.generation.decoder import RowSettings
+from perceiver_ar.generation.rows import RowSettings
 from perceiver_ar.generation.sampling import Sampling
 from perceiver_ar.serving.engine import Engine, Finish, Job
 from perceiver_ar.serving.metrics import Metrics, TokenTimes

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from perceiver_ar.generation.cache import Cache
-from perceiver_ar.generation.decoder import Decoder, Recomputing, Row, empty_cache
+from perceiver_ar.generation.decoder import Decoder, Recomputing, empty_cache
+from perceiver_ar.generation.rows import Row
 from perceiver_ar.network.inputs import reach
 from perceiver_ar.network.model import PerceiverAR
 
