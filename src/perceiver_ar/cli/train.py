@@ -34,12 +34,10 @@ def train_verb(argv: list[str]) -> None:
         "Trains a Perceiver AR on files and makes a run directory.",
         "  perceiver-ar train books/ --out runs/books --max_time 1h\n"
         "  perceiver-ar train corpus.txt.xz --data.split_on '\\n\\n\\n\\n' --out runs/corpus --max_steps 2000\n"
-        "  perceiver-ar train src/ --out runs/code --model.context_length 8192 --model.dim 256 --model.num_heads 4\n"
         "  perceiver-ar train stories.parquet --data.column story --out runs/stories     (each row is a document)\n"
         "  perceiver-ar train letters/ --data.conditions letters/about.csv --out runs/letters      (author, year)\n"
         "  perceiver-ar train 'shards/*.tar' --out runs/shards      (WebDataset: members KEY.txt, KEY.mid, ...)\n"
         "  perceiver-ar train hf://datasets/roneneldan/TinyStories --data.max_bytes 1000000000 --out runs/tiny\n"
-        "  perceiver-ar train --out runs/python --max_time 5m      (Python's own source)\n"
         "  perceiver-ar train --out runs/books --resume            (go on where it stopped)\n"
         "  perceiver-ar train letters/ --init_from runs/books --out runs/letters --max_time 10m     (fine-tune a run)\n"
         "  perceiver-ar train letters/ --init_from runs/books --adapter lora --out runs/letters     (an adapter alone)",
