@@ -88,8 +88,8 @@ def documents_to_score(
     """
     from perceiver_ar.data.conditions import ConditionTable
     from perceiver_ar.data.genome import find_records
-    from perceiver_ar.data.modalities import codec_settings, find_members
-    from perceiver_ar.data.rows import find_rows
+    from perceiver_ar.data.modalities import codec_settings
+    from perceiver_ar.data.rows import find_within
     from perceiver_ar.data.sources import find_files
     from perceiver_ar.data.tokens import TokenFile, prepare_all
 
@@ -102,9 +102,7 @@ def documents_to_score(
             sources, _ = find_records(sources, None)
         else:
             modality = codec_settings(codec.plain)["modality"] if recipe.modality != "bytes" else "bytes"
-            sources = find_members(sources, modality, recipe.data.column)
-            if modality == "text":
-                sources = find_rows(sources, recipe.data.column)
+            sources = find_within(sources, modality, recipe.data.column)
         if table is not None:
             sources = table.apply(sources, codec)
         elif codec.conditions:

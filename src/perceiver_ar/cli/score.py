@@ -62,10 +62,10 @@ def score_verb(argv: list[str]) -> None:
     options = {"stride": args.stride, "num_latents": args.num_latents}
     options |= {"batch_size": args.batch_size, "precision": args.precision}
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
+        conditioned = [one for one in (run, other) if one is not None and one.conditions()]
 
         def table(of: Run) -> str | None:
-            others = [one for one in (run, other) if one is not None and one is not of]
-            return args.conditions if of.conditions() or not any(one.conditions() for one in others) else None
+            return args.conditions if of in conditioned or not conditioned else None
 
         scores = scores_of(run, paths, Path(scratch), options, conditions=table(run))
         columns, rows = scores.columns(), scores.rows

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from perceiver_ar.data.codec import WrongModality, missing_extra
-from perceiver_ar.data.modalities import NOTES
+from perceiver_ar.data.modalities import NOTES, find_members
 from perceiver_ar.data.sources import Source, find_files, split_documents
 from perceiver_ar.data.text import decode_utf8, text_only
 from perceiver_ar.errors import InputError
@@ -225,6 +225,12 @@ def find_rows(sources: Iterable[Source], column: str) -> list[Source]:
         for source in sources
         if not is_left_out(source)
     ]
+
+
+def find_within(sources: Iterable[Source], modality: str, column: str) -> list[Source]:
+    """The sources with tar archives opened and, for text, tables read by rows. `column`: as in `data.column`."""
+    sources = find_members(sources, modality, column)
+    return find_rows(sources, column) if modality == "text" else sources
 
 
 def read_rows(path: str) -> Iterator[dict[str, Any]]:

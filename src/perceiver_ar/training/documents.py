@@ -11,8 +11,8 @@ from perceiver_ar.data.codec import Codec, load_codec, save_codec
 from perceiver_ar.data.conditions import ConditionTable
 from perceiver_ar.data.genome import Records, find_records
 from perceiver_ar.data.hub import DOWNLOADS, find_datasets
-from perceiver_ar.data.modalities import find_members, make_codec, official_split, recognise
-from perceiver_ar.data.rows import find_rows
+from perceiver_ar.data.modalities import make_codec, official_split, recognise
+from perceiver_ar.data.rows import find_within
 from perceiver_ar.data.sources import HUB, Source, standard_library
 from perceiver_ar.data.token_files import TokenFile
 from perceiver_ar.data.tokens import prepare as tokenise
@@ -97,11 +97,8 @@ def find_documents(run: Run, recipe: Recipe, table: ConditionTable | None) -> Do
         require(data.kmer == 1, f"data.kmer {refused}")
         beds = [source.name for source in held_out or () if source.path.suffix.lower() == ".bed"]
         require(not beds or recipe.modality != "auto", f"{''.join(beds[:1])} in data.validation {refused}")
-        sources = find_members(sources, modality, data.column)
-        held_out = held_out and find_members(held_out, modality, data.column)
-    if modality == "text":
-        sources = find_rows(sources, data.column)
-        held_out = held_out and find_rows(held_out, data.column)
+        sources = find_within(sources, modality, data.column)
+        held_out = held_out and find_within(held_out, modality, data.column)
     ruled = data.group_by is not None or held_out is not None
     if modality in ("midi", "audio") and not ruled and (split := official_split(sources)):
         sources, held_out, line = split
