@@ -33,8 +33,8 @@ demo: .venv/.ready  ## train a small model on Python's own source for three minu
 	rm -rf runs/demo
 	$(BIN)/perceiver-ar train --config recipes/demo.yaml --out runs/demo
 	$(BIN)/perceiver-ar evaluate runs/demo --context_lengths 16,64,256,1024 --max_tokens 40000
-	$(BIN)/perceiver-ar generate runs/demo --prompt "$$(printf 'class Parser:\n    def __init__(self')" \
-		--max_new_tokens 300 --ignore_end --temperature 0.8 --repetition_penalty 1.3 --seed 1
+	$(BIN)/perceiver-ar generate runs/demo --prompt_file src/perceiver_ar/windows.py --keep 600 --max_new_tokens 300 \
+		--ignore_end --seed 1
 
 test: .venv/.ready  ## all tests but the slow ones; ARGS='-m slow' or ARGS=tests/test_files.py go to pytest
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)

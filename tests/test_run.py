@@ -13,6 +13,7 @@ from safetensors import safe_open
 from perceiver_ar import InputError, PerceiverAR, PerceiverARConfig, Recipe, Run, TrainerConfig, evaluate, train
 from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.evaluation import compressors
+from perceiver_ar.training.measure import CONTINUED
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,14 @@ def test_a_finished_run_holds_what_it_should_and_nothing_else(run: Run) -> None:
         "tokens/train.bin", "tokens/train.json", "tokens/train.documents.npy",
         "tokens/validation.bin", "tokens/validation.json", "tokens/validation.documents.npy",
     }  # fmt: skip
+
+
+def test_samples_of_text_continue_what_is_held_out(run: Run) -> None:
+    held_out = run.codec().decode(TokenFile.open(run.tokens / "validation").tokens).decode().split("\0")[0]
+    for step in ("000005", "000010"):
+        before, _, after = (run.samples / f"step-{step}.txt").read_text().partition(CONTINUED)
+        assert before and held_out.startswith(before) and len(before) <= 32
+        assert after
 
 
 def test_the_network_is_described_and_stored_for_other_tools(run: Run, recipe: Recipe) -> None:
