@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-QUERY_GAIN = 1.5
+QUERY_GAIN = 2.5
 """Initial value of the learned factor on the scores of each cross-attention head."""
 
 
@@ -35,9 +35,10 @@ def init_weights(model: Any) -> None:
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
     if model.local_conv is not None:
-        nn.init.normal_(model.local_conv, std=0.5)
         # Queries and keys start as the same map, so a latent attends to similar tokens from the first step on. Half of
         # a key is the token before, so the latent finds copies of its local context; their values tell what followed.
+        # All tokens before a token count equally there: four bases are copied by chance too often to tell places apart.
+        model.local_conv.data.normal_().sign_().mul_(0.5)
         for layer in model.cross_attention:
             if layer.q_proj.in_features == layer.kv_proj.in_features:
                 layer.kv_proj.weight.data[: layer.q_proj.out_features] = layer.q_proj.weight
@@ -46,6 +47,8 @@ def init_weights(model: Any) -> None:
             nn.init.normal_(model.embed.weight, std=1 / math.sqrt(config.dim))
         else:
             nn.init.zeros_(model.head.weight)
+    if model.local_conv is not None:  # ids of a small vocabulary, too, have nothing in common
+        model.embed.weight.data -= model.embed.weight.mean(0)
     if config.position_table == "sinusoidal":
         for rows, table in zip(config.table_sizes, model.position_embed, strict=True):
             table.weight = nn.Parameter(sinusoids(rows, config.width_embed), requires_grad=False)
