@@ -183,8 +183,8 @@ class TrainerConfig:
     evaluation_tokens: int = 100_000
     """Held-out tokens to score per evaluation, spread over all. The final evaluation: the first ten times as many."""
     sample_tokens: NotNegative = 200
-    """Length of the samples in tokens; 0: no samples. Texts continue a held-out document; the last sample of pictures is
-    a whole picture."""
+    """Length of the samples in tokens; 0: no samples. Texts continue a held-out document; the last sample of pictures
+    is a whole picture."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
     """Where metrics go besides metrics.csv and TensorBoard (used if installed); each tracker is an extra to install."""
     checkpoint_every: str = "60s"
