@@ -28,6 +28,8 @@ MOST_VALUES = 1000
 """Maximum number of different values of a field."""
 MOST_BYTES = 256
 """Maximum number of bytes of a free text."""
+BYTES = tuple(f"0x{byte:02x}" for byte in range(256))
+"""The values of each token of a free text."""
 FORGOTTEN = 0.1
 """Share of training windows whose conditions are all unknown; in as many, half of the fields are."""
 SHOWN = 20
@@ -37,10 +39,10 @@ SHOWN = 20
 class ConditionedCodec(Codec):
     """Another codec, and a token for each field between the separator and the document: its value, or unknown.
 
-    A free text has `conditions[field]` tokens: its bytes, then "no byte". Only "no byte" is the unknown text.
+    A free text has `conditions[field]` tokens: its bytes, then unknown ones.
 
-    The ids of the other codec stay as they are. After them come those of each field: unknown (or no byte), then its
-    values (or the 256 bytes). They stand for no bytes of the document, and none is ever allowed next.
+    The ids of the other codec stay as they are. After them come those of each field: unknown, then its values; those of
+    a free text are the 256 bytes. They stand for no bytes of the document, and none is ever allowed next.
     """
 
     def __init__(self, plain: Codec, conditions: Mapping[str, Sequence[str] | int]) -> None:
@@ -52,12 +54,13 @@ class ConditionedCodec(Codec):
         for name in (*kept, "encodes_in_threads", "encodes_slowly", "header_conditions"):
             setattr(self, name, getattr(plain, name))
         self.first = plain.vocab_size
-        sizes = [257 if isinstance(values, int) else 1 + len(values) for values in self.conditions.values()]
-        bounds = list(accumulate(sizes, initial=self.first))
+        layout = [
+            (1, values) if not isinstance(values, int) else (values, BYTES) for values in self.conditions.values()
+        ]
+        bounds = list(accumulate((1 + len(values) for _, values in layout), initial=self.first))
         self.vocab_size = bounds[-1]
         self._field_ids = [range(*pair) for pair in pairwise(bounds)]
-        counts = [values if isinstance(values, int) else 1 for values in self.conditions.values()]
-        self._token_ids = [ids for ids, count in zip(self._field_ids, counts, strict=True) for _ in range(count)]
+        self._token_ids = [ids for ids, (count, _) in zip(self._field_ids, layout, strict=True) for _ in range(count)]
         self.unknown = tuple(ids[0] for ids in self._token_ids)
 
     @property
@@ -74,7 +77,7 @@ class ConditionedCodec(Codec):
             value = conditions.get(field)
             if isinstance(values, int):
                 data = text_bytes(field, value or "", values)
-                ids += [*(own[1 + byte] for byte in data), *[own[0]] * (values - len(data))]
+                ids += [own[1 + byte] for byte in data] + [own[0]] * (values - len(data))
             elif value is None:
                 ids.append(own[0])
             else:

@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from perceiver_ar.data.codec import Codec, load_codec
+from perceiver_ar.data.conditions import BYTES
 from perceiver_ar.data.genome import WRITTEN_AS, NucleotideCodec
 from perceiver_ar.data.text import BYTE_CHARACTERS, END_OF_TEXT, BytesCodec, OffsetBytesCodec, TokenizerCodec
 from perceiver_ar.errors import require
@@ -61,12 +62,9 @@ def id_tokenizer(codec: Codec) -> Tokenizer:
     """Text to the codec's ids and back, without a start."""
     if codec.conditions:
         tokenizer = id_tokenizer(codec.plain)
-        values = {
-            field: [f"0x{byte:02x}" for byte in range(256)] if isinstance(own, int) else own
-            for field, own in codec.conditions.items()
-        }
-        words = (word for key, all in values.items() for word in (key, *(f"{key}={value}" for value in all)))
-        tokenizer.add_special_tokens([f"<|{word}|>" for word in words])
+        for field, own in codec.conditions.items():
+            values = BYTES if isinstance(own, int) else own
+            tokenizer.add_special_tokens([f"<|{field}|>", *(f"<|{field}={value}|>" for value in values)])
         first = tokenizer.token_to_id(f"<|{next(iter(codec.conditions))}|>")
         require(first == codec.unknown[0], "the tokenizer leaves ids out, so conditions cannot follow them: no export")
         return tokenizer

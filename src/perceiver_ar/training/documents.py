@@ -39,6 +39,7 @@ def open_or_make_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile 
     table = None if data.conditions is None else ConditionTable.read(data.conditions)
     documents = find_documents(run, recipe, table)
     codec = load_codec(run.initial) if recipe.init_from is not None else new_codec(recipe, documents, table)
+    check_windows(replace(recipe, model=codec.fit(recipe.model)), codec)  # before hours of encoding
     if table is not None:
         sources, held_out = table.apply(documents.sources, codec), documents.held_out
         documents = documents._replace(sources=sources, held_out=held_out and table.apply(held_out, codec))
@@ -46,7 +47,6 @@ def open_or_make_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile 
         say(f"conditions: {', '.join(f'{field} ({size})' for field, size in sizes.items())}")
     elif codec.conditions:
         say(f"conditions are unknown ({', '.join(codec.conditions)}): there is no table data.conditions")
-    check_windows(replace(recipe, model=codec.fit(recipe.model)), codec)  # before hours of encoding
     tokens, validation = tokenise(
         documents.sources,
         codec,
