@@ -97,7 +97,7 @@ def told(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has learned from the free text which letter comes."""
     out = tmp_path_factory.mktemp("runs") / "told"
     options = ["--data.conditions", str(letters / "about.csv"), "--data.condition_text=note"]
-    options += ["--trainer.batch_size=16", "--max_steps=80"]
+    options += ["--trainer.batch_size=16", "--max_steps=50"]
     assert main(["train", str(letters), "--out", str(out), *SMALL, *options]) == 0
     return out
 
