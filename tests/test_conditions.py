@@ -142,6 +142,7 @@ def test_a_conditioned_codec_is_the_plain_one_with_ids_that_stand_for_nothing(na
 TEXT = st.text(max_size=9)
 
 
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(st.sampled_from(["text", "bpe", "music"]), TEXT, st.sampled_from([{}, {"kind": "low"}]))
 def test_a_free_text_is_a_fixed_number_of_bytes_after_the_fields(name: str, note: str, kind: dict[str, str]) -> None:
     codec = ConditionedCodec(PLAIN[name], {**FIELDS, "note": 36})
