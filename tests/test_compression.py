@@ -34,7 +34,7 @@ CODECS: dict[str, Codec] = {
     "bytes": BytesCodec(text=False),
     "offset": OffsetBytesCodec(6, 1),
     "bpe": BPE,
-    "conditions": ConditionedCodec(BytesCodec(), {"kind": ["high", "low"]}),
+    "conditions": ConditionedCodec(BytesCodec(), {"kind": ["high", "low"], "note": 3}),
 }
 
 

@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from helpers import SMALL, assert_refused, content, write_files
+from hypothesis import strategies as st
 from reference import assert_close
 from samples import write_music, write_picture
 
 from perceiver_ar import InputError, PerceiverAR, PerceiverARConfig, Recipe, Run, evaluate
+from perceiver_ar.card import write_card
 from perceiver_ar.cli import main
 from perceiver_ar.data.audio import MuLawCodec
 from perceiver_ar.data.codec import Codec, load_codec, parse_conditions, save_codec
@@ -24,13 +27,16 @@ from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec, train_bpe
 from perceiver_ar.data.token_files import TokenFile
 from perceiver_ar.data.tokens import find_files, prepare_all
 from perceiver_ar.embeddings import embed
-from perceiver_ar.generation import stream
+from perceiver_ar.generation import generate, stream
 from perceiver_ar.scores import score_documents
 from perceiver_ar.training.batches import Batches
 
 FIELDS = {"kind": ("high", "low"), "year": ("1812",)}
+WITH_TEXT = {**FIELDS, "note": 4}
+LETTERS, WORDS = "abXY", ("my", "é", "so")
 ALPHABETS = {"low": "ab", "high": "XY"}
 TABLE = "file,kind,year\n" + "".join(f"{i}.txt,{('low', 'high')[i % 2]},{'1812' if i < 2 else ''}\n" for i in range(12))
+NOTES = "file,kind,year,note\n" + "".join(f"{line},é {i:x}\n" for i, line in enumerate(TABLE.splitlines()[1:]))
 PLAIN: dict[str, Codec] = {
     "text": BytesCodec(),
     "bytes": BytesCodec(text=False),
@@ -62,12 +68,38 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module", params=["fields", "text"])
+def codec(request: pytest.FixtureRequest) -> ConditionedCodec:
+    return ConditionedCodec(BytesCodec(), FIELDS if request.param == "fields" else WITH_TEXT)
+
+
 @pytest.fixture(scope="module")
-def file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
-    """All documents; of every third one the conditions are unknown."""
-    codec = ConditionedCodec(BytesCodec(), FIELDS)
-    sources = ConditionTable.read(str(folder / "meta.csv")).apply(find_files(sorted(folder.glob("*.txt"))), codec)
+def file(folder: Path, codec: ConditionedCodec, tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
+    """All documents."""
+    (folder / "notes.csv").write_text(NOTES)
+    table = "notes.csv" if "note" in codec.conditions else "meta.csv"
+    sources = ConditionTable.read(str(folder / table)).apply(find_files(sorted(folder.glob("*.txt"))), codec)
     return prepare_all(sources, codec, tmp_path_factory.mktemp("tokens") / "all")[0]
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of a letter and dots, no two the same. The column `note` of `about.csv` names the letter."""
+    files = {f"{i:02}.txt": f"0{i:06b}".replace("0", LETTERS[i % 4]).replace("1", ".").encode() for i in range(48)}
+    lines = (f"{i:02}.txt,{WORDS[i % 3]} {LETTERS[i % 4]},{i % 2}\n" for i in range(48))
+    return write_files(
+        tmp_path_factory.mktemp("letters"), files | {"about.csv": f"file,note,odd\n{''.join(lines)}".encode()}
+    )
+
+
+@pytest.fixture(scope="module")
+def told(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learned from the free text which letter comes."""
+    out = tmp_path_factory.mktemp("runs") / "told"
+    options = ["--data.conditions", str(letters / "about.csv"), "--data.condition_text=note"]
+    options += ["--trainer.batch_size=16", "--max_steps=50"]
+    assert main(["train", str(letters), "--out", str(out), *SMALL, *options]) == 0
+    return out
 
 
 def drawn(run: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
@@ -107,6 +139,32 @@ def test_a_conditioned_codec_is_the_plain_one_with_ids_that_stand_for_nothing(na
         assert codec.start("ACG", {}).tolist() == [*plain.separator, *codec.unknown, *plain.encode(b"ACG").tolist()]
 
 
+TEXT = st.text(max_size=9)
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(st.sampled_from(["text", "bpe", "music"]), TEXT, st.sampled_from([{}, {"kind": "low"}]))
+def test_a_free_text_is_a_fixed_number_of_bytes_after_the_fields(name: str, note: str, kind: dict[str, str]) -> None:
+    codec = ConditionedCodec(PLAIN[name], {**FIELDS, "note": 36})
+    ids = codec.condition_ids({**kind, "note": note})
+    data, unknown = note.strip().encode(), codec.unknown[2]
+    assert codec.vocab_size == unknown + 257 and codec.unknown[2:] == (unknown,) * 36
+    assert ids == [*codec.field_ids(kind)[:2], *(unknown + 1 + byte for byte in data), *[unknown] * (36 - len(data))]
+    start = codec.start("", {**kind, "note": note})
+    assert codec.conditions_of(np.append(start, [3, 4])) == ids
+    assert codec.decode(start) == codec.plain.decode(codec.plain.start())
+    assert not codec.byte_lengths()[unknown:].any() and not codec.allowed_next(start)[codec.first :].any()
+    # Unknown texts are those without a byte.
+    assert codec.condition_ids({"note": "\n "}) == codec.condition_ids({}) == list(codec.unknown)
+
+
+def test_a_codec_keeps_the_name_and_the_length_of_its_free_text(tmp_path: Path) -> None:
+    save_codec(ConditionedCodec(BytesCodec(), WITH_TEXT), tmp_path)
+    assert json.loads((tmp_path / "codec.json").read_text())["conditions"]["note"] == 4
+    codec = load_codec(tmp_path)
+    assert codec.conditions == WITH_TEXT and codec.vocab_size == 262 + 256 and codec.dtype == np.uint16
+
+
 @pytest.mark.parametrize("name", ["music", "genome"])
 def test_augmented_windows_keep_their_conditions_where_they_are(name: str) -> None:
     plain = PLAIN[name]
@@ -137,7 +195,7 @@ def test_unknown_fields_and_values_are_refused_with_the_known_ones(tmp_path: Pat
             parse_conditions(words)
     save_codec(codec, tmp_path)
     settings = json.loads((tmp_path / "codec.json").read_text())
-    for wrong in ([], {"kind": 3}):
+    for wrong in ([], {"kind": 3.0}, {"kind": 0}, {"kind": 257}, {"kind": True}):
         (tmp_path / "codec.json").write_text(json.dumps(settings | {"conditions": wrong}))
         with pytest.raises(InputError, match=r"codec\.json is damaged"):
             load_codec(tmp_path)
@@ -146,11 +204,11 @@ def test_unknown_fields_and_values_are_refused_with_the_known_ones(tmp_path: Pat
 # Token files and windows
 
 
-def test_documents_begin_with_the_conditions_of_their_file(file: TokenFile) -> None:
-    codec = ConditionedCodec(BytesCodec(), FIELDS)
+def test_documents_begin_with_the_conditions_of_their_file(file: TokenFile, codec: ConditionedCodec) -> None:
     names = sorted(range(12), key=str)
     for i, start, stop in zip(names, file.bounds()[:-1], file.bounds()[1:], strict=True):
         kind = {"kind": "low" if i % 2 == 0 else "high"} | ({"year": "1812"} if i < 2 else {})
+        kind |= {"note": f"é {i:x}"} if "note" in codec.conditions else {}
         assert file.tokens[start:stop].tolist() == codec.start(document(i).decode(), kind).tolist()
     assert file.num_bytes == sum(len(document(i)) for i in range(12))
 
@@ -174,7 +232,7 @@ def in_front(file: TokenFile, start: int, stop: int) -> np.ndarray:
     begin = max(first for first in file.bounds() if first <= start)
     end = min(last for last in file.bounds() if last > start)
     if begin < start:
-        fitting = min(2, end - start)
+        fitting = min(file.conditions[1], end - start)
         ids[:fitting] = file.tokens[begin + 1 : begin + 1 + fitting]
     return ids
 
@@ -208,7 +266,20 @@ def test_a_cut_prefix_leaves_room_for_the_conditions(file: TokenFile) -> None:
     windows = TrainingWindows(file, 24, 8, seed=3)
     recipe = Recipe.from_dict({"out": "x", "trainer": {"batch_size": 4, "short_prefix": 1.0}})
     batches = Batches(windows, recipe)
-    assert {batches.cut(step, 0.5) for step in range(40)} == {4, 8, 12, 14}
+    assert {batches.cut(step, 0.5) for step in range(40)} == {
+        4,
+        8,
+        min(12, 16 - windows.num_conditions),
+        16 - windows.num_conditions,
+    }
+
+
+def test_a_free_text_is_forgotten_as_a_whole() -> None:
+    codec = ConditionedCodec(BytesCodec(), WITH_TEXT)
+    ids = np.array([*codec.condition_ids({"kind": "low", "year": "1812", "note": "so"}), 5])
+    lost = np.array([codec.forget(ids, np.random.default_rng(i)) != ids for i in range(500)])
+    assert (lost[:, 2] == lost[:, 3]).all() and lost[:, 2].any() and (lost[:, 1] & ~lost[:, 2]).any()
+    assert not lost[:, 4:].any()  # what has no byte, and the document
 
 
 # Evaluation
@@ -225,11 +296,13 @@ def random_model(**fields: Any) -> PerceiverAR:
     return model
 
 
-def test_evaluation_scores_documents_alone_each_with_its_conditions_in_front(file: TokenFile) -> None:
-    model, codec = random_model(), ConditionedCodec(BytesCodec(), FIELDS)
+def test_evaluation_scores_documents_alone_each_with_its_conditions_in_front(
+    file: TokenFile, codec: ConditionedCodec
+) -> None:
+    model = random_model(vocab_size=codec.vocab_size)
     result = evaluate(model, file, stride=3, byte_lengths=codec.byte_lengths())
     nats, tokens, first = np.zeros(len(file)), 0, 1
-    conditions = [start + place for start in file.bounds()[:-1] for place in (1, 2)]
+    conditions = [start + place for start in file.bounds()[:-1] for place in range(1, 1 + len(codec.unknown))]
     while first < len(file):
         end = min(len(file), max(first + 3, 7))
         start = max(0, end - 1 - 16)
@@ -240,7 +313,9 @@ def test_evaluation_scores_documents_alone_each_with_its_conditions_in_front(fil
             if i not in conditions:
                 nats[i], tokens = -float(logits[i - end, file.tokens[i]]), tokens + 1
         first = end
-    assert (result.tokens, result.bytes) == (tokens, file.num_bytes) == (len(file) - 1 - 24, file.num_bytes)
+    assert (
+        (result.tokens, result.bytes) == (tokens, file.num_bytes) == (len(file) - 1 - len(conditions), file.num_bytes)
+    )
     assert result.nats_per_token == pytest.approx(nats.sum() / tokens, rel=1e-5)
     scores = score_documents(model, codec, file, [str(i) for i in range(12)], stride=3)
     assert sum(row["tokens"] for row in scores.rows) == tokens
@@ -251,7 +326,7 @@ def test_evaluation_scores_documents_alone_each_with_its_conditions_in_front(fil
 
 
 def test_the_windows_of_an_embedding_begin_with_the_conditions(file: TokenFile) -> None:
-    model, ids = random_model(), file.tokens[: file.bounds()[1]].astype(np.int64)
+    model, ids = random_model(vocab_size=file.vocab_size), file.tokens[: file.bounds()[1]].astype(np.int64)
     total, first = torch.zeros(16), 0
     while first < len(ids):
         end = min(len(ids), max(first + 3, 6))
@@ -260,7 +335,7 @@ def test_the_windows_of_an_embedding_begin_with_the_conditions(file: TokenFile) 
         with torch.no_grad():
             total += model.latents(context, max(0, end - start - 6))[0, first - end :].sum(0)
         first = end
-    assert_close(torch.from_numpy(embed(model, ids, pinned=ids[1:3])), total / len(ids), 1e-5)
+    assert_close(torch.from_numpy(embed(model, ids, pinned=ids[1 : 1 + file.conditions[1]])), total / len(ids), 1e-5)
 
 
 # Generation
@@ -329,6 +404,94 @@ def test_ids_of_conditions_are_never_drawn(run: Path) -> None:
     start, settings = codec.start().astype(np.int64), {"temperature": 1e6, "seed": 0}
     steps = stream(model, [start], max_new_tokens=60, num_samples=8, allowed_next=codec.constraint(), **settings)
     assert max(int(step.tokens.max()) for step in steps) < codec.plain.vocab_size
+
+
+def test_a_free_text_says_what_is_generated_and_scored(
+    told: Path, letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, codec = Run(told).model(), Run(told).codec()
+    assert codec.conditions == {"odd": ("0", "1"), "note": 4}
+    for letter in LETTERS:
+        conditions = {"note": f"we {letter}"}  # a text that no document has
+        text = drawn(told, capsys, f"--condition=note=we {letter}")
+        pinned = codec.condition_ids(conditions)
+        options = {"pinned": pinned, "allowed_next": codec.constraint(), "stop_tokens": [0], "seed": 1}
+        start = np.array([0, *pinned])
+        ids = generate(model, [start], 60, temperature=0.5, **options)[0].numpy()
+        assert text == codec.decode(ids).decode() and letter in text and {*text} <= {letter, "."}
+    new, bits = write_files(tmp_path, {"new.txt": b"aa.a..a"}), []
+    for note in ("my a", "my X", ""):
+        (new / "new.csv").write_text(f"file,odd,note\nnew.txt,0,{note}\n")
+        capsys.readouterr()
+        assert main(["evaluate", str(told), str(new / "new.txt"), "--conditions", str(new / "new.csv"), "--json"]) == 0
+        bits.append(json.loads(capsys.readouterr().out)["bits_per_token"])
+    right, wrong, unknown = bits
+    assert right < min(wrong, unknown)
+    argv = ["score", told, letters, "--conditions", letters / "about.csv"]
+    assert main(list(map(str, argv))) == 0
+    assert main(["info", str(told)]) == 0
+    assert "odd: 0, 1; note: text of at most 4 bytes\n" in capsys.readouterr().out
+    assert write_card(Run(told), "me/told")
+
+
+def test_a_fine_tuned_run_has_the_same_free_text(
+    told: Path, letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["train", letters, "--init_from", told, "--max_steps=1", *SMALL[-7:-1]]
+    table = ["--data.conditions", letters / "about.csv"]
+    for name, options in (("without", []), ("with", [*table, "--data.condition_text=note"])):
+        assert main([str(word) for word in (*argv, "--out", tmp_path / name, *options)]) == 0
+        assert Run(tmp_path / name).codec().conditions == Run(told).codec().conditions
+        tokens = TokenFile.open(tmp_path / name / "tokens" / "train").tokens
+        assert (tokens[2] == Run(told).codec().unknown[1]) == (name == "without")
+    assert main(["train", "--out", str(tmp_path / "with"), "--resume", "--max_steps=2"]) == 0
+    wrong = [*argv, "--out", tmp_path / "new", *table, "--data.condition_text=odd"]
+    assert_refused(capsys, *wrong, says="data.condition_text is 'odd' instead of 'note': leave out data.condition_text")
+    (tmp_path / "long.csv").write_text(f"file,note\n{letters}/00.txt,\n{letters}/01.txt,a long one\n")
+    wrong = [*argv, "--out", tmp_path / "new", "--data.conditions", tmp_path / "long.csv"]
+    assert_refused(capsys, *wrong, says="01.txt: condition note has 10 bytes of text, of at most 4: shorten it")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--data.condition_text=note"], "is 'note', a column of a table, but there is no table: give data.conditions"),
+        (
+            ["--data.conditions=table.csv", "--data.condition_text=title"],
+            "has no text in a column 'title' for these files",
+        ),
+        (
+            ["--data.conditions=table.csv", "--data.condition_text=note", "--model.context_length=24"],
+            "note, up to 7 bytes, takes more than a quarter of the context_length 24: raise model.context_length to 28",
+        ),
+        (
+            ["--data.conditions=long.csv", "--data.condition_text=note"],
+            "row 2, 1.txt: condition note has 258 bytes of text, of at most 256: shorten it",
+        ),
+    ],
+)
+def test_a_wrong_free_text_is_refused_before_training(
+    options: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, texts in (("table.csv", ("a waltz", "a march")), ("long.csv", ("x", "é" * 129))):
+        (tmp_path / name).write_text("file,note\n" + "".join(f"{i}.txt,{text}\n" for i, text in enumerate(texts)))
+    write_files(tmp_path, {f"{i}.txt": document(i) for i in range(2)})
+    monkeypatch.chdir(tmp_path)
+    assert_refused(capsys, "train", "0.txt", "1.txt", "--out", "run", *SMALL, *options, says=says)
+
+
+def test_free_texts_that_cannot_be_are_refused(told: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    says = "condition note has 5 bytes of text, of at most 4: shorten it"
+    assert_refused(capsys, "generate", told, "--condition", "note=my é", says=says)
+    assert_refused(capsys, "generate", told, "--condition", "note=\udcff", says="note is not Unicode text")
+    new = write_files(tmp_path, {"new.txt": b"aaa", "new.jsonl": b'{"file": "new.txt", "note": "a waltz"}'})
+    table = ["--conditions", new / "new.jsonl"]
+    for verb in (["evaluate"], ["score"], ["embed", "--out", new / "new.npy"]):
+        says = "row 1, " + f"{new}/new.txt: condition note has 7 bytes of text, of at most 4: shorten it"
+        assert_refused(capsys, verb[0], told, new / "new.txt", *verb[1:], *table, says=says)
+    (new / "new.jsonl").write_text(r'{"file": "new.txt", "note": "\ud800"}')
+    assert_refused(capsys, "evaluate", told, new / "new.txt", *table, says="row 1, ")
+    assert_refused(capsys, "evaluate", told, "--context_lengths=8,32", says="no room for 5 tokens of conditions")
 
 
 def test_info_lists_the_conditions(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -453,6 +616,7 @@ def test_a_context_that_starts_with_the_last_token_of_a_document_leaves_the_next
 ) -> None:
     border = file.bounds()[1]
     assert len(file.conditions_before(border - 1)) == 1 and len(file.conditions_before(border - 2)) == 2
+    assert len(file.conditions_before(border - 20)) == file.conditions[1]
 
 
 def test_a_row_of_ids_tells_its_conditions() -> None:
@@ -496,9 +660,12 @@ def test_other_wrong_tables(tmp_path: Path) -> None:
     lines = [f"{i}.txt,{i}" for i in range(1001)]
     (tmp_path / "meta.csv").write_text("\n".join(["file,title", *lines]))
     table, sources = ConditionTable.read(str(tmp_path / "meta.csv")), find_files(files.glob("*.txt"))
-    with pytest.raises(InputError, match="1,001 different values in the column 'title', of at most 1,000"):
+    says = "1,001 different values in the column 'title', of at most 1,000: if it is free text, set data.condition_text"
+    with pytest.raises(InputError, match=says):
         table.codec(BytesCodec(), sources)
-    assert len(table.codec(BytesCodec(), sources[1:]).conditions["title"]) == 1000
+    assert table.codec(BytesCodec(), sources, "title").conditions == {"title": 4}
+    titles = table.codec(BytesCodec(), sources[1:]).conditions["title"]
+    assert isinstance(titles, tuple) and len(titles) == 1000
 
 
 def test_a_table_may_be_of_any_format_beside_files_of_any_kind(

@@ -85,6 +85,12 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     for name in names:
         (tmp_path / f"letters/{name}.txt").write_text(f"My dear, it was night. {name} " * 20)
+    (tmp_path / "poems").mkdir()
+    for number in range(1, 4):
+        (tmp_path / f"poems/{number}.txt").write_text(f"It was night {number}. " * 20)
+    (tmp_path / "poems/about.csv").write_text(
+        "file,poet,description\n1.txt,keats,a nightingale\n3.txt,poe,the sea in April\n"
+    )
     for name in ("new_book.txt", "corpus.txt"):
         (tmp_path / name).write_text("It was a dark and stormy night.\n\n\n\n" * 9)
     with gzip.open(tmp_path / "genome.fa.gz", "wt") as file:

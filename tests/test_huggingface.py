@@ -571,7 +571,7 @@ TEXT_CODECS: list[Codec] = [
     OffsetBytesCodec(3),
     train_bpe(["the cat sat on the mat, the cat, the mat"] * 3, 280),
     ConditionedCodec(BytesCodec(), {"kind": ["high", "low"]}),
-    ConditionedCodec(train_bpe(["the cat, the cat"], 262), {"kind": ["high"], "year": ["1812"]}),
+    ConditionedCodec(train_bpe(["the cat, the cat"], 262), {"kind": ["high"], "year": ["1812"], "note": 5}),
 ]
 
 
@@ -611,6 +611,15 @@ def test_a_tokenizer_is_found_with_the_run_and_saved_as_an_ordinary_one(codec: C
             assert again.pad_token_id not in codec.start("A caf\u00e9 \u00ff") and again.pad_token_id < len(again)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_conditions_are_special_tokens() -> None:
+    codec = ConditionedCodec(BytesCodec(), {"kind": ["high", "low"], "note": 4})
+    words = ["<|endoftext|>", "<|kind=low|>", "<|note=0xc3|>", "<|note=0xa9|>", "<|note=0x61|>", "<|note|>"]
+    tokenizer = codec_tokenizer(codec)
+    start = codec.start("b", {"kind": "low", "note": "\u00e9a"}).tolist()
+    assert tokenizer.convert_ids_to_tokens(start) == [*words, "b"]
+    assert tokenizer("".join([*words, "b"]), add_special_tokens=False).input_ids == start
 
 
 @given(st.integers(1, 4), st.text("ACGTACGTacgtuRN\n", max_size=40))

@@ -99,7 +99,7 @@ def evaluate(
     Args:
         tokens: (n,) integer ids, n >= 2; a memory map is read window by window. In a token file whose documents have
             conditions, these are not scored, and a window that starts within a document has its conditions in place of
-            the first tokens, unless these are to be scored.
+            the first tokens.
         stride: new targets per window, 1 ... num_latents. A smaller stride is slower, but gives each target more
             context and so a better and truer score. None: half of num_latents.
         num_latents: more or fewer than in training is allowed (paper, section 5). None: the model's.
@@ -118,8 +118,8 @@ def evaluate(
         each: called for each window with the index of its first target and the nats of its targets (n,) float64.
 
     Raises:
-        InputError: fewer than two tokens, ids outside the vocabulary, settings that do not fit together, or a model
-            whose weights give NaN.
+        InputError: fewer than two tokens, ids outside the vocabulary, settings that do not fit together, windows
+            without room for conditions, or a model whose weights give NaN.
     """
     config = model.config
     longest = longest_context(config)
@@ -161,6 +161,12 @@ def evaluate(
     if spread and document_length is None and max_tokens is not None:
         chosen = spread_windows(length, T, N, stride, first_target, max_tokens)
         targets = [(window.first_target, window.end) for window in chosen]
+    count = 0 if file is None else file.conditions[1]
+    require(
+        T - stride >= count,
+        f"a window of context_length {T} with stride {stride} has no room for {count} tokens of conditions before its "
+        "targets: give a longer context or a smaller stride",
+    )
     total = sum(stop - start for start, stop in targets)
     began = time.perf_counter()
     # The first window of each document, then the second of each: windows of one shape are computed together.
@@ -179,9 +185,8 @@ def evaluate(
                 for row, window in enumerate(batch if file is not None else ()):
                     assert file is not None
                     scored[row, -sizes[row] :] &= ~file.are_conditions(window.first_target, window.end)
-                    if window.first_target - window.start > file.conditions[1]:
-                        conditions = file.conditions_before(window.start)
-                        ids[row, : len(conditions)] = conditions
+                    conditions = file.conditions_before(window.start)
+                    ids[row, : len(conditions)] = conditions
                 losses = _losses(model, torch.from_numpy(ids).to(device), prefix_len, scored, start)
                 sums += losses.sum(dim=1).tolist()
                 counts += scored.sum(axis=1).tolist()

@@ -21,7 +21,7 @@ from perceiver_ar.run import Run
 FREE = ("context_length", "num_latents", "prefix_dropout", "attention_dropout", "mlp_dropout", "prefix_chunk")
 """Settings of a network that its weights do not depend on."""
 CODEC = ("tokenizer", "bpe_vocab_size", "midi_tokens", "image_size", "image_colours", "palette_size", "classes",
-         "audio_codec", "sample_rate", "audio_weights", "codebooks", "kmer")  # fmt: skip
+         "audio_codec", "sample_rate", "audio_weights", "codebooks", "kmer", "condition_text")  # fmt: skip
 """Settings of `DataConfig` that determine the codec."""
 
 
@@ -61,6 +61,8 @@ class Origin:
     def settings(self) -> dict[str, Any]:
         """All settings that a new run takes from it, by names such as "model.dim"."""
         data = {f"data.{name}": getattr(DataConfig(), name) for name in CODEC} | codec_settings(self.codec)
+        text = next((field for field, values in self.codec.conditions.items() if isinstance(values, int)), None)
+        data["data.condition_text"] = text
         return data | {f"model.{name}": value for name, value in vars(self.network).items()}
 
     def complete(self, recipe: Recipe) -> Recipe:
@@ -103,7 +105,8 @@ class Origin:
             asked, own = _value(recipe, name), taken[name]
             before = own if self.recipe is None else _value(self.recipe, name)
             if asked not in (own, before, None, "auto") and not self._same_tokenizer(name, asked):
-                yield name, f"{name} is {asked!r} instead of {self._tokenizer() if own is None else repr(own)}"
+                one = "none" if name == "data.condition_text" else self._tokenizer()
+                yield name, f"{name} is {asked!r} instead of {one if own is None else repr(own)}"
 
     def _fixed(self) -> dict[str, str]:
         """Settings of `FREE` that this network fixes nevertheless, with the reason."""

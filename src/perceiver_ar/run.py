@@ -146,8 +146,8 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def conditions(self) -> dict[str, list[str]]:
-        """Field -> values of the conditions that the run was trained with, without loading the codec; {} if unknown."""
+    def conditions(self) -> dict[str, list[str] | int]:
+        """`Codec.conditions` that the run was trained with, without loading the codec; {} if unknown."""
         try:
             return dict(json.loads((self.path / "codec.json").read_text(encoding="utf-8"))["conditions"])
         except (OSError, ValueError, KeyError, TypeError):

@@ -284,23 +284,21 @@ def test_a_model_that_never_saw_an_infill_is_not_asked_for_one(
 
 
 def test_conditions_of_a_table_stand_before_the_header(document: np.ndarray) -> None:
-    codec = ConditionedCodec(CODEC, {"style": ["polka", "waltz"]})
-    (waltz,) = codec.condition_ids({"style": "waltz", "tempo": "90"})
-    assert codec.start("", {"style": "waltz", "tempo": "90"}).tolist() == [
-        END,
-        waltz,
-        *CODEC.header_ids({"tempo": "90"}),
-    ]
-    with_style = np.insert(document, 1, waltz)
-    for ours, theirs in zip(codec.infill(with_style, 4, 6, 4096), CODEC.infill(document, 4, 6, 4095), strict=True):
-        assert np.array_equal(ours, theirs if np.isscalar(theirs) else np.insert(theirs, 1, waltz))
+    codec = ConditionedCodec(CODEC, {"style": ["polka", "waltz"], "mood": 9})
+    given = {"style": "waltz", "mood": "slow", "tempo": "90"}
+    front = codec.condition_ids(given)
+    waltz = front[0]
+    assert codec.start("", given).tolist() == [END, *front, *CODEC.header_ids({"tempo": "90"})]
+    with_style = np.insert(document, 1, front)
+    for ours, theirs in zip(codec.infill(with_style, 4, 6, 4096), CODEC.infill(document, 4, 6, 4086), strict=True):
+        assert np.array_equal(ours, theirs if np.isscalar(theirs) else np.insert(theirs, 1, front))
     with pytest.raises(InputError, match="has a column 'tempo', which is a condition of remi_plus already"):
         ConditionTable("t.csv", {os.path.realpath("x"): {"tempo": "fast"}}).codec(CODEC, [Source(Path("x"), "x", 1)])
     # A document that ends in the window stays in order: its bars at the end would bring a second separator.
     window = np.concatenate([with_style, with_style])
     variants = [codec.augment(window, np.random.default_rng(seed)) for seed in range(20)]
     assert all(
-        len(one) == len(window) and (one == waltz).nonzero()[0].tolist() == [1, len(document) + 2] for one in variants
+        len(one) == len(window) and (one == waltz).nonzero()[0].tolist() == [1, len(with_style) + 1] for one in variants
     )
     assert not any(((one[1:] == END) & (one[:-1] == END)).any() for one in variants)
     assert any((one == CODEC._sections[3]).any() for one in variants)

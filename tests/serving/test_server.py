@@ -88,13 +88,14 @@ def test_a_completion_is_what_generate_draws(client: Any, model: PerceiverAR) ->
 
 
 def test_a_completion_has_conditions_in_front_of_every_window(serving: Any, tmp_path: Path) -> None:
-    codec = ConditionedCodec(BytesCodec(), {"kind": ["high", "low"], "year": ["1812"]})
+    codec = ConditionedCodec(BytesCodec(), {"kind": ["high", "low"], "year": ["1812"], "note": 4})
     config = PerceiverARConfig(**CONFIG).replace(vocab_size=codec.vocab_size)
     randomize(PerceiverAR(config), seed=1).save_pretrained(tmp_path)
     save_codec(codec, tmp_path)
     model, count = PerceiverAR.from_pretrained(tmp_path), 2 * CONFIG["context_length"]
     with serving(tmp_path) as url:
-        for given, front in (({"kind": "low"}, [258, 259]), (None, [256, 259])):
+        note = [261 + 1 + byte for byte in "é!".encode()]
+        for given, front in (({"kind": "low", "note": "é!"}, [258, 259, *note, 261]), (None, [256, 259, *[261] * 4])):
             body = {"prompt": "Once", "condition": given, "max_tokens": count, "seed": 3, "logprobs": 0, "echo": True}
             answer = http.post(f"{url}/v1/completions", json=body).json()["choices"][0]
             start = [0, *front, *b"Once"]
@@ -105,10 +106,15 @@ def test_a_completion_has_conditions_in_front_of_every_window(serving: Any, tmp_
         for body, says in (
             ({"prompt": "a", "condition": {"kind": "lo"}}, "known are high, low"),
             ({"prompt": [1], "condition": {"kind": "low"}}, "condition is for texts"),
+            ({"prompt": "a", "condition": {"note": "a waltz"}}, "note has 7 bytes of text, of at most 4: shorten it"),
+            ({"prompt": "a", "condition": {"note": "\ud800"}}, "note is not Unicode text"),
         ):
-            answer = http.post(f"{url}/v1/completions", json=body)
+            answer = http.post(
+                f"{url}/v1/completions", content=json.dumps(body), headers={"Content-Type": "application/json"}
+            )
             assert answer.status_code == 400 and says in answer.json()["error"]["message"]
             assert answer.json()["error"]["param"] == "condition"
+        assert http.get(f"{url}/v1/models").json()["data"][0]["conditions"]["note"] == 4
 
 
 def test_a_stream_is_the_same_in_pieces_under_one_id(client: Any, model: PerceiverAR) -> None:

@@ -91,18 +91,19 @@ def test_music_goes_on_and_its_files_are_behind_links(serving: Any, made: Made, 
 
 
 def test_music_goes_on_under_its_conditions(serving: Any, made: Made, tmp_path: Path) -> None:
-    codec = ConditionedCodec(PerformanceCodec(), {"composer": ["bach", "chopin"]})
+    codec = ConditionedCodec(PerformanceCodec(), {"composer": ["bach", "chopin"], "mood": 6})
     run, model = made(codec)
     write_music(tmp_path / "a.mid", 1)
     data = (tmp_path / "a.mid").read_bytes()
     with serving(run) as url, httpx.Client(base_url=url, timeout=120) as http:
-        form = {"keep": "20", "max_new_tokens": "80", "seed": "5", "condition": "composer=chopin"}
+        form = {"keep": "20", "max_new_tokens": "80", "seed": "5", "condition": ["composer=chopin", "mood=slow"]}
         answer = http.post("/v1/generate", data=form, files={"file": ("a.mid", data)}).json()
         files = {file["name"]: http.get(file["url"]).content for file in answer["files"]}
-        wrong = http.post("/v1/generate", data={"condition": "composer"})
-        assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "condition"
-    pinned = codec.condition_ids({"composer": "chopin"})
-    prompt = [*codec.separator, *pinned, *codec.encode(data).tolist()][: 2 + 20]
+        for condition in ("composer", "mood=very slow"):
+            wrong = http.post("/v1/generate", data={"condition": condition})
+            assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "condition"
+    pinned = codec.condition_ids({"composer": "chopin", "mood": "slow"})
+    prompt = [*codec.separator, *pinned, *codec.encode(data).tolist()][: 1 + len(pinned) + 20]
     options = {"allowed_next": codec.constraint(), "stop_tokens": codec.separator[-1:], "pinned": pinned}
     drawn = generate(model, [prompt], 80, seed=5, **options)[0].tolist()
     assert files["generated.mid"] == codec.decode(np.array([*prompt, *drawn]))

@@ -76,6 +76,11 @@ class Recipe:
             object.__setattr__(self, "adapter_rank", self.adapter_rank or 16)
             lr = 0.01 if self.optim.lr is None else self.optim.lr
             object.__setattr__(self, "optim", dataclasses.replace(self.optim, lr=lr))
+        require(
+            self.data.condition_text is None or self.data.conditions is not None or self.init_from is not None,
+            f"data.condition_text is {self.data.condition_text!r}, a column of a table, but there is no table: give "
+            "data.conditions, too",
+        )
         require(self.max_steps is None or self.max_steps >= 1, f"max_steps is {self.max_steps}: it must be at least 1")
         require(
             self.modality in ("auto", "text") or (self.data.tokenizer is None and self.data.bpe_vocab_size is None),

@@ -39,6 +39,9 @@ class DataConfig:
     conditions: str | None = None
     """A table (.csv, .tsv, .jsonl, .parquet) with a column `file` (relative to the table's folder); its other columns,
     such as composer, become tokens in front of each document, which generate --condition composer=bach chooses."""
+    condition_text: str | None = None
+    """The column of that table that is free text of at most 256 bytes, such as description; the others are fields with
+    at most 1,000 values. generate --condition description='a slow waltz' also takes texts that no document has."""
     augment: bool = True
     """Train on variants of windows if the modality has any: music in other keys, faster, slower, louder, softer."""
     tokenizer: str | None = None

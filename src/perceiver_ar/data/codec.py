@@ -61,9 +61,9 @@ class Codec(ABC):
         files: patterns of the files that `save` writes into a run directory.
         ending: file name ending for what `decode` returns, such as ".mid".
         conditions: field -> its values, of which one or "unknown" stands as a token after the separator of every
-            document; see `ConditionedCodec`.
+            document; or, for a free text, its number of tokens; see `ConditionedCodec`.
         header_conditions: names of conditions that the first ids of a document itself stand for.
-        unknown: the id of each field of `conditions` in documents that have no value.
+        unknown: the ids of the tokens of `conditions` in documents that have no values.
         reads_text: documents are UTF-8 text; files that cannot be text are refused.
         writes_text: `decode` returns text that can be read piece by piece.
         encodes_in_threads: `encode_pieces` lets other threads run, so encoding in several threads is faster.
@@ -81,7 +81,7 @@ class Codec(ABC):
     separator: tuple[int, ...] = ()
     index_dims: tuple[int, ...] = ()
     document_length: int | None = None
-    conditions: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    conditions: Mapping[str, tuple[str, ...] | int] = MappingProxyType({})
     header_conditions: tuple[str, ...] = ()
     unknown: tuple[int, ...] = ()
 
@@ -363,10 +363,12 @@ def load_codec(directory: str | Path) -> Codec:
         codec = codec_class.load(path.parent, settings)
         if conditions is None:
             return codec
-        from perceiver_ar.data.conditions import ConditionedCodec
+        from perceiver_ar.data.conditions import MOST_BYTES, ConditionedCodec
 
-        if not all(isinstance(values, list) and {*map(type, values)} <= {str} for values in conditions.values()):
-            raise ValueError("conditions need lists of texts")
+        for values in conditions.values():
+            texts = isinstance(values, list) and {*map(type, values)} <= {str}
+            if not (texts or (type(values) is int and 0 < values <= MOST_BYTES)):
+                raise ValueError(f"conditions need lists of texts, or numbers in 1 ... {MOST_BYTES}")
         return ConditionedCodec(codec, conditions)
     except InputError:
         raise

@@ -1,11 +1,13 @@
 """Conditions: fields of documents, such as a composer, from a table beside the files, as tokens in front of documents.
 
+A field has a token for each of its values. One column may be free text instead: a fixed number of tokens, one a byte.
 The codec of a run with conditions is a `ConditionedCodec` around the one of its files.
 """
 
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -24,6 +26,10 @@ FILE = "file"
 """The column that names a document's file, relative to the table's folder; the others are fields."""
 MOST_VALUES = 1000
 """Maximum number of different values of a field."""
+MOST_BYTES = 256
+"""Maximum number of bytes of a free text."""
+BYTES = tuple(f"0x{byte:02x}" for byte in range(256))
+"""The values of each token of a free text."""
 FORGOTTEN = 0.1
 """Share of training windows whose conditions are all unknown; in as many, half of the fields are."""
 SHOWN = 20
@@ -33,32 +39,50 @@ SHOWN = 20
 class ConditionedCodec(Codec):
     """Another codec, and a token for each field between the separator and the document: its value, or unknown.
 
-    The ids of the other codec stay as they are. After them come those of each field: unknown, then its values. They
-    stand for no bytes, and none is ever allowed next.
+    A free text has `conditions[field]` tokens: its bytes, then unknown ones.
+
+    The ids of the other codec stay as they are. After them come those of each field: unknown, then its values; those of
+    a free text are the 256 bytes. They stand for no bytes of the document, and none is ever allowed next.
     """
 
-    def __init__(self, plain: Codec, conditions: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, plain: Codec, conditions: Mapping[str, Sequence[str] | int]) -> None:
         self._plain = plain
-        self.conditions = {field: tuple(values) for field, values in conditions.items()}
+        self.conditions = {
+            field: values if isinstance(values, int) else tuple(values) for field, values in conditions.items()
+        }
         kept = ("name", "files", "ending", "writes_text", "reads_text", "separator", "index_dims", "document_length")
         for name in (*kept, "encodes_in_threads", "encodes_slowly", "header_conditions"):
             setattr(self, name, getattr(plain, name))
         self.first = plain.vocab_size
-        sizes = [1 + len(values) for values in self.conditions.values()]
-        *firsts, self.vocab_size = accumulate(sizes, initial=self.first)
-        self.unknown = tuple(firsts)
+        layout = [
+            (1, values) if not isinstance(values, int) else (values, BYTES) for values in self.conditions.values()
+        ]
+        bounds = list(accumulate((1 + len(values) for _, values in layout), initial=self.first))
+        self.vocab_size = bounds[-1]
+        self._field_ids = [range(*pair) for pair in pairwise(bounds)]
+        self._token_ids = [ids for ids, (count, _) in zip(self._field_ids, layout, strict=True) for _ in range(count)]
+        self.unknown = tuple(ids[0] for ids in self._token_ids)
 
     @property
     def plain(self) -> Codec:
         return self._plain
 
     def field_ids(self, conditions: Mapping[str, str]) -> list[int]:
-        """The id of each field's value in `conditions`, or of unknown. Raises `InputError` for an unknown value."""
-        ids = list(self.unknown)
-        for number, (field, values) in enumerate(self.conditions.items()):
-            if (value := conditions.get(field)) is not None:
+        """The ids of each field's value in `conditions`, or of unknown.
+
+        Raises `InputError` for an unknown value, and for a free text that is too long.
+        """
+        ids = list[int]()
+        for (field, values), own in zip(self.conditions.items(), self._field_ids, strict=True):
+            value = conditions.get(field)
+            if isinstance(values, int):
+                data = text_bytes(field, value or "", values)
+                ids += [own[1 + byte] for byte in data] + [own[0]] * (values - len(data))
+            elif value is None:
+                ids.append(own[0])
+            else:
                 require(value in values, f"there is no condition {field}={value}: known are {listed(values)}")
-                ids[number] += 1 + values.index(value)
+                ids.append(own[1 + values.index(value)])
         return ids
 
     def condition_ids(self, conditions: Mapping[str, str]) -> list[int]:
@@ -67,8 +91,7 @@ class ConditionedCodec(Codec):
     def conditions_of(self, ids: np.ndarray) -> list[int]:
         first, count = len(self.separator), len(self.unknown)
         found = np.asarray(ids)[first : first + count].tolist()
-        starts = [*self.unknown, self.vocab_size]
-        given = len(found) == count and all(a <= id < b for id, (a, b) in zip(found, pairwise(starts), strict=True))
+        given = len(found) == count and all(id in own for id, own in zip(found, self._token_ids, strict=True))
         return found if given else list(self.unknown)
 
     def header_ids(self, conditions: Mapping[str, str]) -> list[int]:
@@ -80,10 +103,10 @@ class ConditionedCodec(Codec):
         So generation with some conditions, or none, is trained, too.
         """
         draw = random.random()
-        lost = random.random(len(self.unknown)) < (1.0 if draw < FORGOTTEN else 0.5)
+        lost = random.random(len(self._field_ids)) < (1.0 if draw < FORGOTTEN else 0.5)
         if draw < 2 * FORGOTTEN:
-            for first, end, chosen in zip(self.unknown, (*self.unknown[1:], self.vocab_size), lost, strict=True):
-                ids = np.where(chosen & (ids >= first) & (ids < end), first, ids)
+            for own, chosen in zip(self._field_ids, lost, strict=True):
+                ids = np.where(chosen & (ids >= own.start) & (ids < own.stop), own.start, ids)
         return ids
 
     def _documents(self, ids: ArrayLike) -> np.ndarray:
@@ -164,7 +187,7 @@ class ConditionTable:
 
     path: str
     fields: dict[str, dict[str, str]]
-    """Real path of a file -> field -> value, without empty cells."""
+    """Real path of a file -> field -> value, without empty cells; in the order of rows."""
 
     @classmethod
     def read(cls, path: str) -> "ConditionTable":
@@ -193,30 +216,45 @@ class ConditionTable:
     def without_itself(self, sources: Iterable[Source]) -> list[Source]:
         return [source for source in sources if os.path.realpath(source.path) != os.path.realpath(self.path)]
 
-    def codec(self, plain: Codec, sources: Iterable[Source]) -> ConditionedCodec:
-        """`plain` with the fields and values that `sources` have. Raises `InputError` for too many values."""
+    def codec(self, plain: Codec, sources: Iterable[Source], text: str | None = None) -> ConditionedCodec:
+        """`plain` with the fields and values that `sources` have, and the free text of the column `text`.
+
+        Raises `InputError` for too many values, a text of more than `MOST_BYTES`, or no text.
+        """
         values: dict[str, set[str]] = {}
+        longest = 0
         for source in sources:
             for field, value in self.fields.get(os.path.realpath(source.path), {}).items():
                 values.setdefault(field, set()).add(value)
+                if field == text:
+                    with self._naming_row(source):
+                        longest = max(longest, len(text_bytes(field, value, MOST_BYTES)))
         require(
             bool(values), f"{self.path} says nothing of any of these files: it names them relative to its own folder"
         )
+        require(
+            text is None or text in values,
+            f"{self.path} has no text in a column {text!r} for these files: set data.condition_text to one of the "
+            f"columns {listed(values)}, or leave it out",
+        )
         for field, found in values.items():
             require(
-                len(found) <= MOST_VALUES,
+                field == text or len(found) <= MOST_VALUES,
                 f"{self.path} has {len(found):,} different values in the column {field!r}, of at most "
-                f"{MOST_VALUES:,}: a name or a free text is no condition, so remove the column",
+                f"{MOST_VALUES:,}: "
+                + (f"if it is free text, set data.condition_text to {field}, else " if text is None else "")
+                + "remove the column",
             )
             require(
                 field not in plain.header_conditions,
                 f"{self.path} has a column {field!r}, which is a condition of {plain.name} already: rename the column",
             )
-        columns = dict.fromkeys(field for fields in self.fields.values() for field in fields)
-        return ConditionedCodec(plain, {field: sorted(values[field]) for field in columns if field in values})
+        columns = dict.fromkeys(field for fields in self.fields.values() for field in fields if field != text)
+        conditions = {field: sorted(values[field]) for field in columns if field in values}
+        return ConditionedCodec(plain, conditions if text is None else {**conditions, text: longest})
 
     def apply(self, sources: Iterable[Source], codec: Codec) -> list[Source]:
-        """`sources` with the ids of their conditions. Raises `InputError` for fields or values that `codec` lacks.
+        """`sources` with their conditions. Raises `InputError` for fields, values or long texts that `codec` lacks.
 
         stderr gets the number of files that are not in the table.
         """
@@ -230,15 +268,31 @@ class ConditionTable:
             if fields is None:
                 missing.append(source.name)
                 continue
-            try:
+            with self._naming_row(source):
                 codec.condition_ids(fields)
-                sources[i] = replace(source, conditions=tuple(codec.field_ids(fields)))
-            except InputError as error:
-                raise InputError(f"{self.path}, {source.name}: {error}") from None
+            sources[i] = replace(source, conditions=fields)
         if missing:
             amount = f"{len(missing):,} of {len(sources):,} files are not in {self.path}, such as {missing[0]}"
             print(f"{amount}: their conditions are unknown", file=sys.stderr)
         return sources
+
+    @contextmanager
+    def _naming_row(self, source: Source) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            row = list(self.fields).index(os.path.realpath(source.path)) + 1
+            raise InputError(f"{self.path}, row {row}, {source.name}: {error}") from None
+
+
+def text_bytes(field: str, text: str, most: int) -> bytes:
+    """A free text as UTF-8, without spaces at its ends. Raises `InputError` for more than `most` bytes."""
+    try:
+        data = text.strip().encode()
+    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair, the command line any bytes
+        raise InputError(f"condition {field} is not Unicode text: write it again, as UTF-8") from None
+    require(len(data) <= most, f"condition {field} has {len(data):,} bytes of text, of at most {most:,}: shorten it")
+    return data
 
 
 def _cell(value: Any, where: str) -> str:
@@ -249,7 +303,9 @@ def _cell(value: Any, where: str) -> str:
     return str(int(value) if whole else value).strip()
 
 
-def listed(names: Iterable[str]) -> str:
-    """Names for a message."""
+def listed(names: Iterable[str] | int) -> str:
+    """Names for a message; an int is the length of a free text."""
+    if isinstance(names, int):
+        return f"text of at most {names:,} bytes"
     names = list(names)
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")

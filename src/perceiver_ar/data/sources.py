@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +50,7 @@ class Source:
     name: str
     size: int
     named: bool = True
-    conditions: tuple[int, ...] = ()  # ids in front of each of its documents; empty: the codec's unknown ones
+    conditions: Mapping[str, str] = field(default_factory=dict, hash=False)  # of its documents; others are unknown
     spool: Any = field(default=None, repr=False, compare=False)  # keeps a temporary file alive as long as its source
 
     @property

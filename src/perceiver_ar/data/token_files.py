@@ -146,7 +146,7 @@ class TokenWriter:
         self.sizes = array("Q")  # bytes of each document
         self.digests = array("Q")  # hash of each document's ids: the same for equal documents
         self.groups = array("Q")  # group number of each document: a split keeps a group together
-        self.conditions = codec.unknown  # of the documents added next
+        self.conditions: Sequence[int] = codec.unknown  # of the documents added next
         self.group: int | None = None  # of the documents added next; None: each is a group of its own
         self.num_tokens = 0
 

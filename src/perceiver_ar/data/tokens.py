@@ -127,7 +127,7 @@ def _add_all(
     ):
         for number, parts in groupby(encoded, key=lambda part: part.source):
             source, before = sources[number], len(writer.lengths)
-            writer.conditions = source.conditions or writer.codec.unknown
+            writer.conditions = codec.condition_ids(source.conditions)
             writer.group = None if groups is None else groups[number]
             try:
                 rows += writer.add_source(parts)

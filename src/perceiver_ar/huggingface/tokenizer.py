@@ -3,7 +3,8 @@
 Text is encoded as the start of a document: `codec.separator` first (`add_special_tokens=False`: without it). As with
 other tokenizers of transformers, `tokenizer.eos_token` in a text is the end of a document (TRL writes it there), and
 with `split_special_tokens=True` it is text. Codecs that do not write text have ids as words: "60 388 12". Conditions
-are special tokens, such as `<|composer=bach|>`; those after the separator are unknown: `<|composer|>`.
+are special tokens, such as `<|composer=bach|>`, or `<|description=0x61|>` for a byte of a free text; those after the
+separator are unknown: `<|composer|>`, `<|description|>`.
 """
 
 import json
@@ -13,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from perceiver_ar.data.codec import Codec, load_codec
+from perceiver_ar.data.conditions import BYTES
 from perceiver_ar.data.genome import WRITTEN_AS, NucleotideCodec
 from perceiver_ar.data.text import BYTE_CHARACTERS, END_OF_TEXT, BytesCodec, OffsetBytesCodec, TokenizerCodec
 from perceiver_ar.errors import require
@@ -44,7 +46,7 @@ def codec_tokenizer(codec: Codec, **options: Any) -> PreTrainedTokenizerFast:
     if codec.separator or codec.unknown:
         names = [(str(tokenizer.id_to_token(index)), index) for index in (*codec.separator, *codec.unknown)]
         start = [name for name, _ in names]
-        tokenizer.post_processor = processors.TemplateProcessing(single=[*start, "$A"], special_tokens=names)
+        tokenizer.post_processor = processors.TemplateProcessing(single=[*start, "$A"], special_tokens=[*{*names}])
     else:
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # adds nothing
     defaults: dict[str, Any] = {
@@ -60,8 +62,9 @@ def id_tokenizer(codec: Codec) -> Tokenizer:
     """Text to the codec's ids and back, without a start."""
     if codec.conditions:
         tokenizer = id_tokenizer(codec.plain)
-        words = (word for key, all in codec.conditions.items() for word in (key, *(f"{key}={value}" for value in all)))
-        tokenizer.add_special_tokens([f"<|{word}|>" for word in words])
+        for field, own in codec.conditions.items():
+            values = BYTES if isinstance(own, int) else own
+            tokenizer.add_special_tokens([f"<|{field}|>", *(f"<|{field}={value}|>" for value in values)])
         first = tokenizer.token_to_id(f"<|{next(iter(codec.conditions))}|>")
         require(first == codec.unknown[0], "the tokenizer leaves ids out, so conditions cannot follow them: no export")
         return tokenizer

@@ -39,13 +39,14 @@ def open_or_make_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile 
     table = None if data.conditions is None else ConditionTable.read(data.conditions)
     documents = find_documents(run, recipe, table)
     codec = load_codec(run.initial) if recipe.init_from is not None else new_codec(recipe, documents, table)
+    check_windows(replace(recipe, model=codec.fit(recipe.model)), codec)  # before hours of encoding
     if table is not None:
         sources, held_out = table.apply(documents.sources, codec), documents.held_out
         documents = documents._replace(sources=sources, held_out=held_out and table.apply(held_out, codec))
-        say(f"conditions: {', '.join(f'{name} ({len(values):,})' for name, values in codec.conditions.items())}")
+        sizes = {field: f"{n} bytes" if isinstance(n, int) else f"{len(n):,}" for field, n in codec.conditions.items()}
+        say(f"conditions: {', '.join(f'{field} ({size})' for field, size in sizes.items())}")
     elif codec.conditions:
         say(f"conditions are unknown ({', '.join(codec.conditions)}): there is no table data.conditions")
-    check_windows(replace(recipe, model=codec.fit(recipe.model)), codec)  # before hours of encoding
     tokens, validation = tokenise(
         documents.sources,
         codec,
@@ -117,7 +118,7 @@ def new_codec(recipe: Recipe, documents: Documents, table: ConditionTable | None
         codec.document_length is None,
         "data.conditions does not work with pictures: put those of a class in a folder, and set data.classes",
     )
-    return table.codec(codec, everything)
+    return table.codec(codec, everything, recipe.data.condition_text)
 
 
 def check_windows(recipe: Recipe, codec: Codec) -> None:
@@ -137,6 +138,12 @@ def check_windows(recipe: Recipe, codec: Codec) -> None:
         f"trainer.blocks is {blocks}, which a network with latent_keys query, positions_from_end, learned_queries each "
         "or latents_per_position does not allow: leave it out",
     )
+    for field, length in codec.conditions.items():
+        require(
+            not isinstance(length, int) or length <= model.context_length // 4,
+            f"data.condition_text: {field}, up to {length} bytes, takes more than a quarter of the context_length "
+            f"{model.context_length}: raise model.context_length to {4 * length}, or shorten the longest texts",
+        )
     require(
         recipe.window_latents + len(codec.unknown) <= model.context_length,
         f"data.conditions takes {len(codec.unknown)} of the context_length {model.context_length}, and the latents "

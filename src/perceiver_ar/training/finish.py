@@ -116,13 +116,16 @@ def draw_context(prepared: Prepared, model: PerceiverAR, held_out: TokenFile) ->
 
     run, recipe, codec = prepared.run, prepared.recipe, prepared.codec
     longest = min(recipe.model.context_length, len(held_out) // 2)  # the other half are targets
-    lengths = [longest, *(longest // 4**i for i in (1, 2, 3) if longest // 4**i >= 16)]
+    count = len(codec.unknown)  # a context has room for conditions and targets
+    if longest < 2 * count:
+        return
+    lengths = [longest, *(longest // 4**i for i in (1, 2, 3) if longest // 4**i >= max(16, 2 * count))]
     results = evaluate_context_lengths(
         model,
         held_out,
         lengths,
         byte_lengths=codec.byte_lengths(),
-        max_tokens=max(2, recipe.trainer.evaluation_tokens // 10),
+        max_tokens=max(count + 2, recipe.trainer.evaluation_tokens // 10),
         precision=evaluation_precision(prepared),
     )
     write_table(run.plots / "context.csv", results)

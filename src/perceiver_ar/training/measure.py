@@ -29,7 +29,7 @@ def score(prepared: Prepared, model: PerceiverAR, max_tokens: int, spread: bool 
         byte_lengths=codec.byte_lengths(),
         amounts=codec.amounts,
         document_length=codec.document_length,
-        max_tokens=max_tokens,
+        max_tokens=max(max_tokens, len(codec.unknown) + 2),  # conditions are not scored
         spread=spread,
         precision=evaluation_precision(prepared),
     )
