@@ -22,19 +22,10 @@ class ProgressBar:
         if not (enabled and (sys.stderr.isatty() if console is None else console.is_terminal)):
             return
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("left"),
-        )  # fmt: skip
+        text, bar, share, left = Progress.get_default_columns()
+        columns = text, bar, share, TimeElapsedColumn(), left, TextColumn("left")
         self.bar = Progress(*columns, console=console or Console(stderr=True), transient=True)
         self.task = self.bar.add_task(what, total=total)
 

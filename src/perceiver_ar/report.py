@@ -6,10 +6,12 @@ import platform
 import re
 from collections.abc import Iterator, Mapping
 from html import escape
+from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from perceiver_ar import __version__
 from perceiver_ar.files import write_text
 from perceiver_ar.run import Run
 
@@ -80,7 +82,7 @@ def write_report(run: Run, summary: Mapping[str, Any]) -> Path:
             for name, values in {"run": general, **groups}.items()
         ),
         summary=rows(summary),
-        versions=escape(versions()),
+        versions=f"perceiver-ar {__version__}, torch {version('torch')}, Python {platform.python_version()}",
     )
     path = run.path / "report.html"
     write_text(path, text)
@@ -143,11 +145,3 @@ def rows(values: Mapping[str, Any]) -> str:
         f"<tr><td>{escape(str(name))}</td><td><code>{escape(json.dumps(value, ensure_ascii=False))}</code></td></tr>"
         for name, value in values.items()
     )
-
-
-def versions() -> str:
-    from importlib.metadata import version
-
-    from perceiver_ar import __version__
-
-    return f"perceiver-ar {__version__}, torch {version('torch')}, Python {platform.python_version()}"

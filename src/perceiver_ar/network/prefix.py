@@ -1,6 +1,7 @@
 """The forms of the prefix that cross-attention reads: held, streamed, or cached.
 
-Every form has one method, `attend`, which the layers call. The results are equal; time and memory differ.
+Every form has one method, `attend`, which the layers call: attention of the latents' queries (B, H, N, C) to the prefix
+and to the latents themselves, (B, H, N, C). The results are equal; time and memory differ.
 """
 
 from collections.abc import Callable
@@ -53,14 +54,6 @@ class Reader(Protocol):
     def keys_values(self, tokens: EmbeddedTokens) -> tuple[Tensor, Tensor]: ...
 
 
-class PrefixAttention(Protocol):
-    """One form of the prefix."""
-
-    def attend(self, layer: Reader, q: Tensor, latents: Piece) -> Tensor:
-        """Attention of the latents' queries (B, H, N, C) to the prefix and to the latents themselves (B, H, N, C)."""
-        ...
-
-
 class HeldPrefix(NamedTuple):
     """All prefix tokens are embedded, and their keys and values are held."""
 
@@ -94,6 +87,9 @@ class CachedPrefix(NamedTuple):
 
     def attend(self, layer: Reader, q: Tensor, latents: Piece) -> Tensor:
         return attend(q, self.update(latents.k, latents.v))
+
+
+PrefixAttention = HeldPrefix | StreamedPrefix | CachedPrefix
 
 
 def choose_chunk(

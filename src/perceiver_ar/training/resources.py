@@ -138,7 +138,7 @@ def bfloat16_is_faster() -> bool:
     return 1.5 * seconds(torch.bfloat16) < seconds(torch.float32)
 
 
-def launch_fabric(resources: Resources, settings: TrainerConfig, precision: str) -> Fabric:
+def launch_fabric(resources: Resources, settings: TrainerConfig) -> Fabric:
     """Starts and connects all processes of the run, of which this is one."""
     strategy: DDPStrategy | ModelParallelStrategy | str = "auto"
     if resources.devices > 1:
@@ -151,7 +151,7 @@ def launch_fabric(resources: Resources, settings: TrainerConfig, precision: str)
         devices=resources.devices // resources.machines,
         num_nodes=resources.machines,
         strategy=strategy,
-        precision=FABRIC_PRECISIONS[precision],
+        precision=FABRIC_PRECISIONS[settings.precision],
     )
     fabric.launch()
     return fabric
