@@ -8,13 +8,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import (
-    ArgumentParser,
-    DefaultHelpFormatter,
-    Namespace,
-    set_dumper,
-    set_loader,
-)
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_dumper, set_loader
 
 from perceiver_ar.config import dump_yaml, load_yaml, unknown_words
 from perceiver_ar.errors import InputError
@@ -45,8 +39,7 @@ set_dumper("yaml", dump_yaml)
 def parse(parser: ArgumentParser, argv: list[str], shown: Collection[str] = ()) -> Namespace:
     """Parses `argv`. `--help` shows the options in `shown` (empty: all), `--help=all` shows all.
 
-    Raises:
-        InputError: an unknown option or an invalid value.
+    Raises InputError for an unknown option or an invalid value.
     """
     if "--help=all" in argv:
         argv = ["--help"]
@@ -134,13 +127,10 @@ def plain(message: str, known: list[str]) -> str:
     if match := re.fullmatch(r"argument (--[\w.-]+): expected one argument", message):
         return f"{match[1]} has no value; one that begins with a dash needs an equals sign, as in {match[1]}=-x"
     message = message.replace('Parser key "config": ', "--config: ")
-    match = WRONG_TYPE.fullmatch(message)
-    kinds = (
-        []
-        if match is None
-        else ["".join(found) for found in re.findall(r"'(\w+)'|(tuple)\[|Annotated\[(\w+)", match["kinds"])]
-    )
-    if match is None or not kinds:
+    if not (match := WRONG_TYPE.fullmatch(message)):
+        return message
+    kinds = ["".join(found) for found in re.findall(r"'(\w+)'|(tuple)\[|Annotated\[(\w+)", match["kinds"])]
+    if not kinds:
         return message
     if match["option"] in ("max_time", "trainer.checkpoint_every") and match["value"].isdecimal():
         return f"--{match['option']} is {match['value']}: give a unit, as in {match['value']}s"
@@ -188,19 +178,3 @@ def names(paths: Any, option: str = "paths") -> tuple[str, ...]:
         what = "names of files or folders" if option == "paths" else "a text, or a list of texts"
         raise InputError(f"{option} is {paths!r}: it must be {what}")
     return tuple(found)
-
-
-def option_values(argv: list[str], option: str) -> list[str]:
-    """All values of an option that must be known before parsing."""
-    found = []
-    for i, word in enumerate(argv):
-        if word == option and i + 1 < len(argv):
-            found.append(argv[i + 1])
-        elif word.startswith(option + "="):
-            found.append(word[len(option) + 1 :])
-    return found
-
-
-def option_value(argv: list[str], option: str) -> str | None:
-    """The last value of an option that must be known before parsing; None if it is missing."""
-    return next(reversed(option_values(argv, option)), None)
