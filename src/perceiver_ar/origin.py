@@ -45,9 +45,7 @@ class Origin:
         )
         run = Run.open(path)
         network, codec = PerceiverARConfig.load(run.path), run.codec()
-        if (
-            network.rotary and network.rotary_base is None
-        ):  # a longer context leaves the angles of positions as they are
+        if network.rotary and network.rotary_base is None:  # a longer context leaves the angles as they are
             network = network.replace(rotary_base=float(network.context_length))
         fitting = codec.fit(network)
         wrong = [f"{name} {value!r}" for name, value in vars(network).items() if value != getattr(fitting, name)]

@@ -139,9 +139,7 @@ class Row:
     def adjust(self, logits: Tensor) -> Tensor:
         """Logits (V,) after penalties, processors and `allowed_next`.
 
-        Raises:
-            InputError: no id is allowed next, the logits become NaN or infinite, or `allowed_next` does not return a
-                mask.
+        Raises InputError if no id is left, the logits become NaN or infinite, or `allowed_next` returns no mask.
         """
         sampling, settings = self.settings.sampling, self.settings
         if settings.plain:

@@ -102,12 +102,8 @@ def choose_chunk(
 ) -> int:
     """Tokens per row in a piece if the prefix is streamed; 0: hold the prefix.
 
-    Args:
-        modules: those whose weights streaming reads, by name.
-        device: where the network computes.
-
-    Raises:
-        InputError: `prefix_chunk` or `group` demands streaming, but a module is not plain; `group` with dropout.
+    `modules`: those whose weights streaming reads, by name. `device`: where the network computes. Raises InputError if
+    `prefix_chunk` or `group` demands streaming, but a module is not plain; and for `group` with dropout.
     """
     chunk, length = config.prefix_chunk, prefix.length
     if group is not None:
