@@ -101,7 +101,9 @@ class Origin:
             asked, own = _value(recipe, name), taken[name]
             before = own if self.recipe is None else _value(self.recipe, name)
             if asked not in (own, before, None, "auto") and not self._same_tokenizer(name, asked):
-                yield name, f"{name} is {asked!r} instead of {self._tokenizer() if own is None else repr(own)}"
+                size = f"a tokenizer of {self.codec.plain.vocab_size:,} ids"
+                tokenizer = size if isinstance(self.codec.plain, TokenizerCodec) else "no tokenizer"
+                yield name, f"{name} is {asked!r} instead of {tokenizer if own is None else repr(own)}"
 
     def _fixed(self) -> dict[str, str]:
         """Settings of `FREE` that this network fixes nevertheless, with the reason."""
@@ -113,10 +115,6 @@ class Origin:
         if self.network.learned_queries == "each":
             fixed["num_latents"] = "each with a learned query"
         return fixed
-
-    def _tokenizer(self) -> str:
-        is_one = isinstance(self.codec.plain, TokenizerCodec)
-        return f"a tokenizer of {self.codec.plain.vocab_size:,} ids" if is_one else "no tokenizer"
 
     def _same_tokenizer(self, name: str, asked: Any) -> bool:
         codec = self.codec.plain

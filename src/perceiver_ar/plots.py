@@ -98,9 +98,7 @@ def plot_context(
     lengths = [evaluation.context_length for evaluation in evaluations]
     bits, errors = [], []
     for evaluation in evaluations:
-        scale = 1.0
-        if per_byte and evaluation.bytes:
-            scale = evaluation.tokens / evaluation.bytes
+        scale = evaluation.tokens / evaluation.bytes if per_byte and evaluation.bytes else 1.0
         bits.append(evaluation.bits_per_token * scale)
         errors.append((evaluation.standard_error or 0.0) / math.log(2) * scale)
     with _picture(path) as axes:

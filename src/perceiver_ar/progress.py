@@ -11,13 +11,8 @@ class ProgressBar:
     """A bar with the share done, the time so far and the time left, in a `with` block. It disappears at the end."""
 
     def __init__(self, what: str, total: float, console: "Console | None" = None, enabled: bool = True) -> None:
-        """
-        Args:
-            what: the text in front of the bar.
-            total: the amount that is 100%.
-            console: where messages go meanwhile, so that they appear above the bar; None: stderr.
-            enabled: False: show nothing.
-        """
+        """what: the text in front of the bar. total: the amount that is 100%. console: where messages go meanwhile, so
+        that they appear above the bar; None: stderr. enabled: False: show nothing."""
         self.bar: Any = None
         if not (enabled and (sys.stderr.isatty() if console is None else console.is_terminal)):
             return

@@ -108,15 +108,12 @@ def facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def samples(folder: Path) -> Iterator[str]:
     """HTML of the last step's samples, shown by kind, and of earlier texts, folded."""
-    steps: dict[str, list[Path]] = {}
+    steps: dict[int, list[Path]] = {}
     for path in sorted(folder.glob("step-*")):
-        if not re.match(r"step-\d+(-|$)", path.stem):
-            continue  # not one of ours
-        steps.setdefault("-".join(path.stem.split("-")[:2]), []).append(path)
-    steps = dict(sorted(steps.items(), key=lambda item: int(item[0].removeprefix("step-"))))  # 1000000 behind 999999
-    for i, (step, paths) in enumerate(reversed(steps.items())):
-        number = int(step.removeprefix("step-"))
-        title = f"What it writes after step {number:,}"
+        if match := re.match(r"step-(\d+)(-|$)", path.stem):  # else it is not one of ours
+            steps.setdefault(int(match[1]), []).append(path)
+    for i, (step, paths) in enumerate(sorted(steps.items(), reverse=True)):
+        title = f"What it writes after step {step:,}"
         shown = "\n".join(sample(path) for path in paths)
         if i == 0:
             yield f"<h2>{title}</h2>\n{shown}"

@@ -13,23 +13,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_du
 from perceiver_ar.config import dump_yaml, load_yaml, unknown_words
 from perceiver_ar.errors import InputError
 
-PATHS = (
-    "out",
-    "against",
-    "file",
-    "picture",
-    "run",
-    "checkpoint",
-    "init_from",
-    "base",
-    "prompt_file",
-    "soundfont",
-    "data.tokenizer",
-    "data.conditions",
-    "conditions",
-    "data.audio_weights",
-    "settings",
-)
+PATHS = ("out", "against", "file", "picture", "run", "checkpoint", "init_from", "base", "prompt_file", "soundfont",
+         "data.tokenizer", "data.conditions", "conditions", "data.audio_weights", "settings")  # fmt: skip
 """Options that name a file or folder; ~ is the home directory, as in the paths to train on."""
 
 set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
@@ -78,14 +63,11 @@ def refuse_comments(parser: ArgumentParser, argv: list[str]) -> None:
     for word, following in zip(argv, [*argv, ""][1:], strict=True):
         option, equals, value = word.partition("=")
         value, kind = value if equals else following, kinds.get(option)
-        choices = {get_args(part)[0] if get_origin(part) is Annotated else part for part in choices_of(kind)}
+        parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        choices = {get_args(part)[0] if get_origin(part) is Annotated else part for part in parts}
         simple = get_origin(kind) is Literal or choices <= {int, float, bool, type(None)}
         if kind is not None and simple and "#" in value:
             raise InputError(f"{option} is {value!r}: give the value without #")
-
-
-def choices_of(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def take_text_as_it_is(parser: ArgumentParser) -> None:
@@ -169,6 +151,16 @@ def add_paths(parser: ArgumentParser, help: str) -> None:
 def add_conditions(parser: ArgumentParser) -> None:
     help = "the table of the files' conditions, as data.conditions of train (default: unknown)"
     parser.add_argument("--conditions", type=str | None, help=help)
+
+
+def add_scoring(parser: ArgumentParser) -> None:
+    """The options of evaluate and score for how documents are scored."""
+    parser.add_argument("--stride", type=int | None, help="tokens from window to window; 1 is exact and slow "
+                        "(default: half the latents)")  # fmt: skip
+    parser.add_argument("--num_latents", type=int | None, help="latents per window (default: as trained)")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows per forward")
+    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the computation")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def names(paths: Any, option: str = "paths") -> tuple[str, ...]:

@@ -110,7 +110,7 @@ def train_verb(argv: list[str]) -> None:
     if origin is not None:
         origin.check(recipe)
 
-    from perceiver_ar.training import train
+    from perceiver_ar.training.main import train
 
     summary = train(recipe, resume=resume, find_batch=find_batch)
     if summary:  # empty on all ranks but the first
