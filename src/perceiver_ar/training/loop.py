@@ -24,9 +24,8 @@ from perceiver_ar.training.watch import Watch
 def fit(prepared: Prepared, track: Track) -> Training | None:
     """Trains to the end of the recipe. Returns None on other ranks than the first if the run stopped before the end.
 
-    Raises:
-        Interrupted: a signal stopped the run (first rank).
-        InputError: too little memory, or training diverged.
+    On the first rank raises Interrupted if a signal stopped the run, and InputError if training diverged; on each rank
+    InputError for too little memory.
     """
     recipe, first = prepared.recipe, prepared.resources.rank == 0
     checkpoints = Checkpoints(prepared.run.checkpoints, recipe.trainer.keep_best)
