@@ -143,6 +143,13 @@ def test_a_damaged_summary_is_named(tmp_path: Path, text: str) -> None:
         Run(tmp_path).summary()
 
 
+@pytest.mark.parametrize("text", ["{", "", "[]", "3", "out: 2024-99-99", "\udcff"])
+def test_a_damaged_recipe_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text, errors="surrogateescape")
+    with pytest.raises(InputError, match=r"recipe\.yaml is damaged"):
+        Run(tmp_path).recipe()
+
+
 def test_a_recipe_in_another_language_survives(tmp_path: Path, recipe: Recipe) -> None:
     run = Run(tmp_path)
     run.write_recipe(replace(recipe, paths=("Bücher/日本語", "a: b", "- c", "#d", "yes", "1e5", "it's\n")))

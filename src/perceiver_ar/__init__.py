@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from perceiver_ar.network.model import PerceiverAR
     from perceiver_ar.objective import next_token_loss
     from perceiver_ar.run import Run
-    from perceiver_ar.training import train
+    from perceiver_ar.training.main import train
 
 # Name -> module. Imported when first used, so that `perceiver-ar --help` does not wait for torch.
 _HOME = {
@@ -28,7 +28,7 @@ _HOME = {
     "generate": "generation",
     "next_token_loss": "objective",
     "stream": "generation",
-    "train": "training",
+    "train": "training.main",
 }
 
 __all__ = [

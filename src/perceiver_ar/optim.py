@@ -137,10 +137,9 @@ def make_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype = t
         rest = [p for name, p in parameters.items() if name not in hidden]
         optimizer: Optimizer = MuonAdamW(list(hidden.values()), pieces, rest, config, dtype)
     else:
+        # In local_conv each row, for one distance, is a vector of its own.
         matrices = [p for name, p in parameters.items() if p.ndim >= 2 and not name.endswith("local_conv")]
-        vectors = [
-            p for name, p in parameters.items() if p.ndim < 2 or name.endswith("local_conv")
-        ]  # a row for each distance
+        vectors = [p for name, p in parameters.items() if p.ndim < 2 or name.endswith("local_conv")]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         fused = True if any(p.is_cuda for p in vectors + matrices) else None
         optimizer = AdamW(groups, lr=config.adamw_lr, betas=config.betas, fused=fused)

@@ -45,9 +45,7 @@ class Origin:
         )
         run = Run.open(path)
         network, codec = PerceiverARConfig.load(run.path), run.codec()
-        if (
-            network.rotary and network.rotary_base is None
-        ):  # a longer context leaves the angles of positions as they are
+        if network.rotary and network.rotary_base is None:  # a longer context leaves the angles as they are
             network = network.replace(rotary_base=float(network.context_length))
         fitting = codec.fit(network)
         wrong = [f"{name} {value!r}" for name, value in vars(network).items() if value != getattr(fitting, name)]
@@ -105,8 +103,10 @@ class Origin:
             asked, own = _value(recipe, name), taken[name]
             before = own if self.recipe is None else _value(self.recipe, name)
             if asked not in (own, before, None, "auto") and not self._same_tokenizer(name, asked):
-                one = "none" if name == "data.condition_text" else self._tokenizer()
-                yield name, f"{name} is {asked!r} instead of {one if own is None else repr(own)}"
+                size = f"a tokenizer of {self.codec.plain.vocab_size:,} ids"
+                other = size if isinstance(self.codec.plain, TokenizerCodec) else "no tokenizer"
+                other = "none" if name == "data.condition_text" else other
+                yield name, f"{name} is {asked!r} instead of {other if own is None else repr(own)}"
 
     def _fixed(self) -> dict[str, str]:
         """Settings of `FREE` that this network fixes nevertheless, with the reason."""
@@ -118,10 +118,6 @@ class Origin:
         if self.network.learned_queries == "each":
             fixed["num_latents"] = "each with a learned query"
         return fixed
-
-    def _tokenizer(self) -> str:
-        is_one = isinstance(self.codec.plain, TokenizerCodec)
-        return f"a tokenizer of {self.codec.plain.vocab_size:,} ids" if is_one else "no tokenizer"
 
     def _same_tokenizer(self, name: str, asked: Any) -> bool:
         codec = self.codec.plain

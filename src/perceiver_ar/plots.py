@@ -1,4 +1,7 @@
-"""All plots. Import this module only where a plot is drawn: importing matplotlib is slow."""
+"""All plots, written atomically; the suffix of a plot's path chooses the format.
+
+Import this module only where a plot is drawn: importing matplotlib is slow.
+"""
 
 import math
 import os
@@ -10,8 +13,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from perceiver_ar.evaluation import Evaluation
 from perceiver_ar.files import atomic_path
@@ -47,7 +51,6 @@ def plot_loss(
     validation: Points = (),
     references: Mapping[str, float] | None = None,
     *,
-    x_label: str = "training tokens",
     y_label: str = "bits per token",
 ) -> None:
     """Draws the loss over a run: the training loss with its running mean, and the held-out loss.
@@ -55,7 +58,6 @@ def plot_loss(
     The first steps may lie outside of the plot: their steep fall would flatten the rest.
 
     Args:
-        path: the file; its suffix chooses the format. Written atomically.
         train, validation: (steps or tokens seen, bits), in rising order. Values that are not finite are left out.
         references: name -> bits, in the unit of the axis, drawn as horizontal lines, such as the bits of gzip.
     """
@@ -76,8 +78,8 @@ def plot_loss(
             labels.append((held_out_bits[-1], f"held out {held_out_bits[-1]:.2f}", ORANGE))
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _thousands(value)))
-        _finish(axes, heights, labels, x_label, y_label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        _finish(axes, heights, labels, "training tokens", y_label)
 
 
 def plot_context(
@@ -88,7 +90,6 @@ def plot_context(
     Bars show plus and minus one standard error.
 
     Args:
-        path: the file; its suffix chooses the format. Written atomically.
         evaluations: as from `evaluate_context_lengths`.
         references: name -> bits in the same unit, drawn as horizontal lines.
     """
@@ -97,9 +98,7 @@ def plot_context(
     lengths = [evaluation.context_length for evaluation in evaluations]
     bits, errors = [], []
     for evaluation in evaluations:
-        scale = 1.0
-        if per_byte and evaluation.bytes:
-            scale = evaluation.tokens / evaluation.bytes
+        scale = evaluation.tokens / evaluation.bytes if per_byte and evaluation.bytes else 1.0
         bits.append(evaluation.bits_per_token * scale)
         errors.append((evaluation.standard_error or 0.0) / math.log(2) * scale)
     with _picture(path) as axes:
@@ -128,15 +127,15 @@ def plot_scaling(
     """Draws the loss of runs against the FLOPs of their training.
 
     Args:
-        path: the file; its suffix chooses the format. Written atomically.
         points: size -> (FLOPs, loss) of its runs, the smallest size first.
         lines: size -> the same along the fit.
         best: (FLOPs, loss) with the best size for these FLOPs, in rising order.
     """
+    blues = LinearSegmentedColormap.from_list("", ["#9ecae9", "#0b3d75"])
     with _picture(path) as axes:
         labels, heights = list[Label](), [loss for runs in points.values() for _, loss in runs]
         for i, (size, runs) in enumerate(points.items()):
-            colour = _blend("#9ecae9", "#0b3d75", i / max(1, len(points) - 1))
+            colour = to_hex(blues(i / max(1, len(points) - 1)))
             axes.plot(*_arrays(lines[size]), color=colour, linewidth=1.2)
             axes.plot(*_arrays(runs), color=colour, linestyle="", marker="o", markersize=5)
             labels.append((lines[size][-1][1], size, colour))
@@ -148,22 +147,10 @@ def plot_scaling(
         _finish(axes, [*heights, loss[-1]], labels, "FLOPs of training", y_label)
 
 
-def _blend(one: str, other: str, share: float) -> str:
-    pairs = zip(bytes.fromhex(one[1:]), bytes.fromhex(other[1:]), strict=True)
-    return "#" + bytes(round(a + share * (b - a)) for a, b in pairs).hex()
-
-
 def binary_count(value: float) -> str:
     """256 -> "256", 1024 -> "1k", 1536 -> "1.5k", 1048576 -> "1M"; others in full."""
     for unit, name in ((2**20, "M"), (2**10, "k")):
         if value >= unit and round(value) * 2 % unit == 0:
-            return f"{value / unit:g}{name}"
-    return f"{value:g}"
-
-
-def _thousands(value: float) -> str:
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
             return f"{value / unit:g}{name}"
     return f"{value:g}"
 

@@ -11,30 +11,16 @@ class ProgressBar:
     """A bar with the share done, the time so far and the time left, in a `with` block. It disappears at the end."""
 
     def __init__(self, what: str, total: float, console: "Console | None" = None, enabled: bool = True) -> None:
-        """
-        Args:
-            what: the text in front of the bar.
-            total: the amount that is 100%.
-            console: where messages go meanwhile, so that they appear above the bar; None: stderr.
-            enabled: False: show nothing.
-        """
+        """what: the text in front of the bar. total: the amount that is 100%. console: where messages go meanwhile, so
+        that they appear above the bar; None: stderr. enabled: False: show nothing."""
         self.bar: Any = None
         if not (enabled and (sys.stderr.isatty() if console is None else console.is_terminal)):
             return
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("left"),
-        )  # fmt: skip
+        text, bar, share, left = Progress.get_default_columns()
+        columns = text, bar, share, TimeElapsedColumn(), left, TextColumn("left")
         self.bar = Progress(*columns, console=console or Console(stderr=True), transient=True)
         self.task = self.bar.add_task(what, total=total)
 

@@ -6,10 +6,12 @@ import platform
 import re
 from collections.abc import Iterator, Mapping
 from html import escape
+from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from perceiver_ar import __version__
 from perceiver_ar.files import write_text
 from perceiver_ar.run import Run
 
@@ -80,7 +82,7 @@ def write_report(run: Run, summary: Mapping[str, Any]) -> Path:
             for name, values in {"run": general, **groups}.items()
         ),
         summary=rows(summary),
-        versions=escape(versions()),
+        versions=f"perceiver-ar {__version__}, torch {version('torch')}, Python {platform.python_version()}",
     )
     path = run.path / "report.html"
     write_text(path, text)
@@ -106,15 +108,12 @@ def facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def samples(folder: Path) -> Iterator[str]:
     """HTML of the last step's samples, shown by kind, and of earlier texts, folded."""
-    steps: dict[str, list[Path]] = {}
+    steps: dict[int, list[Path]] = {}
     for path in sorted(folder.glob("step-*")):
-        if not re.match(r"step-\d+(-|$)", path.stem):
-            continue  # not one of ours
-        steps.setdefault("-".join(path.stem.split("-")[:2]), []).append(path)
-    steps = dict(sorted(steps.items(), key=lambda item: int(item[0].removeprefix("step-"))))  # 1000000 behind 999999
-    for i, (step, paths) in enumerate(reversed(steps.items())):
-        number = int(step.removeprefix("step-"))
-        title = f"What it writes after step {number:,}"
+        if match := re.match(r"step-(\d+)(-|$)", path.stem):  # else it is not one of ours
+            steps.setdefault(int(match[1]), []).append(path)
+    for i, (step, paths) in enumerate(sorted(steps.items(), reverse=True)):
+        title = f"What it writes after step {step:,}"
         shown = "\n".join(sample(path) for path in paths)
         if i == 0:
             yield f"<h2>{title}</h2>\n{shown}"
@@ -143,11 +142,3 @@ def rows(values: Mapping[str, Any]) -> str:
         f"<tr><td>{escape(str(name))}</td><td><code>{escape(json.dumps(value, ensure_ascii=False))}</code></td></tr>"
         for name, value in values.items()
     )
-
-
-def versions() -> str:
-    from importlib.metadata import version
-
-    from perceiver_ar import __version__
-
-    return f"perceiver-ar {__version__}, torch {version('torch')}, Python {platform.python_version()}"

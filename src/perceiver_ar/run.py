@@ -83,11 +83,12 @@ class Run:
         try:
             text = self.recipe_file.read_text(encoding="utf-8")
             settings = load_yaml(text)
-            if isinstance(settings, dict) and not has_blocks(settings.get("trainer")):
+            trainer = settings.get("trainer") if isinstance(settings, dict) else None
+            if not isinstance(trainer, dict) or "blocks" not in trainer:
                 settings = yaml.safe_load(text)  # older runs were written with it: `out: 1e-3` is text there
         except FileNotFoundError:
             raise InputError(f"{self.path} holds no recipe.yaml, so it is not a run of perceiver-ar") from None
-        except (yaml.YAMLError, UnicodeDecodeError):
+        except (yaml.YAMLError, ValueError):
             raise InputError(f"{self.recipe_file} is damaged (not YAML): restore it, or train again") from None
         if not isinstance(settings, dict):
             raise InputError(f"{self.recipe_file} is damaged (not a mapping): restore it, or train again")
@@ -167,8 +168,3 @@ class Run:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_text(self.summary_file, json.dumps(summary, indent=2) + "\n")
-
-
-def has_blocks(trainer: Any) -> bool:
-    """Whether a recipe is from after `trainer.blocks` was added."""
-    return isinstance(trainer, dict) and "blocks" in trainer

@@ -98,7 +98,7 @@ def test_rows_can_be_copied_and_put_in_another_order_each_with_its_own_memory() 
     assert torch.equal(values[2], -keys[2])
     assert torch.equal(keys[2], before[1])
     assert torch.equal(cache.cross.layers[0][0], before)
-    several.copy_row(1, 3)
+    several.copy_from(several, 1, 3)
     assert several.cross.counts.tolist() == [3, 3, 2, 3]
     assert torch.equal(keys[3, :, :3], keys[1, :, :3])
 

@@ -64,7 +64,7 @@ def convert(run: str, file: str, out: str, what: str, work: Callable[..., bytes]
     began, opened = time.perf_counter(), Run.open(run)
     try:
         with ProgressBar(what, 1.0) as bar:
-            result = work(opened, data, lambda share: bar.update(share))
+            result = work(opened, data, bar.update)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     with atomic_path(target) as temporary:

@@ -134,12 +134,10 @@ def export_verb(argv: list[str]) -> None:
 
 def export_huggingface(run: "Run", directory: Path) -> dict[str, Any]:
     """Writes a run for transformers into `directory` and returns the facts to print."""
-    from perceiver_ar.data.codec import missing_extra
+    from perceiver_ar.data.codec import importing
 
-    try:
+    with importing("hf"):
         from perceiver_ar import huggingface
-    except ImportError as error:
-        raise missing_extra("hf", error) from None
     codec = run.codec_if_any()
     huggingface.export(huggingface.PerceiverARForCausalLM.from_pretrained(run.path), codec, directory)
     return {"files": sorted(file.name for file in directory.iterdir()), "codec": None if codec is None else codec.name}

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceiver_ar.cli.options import add_conditions, add_paths, make_parser, names, parse
+from perceiver_ar.cli.options import add_conditions, add_paths, add_scoring, make_parser, names, parse
 from perceiver_ar.cli.prompts import of_trained, to_device
 from perceiver_ar.config import Recipe
 from perceiver_ar.errors import InputError, require
@@ -32,16 +32,11 @@ def evaluate_verb(argv: list[str]) -> None:
     parser.add_argument("run", type=str, help="a run directory")
     add_paths(parser, "files as for train; none: the documents that the run held out")
     add_conditions(parser)
-    parser.add_argument("--stride", type=int | None, help="tokens from window to window; 1 is exact and slow "
-                        "(default: half the latents)")  # fmt: skip
-    parser.add_argument("--num_latents", type=int | None, help="latents per window (default: as trained)")
     parser.add_argument(
         "--context_lengths", type=str | None, help="compare these context lengths in a table, a CSV file and a plot"
     )
     parser.add_argument("--max_tokens", type=int | None, help="score only the first MAX_TOKENS tokens")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows per forward")
-    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the computation")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add_scoring(parser)
     args = parse(parser, argv)
     lengths = parse_lengths(args.context_lengths)
 
@@ -127,16 +122,12 @@ def describe(result: "Evaluation") -> str:
         f"perplexity       {result.perplexity:.3f}",
         f"tokens scored    {result.tokens:,}",
     ]
-    for unit in (unit for unit, amount in result.amounts.items() if amount > 0):
-        lines.append(
-            f"{'per ' + unit:<17}{result.nats_per(unit):.4f} nats, {result.bits_per(unit):.4f} bits "
-            f"({amount_words(result.amounts[unit])} {unit}s)"
-        )
+    for unit, amount in result.amounts.items():
+        if amount > 0:
+            count = f"{amount:,.0f}" if amount >= 100 or amount == round(amount) else f"{amount:.3g}"
+            per = f"{result.nats_per(unit):.4f} nats, {result.bits_per(unit):.4f} bits"
+            lines.append(f"{'per ' + unit:<17}{per} ({count} {unit}s)")
     return "\n".join(lines)
-
-
-def amount_words(amount: float) -> str:
-    return f"{amount:,.0f}" if amount >= 100 or amount == round(amount) else f"{amount:.3g}"
 
 
 def show_context_table(run: "Run", results: "list[Evaluation]", references: dict[str, float], as_json: bool) -> None:

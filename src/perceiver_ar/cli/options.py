@@ -8,34 +8,13 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import (
-    ArgumentParser,
-    DefaultHelpFormatter,
-    Namespace,
-    set_dumper,
-    set_loader,
-)
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_dumper, set_loader
 
 from perceiver_ar.config import dump_yaml, load_yaml, unknown_words
 from perceiver_ar.errors import InputError
 
-PATHS = (
-    "out",
-    "against",
-    "file",
-    "picture",
-    "run",
-    "checkpoint",
-    "init_from",
-    "base",
-    "prompt_file",
-    "soundfont",
-    "data.tokenizer",
-    "data.conditions",
-    "conditions",
-    "data.audio_weights",
-    "settings",
-)
+PATHS = ("out", "against", "file", "picture", "run", "checkpoint", "init_from", "base", "prompt_file", "soundfont",
+         "data.tokenizer", "data.conditions", "conditions", "data.audio_weights", "settings")  # fmt: skip
 """Options that name a file or folder; ~ is the home directory, as in the paths to train on."""
 
 set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
@@ -45,8 +24,7 @@ set_dumper("yaml", dump_yaml)
 def parse(parser: ArgumentParser, argv: list[str], shown: Collection[str] = ()) -> Namespace:
     """Parses `argv`. `--help` shows the options in `shown` (empty: all), `--help=all` shows all.
 
-    Raises:
-        InputError: an unknown option or an invalid value.
+    Raises InputError for an unknown option or an invalid value.
     """
     if "--help=all" in argv:
         argv = ["--help"]
@@ -85,14 +63,11 @@ def refuse_comments(parser: ArgumentParser, argv: list[str]) -> None:
     for word, following in zip(argv, [*argv, ""][1:], strict=True):
         option, equals, value = word.partition("=")
         value, kind = value if equals else following, kinds.get(option)
-        choices = {get_args(part)[0] if get_origin(part) is Annotated else part for part in choices_of(kind)}
+        parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        choices = {get_args(part)[0] if get_origin(part) is Annotated else part for part in parts}
         simple = get_origin(kind) is Literal or choices <= {int, float, bool, type(None)}
         if kind is not None and simple and "#" in value:
             raise InputError(f"{option} is {value!r}: give the value without #")
-
-
-def choices_of(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def take_text_as_it_is(parser: ArgumentParser) -> None:
@@ -134,13 +109,10 @@ def plain(message: str, known: list[str]) -> str:
     if match := re.fullmatch(r"argument (--[\w.-]+): expected one argument", message):
         return f"{match[1]} has no value; one that begins with a dash needs an equals sign, as in {match[1]}=-x"
     message = message.replace('Parser key "config": ', "--config: ")
-    match = WRONG_TYPE.fullmatch(message)
-    kinds = (
-        []
-        if match is None
-        else ["".join(found) for found in re.findall(r"'(\w+)'|(tuple)\[|Annotated\[(\w+)", match["kinds"])]
-    )
-    if match is None or not kinds:
+    if not (match := WRONG_TYPE.fullmatch(message)):
+        return message
+    kinds = ["".join(found) for found in re.findall(r"'(\w+)'|(tuple)\[|Annotated\[(\w+)", match["kinds"])]
+    if not kinds:
         return message
     if match["option"] in ("max_time", "trainer.checkpoint_every") and match["value"].isdecimal():
         return f"--{match['option']} is {match['value']}: give a unit, as in {match['value']}s"
@@ -181,6 +153,16 @@ def add_conditions(parser: ArgumentParser) -> None:
     parser.add_argument("--conditions", type=str | None, help=help)
 
 
+def add_scoring(parser: ArgumentParser) -> None:
+    """The options of evaluate and score for how documents are scored."""
+    parser.add_argument("--stride", type=int | None, help="tokens from window to window; 1 is exact and slow "
+                        "(default: half the latents)")  # fmt: skip
+    parser.add_argument("--num_latents", type=int | None, help="latents per window (default: as trained)")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows per forward")
+    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the computation")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
 def names(paths: Any, option: str = "paths") -> tuple[str, ...]:
     """The paths, or the texts of another option, as a tuple; a --config file may give one, several or none."""
     found = (paths,) if isinstance(paths, str) else paths or ()
@@ -188,19 +170,3 @@ def names(paths: Any, option: str = "paths") -> tuple[str, ...]:
         what = "names of files or folders" if option == "paths" else "a text, or a list of texts"
         raise InputError(f"{option} is {paths!r}: it must be {what}")
     return tuple(found)
-
-
-def option_values(argv: list[str], option: str) -> list[str]:
-    """All values of an option that must be known before parsing."""
-    found = []
-    for i, word in enumerate(argv):
-        if word == option and i + 1 < len(argv):
-            found.append(argv[i + 1])
-        elif word.startswith(option + "="):
-            found.append(word[len(option) + 1 :])
-    return found
-
-
-def option_value(argv: list[str], option: str) -> str | None:
-    """The last value of an option that must be known before parsing; None if it is missing."""
-    return next(reversed(option_values(argv, option)), None)

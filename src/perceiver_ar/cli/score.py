@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver_ar.cli.evaluate import describe, documents_to_score
-from perceiver_ar.cli.options import add_conditions, add_paths, make_parser, names, parse
+from perceiver_ar.cli.options import add_conditions, add_paths, add_scoring, make_parser, names, parse
 from perceiver_ar.cli.prompts import to_device
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.progress import ProgressBar
@@ -35,12 +35,7 @@ def score_verb(argv: list[str]) -> None:
     parser.add_argument("--tokens", action="store_true", help="write a second table, OUT-tokens, with every token")
     parser.add_argument("--against", type=str | None, help="another run, to compare with on the same documents")
     parser.add_argument("--picture", type=str | None, help="draw where the first document is surprising, as .png")
-    parser.add_argument("--stride", type=int | None, help="tokens from window to window; 1 is exact and slow "
-                        "(default: half the latents)")  # fmt: skip
-    parser.add_argument("--num_latents", type=int | None, help="latents per window (default: as trained)")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows per forward")
-    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the computation")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add_scoring(parser)
     args = parse(parser, argv)
     require(not args.tokens or args.out is not None, "--tokens writes a table beside --out: give --out, too")
     if args.picture is not None and Path(args.picture).suffix.lower() != ".png":

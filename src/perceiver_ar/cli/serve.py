@@ -26,12 +26,10 @@ def serve_verb(argv: list[str]) -> None:
     parser.add_argument("--device", type=str | None, help="such as cpu or cuda:1 (default: a GPU if there is one)")
     args = parse(parser, argv)
 
-    from perceiver_ar.data.codec import missing_extra
+    from perceiver_ar.data.codec import importing
 
-    try:
+    with importing("serve"):
         from perceiver_ar.serving.server import serve
-    except ModuleNotFoundError as error:
-        raise missing_extra("serve", error) from None
     options = args.as_dict()
     options.pop("config")
     serve(options.pop("run"), **options)

@@ -1,23 +1,17 @@
 """perceiver-ar train."""
 
+import argparse
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-from jsonargparse import (
-    Namespace,
-    set_parsing_settings,
-)
+from jsonargparse import Namespace, set_parsing_settings
 
-from perceiver_ar.cli.options import add_paths, make_parser, names, option_value, option_values, parse
+from perceiver_ar.cli.options import add_paths, make_parser, names, parse
 from perceiver_ar.config import BEFORE, PRESETS, Recipe, load_yaml, names_all
-from perceiver_ar.errors import InputError
-
-if TYPE_CHECKING:
-    from perceiver_ar.origin import Origin
-
+from perceiver_ar.errors import InputError, require
 
 SHOWN = (
     *("help", "config", "resume", "preset", "out", "init_from", "max_time", "max_steps", "modality"),
@@ -58,41 +52,46 @@ def train_verb(argv: list[str]) -> None:
     )
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the docstrings of the settings are the help
     parser.add_class_arguments(Recipe, skip={"paths"})
-    from_files: dict[str, Any] = {}
-    if "--resume" in argv:
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # for the defaults of the others
+    early.add_argument("--config", nargs="?", action="append", default=[])
+    for name in ("--out", "--preset", "--init_from"):
+        early.add_argument(name, nargs="?")
+    given, _ = early.parse_known_args(argv)
+    resuming, from_files = "--resume" in argv, dict[str, Any]()
+    if resuming:
         from perceiver_ar.run import Run
 
-        out = option_value(argv, "--out")
-        if out is None:
+        if given.out is None:
             raise InputError("--resume needs the run to go on with: give --out RUN")
-        if option_value(argv, "--preset") is not None:
-            raise InputError("--resume goes on with the same model, so --preset changes nothing: leave it out")
-        if option_value(argv, "--init_from") is not None:
-            raise InputError(
-                "--resume goes on with the run's own weights, so --init_from changes nothing: leave it out"
-            )
-        run = Run.open(os.path.expanduser(out))
+        for name, unchanged in (("preset", "the same model"), ("init_from", "the run's own weights")):
+            if getattr(given, name) is not None:
+                raise InputError(f"--resume goes on with {unchanged}, so --{name} changes nothing: leave it out")
+        run = Run.open(os.path.expanduser(given.out))
         run.recipe()  # raises a clear InputError if it is unusable
         argv = ["--config", str(run.recipe_file), *argv]
         from_files |= run.recipe_dict()
     else:
-        for config_file in map(os.path.expanduser, option_values(argv, "--config")):
-            from_files |= settings_in(Path(config_file))
+        for config_file in filter(None, given.config):
+            from_files |= settings_in(Path(os.path.expanduser(config_file)))
     for group, before in BEFORE.items():
-        if "--resume" in argv or names_all(group, from_files.get(group)):
+        if resuming or names_all(group, from_files.get(group)):
             parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})
-    preset = option_value(argv, "--preset") or from_files.get("preset")
+    preset = given.preset or from_files.get("preset")
     if preset is not None:
         if names_all("model", from_files.get("model")):
             raise InputError("leave out the preset: the --config file has every setting of the network")
         if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
         parser.set_defaults({f"model.{name}": value for name, value in PRESETS[preset].items()})
-    init_from = option_value(argv, "--init_from") or from_files.get("init_from")
-    origin = (
-        open_origin(init_from, preset) if init_from and isinstance(init_from, str) and "--resume" not in argv else None
-    )
-    if origin is not None:
+    init_from, origin = given.init_from or from_files.get("init_from"), None
+    if init_from and isinstance(init_from, str) and not resuming:
+        from perceiver_ar.origin import Origin
+
+        require(
+            preset is None,
+            "--init_from takes the network of a run, so --preset changes nothing: leave out one of them",
+        )
+        origin = Origin.open(os.path.expanduser(init_from))
         parser.set_defaults(origin.settings())  # then a setting that differs was given by the user
     for name in ("resume", "find_batch"):
         if from_files.get(name):
@@ -111,7 +110,7 @@ def train_verb(argv: list[str]) -> None:
     if origin is not None:
         origin.check(recipe)
 
-    from perceiver_ar.training import train
+    from perceiver_ar.training.main import train
 
     summary = train(recipe, resume=resume, find_batch=find_batch)
     if summary:  # empty on all ranks but the first
@@ -127,12 +126,3 @@ def settings_in(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         raise InputError(f"--config {file} is not YAML: give a file of settings") from None
     return settings if isinstance(settings, dict) else {}
-
-
-def open_origin(path: str, preset: str | None) -> "Origin":
-    """The trained run that `--init_from` names."""
-    from perceiver_ar.origin import Origin
-
-    if preset is not None:
-        raise InputError("--init_from takes the network of a run, so --preset changes nothing: leave out one of them")
-    return Origin.open(os.path.expanduser(path))

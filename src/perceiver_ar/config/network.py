@@ -186,18 +186,12 @@ class PerceiverARConfig:
             self.local_context == 1 or self.latent_keys == "context",
             f"local_context is {self.local_context}: that needs latent_keys 'context'; or set it to 1",
         )
-        require(
-            self.width_embed == self.dim or self.query_proj or self.learned_queries != "none",
-            f"embed_dim {self.width_embed} differs from dim {self.dim}: that needs query_proj or learned_queries",
-        )
-        require(
-            self.width_embed == self.dim or self.latent_keys == "context",
-            f"embed_dim {self.width_embed} differs from dim {self.dim}: that needs latent_keys 'context'",
-        )
-        require(
-            self.width_embed == self.dim or not self.tie_embeddings,
-            f"embed_dim {self.width_embed} differs from dim {self.dim}: tie_embeddings needs them equal",
-        )
+        if self.width_embed != self.dim:
+            differs = f"embed_dim {self.width_embed} differs from dim {self.dim}"
+            made = self.query_proj or self.learned_queries != "none"
+            require(made, f"{differs}: that needs query_proj or learned_queries")
+            require(self.latent_keys == "context", f"{differs}: that needs latent_keys 'context'")
+            require(not self.tie_embeddings, f"{differs}: tie_embeddings needs them equal")
         require(
             not self.index_dims or self.position_table != "none",
             f"index_dims is {self.index_dims} but position_table is 'none': set position_table",

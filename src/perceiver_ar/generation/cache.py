@@ -106,11 +106,8 @@ class KeysValues:
         layers = [(k[first:last], v[first:last]) for k, v in self.layers]
         return KeysValues(layers, self.room, self.counts[first:last])
 
-    def copy_row(self, source: int, target: int) -> None:
-        self.copy_from(self, source, target)
-
     def copy_from(self, other: "KeysValues", source: int, target: int) -> None:
-        """Copies row `source` of another cache, of equal room, to row `target`."""
+        """Copies row `source` of another cache of equal room, or of this one, to row `target`."""
         assert other.room == self.room
         held = min(int(other.counts[source]), self.room)
         for layer, theirs in zip(self.layers, other.layers, strict=True):
@@ -204,10 +201,6 @@ class Cache:
 
     def rows(self, first: int, last: int) -> "Cache":
         return Cache(self.cross.rows(first, last), self.self_attention.rows(first, last))
-
-    def copy_row(self, source: int, target: int) -> None:
-        self.cross.copy_row(source, target)
-        self.self_attention.copy_row(source, target)
 
     def copy_from(self, other: "Cache", source: int, target: int) -> None:
         self.cross.copy_from(other.cross, source, target)

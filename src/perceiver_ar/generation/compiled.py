@@ -63,8 +63,7 @@ def compile_and_run(
 ) -> Tensor:
     """Runs a `compiled_step`, which is compiled first if necessary.
 
-    Raises:
-        InputError: the step does not compile, for example because there is no C++ compiler.
+    Raises InputError if it does not compile, for example because there is no C++ compiler.
     """
     from torch._dynamo import config as dynamo_config  # a second to import
     from torch._dynamo.exc import BackendCompilerFailed

@@ -92,7 +92,7 @@ class Decoder:
             if not going_on[slot]:
                 last = len(self.rows) - 1
                 if slot < last:
-                    self.cache.copy_row(last, slot)
+                    self.cache.copy_from(self.cache, last, slot)
                     self.rows[slot] = self.rows[last]
                 self.rows.pop()
                 if self.slots is None:

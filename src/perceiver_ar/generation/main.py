@@ -125,19 +125,12 @@ def stream(
     )
     require(config.cacheable or not compile, "compile needs a cache, which these settings rule out: leave compile out")
     stops = [(int(token),) for token in stop_tokens] + [tuple(map(int, sequence)) for sequence in stop_sequences]
-    for stop in stops:
-        require(len(stop) > 0, "a stop sequence is empty: give at least one id, or leave it out")
-        for token in stop:
-            require(
-                0 <= token < config.vocab_size,
-                f"a stop token or sequence has id {token}: this model's ids are 0 ... {config.vocab_size - 1}",
-            )
+    require(all(stops), "a stop sequence is empty: give at least one id, or leave it out")
     require(not (slide and pinned), "slide drops the oldest tokens one by one, pinned ones too: leave out one of them")
-    for token in pinned:
-        require(
-            0 <= token < config.vocab_size,
-            f"pinned has id {token}: this model's ids are 0 ... {config.vocab_size - 1}",
-        )
+    for name, ids in (*(("a stop token or sequence", stop) for stop in stops), ("pinned", pinned)):
+        for id in ids:
+            known = 0 <= id < config.vocab_size
+            require(known, f"{name} has id {id}: this model's ids are 0 ... {config.vocab_size - 1}")
     prompts = prompt_rows(prompt, config.vocab_size)
     generators = _generators(seed, len(prompts) * num_samples)
     settings = RowSettings(
@@ -161,13 +154,13 @@ def stream(
         logprobs = torch.empty(len(rows), dtype=torch.float64)
         logits: Tensor | None = None
         modules = list(model.modules())
-        with _inference(modules):
+        with _evaluating(modules), torch.inference_mode():
             if config.cacheable:
                 decoder = Decoder(model, rows, num_samples, max_new_tokens, compile)
             else:
                 decoder = Recomputing(model, rows)
         while decoder.rows:
-            with _inference(modules):
+            with _evaluating(modules), torch.inference_mode():
                 fresh = decoder.next_logits()
                 drawn, all_logprobs = draw(decoder.rows, fresh)
                 order = torch.tensor([row.index for row in decoder.rows])
@@ -200,16 +193,14 @@ def generate(model: PerceiverAR, prompt: Prompt, max_new_tokens: int, **settings
         InputError: see `stream`.
     """
     rows = prompt_rows(prompt, model.config.vocab_size)
-    steps = stream(model, rows, max_new_tokens=max_new_tokens, **settings)
-    columns = [step.tokens for step in steps]
+    columns = [step.tokens for step in stream(model, rows, max_new_tokens=max_new_tokens, **settings)]
     return torch.stack(columns, dim=1) if columns else rows[0].new_empty(len(rows) * settings.get("num_samples", 1), 0)
 
 
 def prompt_rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:
     """The rows of a prompt, each (T,) int64, T its own.
 
-    Raises:
-        InputError: no rows, an empty row, or a value that is not an id below `vocab_size`; names the row and the id.
+    Raises InputError, with the row and the id, for no rows, an empty row, or a value that is no id below `vocab_size`.
     """
     if isinstance(prompt, Tensor | np.ndarray):
         require(prompt.ndim in (1, 2), f"the prompt has shape {tuple(prompt.shape)}: it must be (B, T) or (T,)")
@@ -254,12 +245,6 @@ def _generators(seed: int | Sequence[int] | None, rows: int) -> list[torch.Gener
     for generator, one in zip(generators, seeds, strict=True):
         generator.manual_seed(int(one) % 2**64)
     return generators
-
-
-@contextmanager
-def _inference(modules: Sequence[nn.Module]) -> Iterator[None]:
-    with _evaluating(modules), torch.inference_mode():
-        yield
 
 
 def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:

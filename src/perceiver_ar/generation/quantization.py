@@ -9,10 +9,8 @@ def int8_weights(model: nn.Module) -> None:
     """Rounds the weights of all linear layers to int8, in place: 255 equal steps for each output.
 
     Embeddings and activations keep their dtype; bfloat16 suits best. Compiled steps (`stream(..., compile=True)`) read
-    int8; others convert the weights back at every step, which is slow. Such weights cannot be trained or saved.
-
-    Raises:
-        InputError: torchao is not installed.
+    int8; others convert the weights back at every step, which is slow. Such weights cannot be trained or saved. Raises
+    InputError if torchao is not installed.
     """
     with importing("int8"):
         from torchao.quantization import Int8WeightOnlyConfig, quantize_

@@ -139,9 +139,7 @@ class Row:
     def adjust(self, logits: Tensor) -> Tensor:
         """Logits (V,) after penalties, processors and `allowed_next`.
 
-        Raises:
-            InputError: no id is allowed next, the logits become NaN or infinite, or `allowed_next` does not return a
-                mask.
+        Raises InputError if no id is left, the logits become NaN or infinite, or `allowed_next` returns no mask.
         """
         sampling, settings = self.settings.sampling, self.settings
         if settings.plain:
@@ -186,11 +184,8 @@ class Row:
 def draw(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], Tensor]:
     """Draws the next id of each row from its logits (rows, V), with its own settings and generator.
 
-    Returns the ids, and the log-probabilities (rows, V) of the given logits, in nats, float64 on the CPU.
-
-    Raises:
-        WeightsError: the logits are not finite.
-        InputError: a row has no allowed next id.
+    Returns the ids, and the log-probabilities (rows, V) of the given logits, in nats, float64 on the CPU. Raises
+    WeightsError if the logits are not finite, and InputError if a row has no allowed next id.
     """
     exact = logits.cpu().double()  # so draws of a seed do not depend on the device
     require_finite(exact)

@@ -49,7 +49,7 @@ def attend(q: Tensor, pieces: Sequence[Piece], *, dropout: float = 0.0) -> Tenso
     pieces = [piece for piece in pieces if piece.k.shape[2] > 0]
     assert pieces and all(not piece.causal or piece.k.shape[2] == q.shape[2] for piece in pieces)
     if _ordinary:
-        return _attend_masked(q, *_joined(pieces), pieces, dropout)
+        return _attend_masked(q, pieces, dropout)
     # On CUDA, PyTorch's own choice may be cuDNN, which plans anew for each number of keys (pytorch #196678).
     if dropout > 0.0 or q.device.type not in DEVICES:
         return _attend_whole(q, pieces, dropout)
@@ -260,11 +260,10 @@ _attention.register_autograd(_gradients, setup_context=_save)
 
 def _attend_whole(q: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
     """All keys in one call of PyTorch's attention: for dropout, on other devices than `DEVICES`, in compiled steps."""
-    k, v = _joined(pieces)
     plain = dropout == 0.0 and all(piece.mask is None for piece in pieces)
     if plain and (len(pieces) == 1 or not any(piece.causal for piece in pieces)):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=pieces[0].causal)
-    return _attend_masked(q, k, v, pieces, dropout)
+        return F.scaled_dot_product_attention(q, *_joined(pieces), is_causal=pieces[0].causal)
+    return _attend_masked(q, pieces, dropout)
 
 
 def _joined(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
@@ -274,8 +273,8 @@ def _joined(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
     return torch.cat([piece.k for piece in pieces], dim=2), torch.cat([piece.v for piece in pieces], dim=2)
 
 
-def _attend_masked(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
-    """`_attend_whole` under an explicit mask; `k` and `v` are those of all `pieces`, joined."""
+def _attend_masked(q: Tensor, pieces: Sequence[Piece], dropout: float) -> Tensor:
+    """`_attend_whole` under an explicit mask."""
     queries = q.shape[2]
     columns = []
     for piece in pieces:
@@ -285,5 +284,5 @@ def _attend_masked(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], dro
         columns.append(seen if piece.mask is None else seen & piece.mask[:, None, None, :])
     seen = torch.cat(columns, dim=-1)
     nothing = ~seen.any(-1, keepdim=True)  # softmax over nothing is NaN: let such a query see all, then drop the result
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen | nothing, dropout_p=dropout)
+    out = F.scaled_dot_product_attention(q, *_joined(pieces), attn_mask=seen | nothing, dropout_p=dropout)
     return out.masked_fill(nothing, 0.0)

@@ -157,13 +157,8 @@ def mix_local_context(ids: Tensor, rows: Tensor, taps: Tensor | None, at: Tensor
     """Embeddings of K tokens: (B, K, E), or with local context (B, K + 1 or 2 K, E).
 
     With local context, row i < K is that of the token before token i, and the last K rows are those of the tokens. The
-    former are for search by content, so no positions are added to them.
-
-    Args:
-        ids: as from `TokenSource.part`.
-        rows: their token embeddings.
-        taps: as in `Tables`.
-        at: from `position_vectors`.
+    former are for search by content, so no positions are added to them. The arguments: ids from `TokenSource.part`,
+    their token embeddings, the taps of `Tables`, and `position_vectors`.
     """
     if taps is None:
         return rows if at is None else rows + at

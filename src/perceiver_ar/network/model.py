@@ -211,10 +211,11 @@ class PerceiverAR(StoredModule):
 
     def streamed_modules(self) -> dict[str, nn.Module]:
         """Name -> module, for the modules whose weights streaming reads without calling them."""
-        layers = [(f"cross_attention.{c}", layer) for c, layer in enumerate(self.cross_attention)]
-        modules = {f"{name}.{part}": getattr(layer, part) for name, layer in layers for part in CrossLayer.STREAMED}
-        tables = {f"position_embed.{axis}": table for axis, table in enumerate(self.position_embed)}
-        return {"embed": self.embed, **tables, **modules}
+        modules: dict[str, Any] = {"embed": self.embed}
+        modules |= {f"position_embed.{axis}": table for axis, table in enumerate(self.position_embed)}
+        for c, layer in enumerate(self.cross_attention):
+            modules |= {f"cross_attention.{c}.{part}": getattr(layer, part) for part in ("context_norm", "kv_proj")}
+        return modules
 
     def embedded(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> EmbeddedTokens:
         """Embeds tokens, given as returned by `TokenSource.part`."""
@@ -251,8 +252,6 @@ class PerceiverAR(StoredModule):
 
 class CrossLayer(nn.Module):
     """Latents read the context: prefix and latents, each latent up to its own position; then an MLP."""
-
-    STREAMED = "context_norm", "kv_proj"
 
     def __init__(self, config: PerceiverARConfig) -> None:
         super().__init__()

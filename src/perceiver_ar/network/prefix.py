@@ -1,6 +1,7 @@
 """The forms of the prefix that cross-attention reads: held, streamed, or cached.
 
-Every form has one method, `attend`, which the layers call. The results are equal; time and memory differ.
+Every form has one method, `attend`, which the layers call: attention of the latents' queries (B, H, N, C) to the prefix
+and to the latents themselves, (B, H, N, C). The results are equal; time and memory differ.
 """
 
 from collections.abc import Callable
@@ -53,14 +54,6 @@ class Reader(Protocol):
     def keys_values(self, tokens: EmbeddedTokens) -> tuple[Tensor, Tensor]: ...
 
 
-class PrefixAttention(Protocol):
-    """One form of the prefix."""
-
-    def attend(self, layer: Reader, q: Tensor, latents: Piece) -> Tensor:
-        """Attention of the latents' queries (B, H, N, C) to the prefix and to the latents themselves (B, H, N, C)."""
-        ...
-
-
 class HeldPrefix(NamedTuple):
     """All prefix tokens are embedded, and their keys and values are held."""
 
@@ -96,6 +89,9 @@ class CachedPrefix(NamedTuple):
         return attend(q, self.update(latents.k, latents.v))
 
 
+PrefixAttention = HeldPrefix | StreamedPrefix | CachedPrefix
+
+
 def choose_chunk(
     config: PerceiverARConfig,
     prefix: TokenSource,
@@ -106,12 +102,8 @@ def choose_chunk(
 ) -> int:
     """Tokens per row in a piece if the prefix is streamed; 0: hold the prefix.
 
-    Args:
-        modules: those whose weights streaming reads, by name.
-        device: where the network computes.
-
-    Raises:
-        InputError: `prefix_chunk` or `group` demands streaming, but a module is not plain; `group` with dropout.
+    `modules`: those whose weights streaming reads, by name. `device`: where the network computes. Raises InputError if
+    `prefix_chunk` or `group` demands streaming, but a module is not plain; and for `group` with dropout.
     """
     chunk, length = config.prefix_chunk, prefix.length
     if group is not None:

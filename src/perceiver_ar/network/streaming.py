@@ -116,7 +116,7 @@ class _Reader:
         self.tables, rest = Tables.of(self.config, weights)
         norms = 2 if self.config.norm == "layernorm" else 1
         self.norm, self.projection = rest[:norms], [weight.to(dtype) for weight in rest[norms:]]
-        self.prefix, self.chunk = TokenSource(self.tables, *prefix)._replace(reach=reach(self.config)), chunk
+        self.prefix, self.chunk = TokenSource(self.tables, *prefix, reach(self.config)), chunk
         self.group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
         self.rank, self.ranks = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.first, self.end = (self.prefix.length * rank // self.ranks for rank in (self.rank, self.rank + 1))
@@ -127,20 +127,18 @@ class _Reader:
             ids, positions, mask = self.prefix.part(start, min(start + self.chunk, self.end))
             yield ids, coordinates(self.config, positions), mask
 
-    def sources(self, ids: Tensor, coords: Tensor) -> list[Tensor]:
+    def sources(self, ids: Tensor, coords: Tensor) -> dict[str, Any]:
         """The tensors from which `keys_values` makes a part's keys and values."""
         tables = [partial(F.embedding, weight=table) for table in self.tables.positions]
-        at, taps = position_vectors(tables, coords), self.tables.taps
+        optional = {"taps": self.tables.taps, "at": position_vectors(tables, coords)}
         rows = F.embedding(ids.clamp(min=0), self.tables.tokens)
-        return [x for x in (rows, taps, at, *self.norm, *self.projection) if x is not None]
+        given = {name: x for name, x in optional.items() if x is not None}
+        return {"rows": rows, **given, "norm": self.norm, "projection": self.projection}
 
-    def keys_values(self, ids: Tensor, rotary: Rotary | None, *sources: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, ids: Tensor, rotary: Rotary | None, sources: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Rotated keys, and values, each (B, H, K, C)."""
-        rest = list(sources[1:])
-        taps = rest.pop(0) if self.tables.taps is not None else None
-        at = rest.pop(0) if self.tables.positions else None
-        norm, projection = rest[: len(self.norm)], rest[len(self.norm) :]
-        h = mix_local_context(ids, sources[0], taps, at)
+        norm, projection = sources["norm"], sources["projection"]
+        h = mix_local_context(ids, sources["rows"], sources.get("taps"), sources.get("at"))
         width = h.shape[-1:]
         x = F.layer_norm(h, width, norm[0], norm[1]) if len(norm) == 2 else F.rms_norm(h, width, norm[0], eps=1e-5)
         K = ids.shape[1] - (self.prefix.reach if ids.ndim == 2 else 0)
@@ -152,7 +150,7 @@ class _Reader:
 
     def pieces(self) -> Iterator[Piece]:
         for ids, coords, mask in self.parts():
-            yield Piece(*self.keys_values(ids, self.rotary(coords), *self.sources(ids, coords)), mask=mask)
+            yield Piece(*self.keys_values(ids, self.rotary(coords), self.sources(ids, coords)), mask=mask)
 
     def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Merges this rank's output and lse with those of the other ranks."""
@@ -236,21 +234,20 @@ def _stream_backward(
             for weight in weights
         ]
         d_tables, d_rest = Tables.of(reader.config, d_weights)
-        d_taps = [] if d_tables.taps is None else [d_tables.taps]
         d_q = torch.zeros_like(q, dtype=lse.dtype)
         for ids, coords, part_mask in reader.parts():
             # Differentiates `keys_values` itself, so no formula is written down twice.
             make = partial(reader.keys_values, ids, reader.rotary(coords))
-            (part_k, part_v), gradients = torch.func.vjp(make, *reader.sources(ids, coords))  # type: ignore[misc]
+            (part_k, part_v), gradients = torch.func.vjp(make, reader.sources(ids, coords))  # type: ignore[misc]
             part_d_q, *d_piece = piece_gradients(d_out, q, Piece(part_k, part_v, mask=part_mask), out, lse)
             d_q.add_(part_d_q)
-            d_rows, *d_sources = gradients(tuple(d_piece))
-            _add_rows(d_tables.tokens, ids.clamp(min=0), d_rows)
-            if d_tables.positions:
-                d_at = d_sources.pop(len(d_taps))
-                for axis, total in enumerate(d_tables.positions):
-                    _add_rows(total, coords[..., axis], d_at)
-            for total, part in zip([*d_taps, *d_rest], d_sources, strict=True):
+            (d_sources,) = gradients(tuple(d_piece))
+            _add_rows(d_tables.tokens, ids.clamp(min=0), d_sources["rows"])
+            if d_tables.taps is not None:
+                d_tables.taps.add_(d_sources["taps"])
+            for axis, total in enumerate(d_tables.positions):
+                _add_rows(total, coords[..., axis], d_sources["at"])
+            for total, part in zip(d_rest, [*d_sources["norm"], *d_sources["projection"]], strict=True):
                 total.add_(part)
         reader.add_up(d_q, *d_weights)
         own_d_q, d_k, d_v = piece_gradients(d_out, q, Piece(k, v, causal=True, mask=own_mask), out, lse)

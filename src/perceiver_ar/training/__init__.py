@@ -8,19 +8,3 @@ With several devices every process (rank) runs all of this. Each takes a share o
 share of the prefix of the same micro-batches. All agree on the clock and on stopping; only the first one writes, prints
 and evaluates.
 """
-
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from perceiver_ar.training.main import train
-
-__all__ = ["train"]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports `train` on first use: the memory estimates in this package do not need it."""
-    if name != "train":
-        raise AttributeError(f"module 'perceiver_ar.training' has no attribute {name!r}")
-    from perceiver_ar.training.main import train
-
-    return train

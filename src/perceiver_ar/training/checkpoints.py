@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from perceiver_ar.errors import InputError
@@ -79,8 +79,7 @@ class Checkpoints:
     def newest(self) -> Checkpoint | None:
         """The newest intact one; None: there are no checkpoints. Adds damaged newer ones to `damaged`.
 
-        Raises:
-            InputError: there are checkpoints, and all are damaged.
+        Raises InputError if there are checkpoints, and all are damaged.
         """
         first: str | None = None
         for checkpoint in reversed(self.all()):
@@ -105,8 +104,8 @@ class Checkpoints:
         try:
             with atomic_path(path) as temporary:
                 yield temporary
-            content = asdict(Checkpoint(path, step, validation_bits, path.stat().st_size, checksum(path)))
-            content.pop("path")
+            content = {"step": step, "validation_bits": validation_bits}
+            content |= {"bytes": path.stat().st_size, "sha256": checksum(path)}
             write_text(manifest, json.dumps(content, indent=2) + "\n")
         finally:
             if not manifest.exists():

@@ -46,17 +46,6 @@ class StopAtOnce(BaseException):
     """A signal that does not wait for the running step."""
 
 
-def take_signals(handler: Callable[[int, Any], None] | signal.Handlers) -> dict[int, Any]:
-    """Installs `handler` for SIGINT, SIGTERM and SIGHUP; returns their earlier handlers.
-
-    Ignored signals stay ignored, as nohup needs. Only the main thread can handle signals; others do nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in wanted}
-
-
 def drop_terminal_after_hangup(number: int) -> None:
     """After a SIGHUP, discards output to the terminal: writing to a closed one raises OSError."""
     if number not in (signal.SIGINT, signal.SIGTERM):
@@ -65,19 +54,14 @@ def drop_terminal_after_hangup(number: int) -> None:
 
 
 @contextmanager
-def signals_taken_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    handlers = take_signals(handler)
-    try:
-        yield
-    finally:
-        while handlers:
-            signal.signal(*handlers.popitem())
+def signals_taken_by(handler: Callable[[int, Any], None] | signal.Handlers) -> Iterator[None]:
+    """Inside, `handler` handles SIGINT, SIGTERM and SIGHUP.
 
-
-@contextmanager
-def default_signals() -> Iterator[None]:
-    """Inside, a signal ends the process as if it had no handler; ignored ones stay ignored."""
-    handlers = take_signals(signal.SIG_DFL)
+    Ignored signals stay ignored, as nohup needs. Only the main thread can handle signals; in others nothing changes.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    wanted = [number for number in SIGNALS if main and signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, handler) for number in wanted}
     try:
         yield
     finally:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from perceiver_ar.config import Recipe
 from perceiver_ar.data.codec import Codec, load_codec, save_codec
@@ -21,44 +20,39 @@ from perceiver_ar.run import Run
 from perceiver_ar.training.console import say
 
 
-class Documents(NamedTuple):
-    modality: str
-    sources: list[Source]
-    held_out: list[Source] | None
-    """None: a share of `sources`."""
-
-
 def open_or_make_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile | None, Codec]:
     """The run's token files, for training and held out, and its codec. Made from the recipe's files unless they are
     there."""
     if (run.path / "codec.json").exists():  # written last
-        held_out = (run.tokens / "validation.json").exists()
-        validation = TokenFile.open(run.tokens / "validation") if held_out else None
+        measured = (run.tokens / "validation.json").exists()
+        validation = TokenFile.open(run.tokens / "validation") if measured else None
         return TokenFile.open(run.tokens / "train"), validation, load_codec(run.path)
     data = recipe.data
     table = None if data.conditions is None else ConditionTable.read(data.conditions)
-    documents = find_documents(run, recipe, table)
-    codec = load_codec(run.initial) if recipe.init_from is not None else new_codec(recipe, documents, table)
+    modality, sources, held_out = find_documents(run, recipe, table)
+    if recipe.init_from is not None:
+        codec = load_codec(run.initial)
+    else:
+        codec = new_codec(recipe, modality, sources, held_out or [], table)
     check_windows(replace(recipe, model=codec.fit(recipe.model)), codec)  # before hours of encoding
     if table is not None:
-        sources, held_out = table.apply(documents.sources, codec), documents.held_out
-        documents = documents._replace(sources=sources, held_out=held_out and table.apply(held_out, codec))
+        sources, held_out = table.apply(sources, codec), held_out and table.apply(held_out, codec)
         sizes = {field: f"{n} bytes" if isinstance(n, int) else f"{len(n):,}" for field, n in codec.conditions.items()}
         say(f"conditions: {', '.join(f'{field} ({size})' for field, size in sizes.items())}")
     elif codec.conditions:
         say(f"conditions are unknown ({', '.join(codec.conditions)}): there is no table data.conditions")
     tokens, validation = tokenise(
-        documents.sources,
+        sources,
         codec,
         run.tokens,
         validation_fraction=data.validation_fraction,
-        validation_sources=documents.held_out,
+        validation_sources=held_out,
         split_on=data.split_on,
         group_by=data.group_by,
         seed=recipe.seed,
     )
     save_codec(codec, run.path)
-    records = [source for source in documents.held_out or () if isinstance(source, Records)]
+    records = [source for source in held_out or () if isinstance(source, Records)]
     if unseen := {name for source in records for name in source.unseen}:
         names = ", ".join(sorted(unseen)[:5])
         say(f"the .bed file names records that are in no file, so they are not held out: {names}")
@@ -69,8 +63,13 @@ def open_or_make_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile 
     return tokens, validation, codec
 
 
-def find_documents(run: Run, recipe: Recipe, table: ConditionTable | None) -> Documents:
-    """The recipe's files and what they hold. Raises InputError for settings that do not fit them."""
+def find_documents(
+    run: Run, recipe: Recipe, table: ConditionTable | None
+) -> tuple[str, list[Source], list[Source] | None]:
+    """The modality of the recipe's files, those to train on, and those to hold out; None: a share of the first ones.
+
+    Raises InputError for settings that do not fit the files.
+    """
     data, modality = recipe.data, recipe.modality
     if any(path.startswith(HUB) for path in (*recipe.paths, *data.validation)):
         require(modality in ("auto", "text"), f"of the Hub only text is read: set modality to text, not {modality}")
@@ -104,14 +103,15 @@ def find_documents(run: Run, recipe: Recipe, table: ConditionTable | None) -> Do
     if modality in ("midi", "audio") and not ruled and (split := official_split(sources)):
         sources, held_out, line = split
         say(line)
-    return Documents(modality, sources, held_out)
+    return modality, sources, held_out
 
 
-def new_codec(recipe: Recipe, documents: Documents, table: ConditionTable | None) -> Codec:
+def new_codec(
+    recipe: Recipe, modality: str, sources: list[Source], held_out: list[Source], table: ConditionTable | None
+) -> Codec:
     """The codec of a run that starts from scratch."""
-    everything = [*documents.sources, *(documents.held_out or [])]
-    seen = everything if documents.modality == "integers" else documents.sources  # its ids are those in files
-    codec = make_codec(documents.modality, recipe.data, seen)
+    everything = [*sources, *held_out]
+    codec = make_codec(modality, recipe.data, everything if modality == "integers" else sources)  # ids are in all files
     if table is None:
         return codec
     require(

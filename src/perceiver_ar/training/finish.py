@@ -91,16 +91,12 @@ def draw_loss(
     """
     from perceiver_ar.plots import plot_loss
 
-    rows = read_metrics(run.metrics_file)
-    curves = {
-        name: [(float(row["tokens"]), float(row[name])) for row in rows if row[name]]
-        for name in ("train_bits", "validation_bits")
-    }
-    scale = tokens_per_byte or 1.0
+    rows, scale = read_metrics(run.metrics_file), tokens_per_byte or 1.0
     train, validation = (
-        [(tokens, scale * bits) for tokens, bits in points]
-        for points in (curves["train_bits"], curves["validation_bits"] + last)
+        [(float(row["tokens"]), scale * float(row[name])) for row in rows if row[name]]
+        for name in ("train_bits", "validation_bits")
     )
+    validation += [(tokens, scale * bits) for tokens, bits in last]
     plot_loss(
         run.plots / "loss.png",
         train,

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import shlex
+import signal
 
 import torch
 
@@ -10,14 +11,7 @@ from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.optim import lr_factor
 from perceiver_ar.training.batches import Batches
 from perceiver_ar.training.checkpoints import Checkpoints
-from perceiver_ar.training.console import (
-    Interrupted,
-    StopAtOnce,
-    StopRequest,
-    default_signals,
-    say,
-    signals_taken_by,
-)
+from perceiver_ar.training.console import Interrupted, StopAtOnce, StopRequest, say, signals_taken_by
 from perceiver_ar.training.prepare import Prepared
 from perceiver_ar.training.resources import FABRIC_PRECISIONS, launch_fabric
 from perceiver_ar.training.saving import newest, read_checkpoint
@@ -30,9 +24,8 @@ from perceiver_ar.training.watch import Watch
 def fit(prepared: Prepared, track: Track) -> Training | None:
     """Trains to the end of the recipe. Returns None on other ranks than the first if the run stopped before the end.
 
-    Raises:
-        Interrupted: a signal stopped the run (first rank).
-        InputError: too little memory, or training diverged.
+    On the first rank raises Interrupted if a signal stopped the run, and InputError if training diverged; on each rank
+    InputError for too little memory.
     """
     recipe, first = prepared.recipe, prepared.resources.rank == 0
     checkpoints = Checkpoints(prepared.run.checkpoints, recipe.trainer.keep_best)
@@ -43,8 +36,8 @@ def fit(prepared: Prepared, track: Track) -> Training | None:
     go_on = f"perceiver-ar train --out {shlex.quote(str(prepared.run.path))} --resume"
     try:
         with signals_taken_by(request.on_signal):
-            with default_signals():  # other processes may never come, and waiting for them hears no handler
-                fabric = launch_fabric(prepared.resources, recipe.trainer, recipe.trainer.precision)
+            with signals_taken_by(signal.SIG_DFL):  # other processes may never come; waiting for them hears no handler
+                fabric = launch_fabric(prepared.resources, recipe.trainer)
             training = Training(model, recipe, fabric, None if found is None else read_checkpoint(found))
             stop = run_steps(prepared, training, checkpoints, request, track)
     except StopAtOnce:
@@ -74,8 +67,7 @@ def run_steps(
     recipe = prepared.recipe
     batches = Batches(prepared.windows, recipe, prepared.resources.rank)
     training.start_clock()
-    watch = Watch(prepared, training, checkpoints, track)
-    with watch:
+    with Watch(prepared, training, checkpoints, track) as watch:
         while not training.finished:
             factor = lr_factor(recipe.optim, training.progress)
             for group in training.optimizer.param_groups:

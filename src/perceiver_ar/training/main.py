@@ -35,7 +35,7 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
         Interrupted: SIGINT, SIGTERM or SIGHUP stopped it; the run can be resumed.
     """
     resources = resolve(recipe.trainer)
-    devices, ranks = resources.devices, recipe.trainer.prefix_ranks
+    first, devices, ranks = resources.rank == 0, resources.devices, recipe.trainer.prefix_ranks
     recipe = with_trainer(recipe, devices=devices)
     require(devices % ranks == 0, f"trainer.prefix_ranks is {ranks}: devices must be a multiple of it, not {devices}")
     run = Run(recipe.out)
@@ -56,19 +56,17 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
                 f"{run.path} is finished ({summary['steps']} steps), so there is nothing to do. "
                 f"To train it further, resume with a larger {options}."
             )
-            return summary if resources.rank == 0 else {}
-    with locked(run.path) if resources.rank == 0 else nullcontext():
+            return summary if first else {}
+    with locked(run.path) if first else nullcontext():
         prepared = prepare(run, recipe, resources, resume, find_batch)
-        tracker = recipe.trainer.tracker if resources.rank == 0 else "none"
-        recording = reason_recorded(run) if resources.rank == 0 else nullcontext()
-        tracked = with_trainer(prepared.recipe, tracker=tracker)
-        in_order = deterministic(recipe.trainer.deterministic)
-        with recording, tracking(run.path, tracked) as track, keep_freed_memory(), in_order:
+        recording = reason_recorded(run) if first else nullcontext()
+        in_order = deterministic() if recipe.trainer.deterministic else nullcontext()
+        with recording, tracking(run.path, prepared.recipe, first) as track, keep_freed_memory(), in_order:
             training = fit(prepared, track)
             if training is None:
                 return {}
             model = training.usable().eval()
-            if resources.rank > 0:
+            if not first:
                 return {}
             if training.patience.over:
                 reason = training.patience.reason(training.step)

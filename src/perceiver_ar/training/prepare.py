@@ -63,12 +63,12 @@ def prepare_first(run: Run, recipe: Recipe, resources: Resources, resume: bool, 
     check_tracker(recipe.trainer.tracker)
     if recipe.adapter is not None:
         import_peft()  # raises if it is missing
-    if not resume and recipe.init_from is not None:
-        recipe = Origin.open(recipe.init_from).complete(recipe)
-    if not resume and run.is_taken():
-        raise InputError(f"{run.path} already exists: give another --out, go on with --resume, or remove it")
     if resume:
         check_weights_have_a_checkpoint(run)
+    else:
+        if recipe.init_from is not None:
+            recipe = Origin.open(recipe.init_from).complete(recipe)
+        require(not run.is_taken(), f"{run.path} already exists: give another --out, go on with --resume, or remove it")
     run.remove_unfinished_files()
     prepared = None
     try:
@@ -94,13 +94,24 @@ def prepare_first(run: Run, recipe: Recipe, resources: Resources, resume: bool, 
 
 
 def with_tokens(run: Run, recipe: Recipe, resources: Resources) -> Prepared:
+    """Raises InputError for too few tokens, or settings that do not fit them or each other."""
     tokens, held_out, codec = open_or_make_tokens(run, recipe)
     require(
         held_out is not None or (recipe.trainer.patience is None and recipe.trainer.final_weights == "last"),
         "trainer.patience and final_weights best need held-out documents, and there are none: give --data.validation",
     )
     recipe = replace(recipe, model=codec.fit(recipe.model))
-    return Prepared(run, recipe, resources, make_windows(tokens, recipe, codec), held_out, codec)
+    check_windows(recipe, codec)
+    windows = TrainingWindows(
+        tokens,
+        recipe.model.context_length,
+        recipe.window_latents,
+        recipe.seed,
+        document_length=codec.document_length,
+        augment=codec.augment if recipe.data.augment else None,
+        forget=codec.forget if isinstance(codec, ConditionedCodec) else None,
+    )
+    return Prepared(run, recipe, resources, windows, held_out, codec)
 
 
 def copy_origin(run: Run, recipe: Recipe) -> None:
@@ -120,28 +131,13 @@ def with_trainer(recipe: Recipe, **settings: Any) -> Recipe:
     return replace(recipe, trainer=replace(recipe.trainer, **settings))
 
 
-def wait_for_first(run: Run, seconds: float = 24 * 3600.0) -> None:
+def wait_for_first(run: Run) -> None:
     """Waits until the first process has made the files that all read. If it fails, launchers end the others."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 24 * 3600
     while not (run.path / "codec.json").exists():
         if time.monotonic() > deadline:
             raise InputError(f"{run.path} does not appear: is it on a disk that all machines share?")
         time.sleep(0.1)
-
-
-def make_windows(tokens: TokenFile, recipe: Recipe, codec: Codec) -> TrainingWindows:
-    """The sequence of training windows. Raises InputError for too few tokens, or settings that do not fit."""
-    check_windows(recipe, codec)
-    model = recipe.model
-    return TrainingWindows(
-        tokens,
-        model.context_length,
-        recipe.window_latents,
-        recipe.seed,
-        document_length=codec.document_length,
-        augment=codec.augment if recipe.data.augment else None,
-        forget=codec.forget if isinstance(codec, ConditionedCodec) else None,
-    )
 
 
 def with_largest_micro_batch(recipe: Recipe, resources: Resources) -> Recipe:

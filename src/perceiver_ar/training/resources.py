@@ -95,12 +95,10 @@ def check_launcher(settings: TrainerConfig) -> None:
 
 def choose_device(settings: TrainerConfig, devices: int, machines: int) -> Literal["cpu", "cuda", "mps"]:
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if settings.device == "auto":
+    device = settings.device
+    if device == "auto":
         device = "cuda" if available["cuda"] else "mps" if available["mps"] and devices == 1 else "cpu"
-    else:
-        device = settings.device
-    if not available[device]:
-        raise InputError(f"trainer.device is {settings.device}, but this machine has none: use auto")
+    require(available[device], f"trainer.device is {device}, but this machine has none: use auto")
     if device == "cuda" and devices // machines > torch.cuda.device_count():
         raise InputError(
             f"trainer.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs: lower it"
@@ -138,7 +136,7 @@ def bfloat16_is_faster() -> bool:
     return 1.5 * seconds(torch.bfloat16) < seconds(torch.float32)
 
 
-def launch_fabric(resources: Resources, settings: TrainerConfig, precision: str) -> Fabric:
+def launch_fabric(resources: Resources, settings: TrainerConfig) -> Fabric:
     """Starts and connects all processes of the run, of which this is one."""
     strategy: DDPStrategy | ModelParallelStrategy | str = "auto"
     if resources.devices > 1:
@@ -151,18 +149,15 @@ def launch_fabric(resources: Resources, settings: TrainerConfig, precision: str)
         devices=resources.devices // resources.machines,
         num_nodes=resources.machines,
         strategy=strategy,
-        precision=FABRIC_PRECISIONS[precision],
+        precision=FABRIC_PRECISIONS[settings.precision],
     )
     fabric.launch()
     return fabric
 
 
 @contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Inside, if wanted, torch takes deterministic algorithms only."""
-    if not wanted:
-        yield
-        return
+def deterministic() -> Iterator[None]:
+    """Inside, torch takes deterministic algorithms only."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     torch.use_deterministic_algorithms(True)

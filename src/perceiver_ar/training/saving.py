@@ -35,10 +35,8 @@ def write_checkpoint(
 ) -> None:
     """Writes the weights and a checkpoint; each file replaces the previous one only when it is complete.
 
-    The checkpoint comes last: resuming from one at the end of the run does not save the weights again.
-
-    Raises:
-        OSError: they cannot be written; the earlier files are unchanged.
+    The checkpoint comes last: resuming from one at the end of the run does not save the weights again. Raises OSError
+    if they cannot be written; the earlier files are unchanged.
     """
     try:
         with checkpoints.writing(checkpoint["global_step"], validation_bits) as temporary:

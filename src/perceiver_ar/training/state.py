@@ -109,7 +109,8 @@ class Training:
         if not skip:
             self.loss_sum, self.losses = self.loss_sum + step_loss, self.losses + count
             self.update_mean()
-        if self.failures == self.most_failures:
+        most = 50 if self.recipe.trainer.precision == "fp16" else FAILURES  # the scaler of fp16 first lowers its scale
+        if self.failures == most:
             where = first_not_finite(self.model, lambda: self.loss.module(batch))
             self.trouble = (
                 f"training diverged: the {self.failures} steps up to {self.step} gave no finite gradients; {where}; "
@@ -129,32 +130,20 @@ class Training:
 
     def skips_step(self) -> bool:
         """Whether to skip the update because the gradient is not finite or a spike; the same on all ranks."""
-        if self.recipe.trainer.precision == "fp16" and not math.isfinite(self.grad_norm):
-            self.failures += 1
-            return False  # the scaler raises its scale until this happens, and skips such steps itself
-        reason = self.why_to_skip()
-        if math.isfinite(self.grad_norm):
-            self.failures = 0
-            self.norms = [*self.norms, self.grad_norm][-SPIKES:]
+        norm, factor, reason = self.grad_norm, self.recipe.optim.skip_spikes, None
+        if math.isfinite(norm):
+            if factor and len(self.norms) >= 10 and norm > factor * (usual := statistics.median(self.norms)):
+                reason = f"the gradient norm is {norm:.3g}, but usually {usual:.3g}"
+            self.failures, self.norms = 0, [*self.norms, norm][-SPIKES:]
         else:
             self.failures += 1
+            if self.recipe.trainer.precision == "fp16":
+                return False  # the scaler raises its scale until this happens, and skips such steps itself
+            reason = f"the gradient norm is {norm}"
         if reason is not None:
             self.skipped += 1
             say(f"step {self.step + 1:,} skipped: {reason}")
         return reason is not None
-
-    @property
-    def most_failures(self) -> int:
-        """Steps in a row without a finite gradient that end the run; in fp16 the scaler first lowers its scale."""
-        return 50 if self.recipe.trainer.precision == "fp16" else FAILURES
-
-    def why_to_skip(self) -> str | None:
-        if not math.isfinite(self.grad_norm):
-            return f"the gradient norm is {self.grad_norm}"
-        factor = self.recipe.optim.skip_spikes
-        if factor and len(self.norms) >= 10 and self.grad_norm > factor * (usual := statistics.median(self.norms)):
-            return f"the gradient norm is {self.grad_norm:.3g}, but usually {usual:.3g}"
-        return None
 
     def update_mean(self) -> None:
         if self.mean:

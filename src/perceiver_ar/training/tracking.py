@@ -25,15 +25,15 @@ def check_tracker(name: str) -> None:
 
 
 @contextmanager
-def tracking(path: Path, recipe: Recipe) -> Iterator[Track]:
-    """Yields a function that sends metrics to the recipe's tracker, for the run directory `path`.
+def tracking(path: Path, recipe: Recipe, first: bool) -> Iterator[Track]:
+    """Yields a function that sends metrics to the recipe's tracker on the first rank, for the run directory `path`.
 
     With the file `tracker_id` in it, a resumed run continues the same tracker run. The packages' own environment
     variables (WANDB_MODE, TRACKIO_SPACE_ID, ...) choose the destination. Raises InputError if the tracker fails to
     start.
     """
     name, file = recipe.trainer.tracker, path / "tracker_id"
-    if name == "none":
+    if name == "none" or not first:
         yield lambda values, step: None
         return
     if not file.exists():

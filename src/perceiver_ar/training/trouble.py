@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,18 +29,15 @@ def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str:
             return f"{name} holds {int((~finite).sum()):,} values that are not finite"
     found: list[str] = []
 
-    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not output.isfinite().all():
-                found.append(name)
-
-        return hook
+    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(name)
 
     # Hooks on streamed modules would hold the whole prefix. Bad values in them show in the layer that reads them.
     networks = [module for module in model.modules() if isinstance(module, PerceiverAR)]
     streamed = {module for network in networks for module in network.streamed_modules().values()}
     modules = [(name, module) for name, module in model.named_modules() if name and module not in streamed]
-    hooks = [module.register_forward_hook(look(name)) for name, module in modules]
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in modules]
     try:
         with torch.no_grad():
             forward()
