@@ -210,13 +210,13 @@ class TokenizerCodec(Codec):
         return cls.from_file(directory / "tokenizer.json")
 
 
-def train_bpe(texts: Iterable[str | bytes], vocab_size: int) -> TokenizerCodec:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> TokenizerCodec:
     """Trains a lossless byte-level BPE tokenizer on `texts` (whole documents, or pieces of them: see `text_pieces`).
 
     Memory grows with the number of different words, not with the amount of text. Words of more than `WORD` characters
     (text without spaces, such as genomes) are cut, and only the first `LONG_WORDS` characters of such words are used.
     The vocabulary has all 256 bytes, `<|endoftext|>`, and merges up to `vocab_size`, or fewer if the texts do not have
-    enough. A terminal shows the progress. Raises `InputError` if `vocab_size` is below 257 or a document is not UTF-8.
+    enough. A terminal shows the progress. Raises `InputError` if `vocab_size` is below 257.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -231,8 +231,7 @@ def train_bpe(texts: Iterable[str | bytes], vocab_size: int) -> TokenizerCodec:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    strings = ("".join(decode_utf8([text], "a document")) if isinstance(text, bytes) else text for text in texts)
-    _interruptible(lambda texts: tokenizer.train_from_iterator(texts, trainer), _short_words(strings))
+    _interruptible(lambda texts: tokenizer.train_from_iterator(texts, trainer), _short_words(texts))
     return TokenizerCodec(tokenizer)
 
 
@@ -275,21 +274,6 @@ def _interruptible(work: Callable[[Iterator[str]], Any], texts: Iterator[str]) -
         raise
     if failures:
         raise failures[0]
-
-
-class Utf8Stream:
-    """Bytes that arrive in pieces -> text for a terminal: whole characters, U+FFFD for invalid bytes."""
-
-    def __init__(self):
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, data: bytes) -> str:
-        """The characters that `data` completes."""
-        return self._decoder.decode(data)
-
-    def close(self) -> str:
-        """The rest at the end: U+FFFD for an incomplete character, else nothing."""
-        return self._decoder.decode(b"", final=True)
 
 
 def decode_utf8(chunks: Iterable[bytes], where: str, allow_nul: bool = True) -> Iterator[str]:
