@@ -201,12 +201,9 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Knows only the names below, which stand for functions and classes of this file."""
 
     KNOWN = {  # noqa: RUF012
-        ("numpy.core.multiarray", "_reconstruct"): _Array,  # numpy 1
-        ("numpy._core.multiarray", "_reconstruct"): _Array,  # numpy 2
+        ("numpy.core.multiarray", "_reconstruct"): _Array,
         ("numpy.core.numeric", "_frombuffer"): _from_buffer,  # the same in pickle protocol 5
-        ("numpy._core.numeric", "_frombuffer"): _from_buffer,
         ("numpy.core.multiarray", "scalar"): _scalar,
-        ("numpy._core.multiarray", "scalar"): _scalar,
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _DType,
         ("jax._src.array", "_reconstruct_array"): _reconstruct_array,
@@ -215,9 +212,10 @@ class _ArrayUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.KNOWN:
+        known = self.KNOWN.get((module.replace("numpy._core", "numpy.core"), name))  # as in numpy 1
+        if known is None:
             raise InputError(
                 f"names {module}.{name}, which weights do not need, and code in files is not run: "
                 "save the params alone as .npz, one array for each 'module/name'"
             )
-        return self.KNOWN[module, name]
+        return known

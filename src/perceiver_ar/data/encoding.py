@@ -57,7 +57,7 @@ def encode_documents(
     parts = _parts(sources, codec, split_on, advance)
     if codec.encodes_in_threads:
         parts = _ahead(_batches(parts, BATCH), partial(_encode, codec), threads or available_cores(), lambda: None)
-    yield from parts  # else the pieces are ids already
+    yield from parts  # pieces of other codecs are ids already
 
 
 def _ahead(

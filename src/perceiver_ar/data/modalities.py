@@ -216,6 +216,5 @@ def official_split(sources: Sequence[Source]) -> tuple[list[Source], list[Source
             continue
         left = sum(map(len, parts.values()))
         counts = f"{len(train):,} files to train on, {len(validation):,} to validate, {left:,} left out"
-        line = f"split of {table.name}: {counts}"
-        return train, validation, line
+        return train, validation, f"split of {table.name}: {counts}"
     return None

@@ -72,10 +72,7 @@ class BytesCodec(Codec):
         self.separator = (0,) if text else ()
 
     def encode(self, data: bytes) -> np.ndarray:
-        if self.text:
-            for _ in decode_utf8([data], "the input", allow_nul=False):
-                pass
-        return np.frombuffer(data, dtype=np.uint8).copy()
+        return np.concatenate([np.empty(0, self.dtype), *self.encode_stream([data], "the input")])
 
     def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
         if self.text:

@@ -8,9 +8,9 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Form, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -69,8 +69,8 @@ class Service:
     codec: Codec
     path: Path
     name: str
-    api_key: str | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)
+    api_key: str | None
+    scores: Mapping[str, float]
     """Bits for each byte, token, ... of held-out files, by name."""
 
 
@@ -168,7 +168,7 @@ def create_app(service: Service) -> FastAPI:
         prompts = await run_in_threadpool(read_prompts, body, vocabulary)
         completion = Completion(body, prompts, engine, vocabulary, name, metrics)
         completion.submit()
-        return await answer_with(request, completion, completion.chunks if body.stream else None, metrics)
+        return await answer_with(request, completion, bool(body.stream), metrics)
 
     @app.post("/v1/generate")
     async def generate(request: Request, form: GenerateFields) -> Response:
@@ -181,7 +181,7 @@ def create_app(service: Service) -> FastAPI:
         except InputError as error:  # a file of another kind, or a damaged one
             return error_response(422, str(error), param="prompt" if form.file is None else "file")
         generation.submit()
-        return await answer_with(request, generation, generation.events if form.stream else None, metrics)
+        return await answer_with(request, generation, form.stream, metrics)
 
     @app.get("/v1/files/{key}/{name}")
     async def file(key: str, name: str) -> Response:
@@ -240,26 +240,16 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-class Work(Protocol):
-    """A request that has been submitted to the engine."""
-
-    async def whole(self) -> dict[str, Any]: ...
-
-    def cancel(self) -> None: ...
-
-
-async def answer_with(
-    request: Request, work: Work, pieces: Callable[[], AsyncIterator[dict[str, Any]]] | None, metrics: Metrics
-) -> Response:
-    """Responds with `pieces` as they come; None: with the whole answer. Cancels the work if the client goes away."""
-    if pieces is not None:
+async def answer_with(request: Request, work: Completion | Generation, stream: bool, metrics: Metrics) -> Response:
+    """Responds with pieces of the answer as they come, or with the whole. Cancels the work if the client goes away."""
+    if stream:
 
         def end(complete: bool) -> None:
             work.cancel()
             if not complete:
                 metrics.gone.inc()
 
-        return Events(events(pieces()), end)
+        return Events(events(work.pieces()), end)
     try:
         answer = await unless_gone(request, work.whole())
     finally:
@@ -280,7 +270,8 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_response(status, str(error), param=error.param, code=error.code)
 
     async def known(_: Request, error: Exception) -> Response:
-        param, headers = "file" if isinstance(error, TooMuch) else None, RETRY if isinstance(error, Busy) else None
+        param = "file" if isinstance(error, TooMuch) else None
+        headers = RETRY if isinstance(error, Busy) else None
         return error_response(*status_and_message(error), param=param, headers=headers)
 
     for kind in (*FAILURES, InputError):

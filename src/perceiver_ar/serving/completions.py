@@ -160,12 +160,8 @@ class Listener:
         self.send(error)
 
 
-@dataclass
-class Prompt:
-    """The ids (T,) of a prompt, and its text if the answer repeats it."""
-
-    ids: Tensor
-    echo: str | None
+Prompt = tuple[Tensor, str | None]
+"""The ids (T,) of a prompt, and its text if the answer repeats it."""
 
 
 class Completion:
@@ -180,7 +176,7 @@ class Completion:
         self.results = asyncio.Queue[Delta | Exception]()
         self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
         self.head["model"] = model
-        self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        self.prompt_tokens = sum(len(ids) for ids, _ in prompts)
         self.drawn = [0] * (len(prompts) * request.samples)
         self.left = len(self.drawn)
         """Choices that have not ended."""
@@ -199,14 +195,14 @@ class Completion:
                 "prompt",
             )
         self.jobs = list[Job]()
-        for number, prompt in enumerate(prompts):
+        for number, (ids, echo) in enumerate(prompts):
             first = number * n
             choices = [Choice(first + i, vocabulary, stops, request.top) for i in range(n)]
-            listener = Listener(engine.outbox, self.results, choices, prompt.echo, metrics)
+            listener = Listener(engine.outbox, self.results, choices, echo, metrics)
             seeds = [None if request.seed is None else request.seed + first + i for i in range(n)]
-            pinned = tuple(vocabulary.codec.conditions_of(prompt.ids.numpy()))
+            pinned = tuple(vocabulary.codec.conditions_of(ids.numpy()))
             each = replace(settings, pinned=pinned)
-            self.jobs.append(Job(prompt.ids, each, seeds if request.count else [], listener, score))
+            self.jobs.append(Job(ids, each, seeds if request.count else [], listener, score))
 
     def submit(self) -> None:
         """Raises Busy if the queue has no room. Call `cancel` afterwards in any case."""
@@ -238,7 +234,7 @@ class Completion:
             one.finish = delta.finish
         return self.head | {"choices": self._choices(whole), "usage": self.usage()}
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def pieces(self) -> AsyncIterator[dict[str, Any]]:
         """The answer piece by piece."""
         options = self.request.stream_options
         with_usage = options is not None and bool(options.include_usage)
@@ -271,5 +267,5 @@ def read_prompts(request: CompletionRequest, vocabulary: Vocabulary) -> list[Pro
         except InputError as error:
             raise Refused(f"prompt cannot be read: {str(error).partition(';')[0]}", "prompt") from None
         echo = (prompt if isinstance(prompt, str) else vocabulary.text(prompt)) if request.echo else None
-        found.append(Prompt(ids, echo))
+        found.append((ids, echo))
     return found

@@ -195,7 +195,7 @@ class Generation:
         if self.left:
             self.engine.cancel(self.jobs)
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def pieces(self) -> AsyncIterator[dict[str, Any]]:
         """Yields tokens as they come, several together, with what a page can draw of them; at the end the links."""
         new: dict[int, list[int]] = {}
         shown = time.monotonic()
@@ -223,12 +223,12 @@ class Generation:
     async def whole(self) -> dict[str, Any]:
         """The last event."""
         last: dict[str, Any] = {}
-        async for event in self.events():
+        async for event in self.pieces():
             last = event
         return last
 
     async def _links(self) -> dict[str, Any]:
-        rows = await run_in_threadpool(lambda: list(map(self._row, self.drawn)))
+        rows = await run_in_threadpool(lambda: [self._row(drawn) for drawn in self.drawn])
         files = await self.worker.show(rows, len(self.prompt), self.original)
         key = self.results.add(files)
         links = [

@@ -118,7 +118,7 @@ class CompletionRequest(StrictModel):
 
     def sampling(self) -> Sampling:
         """Raises Refused for numbers out of range."""
-        return sampling_of(self.model_copy(update={"top_k": None} if self.top_k in (0, -1) else {}))
+        return sampling_of(self.model_copy(update={"top_k": None}) if self.top_k in (0, -1) else self)
 
 
 def sampling_of(request: BaseModel) -> Sampling:
