@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from perceiver_ar.data.codec import Codec, WrongModality, check_positive, importing, numbered
+from perceiver_ar.data.codec import Codec, WrongModality, check_positive, importing, missing_extra, numbered
 from perceiver_ar.data.pictures import spectrogram
 from perceiver_ar.data.sound import wav_bytes, write_wav
 from perceiver_ar.errors import InputError
@@ -28,9 +28,11 @@ def read_audio(data: bytes, rate: int) -> np.ndarray:
     It is the mean of all channels, or the loudest channel if they cancel each other (-20 dB). Samples above 1, which
     files of floats may have, are scaled to 1. Raises `WrongModality` if it is not a recording, is damaged or empty.
     """
-    with importing("audio"):
+    try:
         import soundfile
         import soxr
+    except ImportError as error:  # not by `importing`, which is not for several threads
+        raise missing_extra("audio", error) from None
     blocks: list[np.ndarray] = []  # (samples, channels)
     try:
         with soundfile.SoundFile(io.BytesIO(_with_length(data))) as file:

@@ -11,6 +11,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -253,24 +254,21 @@ def _interruptible(work: Callable[[Iterator[str]], Any], texts: Iterator[str]) -
     The other thread then gets no more texts. Its running computation cannot be stopped and ends with the process. (A
     thread that runs Python while the process ends would abort it, so this waits until it reads no more.)
     """
-    failures, abandoned, done = list[BaseException](), threading.Event(), threading.Event()
+    result, abandoned = Future[Any](), threading.Event()
 
     def run() -> None:
         try:
-            work(takewhile(lambda _: not abandoned.is_set(), texts))
+            result.set_result(work(takewhile(lambda _: not abandoned.is_set(), texts)))
         except BaseException as error:
-            failures.append(error)
-        done.set()
+            result.set_exception(error)
 
     try:
         threading.Thread(target=run, daemon=True).start()
-        done.wait()  # join may return too early after an interruption
+        result.result()
     except BaseException:
         abandoned.set()
-        done.wait(1)
+        wait([result], timeout=1)
         raise
-    if failures:
-        raise failures[0]
 
 
 def decode_utf8(chunks: Iterable[bytes], where: str, allow_nul: bool = True) -> Iterator[str]:

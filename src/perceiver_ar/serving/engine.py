@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -127,16 +128,13 @@ class Engine:
         self._running: dict[int, tuple[Job, int]] = {}
         """Row index -> its job, and the number of its sample."""
         self._rows = 0
-        self._ready = threading.Event()
-        self._failure: Exception | None = None
+        self._started = Future[None]()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Returns when the first job can begin. Raises errors of the start, such as too little memory."""
         self._thread.start()
-        self._ready.wait()
-        if self._failure is not None:
-            raise self._failure
+        self._started.result()
 
     def end_jobs(self) -> None:
         """Ends waiting and running jobs, and all later ones, as if they had taken too long."""
@@ -190,11 +188,10 @@ class Engine:
                 self._decoder = slot_decoder(self.model, self.slots, self.context, self._compile)
                 if self._compile:
                     self._warm_up()
-            except Exception as error:
-                self._failure = error
+            except BaseException as error:
+                self._started.set_exception(error)
                 return
-            finally:
-                self._ready.set()
+            self._started.set_result(None)
             while self._wait_for_work():
                 try:
                     self._remove_unwanted()

@@ -44,11 +44,12 @@ class SlotDecoder(Decoder):
         return self.capacity - len(self.rows)
 
     def read(self, row: Row, piece: int | None = None, newest: bool = False) -> Iterator[Tensor | None]:
-        """Reads a row's window; then the row, or rows equal to it, can be admitted, unless the newest latent was read,
-        too. Yields after each piece: the next latents (1, n, dim), or None after a piece of the prefix.
+        """Reads a row's window, so that the row, or rows equal to it, can be admitted. Yields after each piece: the
+        next latents (1, n, dim), or None after a piece of the prefix. A new read may begin at any time, also before
+        the last one has ended.
 
-        piece: number of latents in a piece; None: fewer for longer windows. A new read may begin at any time, also
-        before the last one has ended.
+        piece: number of latents in a piece; None: fewer for longer windows.
+        newest: reads the newest latent, too; then no row can be admitted.
         """
         ids = row.window_ids(0, row.num_tokens - row.window.start)
         same = zip(ids, self._cached_ids, strict=False) if row.window.start == self._cached_start else ()
