@@ -28,7 +28,7 @@ SOURCE = Path(__file__).read_bytes()
 RANDOM = np.random.default_rng(0).bytes(300)
 MIXED = SOURCE[:300] + b"\0\0" + RANDOM[:9] + "\ufffe\u20ac".encode() + SOURCE[-300:]
 KINDS = ["source", "mixed", "random", "empty"]
-BPE = train_bpe([SOURCE[:3000]], 400)
+BPE = train_bpe([SOURCE[:3000].decode()], 400)
 CODECS: dict[str, Codec] = {
     "text": BytesCodec(),
     "bytes": BytesCodec(text=False),

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from perceiver_ar import __version__
-from perceiver_ar.data.codec import Codec, WrongModality, missing_extra, start_ids
+from perceiver_ar.data.codec import Codec, WrongModality, importing, start_ids
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.errors import require
 from perceiver_ar.generation import evaluation_mode
@@ -230,8 +230,6 @@ def _processor() -> str:
 
 
 def _coder() -> Any:
-    try:
+    with importing("compress"):
         import constriction  # pyright: ignore[reportMissingImports]  # an extra
-    except ImportError as error:
-        raise missing_extra("compress", error) from None
     return constriction

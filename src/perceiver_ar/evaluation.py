@@ -170,23 +170,28 @@ def evaluate(
     total = sum(stop - start for start, stop in targets)
     began = time.perf_counter()
     # The first window of each document, then the second of each: windows of one shape are computed together.
-    plan = ((base, window) for window in chosen for base in bases)
+    plan = (window.moved(base) for window in chosen for base in bases)
+
+    def shape(window: ScoredWindow) -> tuple[int, int, int | None]:
+        start = None if document_length is None else window.start % document_length
+        return window.end - window.start, window.prefix_len, start
+
     with (
         evaluation_mode(model),
         torch.no_grad(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
     ):
-        for (_, prefix_len, start), alike in groupby(plan, key=lambda item: _shape(item[1], document_length)):
-            while batch := [_shifted(window, base) for base, window in islice(alike, batch_size)]:
+        for (_, prefix_len, start), alike in groupby(plan, key=shape):
+            while batch := list(islice(alike, batch_size)):
                 ids = np.stack([x[window.start : window.end] for window in batch])  # in their stored dtype
                 _check_ids(ids, batch, config.vocab_size)
                 sizes = [window.end - window.first_target for window in batch]
                 scored = np.arange(-max(sizes), 0) >= -np.array(sizes)[:, None]
-                for row, window in enumerate(batch if file is not None else ()):
-                    assert file is not None
-                    scored[row, -sizes[row] :] &= ~file.are_conditions(window.first_target, window.end)
-                    conditions = file.conditions_before(window.start)
-                    ids[row, : len(conditions)] = conditions
+                if file is not None:
+                    for row, window in enumerate(batch):
+                        scored[row, -sizes[row] :] &= ~file.are_conditions(window.first_target, window.end)
+                        conditions = file.conditions_before(window.start)
+                        ids[row, : len(conditions)] = conditions
                 losses = _losses(model, torch.from_numpy(ids).to(device), prefix_len, scored, start)
                 sums += losses.sum(dim=1).tolist()
                 counts += scored.sum(axis=1).tolist()
@@ -232,17 +237,6 @@ def _amounts(
         for unit, amount in amounts(np.asarray(x[start:stop])).items():
             totals[unit] = totals.get(unit, 0.0) + amount
     return totals
-
-
-def _shape(window: ScoredWindow, document_length: int | None) -> tuple[int, int, int | None]:
-    """The key of windows that are computed together: length, prefix and, in documents of one length, the start."""
-    return window.end - window.start, window.prefix_len, None if document_length is None else window.start
-
-
-def _shifted(window: ScoredWindow, base: int) -> ScoredWindow:
-    """The window of the first document, in the one that starts at `base`."""
-    start, prefix_len, end, first_target = window
-    return ScoredWindow(base + start, prefix_len, base + end, base + first_target)
 
 
 def _losses(model: PerceiverAR, ids: Tensor, prefix_len: int, scored: np.ndarray, start: int | None) -> Tensor:

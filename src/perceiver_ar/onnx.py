@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from perceiver_ar.data.codec import missing_extra
+from perceiver_ar.data.codec import importing
 from perceiver_ar.errors import require
 from perceiver_ar.generation.cache import Cache
 from perceiver_ar.network.attention import Piece, ordinary_attention
@@ -48,12 +48,16 @@ from perceiver_ar.network.model import PerceiverAR
 CACHES: tuple[str, ...] = ("context_k", "context_v", "latent_k", "latent_v")
 
 
-class Scoring(nn.Module):
-    """A context in its two parts, so that each has its own length."""
+class Graph(nn.Module):
+    """What a file computes, with a network."""
 
     def __init__(self, model: PerceiverAR) -> None:
         super().__init__()
         self.model = model
+
+
+class Scoring(Graph):
+    """A context in its two parts, so that each has its own length."""
 
     def forward(self, prefix: Tensor, latents: Tensor) -> Tensor:
         tokens = torch.cat([prefix, latents], dim=1)
@@ -63,12 +67,8 @@ class Scoring(nn.Module):
         return self.model(tokens, prefix.shape[1], positions=positions)
 
 
-class Step(nn.Module):
+class Step(Graph):
     """One latent for each row, over caches that are input and output tensors."""
-
-    def __init__(self, model: PerceiverAR) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(
         self,
@@ -86,12 +86,8 @@ class Step(nn.Module):
         return self.model.head(latents[:, -1]), *cross.written(), *own.written()
 
 
-class Read(nn.Module):
+class Read(Graph):
     """Keys and values of prefix tokens in every cross-attention layer."""
-
-    def __init__(self, model: PerceiverAR) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         new = Written()
@@ -151,11 +147,9 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
     Each comes with its weights in a file NAME.onnx.data. Returns their names.
     Raises InputError if a package of the extra `onnx` is missing, or the model is too small for the exporter.
     """
-    try:
+    with importing("onnx"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("onnx", error) from None
     config = model.config
     require(config.num_layers > 0 and config.cross_layers != (), "the exporter needs a layer of each kind")
     model = copy.deepcopy(model).cpu().float().eval()
@@ -172,7 +166,7 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
     bounds = {"prefix": most, "latents": latents, "length": most}
     lengths = {name: {0: rows, 1: Dim(name, max=bound)} for name, bound in bounds.items()}
     score: dict[str, Any] = {name: lengths[name] for name in ("prefix", "latents")}
-    graphs: dict[str, tuple[nn.Module, tuple[Tensor, ...], dict[str, Any], list[str]]] = {
+    graphs: dict[str, tuple[Graph, tuple[Tensor, ...], dict[str, Any], list[str]]] = {
         "model": (Scoring(model), (ids[:, :5], ids[:, :3]), score, ["logits"])
     }
     if model.config.cacheable:

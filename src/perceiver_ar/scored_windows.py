@@ -17,6 +17,9 @@ class ScoredWindow(NamedTuple):
     end: int
     first_target: int
 
+    def moved(self, by: int) -> "ScoredWindow":
+        return ScoredWindow(self.start + by, self.prefix_len, self.end + by, self.first_target + by)
+
 
 def windows(
     num_tokens: int, context_length: int, num_latents: int, stride: int, first_target: int = 1

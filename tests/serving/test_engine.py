@@ -160,10 +160,11 @@ def test_a_prompt_that_begins_like_the_last_is_read_from_there_on() -> None:
     ids = torch.randint(11, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.inference_mode():
         decoder = slot_decoder(MODEL, 1, 24)
+        assert isinstance(decoder, SlotDecoder)
         kept = []
         for prompt in (ids[:20], ids[:22], [*ids[:9], 1 - ids[9] % 2, 4, 4, 4, 4], ids[:20]):
             row = Row(0, torch.tensor(prompt), MODEL.config)
-            assert sum(1 for _ in decoder.prefill(row, piece=1)) >= 2
+            assert sum(1 for _ in decoder.read(row, piece=1)) >= 2
             kept.append(row.kept)
             decoder.admit([row])
             expected = MODEL(torch.tensor([prompt]), prefix_len=row.prefix_len)[:, -1]
@@ -187,7 +188,7 @@ def test_windows_are_read_in_pieces_with_the_latents_of_one_forward(data: st.Dat
             N = data.draw(st.integers(1, min(end - start, config.num_latents)))
             row = Row(0, ids[:end], config)
             row.window = Window(start, N)
-            found = [part for part in decoder.latents(row) if part is not None]
+            found = [part for part in decoder.read(row, newest=True) if part is not None]
             expected = model.latents(ids[None, start:end], end - start - N)
             torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=1e-9)
             assert all(part.shape[1] <= LATENTS for part in found)
@@ -298,7 +299,7 @@ def test_a_cleared_decoder_is_all_zeros() -> None:
         decoder = slot_decoder(MODEL, 2, 24)
         assert isinstance(decoder, SlotDecoder)
         row = Row(0, torch.tensor([1, 2, 3]), MODEL.config)
-        for _ in decoder.prefill(row):
+        for _ in decoder.read(row):
             pass
         decoder.admit([row])
         decoder.clear()

@@ -82,7 +82,6 @@ def documents_to_score(
     conditions: a table of the conditions of files at `paths`.
     """
     from perceiver_ar.data.conditions import ConditionTable
-    from perceiver_ar.data.genome import find_records
     from perceiver_ar.data.modalities import codec_settings
     from perceiver_ar.data.rows import find_within
     from perceiver_ar.data.sources import find_files
@@ -93,11 +92,8 @@ def documents_to_score(
         sources = find_files(paths)
         table = None if conditions is None else ConditionTable.read(conditions)
         sources = sources if table is None else table.without_itself(sources)
-        if codec.name == "nucleotides":
-            sources, _ = find_records(sources, None)
-        else:
-            modality = codec_settings(codec.plain)["modality"] if recipe.modality != "bytes" else "bytes"
-            sources = find_within(sources, modality, recipe.data.column)
+        modality = codec_settings(codec.plain)["modality"] if recipe.modality != "bytes" else "bytes"
+        sources = find_within(sources, modality, recipe.data.column)
         if table is not None:
             sources = table.apply(sources, codec)
         elif codec.conditions:

@@ -1,6 +1,7 @@
 """perceiver-ar generate."""
 
 import argparse
+import codecs
 import io
 import sys
 import time
@@ -143,12 +144,11 @@ def generate_verb(argv: list[str]) -> None:
 
 def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, out: Path | None) -> None:
     """Shows a text of `count` tokens as it is drawn, or up to `stop`, and writes it into `out`."""
-    from perceiver_ar.data.text import Utf8Stream
     from perceiver_ar.files import atomic_path
 
     ids: list[int] = []
     ending = b""
-    text, started = Utf8Stream(), time.perf_counter()
+    text, started = codecs.getincrementaldecoder("utf-8")(errors="replace"), time.perf_counter()
     interrupted = False
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may know fewer characters than the model
@@ -156,7 +156,7 @@ def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, 
         for step in steps:
             ids.append(int(step.tokens[0]))
             data = codec.decode([ids[-1]])
-            sys.stdout.write(text.push(data))
+            sys.stdout.write(text.decode(data))
             sys.stdout.flush()
             ending += data
             if stop and stop in ending:
@@ -169,7 +169,7 @@ def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, 
             with atomic_path(out) as temporary:
                 temporary.write_bytes(codec.to_file(ids))
     seconds = time.perf_counter() - started
-    print(text.close())
+    print(text.decode(b"", final=True))
     print(f"{len(ids)} tokens in {seconds:.1f} s, {len(ids) / seconds:.1f} tokens/s", file=sys.stderr)
     if interrupted:
         raise KeyboardInterrupt("interrupted; the tokens drawn so far are above")

@@ -59,7 +59,10 @@ def read_torch(path: Path, stand_ins: str | None = None) -> Any:
         InputError: missing, damaged, not a torch file, or it needs code to run; the message names that code.
     """
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        try:
+            return load_file(existing_file(path))
+        except SafetensorError as error:
+            raise InputError(f"{path} is damaged ({error}): get it again") from None
     with open(existing_file(path), "rb") as file:
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
@@ -82,14 +85,6 @@ def read_torch(path: Path, stand_ins: str | None = None) -> Any:
                 f"{path} is damaged, or not of torch.save, or holds Python objects that only code could rebuild, and "
                 "code in files is not run: get it again, or save the state dict alone where it was written"
             ) from None
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Raises InputError if the file is missing or damaged."""
-    try:
-        return load_file(existing_file(path))
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged ({error}): get it again") from None
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -126,7 +121,7 @@ def read_dill(path: Path) -> Any:
 class _Array:
     """Stand-in of numpy.ndarray; becomes a real one when its state is set."""
 
-    def __init__(self) -> None:
+    def __init__(self, *_args: Any) -> None:
         self.value: np.ndarray | None = None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -164,10 +159,6 @@ def _from_buffer(data: Any, dtype: _DType, shape: tuple[int, ...], order: str) -
 def _scalar(dtype: _DType, data: Any) -> Any:
     """Stand-in of the function that makes numpy's scalars: returns plain numbers."""
     return np.frombuffer(data, dtype.real())[0].item() if dtype.is_number() else StandIn()
-
-
-def _reconstruct(*_args: Any) -> _Array:
-    return _Array()
 
 
 def _reconstruct_array(_function: Any, _args: Any, state: tuple[Any, ...], _aval: Any) -> _Array:
@@ -210,12 +201,9 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Knows only the names below, which stand for functions and classes of this file."""
 
     KNOWN = {  # noqa: RUF012
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,  # numpy 1
-        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # numpy 2
+        ("numpy.core.multiarray", "_reconstruct"): _Array,
         ("numpy.core.numeric", "_frombuffer"): _from_buffer,  # the same in pickle protocol 5
-        ("numpy._core.numeric", "_frombuffer"): _from_buffer,
         ("numpy.core.multiarray", "scalar"): _scalar,
-        ("numpy._core.multiarray", "scalar"): _scalar,
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _DType,
         ("jax._src.array", "_reconstruct_array"): _reconstruct_array,
@@ -224,9 +212,10 @@ class _ArrayUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.KNOWN:
+        known = self.KNOWN.get((module.replace("numpy._core", "numpy.core"), name))  # as in numpy 1
+        if known is None:
             raise InputError(
                 f"names {module}.{name}, which weights do not need, and code in files is not run: "
                 "save the params alone as .npz, one array for each 'module/name'"
             )
-        return self.KNOWN[module, name]
+        return known

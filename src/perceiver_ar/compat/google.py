@@ -17,13 +17,7 @@ import torch
 from torch import Tensor
 
 from perceiver_ar.compat.checkpoint_files import existing, read_dill, read_npz
-from perceiver_ar.compat.weights import (
-    Weight,
-    from_interleaved,
-    rotated_channels,
-    say_left_out,
-    to_ours,
-)
+from perceiver_ar.compat.weights import Weight, from_interleaved, rotated_channels, say_left_out, to_ours
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import OffsetBytesCodec

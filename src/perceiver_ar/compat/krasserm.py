@@ -35,20 +35,20 @@ from perceiver_ar.network.model import PerceiverAR
 
 MARKER = "input_adapter.txt_embedding.weight"
 INV_FREQ = "input_adapter.frq_pos_encoding.inv_freq"
-SETTINGS = {  # the package's defaults; None: required
-    "vocab_size": None,
-    "max_seq_len": None,
-    "max_latents": None,
-    "num_channels": None,
-    "num_heads": 8,
-    "num_self_attention_layers": 8,
-    "num_self_attention_rotary_layers": 1,
-    "self_attention_widening_factor": 4,
-    "cross_attention_widening_factor": 4,
-    "cross_attention_dropout": 0.5,
-    "output_norm": False,
-    "output_bias": True,
-    "abs_pos_emb": True,
+SETTINGS: dict[str, tuple[str, Any]] = {  # the package's -> ours, and the package's default; None: required
+    "vocab_size": ("vocab_size", None),
+    "max_seq_len": ("context_length", None),
+    "max_latents": ("num_latents", None),
+    "num_channels": ("dim", None),
+    "num_heads": ("num_heads", 8),
+    "num_self_attention_layers": ("num_layers", 8),
+    "num_self_attention_rotary_layers": ("rotary_layers", 1),
+    "self_attention_widening_factor": ("mlp_ratio", 4),
+    "cross_attention_widening_factor": ("cross_mlp_ratio", 4),
+    "cross_attention_dropout": ("prefix_dropout", 0.5),
+    "output_norm": ("final_norm", False),
+    "output_bias": ("logits_bias", True),
+    "abs_pos_emb": ("position_table", True),
 }
 WITHOUT_EFFECT = {  # on the function of weights and tokens
     "activation_checkpointing": False,
@@ -124,27 +124,15 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def to_config(settings: Mapping[str, Any], where: str = "the settings") -> PerceiverARConfig:
     """Our settings for the package's."""
-    of = {name: settings.get(name, default) for name, default in SETTINGS.items()}
+    of = {name: settings.get(name, default) for name, (_, default) in SETTINGS.items()}
     if missing := [name for name, value in of.items() if value is None]:
         raise InputError(f"{where} does not say {listed(missing)}: it is not of perceiver-io's causal sequence model")
-    rotary_layers = of["num_self_attention_rotary_layers"]
+    ours = {own: of[name] for name, (own, _) in SETTINGS.items()}
+    ours["position_table"] = "learned" if of["abs_pos_emb"] else "none"
+    if ours["rotary_layers"] == -1:
+        ours["rotary_layers"] = None
     try:
-        config = PerceiverARConfig.preset(
-            "krasserm",
-            vocab_size=of["vocab_size"],
-            context_length=of["max_seq_len"],
-            num_latents=of["max_latents"],
-            dim=of["num_channels"],
-            num_heads=of["num_heads"],
-            num_layers=of["num_self_attention_layers"],
-            rotary_layers=None if rotary_layers == -1 else rotary_layers,
-            mlp_ratio=of["self_attention_widening_factor"],
-            cross_mlp_ratio=of["cross_attention_widening_factor"],
-            prefix_dropout=of["cross_attention_dropout"],
-            final_norm=of["output_norm"],
-            logits_bias=of["output_bias"],
-            position_table="learned" if of["abs_pos_emb"] else "none",
-        )
+        config = PerceiverARConfig.preset("krasserm", **ours)
         C = config.width_head
         require(
             of["abs_pos_emb"] or C % 2 == 0,
@@ -207,21 +195,12 @@ def save_krasserm(model: PerceiverAR, directory: str | Path) -> dict[str, Any]:
         InputError: the package has no settings for this function; names those of ours in the way.
     """
     config = model.config
-    theirs = {
-        "vocab_size": config.vocab_size,
-        "max_seq_len": config.context_length,
-        "max_latents": config.num_latents,
-        "num_channels": config.dim,
-        "num_heads": config.num_heads,
-        "num_self_attention_layers": config.num_layers,
+    theirs = {name: getattr(config, ours) for name, (ours, _) in SETTINGS.items()} | WITHOUT_EFFECT
+    theirs |= {
         "num_self_attention_rotary_layers": -1 if config.rotary_layers is None else config.rotary_layers,
         "self_attention_widening_factor": int(config.mlp_ratio),
         "cross_attention_widening_factor": int(config.cross_mlp_ratio or config.mlp_ratio),
-        "cross_attention_dropout": config.prefix_dropout,
-        "output_norm": config.final_norm,
-        "output_bias": config.logits_bias,
         "abs_pos_emb": config.position_table == "learned",
-        **WITHOUT_EFFECT,
     }
     refuse_differences(config, to_config(theirs), "perceiver-io")
     state = to_theirs(names(config), plain_tensors(model))

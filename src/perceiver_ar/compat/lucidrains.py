@@ -25,14 +25,7 @@ from torch import Tensor, nn
 
 from perceiver_ar.compat.checkpoint_files import read_torch
 from perceiver_ar.compat.lucidrains_names import INV_FREQ, package_names, use_package_names
-from perceiver_ar.compat.weights import (
-    Weight,
-    find_state,
-    plain_tensors,
-    refuse_differences,
-    rotary_settings,
-    to_ours,
-)
+from perceiver_ar.compat.weights import Weight, find_state, plain_tensors, refuse_differences, rotary_settings, to_ours
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import BytesCodec
@@ -70,13 +63,8 @@ class PerceiverAR(nn.Module):
     ) -> None:
         """
         Args:
-            num_tokens: vocabulary size.
-            dim: width.
-            depth: self-attention layers.
             max_seq_len: context length; rows of the position table.
             cross_attn_seq_len: prefix length, below max_seq_len.
-            dim_head: channels per head.
-            heads: attention heads.
             dropout: on cross-attention probabilities and on the hidden units of feed-forward blocks.
             cross_attn_dropout: share of the prefix that each cross-attention layer drops in training.
             ff_mult: hidden width of feed-forward blocks over dim.
@@ -183,17 +171,19 @@ class AutoregressiveWrapper(nn.Module):
         Raises:
             InputError: start tokens that are no rows of ids, or a temperature below 0.
         """
-        shape = tuple(start_tokens.shape)
+        model, shape = self.net.model, tuple(start_tokens.shape)
         require(len(shape) == 2, f"start_tokens have shape {shape}: they must be (batch, length)")
         Sampling(temperature)  # raises InputError if it is invalid
-        out = torch.stack(prompt_rows(start_tokens, self.net.model.config.vocab_size))
+        out = torch.stack(prompt_rows(start_tokens, model.config.vocab_size))
         n = out.shape[1]
         decoder: Decoder | None = None
         with evaluation_mode(self.net):
             for _ in range(seq_len):
                 if not kwargs and self.net.cross_attn_seq_len < out.shape[1] <= self.max_seq_len:
-                    if decoder is None:
-                        decoder = self.decoder(out, self.max_seq_len - out.shape[1])
+                    if decoder is None:  # all tokens after the prefix are latents
+                        schedule = Schedule(prompt_latents=out.shape[1] - self.net.cross_attn_seq_len)
+                        rows = [Row(r, row, model.config, RowSettings(schedule=schedule)) for r, row in enumerate(out)]
+                        decoder = Decoder(model, rows, 1, self.max_seq_len - out.shape[1])
                     else:
                         decoder.add(out[:, -1].tolist())
                     logits = decoder.next_logits()
@@ -208,13 +198,6 @@ class AutoregressiveWrapper(nn.Module):
                         out[:, n:] = out[:, n:].masked_fill(after, self.pad_value)
                         break
         return out[:, n:]
-
-    def decoder(self, tokens: Tensor, more: int) -> Decoder:
-        """A decoder in which all tokens (B, T) after the prefix are latents, and so are `more` that follow."""
-        config, rows = self.net.model.config, prompt_rows(tokens, self.net.model.config.vocab_size)
-        settings = RowSettings(schedule=Schedule(prompt_latents=tokens.shape[1] - self.net.cross_attn_seq_len))
-        rows = [Row(r, row, config, settings) for r, row in enumerate(rows)]
-        return Decoder(self.net.model, rows, 1, more)
 
 
 def load_lucidrains(
@@ -277,7 +260,7 @@ def package_arguments(
         raise InputError(f"{where}: heads is {heads}, its weights allow {', '.join(map(str, reversed(possible)))}")
     if cross_attn_seq_len is None:
         asked.append(f"cross_attn_seq_len (the prefix length, below its max_seq_len {length})")
-    if asked or heads is None or cross_attn_seq_len is None:
+    if heads is None or cross_attn_seq_len is None:
         raise InputError(f"{where} does not tell everything: give {' and '.join(asked)}")
     return {
         "num_tokens": shape("token_emb.weight", 0),

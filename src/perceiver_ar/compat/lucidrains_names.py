@@ -70,17 +70,8 @@ def _to_package_names(net: Any, state: dict[str, Tensor], prefix: str, _metadata
         state[prefix + theirs] = state.pop(prefix + name)
 
 
-def _from_package_names(
-    net: Any,
-    state: dict[str, Tensor],
-    prefix: str,
-    _metadata: Any,
-    _strict: bool,
-    _missing: list[str],
-    _unexpected: list[str],
-    errors: list[str],
-) -> None:
-    modules = _modules(net)
+def _from_package_names(net: Any, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
+    modules, errors = _modules(net), others[-1]
     frequencies, expected = state.pop(prefix + INV_FREQ, None), inverse_frequencies(net.rotary_dim)
     if frequencies is not None and frequencies.shape != expected.shape:
         errors.append(

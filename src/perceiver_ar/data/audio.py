@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from perceiver_ar.data.codec import Codec, WrongModality, check_positive, missing_extra, numbered
+from perceiver_ar.data.codec import Codec, WrongModality, check_positive, importing, missing_extra, numbered
 from perceiver_ar.data.pictures import spectrogram
 from perceiver_ar.data.sound import wav_bytes, write_wav
 from perceiver_ar.errors import InputError
@@ -31,7 +31,7 @@ def read_audio(data: bytes, rate: int) -> np.ndarray:
     try:
         import soundfile
         import soxr
-    except ImportError as error:
+    except ImportError as error:  # not by `importing`, which is not for several threads
         raise missing_extra("audio", error) from None
     blocks: list[np.ndarray] = []  # (samples, channels)
     try:
@@ -94,16 +94,7 @@ class AudioCodec(Codec):
     def decode_samples(self, ids: np.ndarray) -> np.ndarray:
         """Any ids -> samples (n,) in -1 ... 1."""
 
-    def show(
-        self,
-        rows: Sequence[np.ndarray],
-        prompt_len: int,
-        directory: Path,
-        stem: str,
-        *,
-        original: np.ndarray | None = None,
-        soundfont: str | None = None,
-    ) -> list[Path]:
+    def show(self, rows: Sequence[np.ndarray], prompt_len: int, directory: Path, stem: str, **_: Any) -> list[Path]:
         """Writes STEM.wav and STEM.png for each row; the picture is a spectrogram with a line at the prompt's end. With
         a prompt, STEM-prompt.wav is the prompt after the codec, for comparison."""
         prompt = self.decode_samples(np.asarray(rows[0][:prompt_len], dtype=np.int64))
@@ -215,11 +206,9 @@ class NeuralCodec(AudioCodec):
 
         Raises `InputError` if the weights are missing, damaged, or of another kind.
         """
-        try:
+        with importing("codecs"):
             from transformers import DacModel, EncodecModel, MimiModel
             from transformers.utils.logging import disable_progress_bar
-        except ImportError as error:
-            raise missing_extra("codecs", error) from None
         disable_progress_bar()
         classes: dict[str, Any] = {"encodec": EncodecModel, "dac": DacModel, "mimi": MimiModel}
         try:
@@ -236,11 +225,10 @@ class NeuralCodec(AudioCodec):
     @torch.no_grad()
     def encode_samples(self, samples: np.ndarray) -> np.ndarray:
         size = PIECE * self.sample_rate // self.hop * self.hop
+        samples = np.pad(samples, (0, -len(samples) % self.hop)).astype(np.float32)  # whole frames
         frames = []
         for at in range(0, len(samples), size):
-            piece = samples[at : at + size]
-            piece = np.pad(piece, (0, -len(piece) % self.hop))  # whole frames
-            sound = torch.from_numpy(piece.astype(np.float32))[None, None]
+            sound = torch.from_numpy(samples[at : at + size])[None, None]
             if self.kind == "encodec":
                 codes = self.model.encode(sound, bandwidth=self.model.config.target_bandwidths[-1]).audio_codes[0]
             else:

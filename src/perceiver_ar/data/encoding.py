@@ -54,12 +54,10 @@ def encode_documents(
         encoded = _ahead(batches, encode, encoders.processes, encoders.kill)
         yield from _ended_by_errors(encoded, sources) if whole else encoded
         return
-    batches = _batches(_parts(sources, codec, split_on, advance), BATCH)
-    if not codec.encodes_in_threads:
-        for batch in batches:
-            yield from _encode(codec, batch)
-        return
-    yield from _ahead(batches, partial(_encode, codec), threads or available_cores(), lambda: None)
+    parts = _parts(sources, codec, split_on, advance)
+    if codec.encodes_in_threads:
+        parts = _ahead(_batches(parts, BATCH), partial(_encode, codec), threads or available_cores(), lambda: None)
+    yield from parts  # pieces of other codecs are ids already
 
 
 def _ahead(
@@ -99,13 +97,9 @@ def _parts(
             for index, (where, chunks) in enumerate(source.documents(split_on, advance, codec.reads_text)):
                 part, size = partial(Part, number, index), 0
                 try:
-                    if whole:
-                        content = b"".join(counted(chunks))
-                        yield part(size, content, where=where)
-                        size = 0
-                        continue
-                    for piece in codec.pieces(counted(chunks), where):
-                        yield part(size, piece)
+                    pieces = [b"".join(counted(chunks))] if whole else codec.pieces(counted(chunks), where)
+                    for piece in pieces:
+                        yield part(size, piece, where=where if whole else "")
                         size = 0
                 except WrongModality as error:
                     if not source.of_rows:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from perceiver_ar.data.codec import missing_extra
+from perceiver_ar.data.codec import importing
 from perceiver_ar.data.rows import MISSING, ROWS_TO_SEARCH, field_of
 from perceiver_ar.data.sources import HUB, Source, find_files
 from perceiver_ar.errors import InputError, require
@@ -108,10 +108,8 @@ def _open(path: str, column: str, seed: int) -> Any:
             f"{path} is not the name of a dataset: write {HUB}datasets/OWNER/NAME, with :CONFIG or /SPLIT behind it if "
             "needed"
         )
-    try:
+    with importing("datasets"):
         from datasets import load_dataset
-    except ImportError as error:
-        raise missing_extra("datasets", error) from None
     for name in ("datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they log what they raise
     name, revision, config, split = match.groups()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from perceiver_ar.data.codec import Codec, missing_extra, numbered
+from perceiver_ar.data.codec import Codec, importing, numbered
 from perceiver_ar.data.midi_file import clean, read_midi, write_midi
 from perceiver_ar.data.pictures import piano_roll
 from perceiver_ar.data.sound import play_notes, write_wav
@@ -231,11 +231,9 @@ class MidiTokCodec(MusicCodec):
 
     def __init__(self, kind: Kind, tokenizer: Any = None) -> None:
         """tokenizer: an existing MidiTok tokenizer. Raises `InputError` if MidiTok is not installed."""
-        try:
+        with importing("midi"):
             import miditok
             import symusic  # noqa: F401
-        except ImportError as error:
-            raise missing_extra("midi", error) from None
         self.kind: Kind = kind
         self.tokenizer = tokenizer or _tokenizer_class(kind)(
             miditok.TokenizerConfig(
@@ -344,10 +342,8 @@ class MidiTokCodec(MusicCodec):
 
     @classmethod
     def load(cls, directory: Path, settings: dict[str, Any]) -> "MidiTokCodec":
-        try:
+        with importing("midi"):
             import miditok  # noqa: F401
-        except ImportError as error:
-            raise missing_extra("midi", error) from None
         path = directory / "miditok.json"
         try:
             tokenizer = _tokenizer_class(settings["kind"])(params=path)

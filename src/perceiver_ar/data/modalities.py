@@ -165,12 +165,10 @@ def codec_settings(codec: Codec) -> dict[str, Any]:
     match codec.name:
         case "bytes":
             return {"modality": "text" if own["text"] else "bytes"}
-        case "performance":
-            return {"modality": "midi", "data.midi_tokens": "performance"}
+        case "performance" | "remi_plus":
+            return {"modality": "midi", "data.midi_tokens": codec.name}
         case "miditok":
             return {"modality": "midi", "data.midi_tokens": own["kind"]}
-        case "remi_plus":
-            return {"modality": "midi", "data.midi_tokens": "remi_plus"}
         case "image":
             colours = {"data.image_colours": own["colours"], "data.classes": bool(own["classes"])}
             colours |= {"data.palette_size": len(own["palette"])} if own["palette"] else {}
@@ -218,6 +216,5 @@ def official_split(sources: Sequence[Source]) -> tuple[list[Source], list[Source
             continue
         left = sum(map(len, parts.values()))
         counts = f"{len(train):,} files to train on, {len(validation):,} to validate, {left:,} left out"
-        line = f"split of {table.name}: {counts}"
-        return train, validation, line
+        return train, validation, f"split of {table.name}: {counts}"
     return None

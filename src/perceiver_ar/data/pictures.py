@@ -44,8 +44,8 @@ def piano_roll(
         spans = [(0.0, boundary, ORANGE), (boundary, until, BLUE), (until, np.inf, ORANGE)]
         parts = [(max(start, a), min(end, b), ink) for a, b, ink in spans if start < b and end > a + 1e-6]
         for begins, ends, ink in parts:
-            x, colour = left + scale * begins, tuple(round(255 + strength * (c - 255)) for c in ink)
-            draw.rectangle([x, y + 1, max(x + 1, left + scale * ends - 1), y + row - 1], fill=colour)
+            x = left + scale * begins
+            draw.rectangle([x, y + 1, max(x + 1, left + scale * ends - 1), y + row - 1], fill=_tint(ink, strength))
     names = [("prompt", ORANGE)] * (boundary > 0) + [(label, BLUE)] * bool(
         ((notes[:, 1] > boundary + 1e-6) & (notes[:, 0] < until)).any()
     )
@@ -60,11 +60,11 @@ def piano_roll(
     return image
 
 
-def grid(pictures: Sequence[np.ndarray], labels: Sequence[str], scale: int, columns: int = 8) -> Image.Image:
+def grid(pictures: Sequence[np.ndarray], labels: Sequence[str], scale: int) -> Image.Image:
     """Pictures (rows, columns, 3) uint8 of one size side by side, enlarged `scale` times, each above its label."""
     font = ImageFont.load_default(13)
     height, width = (scale * size for size in pictures[0].shape[:2])
-    gap, line, columns = max(8, scale), 20, min(columns, len(pictures))
+    gap, line, columns = max(8, scale), 20, min(8, len(pictures))
     wide = max([width, *(int(font.getlength(label)) + 1 for label in labels)])
     lines = -(-len(pictures) // columns)
     image = Image.new("RGB", (columns * (wide + gap) + gap, lines * (height + line + gap) + gap), PAPER)
@@ -97,17 +97,17 @@ def shaded_text(data: bytes, bits: np.ndarray) -> Image.Image:
     image = Image.new("RGB", (width, y + line + gap), PAPER)
     draw = ImageDraw.Draw(image)
     for level in range(9):
-        draw.rectangle([gap + 24 * level, gap, gap + 24 * level + 23, gap + 12], fill=_ground(level / 8))
+        draw.rectangle([gap + 24 * level, gap, gap + 24 * level + 23, gap + 12], fill=_tint(ORANGE, level / 8))
     draw.text((gap + 24 * 9 + 6, gap), f"bits of a character: 0 to {dark:g} and more", fill=INK, font=font)
     for x, y, wide, shown, level in spots:
-        draw.rectangle([x, y, x + wide, y + line - 2], fill=_ground(level))
+        draw.rectangle([x, y, x + wide, y + line - 2], fill=_tint(ORANGE, level))
         draw.text((x, y), shown, fill=LINE if shown == "\u00b6" else EDGE, font=font)
     return image
 
 
-def _ground(level: float) -> tuple[int, ...]:
-    """Levels 0 ... 1 from white to orange."""
-    return tuple(round(255 + level * (c - 255)) for c in ORANGE)
+def _tint(colour: tuple[int, int, int], level: float) -> tuple[int, ...]:
+    """Levels 0 ... 1 from white to a colour."""
+    return tuple(round(255 + level * (c - 255)) for c in colour)
 
 
 def spectrogram(samples: np.ndarray, rate: int, boundary: int = 0) -> Image.Image:

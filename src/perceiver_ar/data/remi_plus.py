@@ -22,7 +22,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from perceiver_ar.data.codec import WrongModality, missing_extra
+from perceiver_ar.data.codec import WrongModality, importing
 from perceiver_ar.data.midi import Kind, MidiTokCodec
 from perceiver_ar.data.midi_file import DRUM_KIT, LONGEST, Parts, clean, clock, read_parts, write_midi
 from perceiver_ar.errors import require
@@ -37,10 +37,8 @@ PER_QUARTER = 480
 
 
 def _tokenizer() -> Any:
-    try:
+    with importing("midi"):
         import miditok
-    except ImportError as error:
-        raise missing_extra("midi", error) from None
     return miditok.REMI(
         miditok.TokenizerConfig(
             pitch_range=(0, 127),

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from perceiver_ar.data.codec import WrongModality, missing_extra
+from perceiver_ar.data.codec import WrongModality, importing
+from perceiver_ar.data.genome import find_records
 from perceiver_ar.data.modalities import NOTES, find_members
 from perceiver_ar.data.sources import Source, find_files, split_documents
 from perceiver_ar.data.text import decode_utf8, text_only
@@ -206,10 +207,8 @@ def find_rows(sources: Iterable[Source], column: str) -> list[Source]:
     sources = list(sources)
     readers = {_reader(source) for source in sources} - {""}
     if readers & {"parquet", "arrow"}:
-        try:
+        with importing("datasets"):
             from datasets import load_dataset  # noqa: F401  # pyright: ignore[reportUnusedImport]
-        except ImportError as error:
-            raise missing_extra("datasets", error) from None
         logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it raises
     lists = readers - {"csv", "tsv"}  # these never describe other files
 
@@ -228,7 +227,12 @@ def find_rows(sources: Iterable[Source], column: str) -> list[Source]:
 
 
 def find_within(sources: Iterable[Source], modality: str, column: str) -> list[Source]:
-    """The sources with tar archives opened and, for text, tables read by rows. `column`: as in `data.column`."""
+    """The sources with their documents: members of tar archives, rows of tables of text, or records of genomes.
+
+    column: as in `data.column`.
+    """
+    if modality == "genome":
+        return find_records(sources, None)[0]
     sources = find_members(sources, modality, column)
     return find_rows(sources, column) if modality == "text" else sources
 

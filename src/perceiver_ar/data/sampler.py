@@ -3,7 +3,6 @@
 Shapes: B batch, T context_length, N num_latents; n is the number of tokens in the file.
 """
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -72,22 +71,11 @@ class TrainingWindows:
         """Number of conditions at the start of each context."""
         return self._data.conditions[1] if isinstance(self._data, TokenFile) else 0
 
-    @property
-    def windows_per_pass(self) -> int:
-        """Minimum number of windows in a pass; depending on its first cut, a pass has one more for each document."""
-        return self._num_documents * math.ceil((self._length - 1) / self.num_latents)
-
     def first_window(self, number: int) -> int:
         """The index of the first window of pass `number` (0, 1, ...)."""
         while len(self._firsts) <= number:
             self._extend()
         return int(self._firsts[number])
-
-    def passes(self, index: int) -> float:
-        """How many passes the windows before `index` make, such as 1.25."""
-        number = int(self._passes_of(np.array([index]))[0])
-        first = self.first_window(number)
-        return number + (index - first) / (self.first_window(number + 1) - first)
 
     def spans(self, first: int, count: int) -> np.ndarray:
         """The targets x[a:b] of windows first..first+count-1: (count, 2) int64 of a, b."""

@@ -1,12 +1,13 @@
 """Sound: WAV files, and a piano made of sines for use without a soundfont."""
 
+import io
 import os
 import wave
 from typing import Any
 
 import numpy as np
 
-from perceiver_ar.data.codec import missing_extra
+from perceiver_ar.data.codec import importing
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path
 
@@ -15,8 +16,6 @@ RATE = 22_050  # Hz, of the synthetic piano
 
 def wav_bytes(samples: np.ndarray, rate: int) -> bytes:
     """Samples (n,) or (n, channels) in -1 ... 1, at `rate` Hz, as a 16-bit WAV file."""
-    import io
-
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1 if samples.ndim == 1 else samples.shape[1])
@@ -34,10 +33,8 @@ def write_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int) -> N
 
 def check_soundfont(soundfont: str) -> None:
     """Raises `InputError` if it does not exist, or if symusic, which plays it, is not installed."""
-    try:
+    with importing("midi"):
         import symusic  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("midi", error) from None
     if not os.path.isfile(soundfont):
         raise InputError(f"the soundfont {soundfont} does not exist; give an .sf2 or .sf3 file, or leave it out")
 

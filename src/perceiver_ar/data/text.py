@@ -11,6 +11,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,10 +73,7 @@ class BytesCodec(Codec):
         self.separator = (0,) if text else ()
 
     def encode(self, data: bytes) -> np.ndarray:
-        if self.text:
-            for _ in decode_utf8([data], "the input", allow_nul=False):
-                pass
-        return np.frombuffer(data, dtype=np.uint8).copy()
+        return np.concatenate([np.empty(0, self.dtype), *self.encode_stream([data], "the input")])
 
     def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
         if self.text:
@@ -210,13 +208,13 @@ class TokenizerCodec(Codec):
         return cls.from_file(directory / "tokenizer.json")
 
 
-def train_bpe(texts: Iterable[str | bytes], vocab_size: int) -> TokenizerCodec:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> TokenizerCodec:
     """Trains a lossless byte-level BPE tokenizer on `texts` (whole documents, or pieces of them: see `text_pieces`).
 
     Memory grows with the number of different words, not with the amount of text. Words of more than `WORD` characters
     (text without spaces, such as genomes) are cut, and only the first `LONG_WORDS` characters of such words are used.
     The vocabulary has all 256 bytes, `<|endoftext|>`, and merges up to `vocab_size`, or fewer if the texts do not have
-    enough. A terminal shows the progress. Raises `InputError` if `vocab_size` is below 257 or a document is not UTF-8.
+    enough. A terminal shows the progress. Raises `InputError` if `vocab_size` is below 257.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -231,8 +229,7 @@ def train_bpe(texts: Iterable[str | bytes], vocab_size: int) -> TokenizerCodec:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    strings = ("".join(decode_utf8([text], "a document")) if isinstance(text, bytes) else text for text in texts)
-    _interruptible(lambda texts: tokenizer.train_from_iterator(texts, trainer), _short_words(strings))
+    _interruptible(lambda texts: tokenizer.train_from_iterator(texts, trainer), _short_words(texts))
     return TokenizerCodec(tokenizer)
 
 
@@ -257,39 +254,21 @@ def _interruptible(work: Callable[[Iterator[str]], Any], texts: Iterator[str]) -
     The other thread then gets no more texts. Its running computation cannot be stopped and ends with the process. (A
     thread that runs Python while the process ends would abort it, so this waits until it reads no more.)
     """
-    failures, abandoned, done = list[BaseException](), threading.Event(), threading.Event()
+    result, abandoned = Future[Any](), threading.Event()
 
     def run() -> None:
         try:
-            work(takewhile(lambda _: not abandoned.is_set(), texts))
+            result.set_result(work(takewhile(lambda _: not abandoned.is_set(), texts)))
         except BaseException as error:
-            failures.append(error)
-        done.set()
+            result.set_exception(error)
 
     try:
         threading.Thread(target=run, daemon=True).start()
-        done.wait()  # join may return too early after an interruption
+        result.result()
     except BaseException:
         abandoned.set()
-        done.wait(1)
+        wait([result], timeout=1)
         raise
-    if failures:
-        raise failures[0]
-
-
-class Utf8Stream:
-    """Bytes that arrive in pieces -> text for a terminal: whole characters, U+FFFD for invalid bytes."""
-
-    def __init__(self):
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, data: bytes) -> str:
-        """The characters that `data` completes."""
-        return self._decoder.decode(data)
-
-    def close(self) -> str:
-        """The rest at the end: U+FFFD for an incomplete character, else nothing."""
-        return self._decoder.decode(b"", final=True)
 
 
 def decode_utf8(chunks: Iterable[bytes], where: str, allow_nul: bool = True) -> Iterator[str]:

@@ -22,9 +22,8 @@ class PerceiverARModelConfig(PreTrainedConfig):
     def __init__(self, network: PerceiverARConfig | None = None, **settings: Any) -> None:
         """settings: transformers' own."""
         self.network = network or PerceiverARConfig()
-        for name, value in {"architectures": ["PerceiverARForCausalLM"], "auto_map": {}}.items():
-            settings.setdefault(name, value)  # TRL reads both
-        super().__init__(**settings)
+        for_trl = {"architectures": ["PerceiverARForCausalLM"], "auto_map": {}}
+        super().__init__(**for_trl | settings)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -13,25 +13,12 @@ from perceiver_ar.huggingface.modeling import PerceiverARForCausalLM
 from perceiver_ar.huggingface.tokenizer import codec_tokenizer
 
 MODULE = "modeling_perceiver_ar"
-NETWORK = [
-    "kernels",
-    "autocast",
-    "activations",
-    "attention",
-    "heads",
-    "inputs",
-    "streaming",
-    "prefix",
-    "init",
-    "weights",
-    "model",
-]
-GENERATION = ["cache", "sampling", "rows", "compiled", "decoder", "main"]
 SOURCES = [
     *("errors", "files", "config/checks", "config/presets", "config/network"),
-    *(f"network/{name}" for name in NETWORK),
+    *(f"network/{name}" for name in ("kernels", "autocast", "activations", "attention", "heads", "inputs")),
+    *(f"network/{name}" for name in ("streaming", "prefix", "init", "weights", "model")),
     *("objective", "windows"),
-    *(f"generation/{name}" for name in GENERATION),
+    *(f"generation/{name}" for name in ("cache", "sampling", "rows", "compiled", "decoder", "main")),
     *(f"huggingface/{name}" for name in ("configuration", "caching", "hub", "modeling")),
 ]
 """The model's modules, each after those that it imports."""

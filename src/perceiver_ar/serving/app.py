@@ -8,17 +8,16 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Form, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
-from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -32,8 +31,7 @@ from perceiver_ar.serving.engine import Busy, Engine, TooSlow
 from perceiver_ar.serving.errors import FAILED, describe, error_body, error_response
 from perceiver_ar.serving.files import GenerateForm, Generation, Results, media_type
 from perceiver_ar.serving.metrics import Metrics
-from perceiver_ar.serving.outbox import Outbox
-from perceiver_ar.serving.protocol import MAX_PROMPTS, MAX_SCORES, CompletionRequest, Refused, require_unicode
+from perceiver_ar.serving.protocol import MAX_PROMPTS, MAX_SCORES, CompletionRequest, Refused, StrictModel
 from perceiver_ar.serving.security import RETRY, Guard
 from perceiver_ar.serving.text import Vocabulary
 from perceiver_ar.serving.worker import Stopping, TooMuch, Worker
@@ -50,6 +48,14 @@ POLICY = (
 )
 """The page loads nothing from other hosts, and other pages cannot frame it."""
 
+FAILURES = {
+    Busy: (503, "the queue of this server is full: try again later"),
+    TooMuch: (413, "the file, or a result, exceeds the limit of memory, time or tokens"),
+    TooSlow: (503, "the prompt could not be scored in time: send a shorter one"),
+    Stopping: (503, "the server stops before the file is ready: try again later"),
+}
+"""Status and message of requests that are valid and cannot be served."""
+
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -63,25 +69,21 @@ class Service:
     codec: Codec
     path: Path
     name: str
-    api_key: str | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)
+    api_key: str | None
+    scores: Mapping[str, float]
     """Bits for each byte, token, ... of held-out files, by name."""
 
 
 GenerateFields = Annotated[GenerateForm, Form(media_type="multipart/form-data")]
 
 
-class TokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class TokenizeRequest(StrictModel):
     prompt: str
     model: str | None = None
     add_special_tokens: bool = True
 
 
-class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class DetokenizeRequest(StrictModel):
     tokens: list[int]
     model: str | None = None
 
@@ -132,12 +134,10 @@ def create_app(service: Service) -> FastAPI:
     engine, name = service.engine, service.name
     worker, results = Worker(service.path), Results()
     vocabulary, metrics, created = Vocabulary(service.codec), Metrics(engine), int(time.time())
-    outbox = Outbox()
-    engine.after_turn = outbox.flush
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        outbox.loop = asyncio.get_running_loop()
+        engine.outbox.loop = asyncio.get_running_loop()
         yield
         await run_in_threadpool(engine.close)
         await run_in_threadpool(worker.close)
@@ -166,13 +166,13 @@ def create_app(service: Service) -> FastAPI:
         check_model(body.model)
         body.check(engine.slots)
         prompts = await run_in_threadpool(read_prompts, body, vocabulary)
-        completion = Completion(body, prompts, engine, outbox, vocabulary, name, metrics)
+        completion = Completion(body, prompts, engine, vocabulary, name, metrics)
         completion.submit()
-        return await answer_with(request, completion, completion.chunks if body.stream else None, metrics)
+        return await answer_with(request, completion, bool(body.stream), metrics)
 
     @app.post("/v1/generate")
     async def generate(request: Request, form: GenerateFields) -> Response:
-        generation = Generation(form, service.codec, engine, outbox, worker, results, metrics)
+        generation = Generation(form, service.codec, engine, worker, results, metrics)
         try:
             if await unless_gone(request, generation.read()) is None:
                 return client_gone(metrics)
@@ -181,7 +181,7 @@ def create_app(service: Service) -> FastAPI:
         except InputError as error:  # a file of another kind, or a damaged one
             return error_response(422, str(error), param="prompt" if form.file is None else "file")
         generation.submit()
-        return await answer_with(request, generation, generation.events if form.stream else None, metrics)
+        return await answer_with(request, generation, form.stream, metrics)
 
     @app.get("/v1/files/{key}/{name}")
     async def file(key: str, name: str) -> Response:
@@ -214,7 +214,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
@@ -225,7 +225,6 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         check_model(body.model)
-        require_unicode(body.prompt, "prompt")
         tokens = await run_in_threadpool(vocabulary.tokenize, body.prompt, body.add_special_tokens)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": engine.context}
 
@@ -241,26 +240,16 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-class Work(Protocol):
-    """A request that has been submitted to the engine."""
-
-    async def whole(self) -> dict[str, Any]: ...
-
-    def cancel(self) -> None: ...
-
-
-async def answer_with(
-    request: Request, work: Work, pieces: Callable[[], AsyncIterator[dict[str, Any]]] | None, metrics: Metrics
-) -> Response:
-    """Responds with `pieces` as they come; None: with the whole answer. Cancels the work if the client goes away."""
-    if pieces is not None:
+async def answer_with(request: Request, work: Completion | Generation, stream: bool, metrics: Metrics) -> Response:
+    """Responds with pieces of the answer as they come, or with the whole. Cancels the work if the client goes away."""
+    if stream:
 
         def end(complete: bool) -> None:
             work.cancel()
             if not complete:
                 metrics.gone.inc()
 
-        return Events(events(pieces()), end)
+        return Events(events(work.pieces()), end)
     try:
         answer = await unless_gone(request, work.whole())
     finally:
@@ -280,22 +269,18 @@ def add_error_handlers(app: FastAPI) -> None:
         status = 404 if error.code == "model_not_found" else 400
         return error_response(status, str(error), param=error.param, code=error.code)
 
-    @app.exception_handler(TooMuch)
-    @app.exception_handler(TooSlow)
-    @app.exception_handler(Stopping)
-    @app.exception_handler(InputError)
     async def known(_: Request, error: Exception) -> Response:
-        return error_response(*status_and_message(error), param="file" if isinstance(error, TooMuch) else None)
+        param = "file" if isinstance(error, TooMuch) else None
+        headers = RETRY if isinstance(error, Busy) else None
+        return error_response(*status_and_message(error), param=param, headers=headers)
+
+    for kind in (*FAILURES, InputError):
+        app.add_exception_handler(kind, known)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         message, param = describe(error.errors())
         return error_response(400, message, param=param)
-
-    @app.exception_handler(Busy)
-    async def busy(_: Request, error: Busy) -> Response:
-        message = "the queue of this server is full: try again later"
-        return error_response(503, message, headers=RETRY)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
@@ -303,17 +288,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def status_and_message(error: Exception) -> tuple[int, str]:
-    if isinstance(error, TooMuch):
-        return 413, "the file, or a result, exceeds the limit of memory, time or tokens"
-    if isinstance(error, TooSlow):
-        return 503, "the prompt could not be scored in time: send a shorter one"
-    if isinstance(error, Stopping):
-        return 503, "the server stops before the file is ready: try again later"
-    if isinstance(error, WeightsError):
-        return 500, str(error)
     if isinstance(error, InputError):
-        return 400, str(error)
-    return 500, FAILED
+        return 500 if isinstance(error, WeightsError) else 400, str(error)
+    return FAILURES.get(type(error), (500, FAILED))
 
 
 async def events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:

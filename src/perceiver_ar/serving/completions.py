@@ -6,6 +6,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,8 +131,8 @@ class Listener:
         self, outbox: Outbox, results: "asyncio.Queue[Delta | Exception]", choices: Sequence[Choice],
         echo: str | None, metrics: Metrics,
     ) -> None:  # fmt: skip
-        self.outbox, self.results, self.choices, self.prompt = outbox, results, choices, echo
-        self.times = TokenTimes(metrics)
+        self.results, self.choices, self.prompt = results, choices, echo
+        self.send, self.times = partial(outbox.put, results), TokenTimes(metrics)
 
     def scored(self, tokens: Sequence[int], logprobs: Tensor | None) -> None:
         self.choices[0].echo(tokens, logprobs)
@@ -141,7 +142,7 @@ class Listener:
             choice.echo_of(self.choices[0])
         for choice in self.choices:
             if self.prompt is not None or last:
-                self._send(choice.delta(self.prompt or "", "length" if last else None))
+                self.send(choice.delta(self.prompt or "", "length" if last else None))
 
     def token(self, sample: int, token: int, logprobs: Tensor, finish: Finish | None) -> bool:
         self.times.token(sample)
@@ -149,40 +150,33 @@ class Listener:
             finish = "length"
         delta = self.choices[sample].push(token, logprobs, finish)
         if delta.text or delta.tokens or delta.finish:
-            self._send(delta)
+            self.send(delta)
         return delta.finish is None
 
     def out_of_time(self, sample: int) -> None:
-        self._send(self.choices[sample].delta("", "length"))
+        self.send(self.choices[sample].delta("", "length"))
 
     def failed(self, error: Exception) -> None:
-        self._send(error)
-
-    def _send(self, result: Delta | Exception) -> None:
-        self.outbox.put(self.results, result)
+        self.send(error)
 
 
-@dataclass
-class Prompt:
-    """The ids (T,) of a prompt, and its text if the answer repeats it."""
-
-    ids: Tensor
-    echo: str | None
+Prompt = tuple[Tensor, str | None]
+"""The ids (T,) of a prompt, and its text if the answer repeats it."""
 
 
 class Completion:
     """One request: its jobs, their results, and the answer in OpenAI's form."""
 
     def __init__(
-        self, request: CompletionRequest, prompts: Sequence[Prompt], engine: Engine, outbox: Outbox,
-        vocabulary: Vocabulary, model: str, metrics: Metrics,
+        self, request: CompletionRequest, prompts: Sequence[Prompt], engine: Engine, vocabulary: Vocabulary,
+        model: str, metrics: Metrics,
     ) -> None:  # fmt: skip
         """Raises Refused for invalid settings."""
         self.request, self.engine, self.metrics = request, engine, metrics
         self.results = asyncio.Queue[Delta | Exception]()
         self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
         self.head["model"] = model
-        self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        self.prompt_tokens = sum(len(ids) for ids, _ in prompts)
         self.drawn = [0] * (len(prompts) * request.samples)
         self.left = len(self.drawn)
         """Choices that have not ended."""
@@ -201,14 +195,14 @@ class Completion:
                 "prompt",
             )
         self.jobs = list[Job]()
-        for number, prompt in enumerate(prompts):
+        for number, (ids, echo) in enumerate(prompts):
             first = number * n
             choices = [Choice(first + i, vocabulary, stops, request.top) for i in range(n)]
-            listener = Listener(outbox, self.results, choices, prompt.echo, metrics)
+            listener = Listener(engine.outbox, self.results, choices, echo, metrics)
             seeds = [None if request.seed is None else request.seed + first + i for i in range(n)]
-            pinned = tuple(vocabulary.codec.conditions_of(prompt.ids.numpy()))
+            pinned = tuple(vocabulary.codec.conditions_of(ids.numpy()))
             each = replace(settings, pinned=pinned)
-            self.jobs.append(Job(prompt.ids, each, seeds if request.count else [], listener, score))
+            self.jobs.append(Job(ids, each, seeds if request.count else [], listener, score))
 
     def submit(self) -> None:
         """Raises Busy if the queue has no room. Call `cancel` afterwards in any case."""
@@ -240,7 +234,7 @@ class Completion:
             one.finish = delta.finish
         return self.head | {"choices": self._choices(whole), "usage": self.usage()}
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def pieces(self) -> AsyncIterator[dict[str, Any]]:
         """The answer piece by piece."""
         options = self.request.stream_options
         with_usage = options is not None and bool(options.include_usage)
@@ -258,18 +252,13 @@ class Completion:
         return [delta.choice(self.request.top is not None) for delta in deltas]
 
 
-def condition_ids(request: CompletionRequest, vocabulary: Vocabulary) -> list[int]:
-    """The ids of the request's conditions. Raises Refused."""
-    try:
-        return vocabulary.codec.condition_ids(request.condition or {})
-    except InputError as error:
-        raise Refused(str(error), "condition") from None
-
-
 def read_prompts(request: CompletionRequest, vocabulary: Vocabulary) -> list[Prompt]:
     """The prompts of a request; slow for long ones. Raises Refused."""
     found = list[Prompt]()
-    condition_ids(request, vocabulary)
+    try:
+        vocabulary.codec.condition_ids(request.condition or {})
+    except InputError as error:
+        raise Refused(str(error), "condition") from None
     for prompt in request.prompts():
         if request.condition and not isinstance(prompt, str):
             raise Refused("condition is for texts, and prompt holds ids: put the condition's ids first", "condition")
@@ -278,5 +267,5 @@ def read_prompts(request: CompletionRequest, vocabulary: Vocabulary) -> list[Pro
         except InputError as error:
             raise Refused(f"prompt cannot be read: {str(error).partition(';')[0]}", "prompt") from None
         echo = (prompt if isinstance(prompt, str) else vocabulary.text(prompt)) if request.echo else None
-        found.append(Prompt(ids, echo))
+        found.append((ids, echo))
     return found

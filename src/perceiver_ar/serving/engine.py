@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -18,6 +19,7 @@ from perceiver_ar.errors import InputError, require
 from perceiver_ar.generation.rows import Row, RowSettings, draw, require_finite
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.scored_windows import windows
+from perceiver_ar.serving.outbox import Outbox
 from perceiver_ar.serving.slots import slot_decoder
 from perceiver_ar.windows import Window, blocks, longest_context
 
@@ -114,8 +116,8 @@ class Engine:
         self.model = model.eval()
         self.config = model.config if context == longest else model.config.replace(context_length=context)
         self.slots, self.context, self.queue, self.seconds = slots, context, queue, seconds
-        self.after_turn: Callable[[], None] = lambda: None
-        """Called in the engine's thread when listeners may have received results."""
+        self.outbox = Outbox()
+        """For listeners; flushed when they may have received results."""
         self._compile = compile
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
@@ -126,16 +128,13 @@ class Engine:
         self._running: dict[int, tuple[Job, int]] = {}
         """Row index -> its job, and the number of its sample."""
         self._rows = 0
-        self._ready = threading.Event()
-        self._failure: Exception | None = None
+        self._started = Future[None]()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Returns when the first job can begin. Raises errors of the start, such as too little memory."""
         self._thread.start()
-        self._ready.wait()
-        if self._failure is not None:
-            raise self._failure
+        self._started.result()
 
     def end_jobs(self) -> None:
         """Ends waiting and running jobs, and all later ones, as if they had taken too long."""
@@ -189,11 +188,10 @@ class Engine:
                 self._decoder = slot_decoder(self.model, self.slots, self.context, self._compile)
                 if self._compile:
                     self._warm_up()
-            except Exception as error:
-                self._failure = error
+            except BaseException as error:
+                self._started.set_exception(error)
                 return
-            finally:
-                self._ready.set()
+            self._started.set_result(None)
             while self._wait_for_work():
                 try:
                     self._remove_unwanted()
@@ -201,14 +199,14 @@ class Engine:
                     self._step()
                 except Exception as error:
                     self._fail(error)
-                self.after_turn()
+                self.outbox.flush()
             self._fail(RuntimeError("the server is closing"))
-            self.after_turn()
+            self.outbox.flush()
 
     def _warm_up(self) -> None:
         """Compiles the step before the first request, since it takes half a minute."""
         row = Row(0, torch.zeros(1, dtype=torch.int64), self.config)
-        for _ in self._decoder.prefill(row):
+        for _ in self._decoder.read(row):
             pass
         self._decoder.admit([row])
         self._decoder.next_logits()
@@ -291,7 +289,8 @@ class Engine:
             job.listener.begun(last=True)
             return
         row = Row(0, job.prompt, self.config, job.settings)
-        yield from self._decoder.prefill(row)
+        for _ in self._decoder.read(row):
+            yield
         rows = []
         for sample, seed in enumerate(job.seeds):
             rows.append(row.fork())
@@ -323,7 +322,7 @@ class Engine:
             row = Row(0, ids[:end], config, RowSettings(pinned=job.settings.pinned))
             row.window = Window(start, end - start - prefix_len)
             target = row.num_tokens - row.window.num_latents + 1  # that of the next latent
-            for found in self._decoder.latents(row):
+            for found in self._decoder.read(row, newest=True):
                 if found is not None:
                     scored = found[0, max(0, first_target - target) :]
                     target += found.shape[1]
@@ -362,33 +361,31 @@ class Engine:
     def _fail_stuck(self, rows: list[Row], logits: Tensor) -> list[int]:
         """Fails the jobs of rows that cannot continue after these logits (rows, V), and removes their rows. Returns the
         indices in `logits` of the remaining rows, in the decoder's new order."""
-        stuck = dict[int, Exception]()
+        stuck = dict[Job, Exception]()
         for row, one in zip(rows, logits.cpu().double(), strict=True):
             try:
                 require_finite(one[None])
                 row.adjust(one)
             except InputError as error:
-                stuck[id(self._running[row.index][0])] = error
-        failed = {id(job): job for job, _ in self._running.values() if id(job) in stuck}
-        self._remove([row for row in rows if id(self._running[row.index][0]) in stuck], erase=True)
-        for number, job in failed.items():
-            job.listener.failed(stuck[number])
-        places = {id(row): place for place, row in enumerate(rows)}
-        return [places[id(row)] for row in self._decoder.rows]
+                stuck[self._running[row.index][0]] = error
+        self._remove([row for row in rows if self._running[row.index][0] in stuck], erase=True)
+        for job, error in stuck.items():
+            job.listener.failed(error)
+        return [rows.index(row) for row in self._decoder.rows]
 
     def _fail(self, error: Exception) -> None:
         """Ends running jobs with an error, on closing also waiting jobs. Later jobs start from an empty decoder."""
         if not self._closing:
             logger.error("a step failed", exc_info=error)
-        jobs = {id(job): job for job, _ in self._running.values()}
+        jobs = {job for job, _ in self._running.values()}
         if self._reading is not None:
-            jobs[id(self._reading[0])] = self._reading[0]
+            jobs.add(self._reading[0])
         if self._closing:
             with self._wake:
-                jobs |= {id(job): job for job in self._waiting}
+                jobs.update(self._waiting)
                 self._waiting.clear()
         self._running, self._reading = {}, None
         self._decoder.clear()
-        for job in jobs.values():
+        for job in jobs:
             if not job.cancelled:
                 job.listener.failed(error)

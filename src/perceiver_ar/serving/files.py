@@ -7,6 +7,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
+from functools import partial
 from itertools import takewhile
 from operator import eq
 from typing import Annotated, Any
@@ -23,11 +24,10 @@ from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.midi import MusicCodec
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation.rows import RowSettings
-from perceiver_ar.generation.sampling import Sampling
 from perceiver_ar.serving.engine import Engine, Finish, Job
 from perceiver_ar.serving.metrics import Metrics, TokenTimes
 from perceiver_ar.serving.outbox import Outbox
-from perceiver_ar.serving.protocol import MAX_UNREAD, Refused
+from perceiver_ar.serving.protocol import MAX_UNREAD, Refused, sampling_of
 from perceiver_ar.serving.worker import TooMuch, Worker
 
 EXPIRE_SECONDS = 3600.0
@@ -58,13 +58,6 @@ class GenerateForm(BaseModel):
     presence_penalty: float = 0.0
     stream: bool = False
 
-    def sampling(self) -> Sampling:
-        names = Sampling.__dataclass_fields__
-        try:
-            return Sampling(**{name: getattr(self, name) for name in names})
-        except InputError as error:
-            raise Refused(str(error), str(error).split()[0]) from None
-
 
 class Results:
     """Sets of files in memory, each under an unguessable key, for at most an hour."""
@@ -77,7 +70,7 @@ class Results:
         now, key = time.monotonic(), secrets.token_urlsafe(16)
         self._expire(now)
         self._sets[key] = now + EXPIRE_SECONDS, files
-        while sum(map(_size, self._sets.values())) > MAX_RESULTS:
+        while sum(len(content) for _, kept in self._sets.values() for content in kept.values()) > MAX_RESULTS:
             self._sets.popitem(last=False)
         if key not in self._sets:
             raise TooMuch
@@ -92,16 +85,12 @@ class Results:
             del self._sets[old]
 
 
-def _size(result: tuple[float, dict[str, bytes]]) -> int:
-    return sum(map(len, result[1].values()))
-
-
 class Tokens:
     """A listener that passes tokens on to the event loop."""
 
     def __init__(self, outbox: Outbox, metrics: Metrics) -> None:
-        self.outbox, self.results = outbox, asyncio.Queue[tuple[int, int | None, bool] | Exception]()
-        self.times = TokenTimes(metrics)
+        self.results = asyncio.Queue[tuple[int, int | None, bool] | Exception]()
+        self.send, self.times = partial(outbox.put, self.results), TokenTimes(metrics)
 
     def scored(self, tokens: object, logprobs: object) -> None: ...
 
@@ -110,17 +99,14 @@ class Tokens:
     def token(self, sample: int, token: int, logprobs: Tensor, finish: Finish | None) -> bool:
         self.times.token(sample)
         last = finish is not None or self.results.qsize() >= MAX_UNREAD
-        self._send((sample, token, last))
+        self.send((sample, token, last))
         return not last
 
     def out_of_time(self, sample: int) -> None:
-        self._send((sample, None, True))
+        self.send((sample, None, True))
 
     def failed(self, error: Exception) -> None:
-        self._send(error)
-
-    def _send(self, result: Any) -> None:
-        self.outbox.put(self.results, result)
+        self.send(error)
 
 
 class Progress:
@@ -150,12 +136,11 @@ class Generation:
     """One request: the prompt's ids, its job, and the resulting files."""
 
     def __init__(
-        self, form: GenerateForm, codec: Codec, engine: Engine, outbox: Outbox, worker: Worker, results: Results,
-        metrics: Metrics,
-    ) -> None:  # fmt: skip
-        self.form, self.codec, self.engine, self.outbox = form, codec, engine, outbox
+        self, form: GenerateForm, codec: Codec, engine: Engine, worker: Worker, results: Results, metrics: Metrics
+    ) -> None:
+        self.form, self.codec, self.engine = form, codec, engine
         self.worker, self.results, self.metrics = worker, results, metrics
-        self.sampling = form.sampling()
+        self.sampling = sampling_of(form)
         self.samples = form.n or (1 if codec.document_length is None else min(4, engine.slots))
         if self.samples > engine.slots:
             raise Refused(f"n is {self.samples}: this server draws at most {engine.slots} samples together", "n")
@@ -192,7 +177,7 @@ class Generation:
             pinned=tuple(front),
         )
         seeds = [None if form.seed is None else form.seed + sample for sample in range(self.samples)]
-        self.listener = Tokens(self.outbox, self.metrics)
+        self.listener = Tokens(self.engine.outbox, self.metrics)
         self.jobs = [Job(torch.from_numpy(self.prompt), settings, seeds, self.listener)]
         return True
 
@@ -210,7 +195,7 @@ class Generation:
         if self.left:
             self.engine.cancel(self.jobs)
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def pieces(self) -> AsyncIterator[dict[str, Any]]:
         """Yields tokens as they come, several together, with what a page can draw of them; at the end the links."""
         new: dict[int, list[int]] = {}
         shown = time.monotonic()
@@ -238,12 +223,12 @@ class Generation:
     async def whole(self) -> dict[str, Any]:
         """The last event."""
         last: dict[str, Any] = {}
-        async for event in self.events():
+        async for event in self.pieces():
             last = event
         return last
 
     async def _links(self) -> dict[str, Any]:
-        rows = await run_in_threadpool(self._rows)
+        rows = await run_in_threadpool(lambda: [self._row(drawn) for drawn in self.drawn])
         files = await self.worker.show(rows, len(self.prompt), self.original)
         key = self.results.add(files)
         links = [
@@ -252,9 +237,6 @@ class Generation:
         ]
         usage = {"prompt_tokens": len(self.prompt), "completion_tokens": sum(map(len, self.drawn))}
         return {"files": links, "expires_in": int(EXPIRE_SECONDS), "usage": usage}
-
-    def _rows(self) -> list[np.ndarray]:
-        return [self._row(drawn) for drawn in self.drawn]
 
     def _row(self, drawn: list[int]) -> np.ndarray:
         return np.concatenate([self.prompt, np.array(drawn, dtype=np.int64)])

@@ -1,8 +1,8 @@
-"""The content of GET /metrics, in Prometheus' text format."""
+"""The metrics of a server, for Prometheus."""
 
 import time
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from perceiver_ar.serving.engine import Engine
 
@@ -37,9 +37,6 @@ class Metrics:
     def answered(self, path: str, status: int) -> None:
         """Counts an answer. path: a route's template, as clients can invent any number of paths."""
         self.requests.labels(path, status).inc()
-
-    def text(self) -> bytes:
-        return generate_latest(self.registry)
 
 
 class TokenTimes:

@@ -27,17 +27,17 @@ class Refused(InputError):
         self.param, self.code = param, code
 
 
-class StreamOptions(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+
+class StreamOptions(StrictModel):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class CompletionRequest(BaseModel):
+class CompletionRequest(StrictModel):
     """Fields of OpenAI's completions with their meanings, and `top_k`, `min_p`, `repetition_penalty`, `condition`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: Annotated[Prompt, SkipValidation]  # `prompts` checks it: pydantic would report an error for every element
     model: str | None = None
@@ -118,22 +118,16 @@ class CompletionRequest(BaseModel):
 
     def sampling(self) -> Sampling:
         """Raises Refused for numbers out of range."""
+        return sampling_of(self.model_copy(update={"top_k": None}) if self.top_k in (0, -1) else self)
 
-        def value(number: float | None, default: float) -> float:
-            return default if number is None else number
 
-        try:
-            return Sampling(
-                temperature=value(self.temperature, 1.0),
-                top_k=None if self.top_k in (0, -1) else self.top_k,
-                top_p=self.top_p,
-                min_p=self.min_p,
-                repetition_penalty=value(self.repetition_penalty, 1.0),
-                frequency_penalty=value(self.frequency_penalty, 0.0),
-                presence_penalty=value(self.presence_penalty, 0.0),
-            )
-        except InputError as error:
-            raise Refused(str(error), str(error).split()[0]) from None
+def sampling_of(request: BaseModel) -> Sampling:
+    """The settings of sampling in a request; a field that is None has its default. Raises Refused."""
+    fields = {name: getattr(request, name) for name in Sampling.__dataclass_fields__}
+    try:
+        return Sampling(**{name: value for name, value in fields.items() if value is not None})
+    except InputError as error:
+        raise Refused(str(error), str(error).split()[0]) from None
 
 
 def require_unicode(text: str, param: str) -> bytes:

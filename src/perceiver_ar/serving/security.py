@@ -78,7 +78,7 @@ class Guard:
             )
         length = headers.get("content-length", "0")
         if refusal is None and length.isdecimal() and int(length) > self.max_body:
-            refusal = self._too_large()
+            refusal = error_response(413, self.size())
         if refusal is not None:
             return await refusal(scope, receive, counted)
         body = Body(self, receive)
@@ -108,9 +108,6 @@ class Guard:
 
     def size(self) -> str:
         return f"the body has more than {self.max_body} bytes"
-
-    def _too_large(self) -> JSONResponse:
-        return error_response(413, self.size())
 
 
 class Body:

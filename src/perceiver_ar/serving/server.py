@@ -6,6 +6,7 @@ import logging
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
@@ -30,13 +31,11 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
-    slots: int = 8,
-    max_context: int | None = None,
-    compile: bool = False,
-    precision: str = "32",
-    device: str | None = None,
+    **settings: Any,
 ) -> None:
     """Serves a run until SIGINT or SIGTERM.
+
+    settings: further ones of `load`.
 
     Raises:
         InputError: invalid settings, no key although others can reach the server, or an address in use.
@@ -46,15 +45,13 @@ def serve(
         api_key is not None or is_loopback(host),
         f"host is {host}, which others can reach: give --api_key, which every request then needs",
     )
-    require(slots >= 1, f"slots is {slots}: it must be at least 1")
-    listening = listen(host, port)
-    with listening:
-        service = load(path, api_key, slots, max_context, compile, precision, device)
+    with listen(host, port) as listening:
+        service = load(path, api_key, **settings)
         place, number = listening.getsockname()[:2]
         url = f"http://{f'[{place}]' if ':' in place else place}:{number}"
         engine = service.engine
         print(
-            f"{service.name} on {engine.model.device}: {slots} slots of {engine.context:,} tokens, "
+            f"{service.name} on {engine.model.device}: {engine.slots} slots of {engine.context:,} tokens, "
             f"{engine.nbytes / 2**20:,.0f} MiB of keys and values\n{url}",
             file=sys.stderr,
             flush=True,
@@ -72,6 +69,7 @@ def load(
     device: str | None = None,
 ) -> Service:
     """Loads a run and starts its engine. Raises InputError."""
+    require(slots >= 1, f"slots is {slots}: it must be at least 1")
     run = Run.open(path)
     model, codec = run.model(), run.codec()
     try:

@@ -6,7 +6,6 @@ A new row is a refill. Its prompt is read in pieces, and the running rows make s
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from operator import eq
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,9 +28,7 @@ class SlotDecoder(Decoder):
     The last prompt stays in memory. Of a new prompt that begins with the same tokens, only the rest is read.
     """
 
-    def __init__(
-        self, model: PerceiverAR, slots: int, context: int, compile: bool | Literal["max-autotune"] = False
-    ) -> None:
+    def __init__(self, model: PerceiverAR, slots: int, context: int, compile: bool) -> None:
         self.model, self.reach = model, reach(model.config)
         self.capacity = slots
         self.rows: list[Row] = []
@@ -46,21 +43,14 @@ class SlotDecoder(Decoder):
     def free(self) -> int:
         return self.capacity - len(self.rows)
 
-    def prefill(self, row: Row, piece: int | None = None) -> Iterator[None]:
-        """Reads a row's prompt; then the row, or rows equal to it, can be admitted. Yields after each piece.
+    def read(self, row: Row, piece: int | None = None, newest: bool = False) -> Iterator[Tensor | None]:
+        """Reads a row's window, so that the row, or rows equal to it, can be admitted. Yields after each piece: the
+        next latents (1, n, dim), or None after a piece of the prefix. A new read may begin at any time, also before
+        the last one has ended.
 
-        piece: number of latents in a piece; None: fewer for longer prompts. A new prefill may begin at any time, also
-        before the last one has ended.
+        piece: number of latents in a piece; None: fewer for longer windows.
+        newest: reads the newest latent, too; then no row can be admitted.
         """
-        for _ in self._read_window(row, piece):
-            yield
-
-    def latents(self, row: Row, piece: int | None = None) -> Iterator[Tensor | None]:
-        """Reads a row's window. Yields after each piece: the next latents (1, n, dim), None after a piece of the
-        prefix."""
-        return self._read_window(row, piece, newest=True)
-
-    def _read_window(self, row: Row, piece: int | None, newest: bool = False) -> Iterator[Tensor | None]:
         ids = row.window_ids(0, row.num_tokens - row.window.start)
         same = zip(ids, self._cached_ids, strict=False) if row.window.start == self._cached_start else ()
         row.kept = min(sum(1 for _ in takewhile(lambda pair: eq(*pair), same)), row.prefix_len)
@@ -73,7 +63,7 @@ class SlotDecoder(Decoder):
             yield found
 
     def admit(self, rows: Sequence[Row]) -> None:
-        """Adds rows that are equal to the last prefilled one, from the next step on."""
+        """Adds rows that are equal to the last one that was read, from the next step on."""
         assert len(rows) <= self.free
         for slot in range(len(self.rows), len(self.rows) + len(rows)):
             self.all.copy_from(self.prompt, 0, slot)
@@ -82,7 +72,7 @@ class SlotDecoder(Decoder):
 
     def remove(self, rows: Sequence[Row], erase: bool = False) -> None:
         """Removes rows and frees their slots. erase: their content may be NaN."""
-        going_on = [all(row is not other for other in rows) for row in self.rows]
+        going_on = [row not in rows for row in self.rows]
         for slot, keep in enumerate(going_on):
             if erase and not keep:
                 self.all.erase(slot)
@@ -112,26 +102,22 @@ class RecomputingSlots(Recomputing):
     def free(self) -> int:
         return self.capacity - len(self.rows)
 
-    def prefill(self, row: Row, piece: int | None = None) -> Iterator[None]:
-        return iter(())
-
-    def latents(self, row: Row) -> Iterator[Tensor | None]:
-        ids = row.window_ids(0, row.num_tokens - row.window.start)
-        yield self.model.latents(torch.tensor([ids], device=self.model.device), row.prefix_len)
+    def read(self, row: Row, newest: bool = False) -> Iterator[Tensor | None]:
+        if newest:
+            ids = row.window_ids(0, row.num_tokens - row.window.start)
+            yield self.model.latents(torch.tensor([ids], device=self.model.device), row.prefix_len)
 
     def admit(self, rows: Sequence[Row]) -> None:
         self.rows += rows
 
     def remove(self, rows: Sequence[Row], erase: bool = False) -> None:
-        self.rows = [row for row in self.rows if all(row is not other for other in rows)]
+        self.rows = [row for row in self.rows if row not in rows]
 
     def clear(self) -> None:
         self.rows = []
 
 
-def slot_decoder(
-    model: PerceiverAR, slots: int, context: int, compile: bool | Literal["max-autotune"] = False
-) -> SlotDecoder | RecomputingSlots:
+def slot_decoder(model: PerceiverAR, slots: int, context: int, compile: bool = False) -> SlotDecoder | RecomputingSlots:
     """The decoder that suits a network. Call and use it under `torch.inference_mode()`, always in one thread."""
     assert torch.is_inference_mode_enabled() and not model.training
     if model.config.cacheable:

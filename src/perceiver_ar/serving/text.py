@@ -3,14 +3,15 @@
 Stops are compared as bytes, because a text has many tokenizations and a character may take several tokens.
 """
 
+import codecs
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from perceiver_ar.data.codec import NO_CONDITIONS, Codec, start_ids
-from perceiver_ar.data.text import END_OF_TEXT, Utf8Stream
+from perceiver_ar.data.text import END_OF_TEXT
 from perceiver_ar.errors import require
-from perceiver_ar.serving.protocol import Refused
+from perceiver_ar.serving.protocol import Refused, require_unicode
 
 
 class Vocabulary:
@@ -61,7 +62,8 @@ class Vocabulary:
         return ids
 
     def tokenize(self, text: str, start: bool) -> list[int]:
-        """Ids of a text, after those that begin a document if `start`. END_OF_TEXT alone is its one id."""
+        """Ids of a text, after those that begin a document if `start`; END_OF_TEXT alone is one id. Raises Refused."""
+        require_unicode(text, "prompt")
         if text == END_OF_TEXT and self.end is not None:
             return [self.end]
         front = len(self.codec.separator) + len(self.codec.condition_ids({}))
@@ -77,13 +79,14 @@ class StoppedText:
     Holds back only an incomplete character and bytes that may be the beginning of a stop.
     """
 
-    def __init__(self, stops: Sequence[bytes] = ()) -> None:
-        self.stops = [stop for stop in stops if stop]
+    def __init__(self, stops: Sequence[bytes]) -> None:
+        """stops: none of them empty."""
+        self.stops = stops
         self.stopped = False
         self.num_bytes = 0
         """Bytes that have become text or an incomplete character."""
         self._held = b""
-        self._text = Utf8Stream()
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, data: bytes) -> str:
         """The text that is now certain. The stop that is completed first ends it; of several, the longest."""
@@ -97,10 +100,10 @@ class StoppedText:
             keep = len(held) - next(tails, 0)
         self._held = b"" if self.stopped else held[keep:]
         self.num_bytes += keep
-        return self._text.push(held[:keep])
+        return self._decoder.decode(held[:keep])
 
     def close(self) -> str:
         """The rest of a text that ends without a stop, or before one."""
         held, self._held = self._held, b""
         self.num_bytes += len(held)
-        return self._text.push(held) + self._text.close()
+        return self._decoder.decode(held, final=True)

@@ -19,6 +19,23 @@ function say(message, wrong = false) {
   $("status").classList.toggle("wrong", wrong);
 }
 
+// Why a request ended before its answer did.
+function sayError(error) {
+  if (error.name === "AbortError") say("stopped");
+  else say(error.message, true);
+}
+
+// A new element with these properties and children.
+function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+const complete = (body, signal) => fetch("v1/completions", {
+  method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body), signal,
+});
+
 // The message of an error; a proxy's may be no JSON.
 async function message(answer) {
   try {

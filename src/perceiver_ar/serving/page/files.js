@@ -6,7 +6,7 @@ async function goOnWithFile() {
   buttons();
   say("reading …");
   const form = new FormData(), file = played.length ? playedFile() : $("file").files[0];
-  const takes = document.createElement("section"), n = +$("takes").value;
+  const takes = make("section"), n = +$("takes").value;
   let rolls = [];
   if (file) {
     form.append("file", file);
@@ -41,8 +41,7 @@ async function goOnWithFile() {
       }
     }
   } catch (error) {
-    if (error.name === "AbortError") say("stopped");
-    else say(error.message, true);
+    sayError(error);
   }
   if (!takes.childNodes.length) takes.remove();
   running = null;
@@ -51,18 +50,14 @@ async function goOnWithFile() {
 
 // A piano roll for each take, of which one is shown, and a place for the files of each.
 function addRolls(takes, notes, n) {
-  const rolls = Array.from({length: n}, () => new Roll(notes)), figures = rolls.map(() => document.createElement("figure"));
+  const rolls = Array.from({length: n}, () => new Roll(notes)), figures = rolls.map(() => make("figure"));
   const choose = chosen => rolls.forEach((roll, i) => {
     roll.canvas.hidden = i !== chosen;
     figures[i].firstChild.setAttribute("aria-pressed", String(i === chosen));
   });
   figures.forEach((figure, i) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = `Take ${i + 1}`;
-    button.hidden = n === 1;
-    button.onclick = () => choose(i);
-    figure.append(button);
+    const onclick = () => choose(i);
+    figure.append(make("button", {type: "button", textContent: `Take ${i + 1}`, hidden: n === 1, onclick}));
     figure.addEventListener("play", event => {  // of its sound
       choose(i);
       for (const other of $("results").querySelectorAll("audio")) if (other !== event.target) other.pause();
@@ -96,37 +91,25 @@ function picture(takes, {index, picture}) {
 }
 
 function figure(file) {
-  const all = document.createElement("figure"), link = document.createElement("a");
-  const url = file.url.slice(1), kind = file.media_type.split("/")[0];
+  const all = make("figure"), url = file.url.slice(1), kind = file.media_type.split("/")[0];
   if (kind === "image") {
-    const image = new Image();
+    const image = make("img", {src: url, alt: file.name});
     image.onload = () => {
       image.classList.toggle("small", image.naturalWidth < 200);
       all.classList.toggle("wide", image.naturalWidth > 600);
     };
-    image.src = url;
-    image.alt = file.name;
     all.append(image);
   } else if (file.name.endsWith(".wav")) {
-    const audio = document.createElement("audio");
-    audio.controls = true;
-    audio.src = url;
+    const audio = make("audio", {controls: true, src: url}), loop = make("button", {type: "button"}, "Loop");
     audio.setAttribute("aria-label", file.name);
     if (model.file_ending === ".wav") all.append(waveform(audio));
-    const bar = document.createElement("div"), loop = document.createElement("button");
-    bar.className = "sound";
-    loop.type = "button";
-    loop.textContent = "Loop";
     loop.setAttribute("aria-pressed", "false");
     loop.onclick = () => {
       audio.loop = !audio.loop;
       loop.setAttribute("aria-pressed", String(audio.loop));
     };
-    bar.append(audio, loop);
-    all.append(bar);
+    all.append(make("div", {className: "sound"}, audio, loop));
   }
-  link.href = url;
-  link.download = link.textContent = file.name;
-  all.append(link);
+  all.append(make("a", {href: url, download: file.name}, file.name));
   return all;
 }

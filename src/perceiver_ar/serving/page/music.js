@@ -36,8 +36,7 @@ class Roll {
     this.prompt = notes.length ? Math.max(...notes.map(note => note[1])) : 0;
     this.kept = notes.length;
     this.notes = notes;
-    this.canvas = document.createElement("canvas");
-    this.canvas.className = "roll";
+    this.canvas = make("canvas", {className: "roll"});
     this.canvas.setAttribute("role", "img");
     this.audio = null;
     this.again = drawn(this.canvas, (context, width, height) => this.draw(context, width, height));
@@ -80,7 +79,7 @@ class Roll {
 }
 
 function waveform(audio) {
-  const canvas = document.createElement("canvas");
+  const canvas = make("canvas");
   let sound = null;
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", "Waveform");
@@ -160,13 +159,10 @@ function playedFile() {
 }
 
 for (let pitch = 48; pitch <= 77; pitch++) {
-  const key = document.createElement("button"), letter = LETTERS[pitch - 60];
-  key.type = "button";
+  const letter = LETTERS[pitch - 60], className = BLACK.has(pitch % 12) ? "black" : "";
+  const key = make("button", {type: "button", tabIndex: -1, className, onpointerdown: () => press(pitch)});
   key.dataset.pitch = pitch;
-  key.className = BLACK.has(pitch % 12) ? "black" : "";
   key.setAttribute("aria-label", `${["C", "C sharp", "D", "D sharp", "E", "F", "F sharp", "G", "G sharp", "A", "A sharp", "B"][pitch % 12]} ${Math.floor(pitch / 12) - 1}${letter ? `, key ${letter.toUpperCase()}` : ""}`);
-  key.tabIndex = -1;
-  key.onpointerdown = () => press(pitch);
   for (const name of ["pointerup", "pointerleave", "pointercancel"]) key.addEventListener(name, () => release(pitch));
   $("keys").append(key);
 }

@@ -26,16 +26,12 @@ function parts(node = text, written = false, found = []) {
 }
 
 function show(list) {
-  text.replaceChildren(...list.map(([letters, written]) => {
-    if (!written) return document.createTextNode(letters);
-    const span = document.createElement("span");
-    span.textContent = letters;
-    return span;
-  }), document.createElement("br"));
+  const nodes = list.map(([letters, written]) => written ? make("span", {textContent: letters}) : letters);
+  text.replaceChildren(...nodes, make("br"));
 }
 
 text.addEventListener("input", () => {
-  if (text.lastChild?.nodeName !== "BR") text.append(document.createElement("br"));
+  if (text.lastChild?.nodeName !== "BR") text.append(make("br"));
   placeholder();
   scoreSoon();
 });
@@ -54,10 +50,7 @@ async function score() {
   if (running || !prompt) return;
   const {signal} = scoring = new AbortController();
   try {
-    const answer = await fetch("v1/completions", {
-      method: "POST", headers: {"Content-Type": "application/json"}, signal,
-      body: JSON.stringify({prompt, max_tokens: 0, echo: true, logprobs: 0}),
-    });
+    const answer = await complete({prompt, max_tokens: 0, echo: true, logprobs: 0}, signal);
     if (!answer.ok) return;  // the text is too long to be scored, or has a character that the model cannot read
     const {choices: [{logprobs}], usage} = await answer.json();
     const nats = -logprobs.token_logprobs.reduce((sum, one) => sum + (one ?? 0), 0);
@@ -92,9 +85,7 @@ async function go(seed, undone = null, restore = () => {}) {
   let written = false, failed = false, tokens = 0, first = 0, finish = null;
   text.contentEditable = "false";
   try {
-    const answer = await fetch("v1/completions", {
-      method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body), signal: running.signal,
-    });
+    const answer = await complete(body, running.signal);
     if (!answer.ok) throw new Error(await message(answer));
     for await (const event of events(answer.body)) {
       if (event.error) throw new Error(event.error.message);
@@ -108,7 +99,7 @@ async function go(seed, undone = null, restore = () => {}) {
           say("writing …");
         }
         const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
-        if (text.lastChild?.nodeName !== "BR") text.append(document.createElement("br"));
+        if (text.lastChild?.nodeName !== "BR") text.append(make("br"));
         text.lastChild.before(...spans(choice));
         if (atEnd) text.scrollTop = text.scrollHeight;
       }
@@ -117,8 +108,7 @@ async function go(seed, undone = null, restore = () => {}) {
     say(`${tokens} tokens${rate}${finish === "stop" ? "; the text ends here" : ""}`);
   } catch (error) {
     failed = true;
-    if (error.name === "AbortError") say("stopped");
-    else say(error.message, true);
+    sayError(error);
   }
   if (!written && (failed || !undone)) {
     before.pop();
@@ -134,8 +124,7 @@ async function go(seed, undone = null, restore = () => {}) {
 function spans({text: letters, logprobs}) {
   const whole = logprobs.tokens.join("") === letters;
   return (whole ? logprobs.tokens : [letters]).map((token, i) => {
-    const span = document.createElement("span");
-    span.textContent = token;
+    const span = make("span", {textContent: token});
     if (whole) {
       span.alternatives = logprobs.top_logprobs[i];
       span.style.setProperty("--doubt", 1 - Math.exp(logprobs.token_logprobs[i]));
@@ -147,12 +136,9 @@ function spans({text: letters, logprobs}) {
 function showChoices(span) {
   const list = Object.entries(span.alternatives).sort((a, b) => b[1] - a[1]);
   $("choices").replaceChildren(...list.map(([token, logprob]) => {
-    const button = document.createElement("button"), name = document.createElement("span");
-    name.textContent = token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
-    button.append(name, `${(100 * Math.exp(logprob)).toFixed(1)}%`);
-    button.disabled = /^(bytes:|<\|)/.test(token);
-    button.onclick = () => take(span, token);
-    return button;
+    const name = token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
+    const properties = {disabled: /^(bytes:|<\|)/.test(token), onclick: () => take(span, token)};
+    return make("button", properties, make("span", {textContent: name}), `${(100 * Math.exp(logprob)).toFixed(1)}%`);
   }));
   const box = span.getBoundingClientRect(), all = $("choices");
   all.hidden = false;
@@ -166,7 +152,7 @@ function take(span, token) {
   while (span.nextSibling) span.nextSibling.remove();
   span.textContent = token;
   delete span.alternatives;
-  text.append(document.createElement("br"));
+  text.append(make("br"));
   go(chosenSeed(), undone, () => show(undone));
 }
 
