@@ -13,6 +13,7 @@ from pathlib import Path
 # and two of them wait for each other whenever something else runs.
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
+os.environ["MATPLOTLIBRC"] = str(Path(__file__).with_name("matplotlibrc"))
 
 import pytest
 import torch

@@ -75,6 +75,12 @@ class Server:
         [status] = self._run([{"argv": [str(word) for word in argv], "code": code, **settings}], signals)
         return status
 
+    def run_file(self, file: Path, *arguments: object, signals: Iterable[tuple[Moment, int]] = ()) -> int:
+        """Runs a Python file as a program; its exit status."""
+        argv = [str(file), *map(str, arguments)]
+        code = f"import runpy, sys; sys.argv = {argv}; sys.path.insert(0, {str(file.parent)!r})"
+        return self.run(code=f"{code}; runpy.run_path(sys.argv[0], run_name='__main__')", signals=signals)
+
     def run_ranks(
         self, ranks: int, *argv: object, code: str = "", signals: Iterable[tuple[Moment, int]] = ()
     ) -> list[int]:
@@ -95,7 +101,7 @@ class Server:
         self.jobs.write(json.dumps([defaults | job for job in jobs]).encode() + b"\n")
         children, coming = [int(child) for child in self.answers.readline().split()], list(signals)
         try:
-            while not select.select([self.answers], [], [], 0.001)[0]:
+            while not select.select([self.answers], [], [], 0.001 if coming else None)[0]:
                 if coming and coming[0][0]():
                     with suppress(ProcessLookupError):  # it has just ended by itself
                         os.kill(children[0], coming.pop(0)[1])

@@ -328,14 +328,25 @@ def test_a_tilde_is_the_home_directory(corpus: Path, tmp_path: Path, monkeypatch
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {"run", "again", "text.txt"}
 
 
-def test_closed_streams_cost_nothing_but_what_they_would_carry(finished: Path, tmp_path: Path) -> None:
-    command = ["generate", finished, "--prompt_file=-", "--max_new_tokens=9", "--out", tmp_path / "text.txt"]
-    closed = ["sh", "-c", 'exec "$@" <&- >&-', "sh", sys.executable, "-m", "perceiver_ar", *command]
-    process = subprocess.run(closed, stderr=subprocess.PIPE, text=True)
-    assert process.returncode == 0 and re.fullmatch(r"\d+ tokens in .*\n", process.stderr)
+CLOSED = """
+import os, sys
+from perceiver_ar.cli import main
+
+for descriptor, name in list(enumerate(("stdin", "stdout", "stderr")))[:COUNT]:
+    os.close(descriptor)
+    setattr(sys, name, None)  # as Python does that is started so
+    setattr(sys, f"__{name}__", None)
+sys.exit(main(ARGV))
+"""
+
+
+def test_closed_streams_cost_nothing_but_what_they_would_carry(server: Server, finished: Path, tmp_path: Path) -> None:
+    argv = ["generate", str(finished), "--prompt_file=-", "--max_new_tokens=9", "--out", str(tmp_path / "text.txt")]
+    code = CLOSED.replace("ARGV", str(argv))
+    assert server.run(code=code.replace("COUNT", "2")) == 0
+    assert re.fullmatch(r"\d+ tokens in .*\n", server.stderr.read_text())
     assert (tmp_path / "text.txt").exists()
-    closed[2] = 'exec "$@" <&- >&- 2>&-'
-    assert subprocess.run(closed).returncode == 0
+    assert server.run(code=code.replace("COUNT", "3")) == 0
 
 
 def test_numbers_in_a_recipe_are_those_of_a_config(run: Path, tmp_path: Path) -> None:
@@ -612,7 +623,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
                 filler.unlink()
             return super().write(text)
 
-    options = ["--max_steps=400", "--trainer.checkpoint_every=0.1s", "--trainer.evaluations=0"]
+    options = ["--max_steps=150", "--trainer.checkpoint_every=0.1s", "--trainer.evaluations=0"]
     with contextlib.redirect_stderr(Watched()) as stderr:
         assert main(["train", "--out", str(run), "--resume", *options]) == 0
     assert stderr.getvalue().count("cannot save") == 1
@@ -621,7 +632,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
     assert main([*command, "--out", str(again), *options]) == 0
     assert_same_parameters(run, again)
     steps = [int(row["step"]) for row in csv.DictReader((run / "metrics.csv").read_text().splitlines())]
-    assert steps == sorted(set(steps)) and steps[-1] == 400
+    assert steps == sorted(set(steps)) and steps[-1] == 150
 
 
 # Starting from a trained run.
