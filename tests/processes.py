@@ -32,7 +32,7 @@ for line in sys.stdin:
                 os.dup2(opened, descriptor)
                 os.close(opened)
             os.environ.update(job["variables"])
-            sys.exit(exec(job["code"], {}) if job["code"] else main(job["argv"]))
+            sys.exit(exec(job["code"], job["given"]) if job["code"] else main(job["argv"]))
     print(*children, flush=True)
     print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
 """
@@ -69,17 +69,18 @@ class Server:
         """Runs the command, or `code`, sends it the signals as soon as their moments have come, and returns its exit
         status.
 
-        settings: session: whether it has a session of its own, whose terminal is then `stdout` or `stderr` if that is
-            one; stdout, stderr: other files than those of the server; variables: of the environment.
+        settings: given: values by the names that `code` has for them; session: whether it has a session of its own,
+            whose terminal is then `stdout` or `stderr` if that is one; stdout, stderr: other files than those of the
+            server; variables: of the environment.
         """
         [status] = self._run([{"argv": [str(word) for word in argv], "code": code, **settings}], signals)
         return status
 
     def run_file(self, file: Path, *arguments: object, signals: Iterable[tuple[Moment, int]] = ()) -> int:
         """Runs a Python file as a program; its exit status."""
-        argv = [str(file), *map(str, arguments)]
-        code = f"import runpy, sys; sys.argv = {argv}; sys.path.insert(0, {str(file.parent)!r})"
-        return self.run(code=f"{code}; runpy.run_path(sys.argv[0], run_name='__main__')", signals=signals)
+        code = "import runpy, sys; sys.argv = argv; sys.path.insert(0, folder); runpy.run_path(argv[0], {}, '__main__')"
+        given = {"argv": [str(file), *map(str, arguments)], "folder": str(file.parent)}
+        return self.run(code=code, given=given, signals=signals)
 
     def run_ranks(
         self, ranks: int, *argv: object, code: str = "", signals: Iterable[tuple[Moment, int]] = ()
@@ -95,7 +96,8 @@ class Server:
         return self._run([what | {"variables": variables(rank, ranks, port)} for rank in range(ranks)], signals)
 
     def _run(self, jobs: list[dict[str, Any]], signals: Iterable[tuple[Moment, int]]) -> list[int]:
-        defaults = {"session": False, "variables": {}, "stdout": str(self.stdout), "stderr": str(self.stderr)}
+        defaults = {"given": {}, "session": False, "variables": {}}
+        defaults |= {"stdout": str(self.stdout), "stderr": str(self.stderr)}
         for file in self.stdout, self.stderr:
             file.write_text("")
         self.jobs.write(json.dumps([defaults | job for job in jobs]).encode() + b"\n")

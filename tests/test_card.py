@@ -164,8 +164,8 @@ from perceiver_ar.cli import main
 assert "huggingface_hub" not in sys.modules  # which reads its settings at import
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
     del os.environ[name]
-os.environ.update(VARIABLES)
-sys.exit(main(ARGV))
+os.environ.update(variables)
+sys.exit(main(argv))
 """
 
 
@@ -175,7 +175,7 @@ def pushed(
     """Exit status, stdout and the last line of stderr of the command."""
     variables = {"HF_ENDPOINT": address, "HF_HOME": str(home)} | ({"HF_TOKEN": token} if token else {})
     argv = ["push", str(run), "me/books", *options]
-    status = server.run(code=PUSH.replace("VARIABLES", str(variables)).replace("ARGV", str(argv)))
+    status = server.run(code=PUSH, given={"variables": variables, "argv": argv})
     return status, server.stdout.read_text(), server.messages()[-1]
 
 

@@ -332,21 +332,20 @@ CLOSED = """
 import os, sys
 from perceiver_ar.cli import main
 
-for descriptor, name in list(enumerate(("stdin", "stdout", "stderr")))[:COUNT]:
+for descriptor, name in list(enumerate(("stdin", "stdout", "stderr")))[:count]:
     os.close(descriptor)
     setattr(sys, name, None)  # as Python does that is started so
     setattr(sys, f"__{name}__", None)
-sys.exit(main(ARGV))
+sys.exit(main(argv))
 """
 
 
 def test_closed_streams_cost_nothing_but_what_they_would_carry(server: Server, finished: Path, tmp_path: Path) -> None:
     argv = ["generate", str(finished), "--prompt_file=-", "--max_new_tokens=9", "--out", str(tmp_path / "text.txt")]
-    code = CLOSED.replace("ARGV", str(argv))
-    assert server.run(code=code.replace("COUNT", "2")) == 0
+    assert server.run(code=CLOSED, given={"argv": argv, "count": 2}) == 0
     assert re.fullmatch(r"\d+ tokens in .*\n", server.stderr.read_text())
     assert (tmp_path / "text.txt").exists()
-    assert server.run(code=code.replace("COUNT", "3")) == 0
+    assert server.run(code=CLOSED, given={"argv": argv, "count": 3}) == 0
 
 
 def test_numbers_in_a_recipe_are_those_of_a_config(run: Path, tmp_path: Path) -> None:

@@ -646,11 +646,10 @@ def test_what_is_no_text_has_ids_as_words() -> None:
 
 HARNESS = """
 import json, os, sys
-os.environ["HF_HOME"] = CACHE_FOLDER
+os.environ["HF_HOME"] = home
 assert "huggingface_hub" not in sys.modules  # which reads that at import
 import lm_eval
 from lm_eval.tasks import TaskManager
-path, tasks = PATHS
 manager, found = TaskManager(include_path=tasks, include_defaults=False), []
 for batch_size in (1, 4):
     for task, bos in (("local_choice", True), ("local_perplexity", False)):
@@ -693,10 +692,8 @@ def test_lm_eval_finds_our_likelihoods_at_any_batch_size(server: Server, exporte
         file.write_text("".join(json.dumps(document) + "\n" for document in documents))
         task = TASK.format(name=name, file=file, kind=kind, metric=metric, document=document)
         (tmp_path / f"{name}.yaml").write_text(task)
-    code = HARNESS.replace("CACHE_FOLDER", repr(str(tmp_path / "home"))).replace(
-        "PATHS", str((str(exported), str(tmp_path)))
-    )
-    assert server.run(code=code) == 0, server.messages()
+    given = {"path": str(exported), "tasks": str(tmp_path), "home": str(tmp_path / "home")}
+    assert server.run(code=HARNESS, given=given) == 0, server.messages()
     found = json.loads(server.stdout.read_text().splitlines()[-1])
 
     codec, length = BytesCodec(), SMALL.context_length

@@ -158,8 +158,8 @@ LITTLE_MEMORY = """
 import resource, sys
 from perceiver_ar.cli import main
 
-resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
-sys.exit(main(ARGV))
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main(argv))
 """
 
 
@@ -168,7 +168,7 @@ def train_in_little_memory(server: Server, folder: Path, gigabytes: float, *opti
     (folder / "corpus.txt").write_text("tell me more " * 4000)
     words = [word for name, value in BIG.items() for word in (f"--{name}", str(value))]
     argv = ["train", str(folder / "corpus.txt"), "--out", str(folder / "run"), *words, *options]
-    return server.run(code=LITTLE_MEMORY.replace("LIMIT", str(int(gigabytes * 1e9))).replace("ARGV", str(argv)))
+    return server.run(code=LITTLE_MEMORY, given={"limit": int(gigabytes * 1e9), "argv": argv})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to the limit")

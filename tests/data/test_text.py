@@ -140,14 +140,14 @@ GENOME = """
 import random
 from perceiver_ar.data.text import train_bpe
 
-train_bpe(["".join(random.Random(0).choices("ACGT", k=1_000_000))], SIZE)
+train_bpe(["".join(random.Random(0).choices("ACGT", k=1_000_000))], size)
 """
 
 
 def test_a_tokenizer_is_trained_on_text_without_spaces(server: Server):
     """One word of 1 MB, whole, takes a quarter of an hour."""
     late = [(after(120), signal.SIGKILL)]
-    assert server.run(code=GENOME.replace("SIZE", "270"), signals=late) == 0, server.messages()
+    assert server.run(code=GENOME, given={"size": 270}, signals=late) == 0, server.messages()
 
 
 def test_an_interrupt_ends_the_training_of_a_tokenizer(server: Server):
@@ -160,8 +160,8 @@ def test_an_interrupt_ends_the_training_of_a_tokenizer(server: Server):
         return b"merges" in shown
 
     settings = {"stderr": os.ttyname(theirs), "variables": {"TERM": "xterm"}}  # without it the progress bar hides
-    code = GENOME.replace("SIZE", "1_000_000")
-    assert server.run(code=code, signals=[(trains, signal.SIGINT)], **settings) == -signal.SIGINT
+    given, signals = {"size": 1_000_000}, [(trains, signal.SIGINT)]
+    assert server.run(code=GENOME, given=given, signals=signals, **settings) == -signal.SIGINT
     os.close(theirs)
     os.close(ours)
 
