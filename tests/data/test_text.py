@@ -5,6 +5,8 @@ import random
 import re
 import select
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -15,7 +17,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import Server, after
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from perceiver_ar.data.codec import WrongModality
@@ -137,32 +138,31 @@ def test_train_bpe_is_lossless_and_repeatable():
 
 
 GENOME = """
-import random
+import random, sys
 from perceiver_ar.data.text import train_bpe
 
-train_bpe(["".join(random.Random(0).choices("ACGT", k=1_000_000))], size)
+train_bpe(["".join(random.Random(0).choices("ACGT", k=1_000_000))], int(sys.argv[1]))
 """
 
 
-def test_a_tokenizer_is_trained_on_text_without_spaces(server: Server):
+def test_a_tokenizer_is_trained_on_text_without_spaces():
     """One word of 1 MB, whole, takes a quarter of an hour."""
-    late = [(after(120), signal.SIGKILL)]
-    assert server.run(code=GENOME, given={"size": 270}, signals=late) == 0, server.messages()
+    subprocess.run([sys.executable, "-c", GENOME, "270"], check=True, timeout=120)
 
 
-def test_an_interrupt_ends_the_training_of_a_tokenizer(server: Server):
+def test_an_interrupt_ends_the_training_of_a_tokenizer():
     """This one would take many minutes; a terminal shows when it can no longer stop by itself."""
-    (ours, theirs), shown = os.openpty(), bytearray()
-
-    def trains() -> bool:
-        if select.select([ours], [], [], 0)[0]:
-            shown.extend(os.read(ours, 1 << 16))
-        return b"merges" in shown
-
-    settings = {"stderr": os.ttyname(theirs), "variables": {"TERM": "xterm"}}  # without it the progress bar hides
-    given, signals = {"size": 1_000_000}, [(trains, signal.SIGINT)]
-    assert server.run(code=GENOME, given=given, signals=signals, **settings) == -signal.SIGINT
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "TERM": "xterm"}  # without it the progress bar hides
+    command = [sys.executable, "-c", GENOME, "1000000"]
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
+    shown = b""
+    while b"merges" not in shown:
+        assert select.select([ours], [], [], 120)[0], shown
+        shown += os.read(ours, 1 << 16)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == -signal.SIGINT
     os.close(ours)
 
 
