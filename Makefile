@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv, so a fresh clone needs nothing before `make demo`.
 
 PYTHON ?= python3
-WORKERS ?= 2# processes that share the tests
+WORKERS ?= 2# processes that share the tests; each gets neighbours (worksteal), which share fixtures
 BENCH ?= train# or memory, decode, widths, compute, quality, probes, serve, busy, gpu, replay
 TORCH := 2.13.0# pinned by `make constraints`; pyproject.toml has the versions that work
 
@@ -37,12 +37,12 @@ demo: .venv/.ready  ## train a small model on Python's own source for three minu
 		--ignore_end --seed 1
 
 test: .venv/.ready  ## all tests but the slow ones; ARGS='-m slow' or ARGS=tests/test_files.py go to pytest
-	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 QUICK := attention config files kernels layering lock objective optim windows generation/cache generation/sampling data/codec \
   data/midi_file data/text model
 quick: .venv/.ready  ## within a minute: the tests of the network, its parts and the settings
-	$(BIN)/pytest -n $(WORKERS) $(foreach name,$(QUICK),tests/$(dir $(name))test_$(notdir $(name)).py) $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(foreach name,$(QUICK),tests/$(dir $(name))test_$(notdir $(name)).py) $(ARGS)
 
 check: .venv/.ready  ## lint, format, types, and the documentation
 	$(BIN)/ruff check

@@ -1,6 +1,7 @@
 """What all tests share: how many threads they take, how hypothesis draws its examples, some files."""
 
 import ctypes
+import gc
 import os
 import random
 import signal
@@ -12,14 +13,17 @@ from pathlib import Path
 # and two of them wait for each other whenever something else runs.
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
+os.environ["MATPLOTLIBRC"] = str(Path(__file__).with_name("matplotlibrc"))
 
 import pytest
 import torch
 from hypothesis import settings
+from processes import Server
 
 pytest.register_assert_rewrite("helpers", "reference")
 
 torch.set_num_threads(1)
+gc.disable()  # until all is imported: what an import makes stays
 
 # A shell starts what it puts into the background with SIGINT ignored; tests that interrupt would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,6 +33,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected, and searched for only among what the tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +58,13 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(4):
         (folder / f"{number}.txt").write_text(f"Dear cat {number}, the mat is yours.\n" * 30)
     return folder
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -5,12 +5,9 @@ The Hub is a server of our own on this machine that speaks the part of its inter
 
 import base64
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +17,7 @@ from typing import Any
 import pytest
 from helpers import SMALL, assert_refused, content
 from huggingface_hub import ModelCard
+from processes import Server
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, Run
 from perceiver_ar.card import push, shared_files, write_card
@@ -159,39 +157,54 @@ def hub(request: pytest.FixtureRequest) -> Iterator[Hub]:
         hub.shutdown()
 
 
-def pushed(run: Path, *options: str, home: Path, address: str, token: str | None = "hf_secret") -> tuple[int, str, str]:
-    """Exit status, stdout and the last line of stderr of the command; huggingface_hub reads its settings at import."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(home)} | ({"HF_TOKEN": token} if token else {})
-    command = [sys.executable, "-m", "perceiver_ar.cli", "push", str(run), "me/books", *options]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    return result.returncode, result.stdout, result.stderr.splitlines()[-1]
+PUSH = """
+import os, sys
+from perceiver_ar.cli import main
+
+assert "huggingface_hub" not in sys.modules  # which reads its settings at import
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+    del os.environ[name]
+os.environ.update(variables)
+sys.exit(main(argv))
+"""
 
 
-def test_a_run_is_pushed_whole_in_one_commit(run: Path, tmp_path: Path, hub: Hub) -> None:
-    status, shown, _ = pushed(run, "--private", home=tmp_path / "home", address=hub.address)
+def pushed(
+    server: Server, run: Path, *options: str, home: Path, address: str, token: str | None = "hf_secret"
+) -> tuple[int, str, str]:
+    """Exit status, stdout and the last line of stderr of the command."""
+    variables = {"HF_ENDPOINT": address, "HF_HOME": str(home)} | ({"HF_TOKEN": token} if token else {})
+    argv = ["push", str(run), "me/books", *options]
+    status = server.run(code=PUSH, given={"variables": variables, "argv": argv})
+    return status, server.stdout.read_text(), server.messages()[-1]
+
+
+def test_a_run_is_pushed_whole_in_one_commit(server: Server, run: Path, tmp_path: Path, hub: Hub) -> None:
+    status, shown, _ = pushed(server, run, "--private", home=tmp_path / "home", address=hub.address)
     assert (status, shown) == (0, f"{hub.address}/me/books\n")
     assert hub.created["visibility"] == "private"
     assert hub.files == {name: data for name, data in content(run).items() if name in shared_files(Run(run))}
 
 
 @pytest.mark.parametrize("hub", [{"public": True}], indirect=True)
-def test_what_is_meant_to_be_private_does_not_go_to_a_public_place(run: Path, tmp_path: Path, hub: Hub) -> None:
-    status, shown, message = pushed(run, "--private", home=tmp_path / "home", address=hub.address)
+def test_what_is_meant_to_be_private_does_not_go_to_a_public_place(
+    server: Server, run: Path, tmp_path: Path, hub: Hub
+) -> None:
+    status, shown, message = pushed(server, run, "--private", home=tmp_path / "home", address=hub.address)
     assert (status, shown, hub.files) == (2, "", {}) and "already exists and is public" in message
 
 
 @pytest.mark.parametrize("hub", [{"status": 403}], indirect=True)
-def test_a_hub_that_refuses_is_one_line(run: Path, tmp_path: Path, hub: Hub) -> None:
-    status, shown, message = pushed(run, home=tmp_path / "home", address=hub.address)
+def test_a_hub_that_refuses_is_one_line(server: Server, run: Path, tmp_path: Path, hub: Hub) -> None:
+    status, shown, message = pushed(server, run, home=tmp_path / "home", address=hub.address)
     assert (status, shown) == (2, "") and message.startswith("perceiver-ar: me/books: the Hub did not accept the run")
     assert "you may not" in message
 
 
-def test_without_a_token_or_a_hub_nothing_is_pushed(run: Path, tmp_path: Path) -> None:
-    status, shown, message = pushed(run, home=tmp_path / "home", address="http://127.0.0.1:9", token=None)
+def test_without_a_token_or_a_hub_nothing_is_pushed(server: Server, run: Path, tmp_path: Path) -> None:
+    status, shown, message = pushed(server, run, home=tmp_path / "home", address="http://127.0.0.1:9", token=None)
     assert (status, shown) == (2, "") and "me/books needs a token: run `hf auth login`, or set HF_TOKEN" in message
-    status, shown, message = pushed(run, home=tmp_path / "home", address="http://127.0.0.1:9")
+    status, shown, message = pushed(server, run, home=tmp_path / "home", address="http://127.0.0.1:9")
     assert (status, shown) == (2, "") and "the Hub did not accept the run (" in message
 
 

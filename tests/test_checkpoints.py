@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perceiver_ar import InputError
@@ -96,9 +96,10 @@ def test_a_file_without_a_manifest_is_none_and_goes_with_the_next_one(tmp_path: 
 
 
 @given(
-    bits=st.lists(st.none() | st.floats(0.5, 8.0), min_size=1, max_size=12),
+    bits=st.lists(st.none() | st.floats(0.5, 8.0), min_size=1, max_size=8),
     keep_best=st.integers(0, 3),
 )
+@settings(max_examples=30)
 def test_the_newest_two_and_the_best_are_kept(
     tmp_path_factory: pytest.TempPathFactory, bits: list[float | None], keep_best: int
 ) -> None:

@@ -25,6 +25,7 @@ import pytest
 import torch
 import yaml
 from helpers import SMALL, assert_refused, assert_same_parameters, content
+from processes import Server
 from safetensors.torch import load_file
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, Run, evaluate, generate
@@ -300,7 +301,9 @@ def test_variables_of_a_launcher_that_say_one_process_do_not_matter(
     assert main(["train", str(corpus), "--out", str(tmp_path / "run"), *SMALL, "--max_steps=1"]) == 0
 
 
-def test_files_whose_names_are_not_utf8(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_whose_names_are_not_utf8(
+    server: Server, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, run = tmp_path / "d\udcff", tmp_path / "run"
     shutil.copytree(corpus, folder)
     (folder / "2.txt").rename(tmp_path / "held \udce9 # out.txt")
@@ -312,8 +315,7 @@ def test_files_whose_names_are_not_utf8(corpus: Path, tmp_path: Path, monkeypatc
     assert main(["train", "--resume", "--out", "run", "--max_steps=6"]) == 0
     assert main(["train", "--config", "run/recipe.yaml", "--out", "again", "--max_steps=1"]) == 0
     assert json.loads((run / "summary.json").read_text())["steps"] == 6
-    process = subprocess.run([sys.executable, "-m", "perceiver_ar", "info", "run"], capture_output=True)
-    assert process.returncode == 0 and b"d\\udcff" in process.stdout
+    assert server.run("info", run) == 0 and b"d\\udcff" in server.stdout.read_bytes()
 
 
 def test_a_tilde_is_the_home_directory(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,14 +328,24 @@ def test_a_tilde_is_the_home_directory(corpus: Path, tmp_path: Path, monkeypatch
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {"run", "again", "text.txt"}
 
 
-def test_closed_streams_cost_nothing_but_what_they_would_carry(finished: Path, tmp_path: Path) -> None:
-    command = ["generate", finished, "--prompt_file=-", "--max_new_tokens=9", "--out", tmp_path / "text.txt"]
-    closed = ["sh", "-c", 'exec "$@" <&- >&-', "sh", sys.executable, "-m", "perceiver_ar", *command]
-    process = subprocess.run(closed, stderr=subprocess.PIPE, text=True)
-    assert process.returncode == 0 and re.fullmatch(r"\d+ tokens in .*\n", process.stderr)
+CLOSED = """
+import os, sys
+from perceiver_ar.cli import main
+
+for descriptor, name in list(enumerate(("stdin", "stdout", "stderr")))[:count]:
+    os.close(descriptor)
+    setattr(sys, name, None)  # as Python does that is started so
+    setattr(sys, f"__{name}__", None)
+sys.exit(main(argv))
+"""
+
+
+def test_closed_streams_cost_nothing_but_what_they_would_carry(server: Server, finished: Path, tmp_path: Path) -> None:
+    argv = ["generate", str(finished), "--prompt_file=-", "--max_new_tokens=9", "--out", str(tmp_path / "text.txt")]
+    assert server.run(code=CLOSED, given={"argv": argv, "count": 2}) == 0
+    assert re.fullmatch(r"\d+ tokens in .*\n", server.stderr.read_text())
     assert (tmp_path / "text.txt").exists()
-    closed[2] = 'exec "$@" <&- >&- 2>&-'
-    assert subprocess.run(closed).returncode == 0
+    assert server.run(code=CLOSED, given={"argv": argv, "count": 3}) == 0
 
 
 def test_numbers_in_a_recipe_are_those_of_a_config(run: Path, tmp_path: Path) -> None:
@@ -610,7 +622,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
                 filler.unlink()
             return super().write(text)
 
-    options = ["--max_steps=400", "--trainer.checkpoint_every=0.1s", "--trainer.evaluations=0"]
+    options = ["--max_steps=150", "--trainer.checkpoint_every=0.1s", "--trainer.evaluations=0"]
     with contextlib.redirect_stderr(Watched()) as stderr:
         assert main(["train", "--out", str(run), "--resume", *options]) == 0
     assert stderr.getvalue().count("cannot save") == 1
@@ -619,7 +631,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
     assert main([*command, "--out", str(again), *options]) == 0
     assert_same_parameters(run, again)
     steps = [int(row["step"]) for row in csv.DictReader((run / "metrics.csv").read_text().splitlines())]
-    assert steps == sorted(set(steps)) and steps[-1] == 400
+    assert steps == sorted(set(steps)) and steps[-1] == 150
 
 
 # Starting from a trained run.
@@ -968,15 +980,17 @@ def test_options_may_stand_in_a_file_and_those_after_it_win(
     assert_refused(capsys, "generate", finished, "--config", file, says="colour")
 
 
-def test_a_prompt_file_is_the_prompt(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_file_is_the_prompt(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "prompt.txt").write_text("the cät s")
     options = "--temperature=0", "--max_new_tokens=12"
     from_file = generated(capsys, finished, "--prompt_file", str(tmp_path / "prompt.txt"), *options)
     assert from_file == generated(capsys, finished, "--prompt=the cät s", *options)
     assert from_file != generated(capsys, finished, "--prompt=the c", *options)
-    command = [sys.executable, "-m", "perceiver_ar", "generate", str(finished), "--prompt_file=-", *options]
-    piped = subprocess.run(command, input="the cät s", capture_output=True, text=True, encoding="utf-8", check=True)
-    assert piped.stdout == from_file
+    with open(tmp_path / "prompt.txt") as piped:
+        monkeypatch.setattr(sys, "stdin", piped)
+        assert from_file == generated(capsys, finished, "--prompt_file=-", *options)
 
 
 def test_a_prompt_file_that_is_no_text_is_refused(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from processes import Server, variables
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -65,11 +66,11 @@ def sharing_prefixes(recipe: Recipe, devices: int, prefix_ranks: int) -> Recipe:
 class Processes:
     """A command in a session of its own: none of its processes outlives the test."""
 
-    def __init__(self, folder: Path, recipe: Recipe, *launcher: object, options: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, *launcher: object) -> None:
         self.out, self.stdout, self.stderr = Path(recipe.out), folder / "stdout", folder / "stderr"
         config = folder / "recipe.json"
         config.write_text(json.dumps(recipe.to_dict()))
-        words = [*(launcher or [sys.executable]), "-m", "perceiver_ar.cli", "train", "--config", config, *options]
+        words = [*(launcher or [sys.executable]), "-m", "perceiver_ar.cli", "train", "--config", config]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(self.stdout, "w") as stdout, open(self.stderr, "w") as stderr:
             self.process = subprocess.Popen(
@@ -232,36 +233,45 @@ def test_two_processes_give_the_parameters_of_one_with_accumulation(
 
 def test_torchrun_says_how_many_processes_there_are(recipe: Recipe, alone: dict[str, Path], tmp_path: Path) -> None:
     recipe = replace(recipe, optim=ADAMW, trainer=replace(TRAINER, micro_batch_size=2))
-    with Processes(tmp_path, recipe, *torchrun(3)) as three:
-        assert three.status() == 0, three.lines()
+    with Processes(tmp_path, recipe, *torchrun(2)) as two:
+        assert two.status() == 0, two.lines()
     assert_same_parameters(recipe.out, alone["adamw"])
 
 
+# From here on the test starts the ranks, as torchrun does.
+
+
+def train_on(server: Server, folder: Path, recipe: Recipe, *options: object) -> None:
+    """In as many processes as the recipe has devices."""
+    (folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    ranks = recipe.trainer.devices
+    statuses = server.run_ranks(ranks, "train", "--config", folder / "recipe.json", *options)
+    assert statuses == [0] * ranks, server.messages()
+
+
 def test_all_processes_start_from_the_weights_of_another_run(
-    recipe: Recipe, alone: dict[str, Path], tmp_path: Path
+    server: Server, recipe: Recipe, alone: dict[str, Path], tmp_path: Path
 ) -> None:
-    recipe = replace(recipe, init_from=str(alone["muon"]), max_steps=4, seed=1)
-    with Processes(tmp_path, on_devices(recipe, 2), *torchrun(2)) as two:
-        assert two.status() == 0, two.lines()
-    train(replace(on_devices(recipe, 1), out=str(tmp_path / "straight")))
+    recipe = replace(recipe, init_from=str(alone["adamw"]), optim=ADAMW, max_steps=4, seed=1)
+    train_on(server, tmp_path, on_devices(recipe, 3, 2))
+    train(replace(on_devices(recipe, 1, 2), out=str(tmp_path / "straight")))
     assert_same_parameters(recipe.out, tmp_path / "straight")
 
 
 def test_ranks_that_share_prefixes_give_the_parameters_of_one_process(
-    recipe: Recipe, alone: dict[str, Path], tmp_path: Path
+    server: Server, recipe: Recipe, alone: dict[str, Path], tmp_path: Path
 ) -> None:
-    with Processes(tmp_path, sharing_prefixes(recipe, 4, 2)) as four:
-        assert four.status() == 0, four.lines()
+    train_on(server, tmp_path, sharing_prefixes(recipe, 4, 2))
     assert_same_parameters(recipe.out, alone["muon"])
-    assert len([line for line in four.lines() if "4 devices, 2 to a prefix" in line]) == 1
-    assert mean_bits(four.out) == pytest.approx(mean_bits(alone["muon"]), rel=1e-5)
+    assert len([line for line in server.messages() if "4 devices, 2 to a prefix" in line]) == 1
+    assert mean_bits(Path(recipe.out)) == pytest.approx(mean_bits(alone["muon"]), rel=1e-5)
     ours, theirs = (json.loads((Path(run) / "summary.json").read_text()) for run in (recipe.out, alone["muon"]))
     for name in ("steps", "tokens_seen", "bits_per_byte"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
 SHARED = """
-import sys, torch
+import torch
 from perceiver_ar import PerceiverAR, Recipe
 from perceiver_ar.config import PerceiverARConfig, TrainerConfig
 from perceiver_ar.training.weighted_loss import WeightedLoss
@@ -281,24 +291,20 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_in_a_training_step_a_prefix_is_read_in_shares(tmp_path: Path) -> None:
-    (tmp_path / "shared.py").write_text(SHARED)
-    command = [str(word) for word in torchrun(2)]
-    run = subprocess.run([*command, str(tmp_path / "shared.py")], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+def test_in_a_training_step_a_prefix_is_read_in_shares(server: Server) -> None:
+    assert server.run_ranks(2, code=SHARED) == [0, 0], server.messages()
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_a_run_with_a_mean_of_its_weights_goes_on_with_other_shares_of_windows_prefixes_and_weights(
-    recipe: Recipe, tmp_path: Path, strategy: Literal["ddp", "fsdp"]
+    server: Server, recipe: Recipe, tmp_path: Path, strategy: Literal["ddp", "fsdp"]
 ) -> None:
     recipe = replace(recipe, optim=replace(MUON, ema=0.5))
     shared = sharing_prefixes(recipe, 2, 2)
     shared = replace(shared, trainer=replace(shared.trainer, strategy=strategy), max_steps=10)
     train(replace(on_devices(recipe, 1), max_steps=5))
-    with Processes(tmp_path, shared, options=("--out", recipe.out, "--resume")) as two:
-        assert two.status() == 0, two.lines()
-    assert json.loads(two.stdout.read_text())["steps"] == 10
+    train_on(server, tmp_path, shared, "--out", recipe.out, "--resume")
+    assert json.loads(server.stdout.read_text())["steps"] == 10
     train(replace(on_devices(recipe, 1), max_steps=15), resume=True)
     train(replace(on_devices(recipe, 1), max_steps=15, out=str(tmp_path / "alone")))
     assert_same_parameters(recipe.out, tmp_path / "alone")
@@ -313,15 +319,14 @@ def test_devices_that_no_prefix_is_left_for_are_refused(recipe: Recipe, tmp_path
 
 @pytest.mark.parametrize("optim", [pytest.param(ADAMW, marks=pytest.mark.slow), MUON], ids=["adamw", "muon"])
 def test_fsdp_goes_on_with_a_run_of_one_device_and_one_device_with_its(
-    recipe: Recipe, tmp_path: Path, optim: OptimConfig
+    server: Server, recipe: Recipe, tmp_path: Path, optim: OptimConfig
 ) -> None:
     recipe = replace(on_devices(recipe, 1, 2), optim=optim)
     train(replace(recipe, max_steps=10))
     spread = on_devices(recipe, 2, 2)
     spread = replace(spread, trainer=replace(spread.trainer, strategy="fsdp"), max_steps=20)
-    with Processes(tmp_path, spread, options=("--out", recipe.out, "--resume")) as two:
-        assert two.status() == 0, two.lines()
-    assert json.loads(two.stdout.read_text())["steps"] == 20
+    train_on(server, tmp_path, spread, "--out", recipe.out, "--resume")
+    assert json.loads(server.stdout.read_text())["steps"] == 20
     train(replace(recipe, out=str(tmp_path / "alone"), max_steps=20))
     assert_same_parameters(recipe.out, tmp_path / "alone")
     train(replace(recipe, max_steps=21), resume=True)
@@ -366,16 +371,10 @@ def test_wrong_input_costs_one_line_whatever_the_number_of_processes(recipe: Rec
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_process_that_waits_for_others_obeys_signals(recipe: Recipe, tmp_path: Path, number: int) -> None:
-    launched = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}
-    launched |= {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    (tmp_path / "recipe.yaml").write_text(dump_yaml(replace(recipe, out=str(tmp_path / "run")).to_dict()))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "perceiver_ar.cli", "train", "--config", str(tmp_path / "recipe.yaml")],
-        env={**os.environ, **launched}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    assert any("Initializing distributed" in line for line in process.stderr)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == -number
-    process.stderr.close()
+def test_a_process_that_waits_for_others_obeys_signals(
+    server: Server, recipe: Recipe, tmp_path: Path, number: int
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe.to_dict()))
+    waiting = lambda: "Initializing distributed" in server.stderr.read_text()  # noqa: E731
+    argv = ["train", "--config", tmp_path / "recipe.yaml"]
+    assert server.run(*argv, variables=variables(0, 2, 0), signals=[(waiting, number)]) == -number

@@ -171,7 +171,7 @@ def test_a_run_starts_from_another_one_with_its_codec(
     assert_refused(capsys, *argv, *equal, "--modality", other, "--out", tmp_path / "other", says=says)
 
 
-@pytest.mark.parametrize("temperature", ["0", "1", "30"])
+@pytest.mark.parametrize("temperature", ["0", "30"])
 def test_generation_writes_files_and_every_id_is_allowed(
     trained: tuple[Modality, Path, Path], temperature: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,18 +197,15 @@ def test_generation_writes_files_and_every_id_is_allowed(
             assert np.load(path).max() < 40
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("trained", ["rgb", "palette", "neural"], indirect=True)
-def test_no_id_is_out_of_its_channel_or_codebook(
-    trained: tuple[Modality, Path, Path], seed: int, tmp_path: Path
-) -> None:
+def test_no_id_is_out_of_its_channel_or_codebook(trained: tuple[Modality, Path, Path], tmp_path: Path) -> None:
     """By the order of the ids themselves, not by the codec's mask, at a temperature that makes all ids as likely."""
     run = trained[2]
     model, codec, count = Run(run).model(), codec_of(run), 150
     if isinstance(codec, ImageCodec):
         count = codec.num_pixel_values
     start = torch.from_numpy(codec.start().astype(np.int64))[None]
-    settings: dict[str, Any] = {"num_samples": 4, "seed": seed, "allowed_next": codec.constraint()}
+    settings: dict[str, Any] = {"num_samples": 4, "seed": 0, "allowed_next": codec.constraint()}
     new = generate(model, start, count, temperature=1e6, **settings).numpy()
     for row in new:
         if isinstance(codec, ImageCodec):  # each channel has all values; classes and start ids are none
@@ -221,7 +218,7 @@ def test_no_id_is_out_of_its_channel_or_codebook(
             assert (codes // codec.codebook_size == np.arange(len(codes)) % codec.codebooks).all()
         lengths = np.diff(ends, prepend=-1) - 1
         assert (lengths > 0).all() and (lengths % codec.codebooks == 0).all()
-    arguments = ["generate", str(run), "--temperature=1e6", f"--seed={seed}", "--samples=4", "--ignore_end"]
+    arguments = ["generate", str(run), "--temperature=1e6", "--seed=0", "--samples=4", "--ignore_end"]
     assert main([*arguments, f"--max_new_tokens={count}", "--out", str(tmp_path / "new")]) == 0
     for number, row in enumerate(new, 1):  # the command has drawn the very same
         assert (tmp_path / f"new-{number}{codec.ending}").read_bytes() == codec.decode(np.append(start, row))
@@ -235,11 +232,11 @@ UNREADABLE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.usefixtures("bound_by_modes")
-@pytest.mark.parametrize("modality", [*MODALITIES.values(), TEXT], ids=[*MODALITIES, "text"])
+@pytest.mark.parametrize("name", ["performance", "rgb", "mulaw", "integers", "text"])  # one of each kind of files
 def test_files_that_cannot_be_read_are_skipped_and_counted(
-    modality: Modality, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, run = tmp_path / "files", tmp_path / "run"
+    modality, folder, run = (MODALITIES | {"text": TEXT})[name], tmp_path / "files", tmp_path / "run"
     (folder / f"inner{modality.ending}").mkdir(parents=True)  # named like a file
     for number, place in enumerate([folder, folder / f"inner{modality.ending}"]):
         modality.write(place / f"good{modality.ending}", number)
@@ -247,8 +244,7 @@ def test_files_that_cannot_be_read_are_skipped_and_counted(
         for path in (folder / f"{kind}{modality.ending}", folder / kind):  # with its ending, and without
             modality.write(folder / f"new{modality.ending}", number)
             spoil((folder / f"new{modality.ending}").rename(path))
-    options = [option.replace("WEIGHTS", str(weights)) for option in modality.options]
-    training = [*SMALL, "--max_steps=1", "--data.validation_fraction=0", *options]
+    training = [*SMALL, "--max_steps=1", "--data.validation_fraction=0", *modality.options]
     assert main(["train", str(folder), "--out", str(run), *training]) == 0
     assert "skipped 6 of 8 files" in capsys.readouterr().err
     assert TokenFile.open(run / "tokens" / "train").num_documents == 2

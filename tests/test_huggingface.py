@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from helpers import window_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Server
 from reference import assert_close, configs, randomize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -44,6 +45,7 @@ from perceiver_ar.huggingface import PerceiverARCache, PerceiverARForCausalLM, P
 from perceiver_ar.huggingface.caching import CACHE
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.run import Run
+from perceiver_ar.windows import next_window
 
 SMALL = PerceiverARConfig(vocab_size=256, context_length=24, num_latents=8, dim=16, num_layers=2, num_heads=2)
 
@@ -85,9 +87,13 @@ def ids(*shape: int, seed: int = 0, vocab_size: int = 256) -> Tensor:
 
 
 @torch.no_grad()
-def last_logits(model: PerceiverAR, row: Tensor, prompt_len: int) -> Tensor:
-    """The last ones (V,) of `window_logits`."""
-    return window_logits(model, row, prompt_len, first=len(row))[-1]
+def last_logits(model: PerceiverAR, rows: Tensor, prompt_len: int) -> Tensor:
+    """Of rows (B, T) that have the same windows, the last ones (B, V) of `window_logits` of each."""
+    window = None
+    for t in range(prompt_len, rows.shape[1] + 1):
+        window = next_window(model.config, window, t)
+    assert window is not None
+    return model(rows[:, window.start :], rows.shape[1] - window.start - window.num_latents)[:, -1]
 
 
 # Files
@@ -378,8 +384,8 @@ def test_beam_search_is_that_of_a_model_without_cache(prompt_len: int, from_end:
         rows = [(0.0, prompt)]
         for _ in range(count):
             scored = []
-            for score, row in rows:
-                following = last_logits(model, row, prompt_len).log_softmax(-1)
+            logits = last_logits(model, torch.stack([row for _, row in rows]), prompt_len)
+            for (score, row), following in zip(rows, logits.log_softmax(-1), strict=True):
                 scored += [(score + float(following[i]), torch.cat([row, torch.tensor([i])])) for i in range(5)]
             rows = sorted(scored, key=lambda item: -item[0])[:beams]
         for i in range(3):
@@ -411,7 +417,7 @@ def test_a_cache_goes_on_where_it_was(name: str) -> None:
     second = MODEL.generate(both, **cache, max_new_tokens=15, do_sample=False)
     output = MODEL(prompt, use_cache=True)
     for t in range(5, second.shape[1]):
-        expected = torch.stack([last_logits(NETWORK, row[:t], prompt_len=5) for row in second])
+        expected = last_logits(NETWORK, second[:, :t], prompt_len=5)
         assert_close(output.logits[:, -1], expected, 1e-9)
         if t not in (14, 15):  # given, not drawn
             assert torch.equal(output.logits[:, -1].argmax(-1), second[:, t])
@@ -428,7 +434,7 @@ def test_a_copy_of_a_cache_goes_on_by_itself_over_the_same_network() -> None:
         rows = torch.cat([prompt, ids(2, 20, seed=seed, vocab_size=5)], dim=1)  # refills, past the context
         for t in range(12, 32):
             logits = adapter(rows[:, t : t + 1], **{CACHE: cache}).logits[:, 0]
-            expected = torch.stack([last_logits(model, row[: t + 1], prompt_len=12) for row in rows])
+            expected = last_logits(model, rows[:, : t + 1], prompt_len=12)
             assert_close(logits, expected, 1e-9)
 
 
@@ -557,7 +563,7 @@ def test_a_cache_that_was_returned_goes_on_beyond_its_first_room(length: int) ->
     both = torch.cat([first.sequences, ids(2, 2, seed=1)], dim=1)
     second = MODEL.generate(both, **{CACHE: first[CACHE]}, max_new_tokens=30, do_sample=False)
     for t in range(both.shape[1], second.shape[1]):
-        expected = torch.stack([last_logits(NETWORK, row[:t], prompt_len=length) for row in second])
+        expected = last_logits(NETWORK, second[:, :t], prompt_len=length)
         assert torch.equal(expected.argmax(-1), second[:, t])
 
 
@@ -648,10 +654,11 @@ def test_what_is_no_text_has_ids_as_words() -> None:
 # lm-evaluation-harness
 
 HARNESS = """
-import json, sys
+import json, os, sys
+os.environ["HF_HOME"] = home
+assert "huggingface_hub" not in sys.modules  # which reads that at import
 import lm_eval
 from lm_eval.tasks import TaskManager
-path, tasks = sys.argv[1:]
 manager, found = TaskManager(include_path=tasks, include_defaults=False), []
 for batch_size in (1, 4):
     for task, bos in (("local_choice", True), ("local_perplexity", False)):
@@ -684,7 +691,7 @@ QUESTIONS = [
 TEXTS = ["Some text that is longer than two contexts of the model, as they are of 24 tokens.", "short", "Zw\u00f6lf"]
 
 
-def test_lm_eval_finds_our_likelihoods_at_any_batch_size(exported: Path, tmp_path: Path) -> None:
+def test_lm_eval_finds_our_likelihoods_at_any_batch_size(server: Server, exported: Path, tmp_path: Path) -> None:
     for name, documents, kind, metric, document in (
         ("local_choice", QUESTIONS, "multiple_choice", "acc", CHOICE),
         ("local_perplexity", [{"text": t} for t in TEXTS], "loglikelihood_rolling", "bits_per_byte",
@@ -694,10 +701,9 @@ def test_lm_eval_finds_our_likelihoods_at_any_batch_size(exported: Path, tmp_pat
         file.write_text("".join(json.dumps(document) + "\n" for document in documents))
         task = TASK.format(name=name, file=file, kind=kind, metric=metric, document=document)
         (tmp_path / f"{name}.yaml").write_text(task)
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", HARNESS, str(exported), str(tmp_path)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=tmp_path).stdout
-    found = json.loads(output.splitlines()[-1])
+    given = {"path": str(exported), "tasks": str(tmp_path), "home": str(tmp_path / "home")}
+    assert server.run(code=HARNESS, given=given) == 0, server.messages()
+    found = json.loads(server.stdout.read_text().splitlines()[-1])
 
     codec, length = BytesCodec(), SMALL.context_length
 

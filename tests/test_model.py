@@ -53,7 +53,7 @@ def gradients(model: PerceiverAR, loss: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(case=cases())
 def test_the_network_computes_the_plain_formulas(case: Case, device: str) -> None:
     model, tokens, P = case
@@ -87,7 +87,7 @@ def test_with_masks_positions_and_kept_prefixes_too(case: Case, device: str, dat
     assert_close(actual[real], expected[real], 1e-8)  # positions go to a million
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(case=cases(), data=st.data())
 def test_blocks_of_latents_are_forwards_of_their_own(case: Case, data: st.DataObject) -> None:
     model, tokens, P = case
@@ -282,7 +282,7 @@ def test_a_float32_network_is_the_float64_one_up_to_rounding(case: Case) -> None
 # Causality.
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(case=cases(), data=st.data())
 def test_a_prediction_does_not_change_with_later_tokens(case: Case, data: st.DataObject) -> None:
     model, tokens, P = case
@@ -292,7 +292,7 @@ def test_a_prediction_does_not_change_with_later_tokens(case: Case, data: st.Dat
     assert torch.equal(model(changed, P)[:, : last - P + 1], model(tokens, P)[:, : last - P + 1])
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(case=cases(min_length=2), data=st.data())
 def test_a_prediction_does_change_with_every_token_it_may_see(case: Case, data: st.DataObject) -> None:
     model, tokens, P = case
@@ -473,7 +473,7 @@ def test_positions_beyond_the_tables_are_errors_and_not_other_positions(
 # Padding.
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(case=cases(), data=st.data())
 def test_a_padded_row_gives_the_logits_and_gradients_of_the_row_alone(case: Case, data: st.DataObject) -> None:
     model, tokens, P = case

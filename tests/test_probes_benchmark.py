@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import Server
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NAMES = ["copy", "copy64", "recall, 2 pairs", "passkey", "mirror, plain", "mirror, mirrored"]
@@ -24,31 +23,26 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> Any:
     return probes
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, BENCHMARKS / "probes.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
-
-
-def test_each_probe_prints_its_rows_and_leaves_table_records_and_picture(tmp_path: Path) -> None:
-    finished = run("--rehearse", "--pairs", "2", "--out", tmp_path)
-    assert finished.returncode == 0, finished.stderr
-    assert (tmp_path / "probes.md").read_text() == finished.stdout
+def test_each_probe_prints_its_rows_and_leaves_table_records_and_picture(server: Server, tmp_path: Path) -> None:
+    status = server.run_file(BENCHMARKS / "probes.py", "--rehearse", "--pairs", "2", "--out", tmp_path)
+    assert status == 0, server.messages()
+    table = server.stdout.read_text()
+    assert (tmp_path / "probes.md").read_text() == table
     records = json.loads((tmp_path / "probes.json").read_text())
     assert list(dict.fromkeys(record["probe"] for record in records)) == NAMES
-    assert finished.stdout.count("\n|") == 2 + len(records)
+    assert table.count("\n|") == 2 + len(records)
     for record in records:
         shares = [record["first"], record["all"], *(x for x in record["by_distance"] if x is not None)]
         assert all(math.isfinite(share) and 0 <= share <= 1 for share in shares)
-        assert f"|{record['probe']}|4|0|{record['trained_at']:,}|" in finished.stdout
+        assert f"|{record['probe']}|4|0|{record['trained_at']:,}|" in table
     assert [r["read_at"] // r["trained_at"] for r in records if r["probe"] in NAMES[2:4]] == [1, 4, 16, 1, 16]
     assert (tmp_path / "probes.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("arguments", [["copies"], ["recall", "--pairs", "2000"], ["--minutes", "nan"]])
-def test_wrong_input_ends_with_status_2_and_a_line(arguments: list[str]) -> None:
-    failed = run("--rehearse", *arguments)
-    assert failed.returncode == 2
-    assert "Traceback" not in failed.stderr
+def test_wrong_input_ends_with_status_2_and_a_line(server: Server, arguments: list[str]) -> None:
+    assert server.run_file(BENCHMARKS / "probes.py", "--rehearse", *arguments) == 2
+    assert "Traceback" not in server.stderr.read_text()
 
 
 def test_every_target_stands_in_the_context(probes: Any) -> None:

@@ -3,35 +3,19 @@
 import json
 import math
 import random
-import subprocess
-import sys
-import time
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import Server
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+QUALITY = BENCHMARKS / "quality.py"
 FROM = {"transformers": "dense_muon,dense_adamw,dense_sliding", "perceiver_ar_pytorch": "seed_script,seed_small"}
 """The contenders of each package; either may be missing."""
-
-
-def command(*arguments: str | Path) -> list[str | Path]:
-    return [sys.executable, BENCHMARKS / "quality.py", *arguments]
-
-
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
-
-
-def kill_at(file: Path, *arguments: str | Path) -> None:
-    """Starts a run and kills it when `file` is there."""
-    with subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not file.exists() and process.poll() is None:
-            time.sleep(0.02)
-        process.kill()
 
 
 @pytest.fixture
@@ -44,7 +28,9 @@ def books(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_killed_series_goes_on_until_every_contender_has_a_finite_score(tmp_path: Path, books: Path) -> None:
+def test_a_killed_series_goes_on_until_every_contender_has_a_finite_score(
+    server: Server, tmp_path: Path, books: Path
+) -> None:
     contenders = ["ours", "ours_plain"]
     for package, names in FROM.items():
         contenders += names.split(",") if find_spec(package) else []
@@ -60,10 +46,9 @@ def test_a_killed_series_goes_on_until_every_contender_has_a_finite_score(tmp_pa
         "--contenders",
         ",".join(contenders),
     ]
-    kill_at(results, *settings)
+    server.run_file(QUALITY, *settings, signals=[(results.exists, signal.SIGKILL)])
     before = results.read_text()
-    finished = run(*settings)
-    assert finished.returncode == 0, finished.stderr
+    assert server.run_file(QUALITY, *settings) == 0, server.messages()
     lines = results.read_text()
     assert lines.startswith(before)
     records = [json.loads(line) for line in lines.splitlines()]
@@ -74,15 +59,13 @@ def test_a_killed_series_goes_on_until_every_contender_has_a_finite_score(tmp_pa
     table = (out / "table.md").read_text()
     assert all(f"|{name}|" in table for name in contenders)
     assert (out / "quality.png").stat().st_size > 0
-    again = run(*settings)
-    assert again.returncode == 0, again.stderr
+    assert server.run_file(QUALITY, *settings) == 0, server.messages()
     assert results.read_text() == lines
 
 
-def test_wrong_input_ends_with_status_2_and_a_line(tmp_path: Path) -> None:
-    failed = run("--rehearse", "--out", tmp_path, "--contenders", "theirs")
-    assert failed.returncode == 2
-    assert "--contenders has theirs: choose among ours" in failed.stderr
+def test_wrong_input_ends_with_status_2_and_a_line(server: Server, tmp_path: Path) -> None:
+    assert server.run_file(QUALITY, "--rehearse", "--out", tmp_path, "--contenders", "theirs") == 2
+    assert "--contenders has theirs: choose among ours" in server.stderr.read_text()
 
 
 @pytest.mark.parametrize(("length", "window"), [(12, 4), (13, 4), (3, 8), (7, 1)])

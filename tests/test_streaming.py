@@ -1,8 +1,6 @@
 """Streaming the prefix changes nothing but memory: the same logits, the same gradient of every parameter."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Server
 from reference import Adapted, Case, assert_close, cases, randomize
 from torch import Tensor
 from torch._dynamo import lookup_backend
@@ -297,7 +296,7 @@ SCRIPT = """
 import sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, "{tests}")
 from test_streaming import assert_same, pair, results, tokens_of
 from perceiver_ar.objective import next_token_loss
 torch.set_num_threads(1)
@@ -317,9 +316,6 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("body", "ranks"), [(DATA_PARALLEL, 2), (PREFIX_PARALLEL, 3)])
-def test_several_processes_have_the_loss_and_gradients_of_one(body: str, ranks: int, tmp_path: Path) -> None:
-    script = tmp_path / "distributed.py"
-    script.write_text(SCRIPT.replace("{body}", body))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(script)]
-    run = subprocess.run([*command, str(Path(__file__).parent)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+def test_several_processes_have_the_loss_and_gradients_of_one(server: Server, body: str, ranks: int) -> None:
+    code = SCRIPT.replace("{tests}", str(Path(__file__).parent)).replace("{body}", body)
+    assert server.run_ranks(ranks, code=code) == [0] * ranks, server.messages()

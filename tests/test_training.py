@@ -1,8 +1,7 @@
 """Training: a run is a function of its recipe, whatever happens to the process on the way.
 
-The tests that kill and interrupt use real processes and real signals. They fork them, with the command's `main`, from
-one process that has imported torch and the package (`Server`): an import takes seconds, and a kill during it shows
-nothing.
+The tests that kill and interrupt use real processes and real signals. They are forked from one process that has
+imported torch and the package (`Server`): an import takes seconds, and a kill during it shows nothing.
 """
 
 import csv
@@ -16,8 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -31,6 +29,7 @@ import pytest
 import soundfile
 import torch
 from helpers import MODEL, SMALL, TRAINER, assert_same_parameters, content, parameters
+from processes import Moment, Server, after
 from reference import assert_close
 
 from perceiver_ar import InputError, PerceiverAR, Recipe, Run, train
@@ -48,6 +47,8 @@ from perceiver_ar.training.console import SIGNALS
 
 DROPPING = MODEL.replace(prefix_dropout=0.5, mlp_dropout=0.1)
 CONSTANT = OptimConfig(schedule="constant", warmup=0.0)
+STEPS = 40
+"""Of the runs that are killed and interrupted."""
 
 
 @pytest.fixture
@@ -68,67 +69,6 @@ def metrics(run: str | Path) -> list[dict[str, str]]:
 
 # Processes that are killed and interrupted.
 
-SERVER = """
-import json, os, signal, sys
-import perceiver_ar.plots, perceiver_ar.training, torch._dynamo, torch.utils.tensorboard
-from perceiver_ar.cli import main
-
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
-        for descriptor, name in enumerate((os.devnull, job["stdout"], job["stderr"])):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
-        sys.exit(main(job["argv"]))
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-Moment = Callable[[], bool]
-"""Whether it has come."""
-
-
-class Server:
-    """Starts processes that run the command, one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.stdout, self.stderr = folder / "stdout", folder / "stderr"
-        self.temporary = folder / "temporary"
-        self.temporary.mkdir()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment
-        )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.jobs, self.answers = self.process.stdin, self.process.stdout
-
-    def run(self, *argv: object, signals: Iterable[tuple[Moment, int]] = ()) -> int:
-        """Runs the command, sends it the signals as soon as their moments have come, and returns its exit status."""
-        job = {"argv": [str(word) for word in argv], "stdout": str(self.stdout), "stderr": str(self.stderr)}
-        self.stderr.write_text("")
-        self.jobs.write(json.dumps(job).encode() + b"\n")
-        child, coming = int(self.answers.readline()), list(signals)
-        while not select.select([self.answers], [], [], 0.001)[0]:
-            if coming and coming[0][0]():
-                with suppress(ProcessLookupError):  # it has just ended by itself
-                    os.kill(child, coming.pop(0)[1])
-        return int(self.answers.readline())
-
-    def messages(self) -> list[str]:
-        return self.stderr.read_text().strip().splitlines()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.jobs.close()
-    assert server.process.wait(timeout=60) == 0
-    server.answers.close()
-
 
 @pytest.fixture(scope="module")
 def long_corpus(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -142,7 +82,7 @@ def long_corpus(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(corpus: Path, long_corpus: Path) -> list[str]:
     """`train` with all that draws random numbers; without --out."""
     settings = {
-        "max_steps": 60,
+        "max_steps": STEPS,
         "model.context_length": 32,
         "model.num_latents": 8,
         "model.dim": 16,
@@ -223,34 +163,23 @@ def last_step(run: Path) -> int:
     return max((int(row["step"]) for row in rows), default=0)
 
 
-def after(seconds: float) -> Moment:
-    begun: list[float] = []
-
-    def passed() -> bool:
-        begun.append(time.monotonic())
-        return begun[-1] - begun[0] >= seconds
-
-    return passed
-
-
 def test_a_run_killed_at_telling_moments_and_resumed_equals_an_undisturbed_one(
     server: Server, command: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-
+    run, temporary = tmp_path / "run", set(server.temporary.iterdir())
     moments = [
         appears(run, "tokens/.unfinished-*"),  # in the middle of reading the files
         appears(run, "codec.json"),
         appears(run, "metrics.csv"),  # before the first checkpoint
         appears(run, ".unfinished-model*"),
         appears(run, "checkpoints/.unfinished-*"),  # the weights are new, the checkpoint is old
-        lambda: last_step(run) >= 40,
-        appears(run, "samples/step-000060.txt"),  # all steps are made, but it is not finished
+        lambda: last_step(run) >= 25,
+        appears(run, f"samples/step-{STEPS:06d}.txt"),  # all steps are made, but it is not finished
         appears(run, "plots/.unfinished-*"),
     ]
     kills = train_with_kills(server, command, run, moments)
     assert kills >= 5  # a moment may be missed on a busy machine
-    assert list(server.temporary.iterdir()) == []
+    assert set(server.temporary.iterdir()) == temporary
     assert_same_runs(run, undisturbed)
 
 
@@ -339,7 +268,7 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_then_equals_an_undisturb
     arguments = [*command, "--trainer.checkpoint_every", "1h", "--out", run]
     assert server.run(*arguments, signals=[(lambda: last_step(run) > 0, number)]) == 130
     step = checkpoint(run)["global_step"]
-    assert 0 < step < 60
+    assert 0 < step < STEPS
     assert not (run / "summary.json").exists()
     last = server.messages()[-1]
     assert last.startswith(f"perceiver-ar: stopped at step {step},")
@@ -349,42 +278,38 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_then_equals_an_undisturb
     assert_same_runs(run, undisturbed)
 
 
-TERMINAL = """
-import fcntl, signal, sys, termios
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from perceiver_ar.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_a_run_whose_terminal_hangs_up_saves(command: list[str], tmp_path: Path) -> None:
+def test_a_run_whose_terminal_hangs_up_saves(server: Server, command: list[str], tmp_path: Path) -> None:
     run, (ours, theirs) = tmp_path / "run", os.openpty()
-    arguments = [*map(str, command), "--trainer.checkpoint_every=1h", "--max_steps=100000", f"--out={run}"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", TERMINAL, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
-    )
+    arguments = [*command, "--trainer.checkpoint_every=1h", "--max_steps=100000", "--out", run]
+    terminal, gone = os.ttyname(theirs), [(hung_up(ours, lambda: last_step(run) > 0), 0)]
+    assert server.run(*arguments, session=True, stdout=terminal, stderr=terminal, signals=gone) == 130
     os.close(theirs)
-    while last_step(run) == 0 and process.poll() is None:
-        if select.select([ours], [], [], 0.05)[0]:
-            os.read(ours, 1 << 16)
-    os.close(ours)
-    assert process.wait() == 130
     assert 0 < checkpoint(run)["global_step"] < 100000
 
 
-def test_a_run_goes_on_without_its_terminal_if_no_signal_comes(command: list[str], tmp_path: Path) -> None:
+def test_a_run_goes_on_without_its_terminal_if_no_signal_comes(
+    server: Server, command: list[str], tmp_path: Path
+) -> None:
     run, (ours, theirs) = tmp_path / "run", os.openpty()  # not the controlling terminal of the process
-    argv = [sys.executable, "-m", "perceiver_ar.cli", *map(str, command), "--max_steps=600", f"--out={run}"]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=theirs, start_new_session=True)
+    terminal = os.ttyname(theirs)
+    gone = [(hung_up(ours, appears(run, "tensorboard/*")), 0)]  # written shortly before the first step
+    assert server.run(*command, "--out", run, stderr=terminal, signals=gone) == 0
     os.close(theirs)
-    while last_step(run) == 0 and process.poll() is None:
-        if select.select([ours], [], [], 0.05)[0]:
-            os.read(ours, 1 << 16)
-    os.close(ours)
-    shown, _ = process.communicate()
-    assert process.returncode == 0
-    assert json.loads(shown) == Run(run).summary()
+    assert json.loads(server.stdout.read_text()) == Run(run).summary()
+
+
+def hung_up(terminal: int, moment: Moment) -> Moment:
+    """Reads what a terminal shows until the moment has come, and then closes it."""
+
+    def closed() -> bool:
+        if select.select([terminal], [], [], 0)[0]:
+            os.read(terminal, 1 << 16)
+        if not moment():
+            return False
+        os.close(terminal)
+        return True
+
+    return closed
 
 
 def test_training_goes_on_when_nobody_reads_its_messages_any_more() -> None:
@@ -557,38 +482,34 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def begun(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Of a run of one step, to read from."""
+    out = str(tmp_path_factory.mktemp("begun") / "run")
+    recipe = Recipe(paths=(str(corpus),), out=out, max_steps=1, model=MODEL, trainer=TRAINER)
+    train(recipe)
+    return recipe
+
+
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_the_steps_depend_on_cannot_change_on_resuming(recipe: Recipe, name: str) -> None:
-    train(replace(recipe, max_steps=1))
-    before = content(Path(recipe.out))
+def test_what_the_steps_depend_on_cannot_change_on_resuming(begun: Recipe, name: str) -> None:
+    before = content(Path(begun.out))
     with pytest.raises(InputError, match=f", but {name} changed"):
-        train(replace(recipe, max_steps=2, **CHANGES[name]), resume=True)
-    assert content(Path(recipe.out)) == before
+        train(replace(begun, max_steps=2, **CHANGES[name]), resume=True)
+    assert content(Path(begun.out)) == before
 
 
 # Without dropout the micro-batches are the same sums in another order. Muon makes small differences large.
 ADAMW = OptimConfig(name="adamw", lr=1e-4, schedule="constant", warmup=0.0)
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 2), (1, None), (None, 1)])
-def test_a_run_may_go_on_with_another_micro_batch_size(
-    recipe: Recipe, tmp_path: Path, first: int | None, then: int | None
-) -> None:
-    recipe = replace(recipe, optim=ADAMW, max_steps=14)
-    train(replace(recipe, out=str(tmp_path / "same")))
-    train(replace(recipe, trainer=replace(TRAINER, micro_batch_size=first), max_steps=7))
-    summary = train(replace(recipe, trainer=replace(TRAINER, micro_batch_size=then)), resume=True)
-    assert summary["steps"] == 14 and checkpoint(recipe.out)["global_step"] == 14
-    assert_same_parameters(recipe.out, tmp_path / "same", tolerance=1e-5)
-
-
-def test_a_run_that_went_on_with_another_micro_batch_size_can_be_killed_and_resumed(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_a_run_may_go_on_with_other_micro_batch_sizes(recipe: Recipe, tmp_path: Path) -> None:
     recipe = replace(recipe, optim=ADAMW)
     train(replace(recipe, out=str(tmp_path / "same")))
-    for steps, size in ((3, 1), (7, 4), (10, 2), (12, None)):
-        train(replace(recipe, trainer=replace(TRAINER, micro_batch_size=size), max_steps=steps), resume=steps > 3)
+    for steps, size in ((2, None), (3, 1), (5, 4), (8, 2), (10, 4), (12, None)):
+        trainer = replace(TRAINER, micro_batch_size=size)
+        summary = train(replace(recipe, trainer=trainer, max_steps=steps), resume=steps > 2)
+        assert summary["steps"] == checkpoint(recipe.out)["global_step"] == steps
     assert_same_parameters(recipe.out, tmp_path / "same", tolerance=1e-5)
 
 
@@ -712,23 +633,20 @@ def test_the_longest_prefix_grows_by_quarters_over_a_share_of_the_run(recipe: Re
         assert max(part) == 6 * i  # of 24
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4, 30])
-def test_the_gradient_of_micro_batches_is_that_of_the_whole_batch(
-    recipe: Recipe, tmp_path: Path, micro_batch_size: int
-) -> None:
+def test_the_gradient_of_micro_batches_is_that_of_the_whole_batch(recipe: Recipe, tmp_path: Path) -> None:
     trainer = replace(TRAINER, batch_size=60)
     recipe = replace(recipe, model=MODEL.replace(init="normal"), optim=replace(ADAMW, grad_clip=0.0), max_steps=1)
-    whole = replace(recipe, out=str(tmp_path / "whole"), trainer=trainer)
-    train(whole)
-    train(replace(recipe, trainer=replace(trainer, micro_batch_size=micro_batch_size)))
-    windows = TrainingWindows(TokenFile.open(Path(recipe.out) / "tokens" / "train"), 32, 8, recipe.seed)
+    gradients = {}  # after one step they are, times 1 - beta, the optimizer's means
+    for size in (60, 1, 4, 30):
+        out = str(tmp_path / str(size))
+        train(replace(recipe, out=out, trainer=replace(trainer, micro_batch_size=size)))
+        gradients[size] = [state["exp_avg"] for state in checkpoint(out)["optimizer_states"][0]["state"].values()]
+        assert len(gradients[size]) == len(parameters(out))
+        for ours, theirs in zip(gradients[size], gradients[60], strict=True):
+            assert_close(ours / theirs.abs().max(), theirs / theirs.abs().max(), 1e-5)
+    windows = TrainingWindows(TokenFile.open(tmp_path / "60" / "tokens" / "train"), 32, 8, recipe.seed)
     ignored = (windows.batch(0, 60)["labels"] == IGNORE).sum(dim=1)
     assert 0 < ignored.count_nonzero() < 60  # rows without all targets count less
-    ours, theirs = (checkpoint(out)["optimizer_states"][0]["state"] for out in (recipe.out, whole.out))
-    assert len(ours) == len(parameters(recipe.out))
-    for i, state in ours.items():
-        scale = theirs[i]["exp_avg"].abs().max()  # after one step it is the gradient, times 1 - beta
-        assert_close(state["exp_avg"] / scale, theirs[i]["exp_avg"] / scale, 1e-5)
 
 
 def test_the_gradient_is_clipped_to_its_largest_norm(recipe: Recipe) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import Server
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -154,31 +154,35 @@ BIG = {
 }  # fmt: skip
 
 
-def train_in_little_memory(folder: Path, gigabytes: float, *options: str) -> subprocess.CompletedProcess[str]:
+LITTLE_MEMORY = """
+import resource, sys
+from perceiver_ar.cli import main
+
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main(argv))
+"""
+
+
+def train_in_little_memory(server: Server, folder: Path, gigabytes: float, *options: str) -> int:
+    """The exit status."""
     (folder / "corpus.txt").write_text("tell me more " * 4000)
     words = [word for name, value in BIG.items() for word in (f"--{name}", str(value))]
-    limit = f"ulimit -v {int(gigabytes * 1e6)}; exec "
-    command = [sys.executable, "-m", "perceiver_ar.cli", "train", "corpus.txt", "--out", "run", *words, *options]
-    return subprocess.run(
-        ["bash", "-c", limit + '"$@"', "bash", *command], cwd=folder, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    argv = ["train", str(folder / "corpus.txt"), "--out", str(folder / "run"), *words, *options]
+    return server.run(code=LITTLE_MEMORY, given={"limit": int(gigabytes * 1e9), "argv": argv})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to the limit")
-def test_out_of_memory_names_what_to_lower_and_by_how_much(tmp_path: Path) -> None:
-    result = train_in_little_memory(tmp_path, 6)
-    assert result.returncode == 2, result.stderr
-    last = result.stderr.splitlines()[-1]
+def test_out_of_memory_names_what_to_lower_and_by_how_much(server: Server, tmp_path: Path) -> None:
+    assert train_in_little_memory(server, tmp_path, 6) == 2, server.messages()
+    last = server.messages()[-1]
     assert "out of memory: micro-batches of 128 windows need about" in last
     assert "--resume with trainer.micro_batch_size 64 (about " in last
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to the limit")
-def test_a_network_that_does_not_fit_says_how_large_it_is(tmp_path: Path) -> None:
-    result = train_in_little_memory(tmp_path, 6, "--model.dim=32768")
-    assert result.returncode == 2, result.stderr
-    last = result.stderr.splitlines()[-1]
+def test_a_network_that_does_not_fit_says_how_large_it_is(server: Server, tmp_path: Path) -> None:
+    assert train_in_little_memory(server, tmp_path, 6, "--model.dim=32768") == 2, server.messages()
+    last = server.messages()[-1]
     assert "the weights alone take" in last and "lower model.dim" in last
 
 
@@ -224,12 +228,11 @@ def test_free_memory_is_some_and_not_more_than_there_is() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to the limit")
-def test_find_batch_takes_what_fits_and_the_run_succeeds(tmp_path: Path) -> None:
-    result = train_in_little_memory(tmp_path, 8, "--find_batch")
-    assert result.returncode == 0, result.stderr
-    recipe: Any = json.loads(result.stdout)
+def test_find_batch_takes_what_fits_and_the_run_succeeds(server: Server, tmp_path: Path) -> None:
+    assert train_in_little_memory(server, tmp_path, 8, "--find_batch") == 0, server.messages()
+    recipe: Any = json.loads(server.stdout.read_text())
     assert recipe["steps"] == 1
-    [line] = [line for line in result.stderr.splitlines() if line.startswith("micro-batches of")]
+    [line] = [line for line in server.messages() if line.startswith("micro-batches of")]
     assert 1 <= int(line.split()[2]) < 64
 
 

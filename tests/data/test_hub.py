@@ -30,6 +30,7 @@ TEXTS = [f"story {number}" for number in range(400)]
 def stories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The dataset someone/stories, of four files and two splits."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s before each process could end
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "someone" / "stories" / "data"
     folder.mkdir(parents=True)

@@ -113,7 +113,7 @@ def every_network(draw: st.DrawFn) -> PerceiverARConfig:
     return config
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(st.data(), seeds, every_network())
 def test_every_step_has_the_logits_of_an_uncached_forward_over_the_window_it_reports(
     data: st.DataObject, seed: int, config: PerceiverARConfig
