@@ -245,5 +245,7 @@ def test_results_stay_within_their_limit() -> None:
     assert results.get(first, "a") == b"1"
     results.add({"c": b"23"})
     assert results.get(first, "a") is results.get(second, "b") is None
+    kept = results.add({"c": b"3"})
     with pytest.raises(TooMuch):
         results.add({"d": bytes(MAX_RESULTS + 1)})
+    assert results.get(kept, "c") == b"3"

@@ -7,6 +7,7 @@ as `codec.json` (which codec, with which settings) and the codec's own files, if
 
 import json
 import logging
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -320,17 +321,22 @@ def missing_extra(extra: str, error: ImportError) -> InputError:
     return InputError(f"this needs the package {error.name}: pip install 'perceiver-ar[{extra}]'")
 
 
+_IMPORTING = threading.RLock()
+"""Threads that import extras wait for each other, as what is silent belongs to all."""
+
+
 @contextmanager
 def importing(extra: str) -> Iterator[None]:
     """For imports of the packages of an extra: raises InputError if one is missing, and keeps their notices silent."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # torchao's are about kernels for other devices
-    try:
-        yield
-    except ImportError as error:
-        raise missing_extra(extra, error) from None
-    finally:
-        logging.disable(before)
+    with _IMPORTING:
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # torchao's are about kernels for other devices
+        try:
+            yield
+        except ImportError as error:
+            raise missing_extra(extra, error) from None
+        finally:
+            logging.disable(before)
 
 
 def save_codec(codec: Codec, directory: str | Path) -> None:

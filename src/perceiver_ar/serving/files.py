@@ -67,13 +67,13 @@ class Results:
 
     def add(self, files: dict[str, bytes]) -> str:
         """Keeps files; returns their key. Raises TooMuch if they alone exceed MAX_RESULTS."""
+        if sum(map(len, files.values())) > MAX_RESULTS:
+            raise TooMuch
         now, key = time.monotonic(), secrets.token_urlsafe(16)
         self._expire(now)
         self._sets[key] = now + EXPIRE_SECONDS, files
         while sum(len(content) for _, kept in self._sets.values() for content in kept.values()) > MAX_RESULTS:
             self._sets.popitem(last=False)
-        if key not in self._sets:
-            raise TooMuch
         return key
 
     def get(self, key: str, name: str) -> bytes | None:
