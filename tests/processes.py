@@ -15,7 +15,7 @@ from typing import Any
 
 SERVER = """
 import json, os, signal, sys
-import perceiver_ar.plots, perceiver_ar.training, torch._dynamo, torch.utils.tensorboard
+import perceiver_ar.plots, perceiver_ar.training.main, torch._dynamo, torch.utils.tensorboard
 from perceiver_ar.cli import main
 
 for line in sys.stdin:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from perceiver_ar.data.codec import Codec, WrongModality, check_positive, importing, missing_extra, numbered
+from perceiver_ar.data.codec import Codec, WrongModality, check_positive, importing, numbered
 from perceiver_ar.data.pictures import spectrogram
 from perceiver_ar.data.sound import wav_bytes, write_wav
 from perceiver_ar.errors import InputError
@@ -28,11 +28,9 @@ def read_audio(data: bytes, rate: int) -> np.ndarray:
     It is the mean of all channels, or the loudest channel if they cancel each other (-20 dB). Samples above 1, which
     files of floats may have, are scaled to 1. Raises `WrongModality` if it is not a recording, is damaged or empty.
     """
-    try:
+    with importing("audio"):
         import soundfile
         import soxr
-    except ImportError as error:  # not by `importing`, which is not for several threads
-        raise missing_extra("audio", error) from None
     blocks: list[np.ndarray] = []  # (samples, channels)
     try:
         with soundfile.SoundFile(io.BytesIO(_with_length(data))) as file:
@@ -225,10 +223,11 @@ class NeuralCodec(AudioCodec):
     @torch.no_grad()
     def encode_samples(self, samples: np.ndarray) -> np.ndarray:
         size = PIECE * self.sample_rate // self.hop * self.hop
-        samples = np.pad(samples, (0, -len(samples) % self.hop)).astype(np.float32)  # whole frames
         frames = []
         for at in range(0, len(samples), size):
-            sound = torch.from_numpy(samples[at : at + size])[None, None]
+            piece = samples[at : at + size]
+            piece = np.pad(piece, (0, -len(piece) % self.hop))  # whole frames
+            sound = torch.from_numpy(piece.astype(np.float32))[None, None]
             if self.kind == "encodec":
                 codes = self.model.encode(sound, bandwidth=self.model.config.target_bandwidths[-1]).audio_codes[0]
             else:

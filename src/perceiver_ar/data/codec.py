@@ -334,6 +334,8 @@ def importing(extra: str) -> Iterator[None]:
         try:
             yield
         except ImportError as error:
+            if (error.name or "").startswith("perceiver_ar"):
+                raise
             raise missing_extra(extra, error) from None
         finally:
             logging.disable(before)

@@ -8,7 +8,6 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -118,7 +117,7 @@ class Watch:
         text = f"step {training.step:,}  {bits}  {rate:,.0f} tokens/s"
         self.bar.update(progress, text)
         if not console.is_terminal and seconds - self.printed_at >= 10:
-            left = timedelta(seconds=round(seconds * (1 - progress) / progress))
+            left = duration(seconds * (1 - progress) / progress)
             say(f"{text}  {100 * progress:.0f}%  {left} left")
             self.printed_at = seconds
 
@@ -151,3 +150,9 @@ def open_tensorboard(path: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(path), purge_step=step + 1)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
