@@ -2,17 +2,17 @@
 
     python benchmarks/planted_genome.py FILE.fa [MEGABASES]
 
-Half of the bases belong to copies of 200 to 800 bases, with one base in a hundred changed, of what stands 1,024 to
+Half of the bases belong to copies of 200 to 800 bases, with one base in a hundred drawn anew, of what stands 1,024 to
 60,000 bases before (log-uniform). The rest is random, 2 bits a base: no model that knows 1,024 bases can do better.
 A second file, FILE.bed, holds out the last eighth.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
 
-NEAREST, FARTHEST, SHORTEST, LONGEST, CHANGED = 1024, 60_000, 200, 800, 0.01
+NEAREST, FARTHEST, SHORTEST, LONGEST, DRAWN_ANEW = 1024, 60_000, 200, 800, 0.01
 
 
 def planted(length: int, random: np.random.Generator) -> np.ndarray:
@@ -23,7 +23,7 @@ def planted(length: int, random: np.random.Generator) -> np.ndarray:
         copied, between = random.integers(SHORTEST, LONGEST, size=2)
         copied = min(copied, length - place)
         distance = int(np.exp(random.uniform(np.log(NEAREST), np.log(FARTHEST))))
-        new = np.where(random.random(copied) < CHANGED, bases[place : place + copied], -1)
+        new = np.where(random.random(copied) < DRAWN_ANEW, bases[place : place + copied], -1)
         copy = bases[place - distance : place - distance + copied]
         bases[place : place + copied] = np.where(new < 0, copy, new)
         place += copied + between
@@ -31,7 +31,11 @@ def planted(length: int, random: np.random.Generator) -> np.ndarray:
 
 
 def main() -> None:
-    file, length = Path(sys.argv[1]), int(float(sys.argv[2] if len(sys.argv) > 2 else 4) * 1_000_000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="such as repeats.fa")
+    parser.add_argument("megabases", type=float, nargs="?", default=4.0)
+    args = parser.parse_args()
+    file, length = args.file, int(args.megabases * 1_000_000)
     letters = np.frombuffer(b"ACGT", np.uint8)[planted(length, np.random.default_rng(0))].tobytes()
     lines = [letters[start : start + 80] for start in range(0, length, 80)]
     file.write_bytes(b"\n".join([b">planted", *lines, b""]))

@@ -16,7 +16,7 @@ from perceiver_ar.evaluation import evaluate
 from perceiver_ar.training.checkpoints import Checkpoints
 from perceiver_ar.training.metrics import read_metrics
 
-WILD = OptimConfig(name="adamw", lr=0.2, schedule="constant", warmup=0.0)  # learns, then worse than before
+WILD = OptimConfig(name="adamw", lr=1.0, schedule="constant", warmup=0.0)  # learns, then worse than before
 
 
 def recipe(corpus: Path, out: Path, optim: OptimConfig, steps: int = 8, **trainer: Any) -> Recipe:

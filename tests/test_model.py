@@ -755,6 +755,14 @@ def test_a_new_network_predicts_every_token_alike(config: PerceiverARConfig, see
     assert abs(next_token_loss(logits, tokens[:, -logits.shape[1] :]).item() - math.log(config.vocab_size)) < 1e-6
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_local_contexts_are_compared_evenly_at_first(tied: bool) -> None:
+    config = PerceiverARConfig(vocab_size=6, dim=32, num_layers=1, num_heads=2, local_context=16, tie_embeddings=tied)
+    model = PerceiverAR(config)
+    assert model.local_conv is not None and model.local_conv.abs().unique().tolist() == [0.5]
+    torch.testing.assert_close(model.embed.weight.mean(0), torch.zeros(32), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("init", ["zero_out", "torch", "normal", "fan_in"])
 def test_initial_weights_have_the_documented_spread(init: str) -> None:
     torch.manual_seed(0)

@@ -58,6 +58,14 @@ def test_samples_of_text_continue_what_is_held_out(run: Run) -> None:
         assert after
 
 
+def test_a_prompt_that_ends_within_a_character_is_shown_whole(recipe: Recipe, tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("ж" * (31 + 2 * number))
+    train(replace(recipe, paths=(str(tmp_path),), out=str(tmp_path / "run"), max_steps=1))
+    before, _, after = (tmp_path / "run/samples/step-000001.txt").read_text().partition(CONTINUED)
+    assert {*before} == {"ж"} and after
+
+
 def test_the_network_is_described_and_stored_for_other_tools(run: Run, recipe: Recipe) -> None:
     described = json.loads((run.path / "config.json").read_text())
     assert described["model_type"] == "perceiver_ar"
@@ -104,7 +112,7 @@ def test_the_picture_is_a_whole_png(run: Run) -> None:
     from matplotlib.image import imread
 
     picture = imread(run.plots / "loss.png")
-    assert min(picture.shape[:2]) > 300 and picture.std() > 0.01
+    assert min(picture.shape[:2]) > 100 and picture.std() > 0.01
 
 
 def test_the_checkpoint_holds_no_code(run: Run) -> None:

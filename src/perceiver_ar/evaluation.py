@@ -163,7 +163,7 @@ def evaluate(
         targets = [(window.first_target, window.end) for window in chosen]
     count = 0 if file is None else file.conditions[1]
     require(
-        T - stride >= count,
+        length <= T or T - stride >= count,
         f"a window of context_length {T} with stride {stride} has no room for {count} tokens of conditions before its "
         "targets: give a longer context or a smaller stride",
     )

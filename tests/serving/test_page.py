@@ -329,7 +329,8 @@ def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, 
 def test_each_take_has_all_of_its_files(browser: Any) -> None:
     page = browser.new_page()
     page.set_content("<section></section>")
-    page.add_script_tag(path=Path(perceiver_ar.__file__).parent / "serving/page/files.js")
+    for script in ("common.js", "files.js"):
+        page.add_script_tag(path=Path(perceiver_ar.__file__).parent / "serving/page" / script)
     names = [f"generated-{take}{rest}" for take in (1, 2, 11) for rest in (".mid", "-continuation.mid")]
     shown = page.evaluate(
         """names => {

@@ -67,7 +67,8 @@ class Sampling:
             logits = keep_min_p(logits, self.min_p)
         # One number for each row, so that drawing costs little more than the softmax.
         reached = logits.softmax(-1).cumsum(-1)
-        chosen = torch.cat([torch.rand(1, generator=generator, dtype=logits.dtype) for generator in generators])
+        like = {"dtype": logits.dtype, "device": logits.device}
+        chosen = torch.cat([torch.rand(1, generator=generator, **like) for generator in generators])
         return torch.searchsorted(reached, chosen[:, None] * reached[:, -1:], right=True)[:, 0].tolist()
 
 

@@ -47,7 +47,7 @@ def init_weights(model: Any) -> None:
             nn.init.normal_(model.embed.weight, std=1 / math.sqrt(config.dim))
         else:
             nn.init.zeros_(model.head.weight)
-    if model.local_conv is not None:  # ids of a small vocabulary, too, have nothing in common
+    if model.local_conv is not None and config.vocab_size > 1:  # ids of a small vocabulary, too, have nothing in common
         model.embed.weight.data -= model.embed.weight.mean(0)
     if config.position_table == "sinusoidal":
         for rows, table in zip(config.table_sizes, model.position_embed, strict=True):

@@ -116,7 +116,7 @@ class _Reader:
         self.tables, rest = Tables.of(self.config, weights)
         norms = 2 if self.config.norm == "layernorm" else 1
         self.norm, self.projection = rest[:norms], [weight.to(dtype) for weight in rest[norms:]]
-        self.prefix, self.chunk = TokenSource(self.tables, *prefix, reach(self.config)), chunk
+        self.prefix, self.chunk = TokenSource(self.tables, *prefix, reach=reach(self.config)), chunk
         self.group = _resolve_process_group(group) if group else None  # type: ignore[arg-type]
         self.rank, self.ranks = (self.group.rank(), self.group.size()) if self.group else (0, 1)
         self.first, self.end = (self.prefix.length * rank // self.ranks for rank in (self.rank, self.rank + 1))

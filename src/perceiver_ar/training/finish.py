@@ -114,6 +114,7 @@ def draw_context(prepared: Prepared, model: PerceiverAR, held_out: TokenFile) ->
     longest = min(recipe.model.context_length, len(held_out) // 2)  # the other half are targets
     count = len(codec.unknown)  # a context has room for conditions and targets
     if longest < 2 * count:
+        say("The held-out text is too short beside its conditions for a plot of context lengths.")
         return
     lengths = [longest, *(longest // 4**i for i in (1, 2, 3) if longest // 4**i >= max(16, 2 * count))]
     results = evaluate_context_lengths(

@@ -1,5 +1,6 @@
 """Evaluation and samples during a run."""
 
+from codecs import getincrementaldecoder
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from perceiver_ar.training.prepare import Prepared
 
 CONTINUED = "\u25b8"  # ▸, between a prompt and its continuation
 SHOWN = 200  # characters of the prompt
+MOST_READ = 4096  # tokens of the prompt: their keys and values are held, other than in training
 
 
 def score(prepared: Prepared, model: PerceiverAR, max_tokens: int, spread: bool = False) -> Evaluation | None:
@@ -23,13 +25,17 @@ def score(prepared: Prepared, model: PerceiverAR, max_tokens: int, spread: bool 
     held_out, codec = prepared.held_out, prepared.codec
     if held_out is None or len(held_out) < 2:
         return None
+    # Conditions are not scored. Of few tokens, those that are spread over the text could all be conditions.
+    conditions = len(codec.unknown)
+    max_tokens = max(max_tokens, conditions + 2)
+    spread = spread and max_tokens > 100 * conditions
     return evaluate(
         model,
         held_out,
         byte_lengths=codec.byte_lengths(),
         amounts=codec.amounts,
         document_length=codec.document_length,
-        max_tokens=max(max_tokens, len(codec.unknown) + 2),  # conditions are not scored
+        max_tokens=max_tokens,
         spread=spread,
         precision=evaluation_precision(prepared),
     )
@@ -53,9 +59,11 @@ def sample(prepared: Prepared, model: PerceiverAR, step: int, whole: bool = Fals
     if codec.document_length is not None:
         rest = codec.document_length - len(codec.start())
         length = rest if whole else min(length, rest)
-    prompt = start_ids(codec)
-    if codec.writes_text and prepared.held_out is not None and len(prepared.held_out) > len(prompt):
-        prompt = beginning(prepared.held_out, recipe.model.context_length - length, len(prompt))
+    prompt, held_out = start_ids(codec), prepared.held_out if codec.writes_text else None
+    continues = held_out is not None and len(held_out) > len(prompt)
+    if held_out is not None and continues:
+        context = recipe.model.context_length
+        prompt = beginning(held_out, min(max(context // 2, context - length), MOST_READ), len(prompt))
     ids = generate(
         model,
         torch.from_numpy(prompt.astype(np.int64))[None],
@@ -71,8 +79,10 @@ def sample(prepared: Prepared, model: PerceiverAR, step: int, whole: bool = Fals
         paths = codec.show([np.append(prompt, ids.cpu().numpy())], 0, run.samples, stem)
         say(f"step {step:,}  sample: {', '.join(path.name for path in paths)}")
         return
-    before, text = (codec.decode(part).decode("utf-8", errors="replace") for part in (prompt, ids.cpu().numpy()))
-    if before:
+    decoder = getincrementaldecoder("utf-8")("replace")  # a prompt may end within a character
+    before = decoder.decode(codec.decode(prompt))
+    text = decoder.decode(codec.decode(ids.cpu().numpy()), final=True)
+    if continues:
         say(f"step {step:,}  sample, from {CONTINUED} on, after {len(prompt):,} held-out tokens:")
         text = before[-SHOWN:] + CONTINUED + text
     else:
@@ -81,7 +91,7 @@ def sample(prepared: Prepared, model: PerceiverAR, step: int, whole: bool = Fals
     say("  " + text.replace("\n", "\n  "), style="dim")
 
 
-def beginning(tokens: TokenFile, room: int, least: int) -> np.ndarray:
-    """The first half of the first document, cut to `room` tokens, but at least its first `least`."""
+def beginning(tokens: TokenFile, room: int, front: int) -> np.ndarray:
+    """The first half of the first document and the `front` tokens before it, cut to `room` tokens behind these."""
     end = int(tokens.documents[1]) if tokens.num_documents > 1 else len(tokens)
-    return tokens.read(0, max(least, min(room, end // 2)))
+    return tokens.read(0, front + min(max(room - front, 0), (end - front) // 2))
