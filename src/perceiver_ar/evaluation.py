@@ -324,7 +324,10 @@ def compressors(codec: Codec, tokens: np.ndarray) -> dict[str, float]:
     if not data:
         return {}
     gzipped = gzip.compress(data, compresslevel=9, mtime=0)
-    sizes = {"gzip": len(gzipped), "xz": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))}
+    # A dictionary longer than the text takes time and memory, and saves nothing.
+    longest = min(1 << 26, max(1 << 12, len(data)))
+    xz = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": longest}]
+    sizes = {"gzip": len(gzipped), "xz": len(lzma.compress(data, filters=xz))}
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 
