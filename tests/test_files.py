@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perceiver_ar.files import atomic_directory, atomic_path, write_text
+from perceiver_ar.errors import InputError
+from perceiver_ar.files import atomic_directory, atomic_path, check_out, write_text
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -49,6 +50,20 @@ def test_errors_name_the_file_to_write_not_the_temporary_one(tmp_path: Path):
     for error, path in ((full, tmp_path / "notes.txt"), (closed, tmp_path / "closed" / "notes.txt")):
         assert error.value.filename == os.path.realpath(path)
     assert content(tmp_path / "closed") == {} and os.listdir(tmp_path) == ["closed"]
+
+
+@pytest.mark.usefixtures("bound_by_modes")
+def test_a_place_for_results_is_checked_before_the_work(tmp_path: Path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    write_text(tmp_path / "file", "")
+    for path in ("closed/a.csv", "closed/new/a.csv", "file/a.csv", "file/new/a.csv"):
+        with pytest.raises(InputError, match=f"--out .*{path}: .*{path.split('/')[0]} is no folder in which you may"):
+            check_out(tmp_path / path, "--out")
+    with pytest.raises(InputError, match="is a folder"):
+        check_out(tmp_path, "--out")
+    for path in (tmp_path / "file", tmp_path / "new" / "deeper" / "a.csv", os.devnull):
+        check_out(path, "--out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "file"]
 
 
 def test_the_locale_does_not_choose_the_encoding(tmp_path: Path):

@@ -31,7 +31,7 @@ BELOW_THE_TASKS = NETWORK | {
 # Every module, or folder of modules, and what it may import of ours. Modules of one folder may import each other.
 MAY_IMPORT = {
     "errors": set[str](),
-    "files": set[str](),
+    "files": {"errors"},
     "progress": set[str](),
     "threads": set[str](),
     "lock": {"errors"},
@@ -197,7 +197,7 @@ def test_evaluating_and_generating_load_only_what_they_use():
 @pytest.mark.parametrize(
     ("path", "source", "complaint"),
     [
-        ("files.py", "import perceiver_ar.errors", "files may not import perceiver_ar.errors"),
+        ("files.py", "import perceiver_ar.progress", "files may not import perceiver_ar.progress"),
         ("costs.py", "import torch.nn as nn", "costs does without torch"),
         ("network/model.py", "from perceiver_ar.objective import next_token_loss", "network may not import"),
         (

@@ -148,6 +148,19 @@ def test_two_runs_are_compared_on_the_same_documents(
     assert f"p = {found['p_value']:.2g} " in capsys.readouterr().out
 
 
+def test_documents_that_the_other_run_may_have_been_trained_on_are_reported(
+    tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / name, BytesCodec()) for name in ("one", "other")]
+    held_out = [texts / "0.txt"], [texts / "1.txt"]
+    note = "other held out other documents, so it may have been trained on these"
+    for other, noted in zip(held_out, (False, True), strict=True):
+        for run, paths in zip(runs, (held_out[0], other), strict=True):
+            prepare_all(find_files(paths), BytesCodec(), run / "tokens" / "validation")
+        assert main(["score", str(runs[0]), "--against", str(runs[1])]) == 0
+        assert (note in capsys.readouterr().err) == noted
+
+
 def test_a_run_is_as_good_as_itself(tmp_path: Path, texts: Path) -> None:
     scores = scored(BytesCodec(), texts, tmp_path)
     result = compare(scores, scores)

@@ -8,8 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from perceiver_ar.errors import require
+
 TEMPORARY = ".unfinished-"
 """Prefix of the names of unfinished files."""
+
+
+def check_out(path: str | os.PathLike[str], option: str) -> None:
+    """Raises InputError unless a file can be written to `path`: to find this out before hours of work."""
+    require(not Path(path).is_dir(), f"{option} {path} is a folder: name a file in it")
+    if Path(path).exists() and not Path(path).is_file():  # a device or a pipe
+        return
+    folder = Path(os.path.realpath(path)).parent
+    while not (folder.exists() or folder.is_symlink()):
+        folder = folder.parent
+    effective = os.access in os.supports_effective_ids
+    writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK, effective_ids=effective)
+    require(writable, f"{option} {path}: {folder} is no folder in which you may write; name another place")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.files import atomic_path
+from perceiver_ar.files import atomic_path, check_out
 
 FORMATS = ".csv", ".jsonl", ".parquet"
 GROUP = 1 << 14
@@ -20,7 +20,7 @@ GROUP = 1 << 14
 def check_table(path: str | os.PathLike[str], option: str, also: tuple[str, ...] = ()) -> None:
     """Raises InputError if `path` is no name for a table, or needs a package that is missing. `also`: endings allowed
     beside `FORMATS`."""
-    require(not Path(path).is_dir(), f"{option} {path} is a folder: name a file in it")
+    check_out(path, option)
     ending = Path(path).suffix.lower()
     endings = *also, *FORMATS
     require(ending in endings, f"{option} is {path}: its name must end in {', '.join(endings[:-1])} or {endings[-1]}")

@@ -166,6 +166,10 @@ def test_what_is_for_genomes_is_refused_with_other_files(tmp_path: Path, capsys:
     assert_refused(capsys, *words, "--data.kmer=2", says="data.kmer is for genomes, but the files are text")
     held_out = f"--data.validation={folder / 'held.bed'}"
     assert_refused(capsys, *words, held_out, says="held.bed in data.validation is for genomes, but the files are")
+    (folder / "a.fa").write_text(">a\n" + "ACGT" * 40)
+    words[1] = folder / "a.fa"
+    column = "data.column is bases, for rows and tar files of text, but the files are genome"
+    assert_refused(capsys, *words, "--data.column=bases", says=column)
 
 
 def test_a_genome_is_trained_on_measured_and_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

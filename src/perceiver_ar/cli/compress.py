@@ -6,6 +6,7 @@ from pathlib import Path
 
 from perceiver_ar.cli.options import make_parser, parse
 from perceiver_ar.errors import InputError, require
+from perceiver_ar.files import atomic_path, check_out
 from perceiver_ar.progress import ProgressBar
 
 ENDING = ".par"
@@ -50,11 +51,11 @@ def decompress_verb(argv: list[str]) -> None:
 
 def convert(run: str, file: str, out: str, what: str, work: Callable[..., bytes]) -> None:
     """Writes what `work` makes of a file, never over another one."""
-    from perceiver_ar.files import atomic_path
     from perceiver_ar.run import Run
 
     source, target = Path(file), Path(out)
     require(not target.exists(), f"{target} already exists: give another --out, or remove it")
+    check_out(target, "--out")
     try:
         data = source.read_bytes()
     except FileNotFoundError:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from perceiver_ar.cli.options import make_parser, names, parse
 from perceiver_ar.cli.prompts import prompt_ids, stop_bytes, to_device, what_to_draw
 from perceiver_ar.errors import InputError, require
+from perceiver_ar.files import check_out
 from perceiver_ar.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ def generate_verb(argv: list[str]) -> None:
     args = parse(parser, argv)
     if args.prompt is not None and args.prompt_file is not None:
         raise InputError("--prompt and --prompt_file are both given: choose one")
-    if args.out is not None and Path(args.out).is_dir():
-        raise InputError(f"--out {args.out} is a folder: name a file in it")
+    if args.out is not None:
+        check_out(args.out, "--out")
 
     import torch
 

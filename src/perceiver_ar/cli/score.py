@@ -1,5 +1,6 @@
 """perceiver-ar score."""
 
+import filecmp
 import json
 import math
 import sys
@@ -10,6 +11,7 @@ from perceiver_ar.cli.evaluate import describe, documents_to_score
 from perceiver_ar.cli.options import add_conditions, add_paths, add_scoring, make_parser, names, parse
 from perceiver_ar.cli.prompts import to_device
 from perceiver_ar.errors import InputError, require
+from perceiver_ar.files import check_out
 from perceiver_ar.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -38,8 +40,9 @@ def score_verb(argv: list[str]) -> None:
     add_scoring(parser)
     args = parse(parser, argv)
     require(not args.tokens or args.out is not None, "--tokens writes a table beside --out: give --out, too")
-    if args.picture is not None and Path(args.picture).suffix.lower() != ".png":
-        raise InputError(f"--picture is {args.picture}: its name must end in .png")
+    if args.picture is not None:
+        require(Path(args.picture).suffix.lower() == ".png", f"--picture is {args.picture}: its name must end in .png")
+        check_out(args.picture, "--picture")
     if args.out is not None:
         from perceiver_ar.tables import check_table
 
@@ -101,8 +104,12 @@ def scores_of(
     from perceiver_ar.scores import score_documents
 
     model, codec = to_device(run.model()), run.codec()
-    if held_out_by is not None and not paths and not same_codec(run, held_out_by):
-        raise InputError(f"{held_out_by.path} and {run.path} have different codecs: name the files to compare them on")
+    if held_out_by is not None and not paths:
+        both = f"{held_out_by.path} and {run.path}"
+        require(same_codec(run, held_out_by), f"{both} have different codecs: name the files to compare them on")
+        held_out = [one.tokens / "validation.bin" for one in (run, held_out_by)]
+        if not held_out[0].exists() or not filecmp.cmp(*held_out, shallow=False):
+            print(f"{run.path} held out other documents, so it may have been trained on these", file=sys.stderr)
     file, files = documents_to_score(held_out_by or run, codec, paths, scratch, conditions)
     with ProgressBar("scoring", 1.0) as bar:
         options |= {"progress": lambda done, total: bar.update(done / total)}
