@@ -147,6 +147,10 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def infills(self, codec: Codec) -> bool:
+        """Whether the model was trained to infill bars."""
+        return codec.has_bars and (not self.recipe_file.exists() or self.recipe().data.augment)
+
     def conditions(self) -> dict[str, list[str] | int]:
         """`Codec.conditions` that the run was trained with, without loading the codec; {} if unknown."""
         try:

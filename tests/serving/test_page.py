@@ -10,18 +10,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from helpers import window_nats
 from reference import randomize
-from samples import write_music
+from samples import write_band, write_music
 
 import perceiver_ar
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.audio import MuLawCodec
 from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.midi import PerformanceCodec
+from perceiver_ar.data.remi_plus import RemiPlusCodec
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.generation import generate
 from perceiver_ar.network.model import PerceiverAR
@@ -247,13 +250,17 @@ def test_what_goes_wrong_is_said(browser: Any) -> None:
         server.server_close()
 
 
+def random_run(path: Path, codec: Codec, context: int = 64) -> Path:
+    size: dict[str, Any] = {"context_length": context, "num_latents": 16, "dim": 16, "num_layers": 1, "num_heads": 2}
+    config = codec.fit(PerceiverARConfig(vocab_size=codec.vocab_size, **size))
+    randomize(PerceiverAR(config), seed=1).save_pretrained(path)
+    save_codec(codec, path)
+    return path
+
+
 @pytest.mark.parametrize(("codec", "shown"), [(ImageCodec(8, 8, "grey"), "img"), (MuLawCodec(8000), "canvas")])
 def test_pictures_and_sound_are_shown(browser: Any, serving: Any, tmp_path: Path, codec: Codec, shown: str) -> None:
-    size: dict[str, Any] = {"context_length": 64, "num_latents": 16, "dim": 16, "num_layers": 1, "num_heads": 2}
-    config = codec.fit(PerceiverARConfig(vocab_size=codec.vocab_size, **size))
-    randomize(PerceiverAR(config), seed=1).save_pretrained(tmp_path)
-    save_codec(codec, tmp_path)
-    with serving(tmp_path) as url:
+    with serving(random_run(tmp_path, codec)) as url:
         page = opened(browser, url, **FORMS["dark-phone"])
         page.get_by_role("button", name="Continue").click()
         playwright.expect(page.locator("#status")).to_contain_text("the files stay", timeout=120_000)
@@ -264,17 +271,8 @@ def test_pictures_and_sound_are_shown(browser: Any, serving: Any, tmp_path: Path
         page.context.close()
 
 
-def piano_run(path: Path) -> Path:
-    codec = PerformanceCodec()
-    size: dict[str, Any] = {"context_length": 64, "num_latents": 16, "dim": 16, "num_layers": 1, "num_heads": 2}
-    config = codec.fit(PerceiverARConfig(vocab_size=codec.vocab_size, **size))
-    randomize(PerceiverAR(config), seed=1).save_pretrained(path)
-    save_codec(codec, path)
-    return path
-
-
 def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, tmp_path: Path) -> None:
-    run = piano_run(tmp_path / "piano")
+    run = random_run(tmp_path / "piano", PerformanceCodec())
     write_music(tmp_path / "prelude.mid", 3)
     with serving(run) as url:
         page = opened(browser, url, viewport={"width": 1280, "height": 800})
@@ -326,6 +324,64 @@ def test_a_piece_goes_on_and_can_be_heard_and_saved(browser: Any, serving: Any, 
         page.context.close()
 
 
+def test_conditions_and_bars_to_infill_are_chosen(browser: Any, serving: Any, tmp_path: Path) -> None:
+    codec = ConditionedCodec(RemiPlusCodec(), {"style": ["polka", "waltz"], "mood": 8})
+    song = tmp_path / "song.mid"
+    write_band(song, 0)
+    run = random_run(tmp_path / "band", codec, 2048)
+    with serving(run) as url:
+        page = opened(browser, url, **FORMS["dark-phone"])
+        page.get_by_role("combobox", name="style").select_option("waltz")
+        page.get_by_role("textbox", name="mood").fill("slow")
+        page.get_by_label("A file to go on from; without").set_input_files(song)
+        page.get_by_role("spinbutton", name="from bar").fill("3")
+        page.get_by_role("spinbutton", name="to bar").fill("4")
+        page.get_by_label("Seed").fill("3")
+        page.get_by_role("slider", name="Temperature").fill("1")
+        page.get_by_role("slider", name="Top-p").fill("1")
+        page.get_by_role("button", name="Continue").click()
+        playwright.expect(page.locator("#status")).to_contain_text("the files stay", timeout=120_000)
+        for width, name in ((390, "phone"), (1280, "desktop")):
+            page.set_viewport_size({"width": width, "height": 800})
+            page.screenshot(path=os.environ.get("SCREENSHOTS", str(tmp_path)) + f"/band-{name}.png", full_page=True)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        with page.expect_download() as download:
+            page.get_by_role("link", name="generated.mid").click()
+        pinned = codec.condition_ids({"style": "waltz", "mood": "slow"})
+        document = np.array([*codec.separator, *pinned, *codec.encode(song.read_bytes())])
+        row, prompt, count = codec.infill(document, 3, 4, 2048)
+        options = {"allowed_next": codec.constraint(), "stop_tokens": codec.separator[-1:], "pinned": pinned}
+        drawn = generate(PerceiverAR.from_pretrained(run), [prompt.tolist()], count, seed=3, **options)[0]
+        assert download.value.path().read_bytes() == codec.decode(np.append(row, drawn.numpy()))
+        assert page.trouble == []
+        page.get_by_role("textbox", name=re.compile("tempo")).fill("96")
+        page.get_by_role("button", name="Continue").click()
+        playwright.expect(page.get_by_role("status")).to_contain_text("condition tempo begins a new document")
+        page.context.close()
+
+
+def test_a_text_has_its_conditions(browser: Any, serving: Any, tmp_path: Path) -> None:
+    codec = ConditionedCodec(BytesCodec(), {"kind": ["letter", "list"]})
+    run = random_run(tmp_path / "texts", codec)
+    with serving(run) as url:
+        page = opened(browser, url)
+        page.get_by_role("combobox", name="kind").select_option("list")
+        page.get_by_role("textbox", name="Text to go on from").fill("Once")
+        page.get_by_label("Seed").fill("3")
+        page.get_by_role("slider", name="Length").fill("32")
+        page.get_by_role("slider", name="Top-p").fill("1")
+        page.get_by_role("slider", name="Temperature").fill("1")
+        page.get_by_role("slider", name="Repetition penalty").fill("1")
+        page.get_by_role("button", name="Continue").click()
+        playwright.expect(page.get_by_role("status")).to_contain_text("tokens")
+        pinned = codec.condition_ids({"kind": "list"})
+        options = {"allowed_next": codec.constraint(), "stop_tokens": [0], "pinned": pinned}
+        ids = generate(PerceiverAR.from_pretrained(run), [[0, *pinned, *b"Once"]], 32, seed=3, **options)[0]
+        shown = "".join(page.locator("#text span").all_text_contents())
+        assert shown == codec.decode(ids.numpy()).decode(errors="replace")
+        page.context.close()
+
+
 def test_each_take_has_all_of_its_files(browser: Any) -> None:
     page = browser.new_page()
     page.set_content("<section></section>")
@@ -346,7 +402,7 @@ def test_each_take_has_all_of_its_files(browser: Any) -> None:
 
 
 def test_several_takes_are_kept_heard_and_saved(browser: Any, serving: Any, tmp_path: Path) -> None:
-    with serving(piano_run(tmp_path / "piano"), slots=2) as url:
+    with serving(random_run(tmp_path / "piano", PerformanceCodec()), slots=2) as url:
         page = opened(browser, url, **FORMS["dark-phone"])
         takes = page.get_by_role("slider", name="Takes")
         playwright.expect(takes).to_have_attribute("max", "2")  # as the server has slots

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from reference import randomize
-from samples import write_music, write_picture
+from samples import write_band, write_music, write_picture
 
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec, save_codec
@@ -26,6 +26,7 @@ from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.integers import IntegerCodec
 from perceiver_ar.data.midi import PerformanceCodec
+from perceiver_ar.data.remi_plus import RemiPlusCodec
 from perceiver_ar.generation import generate
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.serving.engine import Busy
@@ -34,18 +35,18 @@ from perceiver_ar.serving.worker import MAX_IDS, QUEUE, Stopping, TooMuch, Worke
 pytest.importorskip("fastapi", reason="needs perceiver-ar[serve]")
 httpx = pytest.importorskip("httpx2", reason="needs httpx2")
 
-Made = Callable[[Codec], tuple[Path, PerceiverAR]]
+Made = Callable[..., tuple[Path, PerceiverAR]]
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Made:
     """Makes a run with a codec, and its model."""
 
-    def make(codec: Codec) -> tuple[Path, PerceiverAR]:
+    def make(codec: Codec, context: int = 64) -> tuple[Path, PerceiverAR]:
         config = PerceiverARConfig(
-            vocab_size=codec.vocab_size, context_length=64, num_latents=16, dim=16, num_layers=1, num_heads=2
+            vocab_size=codec.vocab_size, context_length=context, num_latents=16, dim=16, num_layers=1, num_heads=2
         )
-        path = tmp_path / "run"
+        path = tmp_path / codec.name
         randomize(PerceiverAR(codec.fit(config)), seed=1).save_pretrained(path)
         save_codec(codec, path)
         return path, PerceiverAR.from_pretrained(path)
@@ -107,6 +108,38 @@ def test_music_goes_on_under_its_conditions(serving: Any, made: Made, tmp_path: 
     options = {"allowed_next": codec.constraint(), "stop_tokens": codec.separator[-1:], "pinned": pinned}
     drawn = generate(model, [prompt], 80, seed=5, **options)[0].tolist()
     assert files["generated.mid"] == codec.decode(np.array([*prompt, *drawn]))
+
+
+def test_bars_are_composed_anew(serving: Any, made: Made, tmp_path: Path) -> None:
+    codec = RemiPlusCodec()
+    run, model = made(codec, 2048)
+    write_band(tmp_path / "a.mid", 0)
+    data = (tmp_path / "a.mid").read_bytes()
+    with serving(run) as url, httpx.Client(base_url=url, timeout=120) as http:
+        file = {"file": ("a.mid", data)}
+        form = {"infill": "3:4", "max_new_tokens": "40", "seed": "5", "stream": "true"}
+        answer = http.post("/v1/generate", data=form, files=file).text
+        events = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: {")]
+        link = next(one for one in events[-1]["files"] if one["name"] == "generated.mid")
+        result = http.get(link["url"]).content
+        for wrong, message in (
+            ({"infill": "2"}, "infill is '2': give the first and the last bar, such as 9:12"),
+            ({"infill": "1:2"}, "infill is 1:2, but the piece has bars 1 to 12"),
+            ({"infill": "2:3", "keep": "0.5"}, "leave out keep"),
+        ):
+            refused = http.post("/v1/generate", data=wrong, files=file)
+            assert refused.status_code == 400 and message in refused.json()["error"]["message"]
+        assert http.post("/v1/generate", data={"infill": "2:3"}).status_code == 400
+    document = np.array([*codec.separator, *codec.encode(data)])
+    row, prompt, _ = codec.infill(document, 3, 4, 2048)
+    options = {"allowed_next": codec.constraint(), "stop_tokens": codec.separator[-1:]}
+    drawn = generate(model, [prompt.tolist()], 40, seed=5, **options)[0].numpy()
+    assert result == codec.decode(np.append(row, drawn))
+    assert events[0]["notes"] == codec.decode_notes(row).round(3).tolist()
+    run, _ = made(PerformanceCodec())
+    with serving(run) as url, httpx.Client(base_url=url, timeout=120) as http:
+        refused = http.post("/v1/generate", data={"infill": "2:3"}, files={"file": ("a.mid", data)})
+        assert "has not learned to infill" in refused.json()["error"]["message"]
 
 
 def pixels(picture: bytes) -> np.ndarray:

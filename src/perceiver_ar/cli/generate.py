@@ -105,9 +105,10 @@ def generate_verb(argv: list[str]) -> None:
     require(not (args.slide and pinned), "--slide drops the conditions of a document, its oldest tokens: leave it out")
     document = prompt_ids(codec, args.prompt, args.prompt_file, conditions)
     row, prompt, count, samples = what_to_draw(codec, document, args, model.config.context_length)
-    if args.infill is not None and run.recipe_file.exists():
-        seen = run.recipe().data.augment
-        require(seen, f"--infill: {run.path} was trained with data.augment false, which leaves infills out: train anew")
+    require(
+        args.infill is None or run.infills(codec),
+        f"--infill: {run.path} was trained with data.augment false, which leaves infills out: train anew",
+    )
     stop = stop_bytes(codec, args.stop)
     steps = partial(
         stream,

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 import sys
 from collections.abc import Mapping
 from itertools import chain
@@ -70,7 +69,7 @@ def what_to_draw(
 
     The row is the prompt, unless a piece around a hole is too long for the context.
     """
-    from perceiver_ar.data.codec import prompt_and_count
+    from perceiver_ar.data.codec import parse_bars, prompt_and_count
 
     if args.keep is not None and not (args.keep > 0 and math.isfinite(args.keep)):
         raise InputError(f"--keep is {args.keep:g}: give a number of tokens, or a share of them below 1")
@@ -80,14 +79,12 @@ def what_to_draw(
     if args.infill is None:
         prompt, count = prompt_and_count(codec, document, args.keep, args.max_new_tokens)
         return prompt, prompt, count, samples
-    bars = re.fullmatch(r"(\d+):(\d+)", args.infill)
-    if bars is None:
-        raise InputError(f"--infill is {args.infill!r}: give the first and the last bar, such as 9:12")
+    bars = parse_bars(args.infill)
     if args.prompt_file is None or args.keep is not None:
         raise InputError("--infill needs a whole piece: give --prompt_file, and leave out --keep")
     import numpy as np
 
-    row, shown, count = codec.infill(np.array(document), int(bars[1]), int(bars[2]), context_length)
+    row, shown, count = codec.infill(np.array(document), *bars, context_length)
     return row.tolist(), shown.tolist(), count if args.max_new_tokens is None else args.max_new_tokens, samples
 
 

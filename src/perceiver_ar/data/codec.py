@@ -7,6 +7,7 @@ as `codec.json` (which codec, with which settings) and the codec's own files, if
 
 import json
 import logging
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -167,13 +168,18 @@ class Codec(ABC):
             raise InputError(f"this run does not write text, so {prompt!r} is no prompt; give a file to go on from")
         return np.append(front, self.encode(prompt.encode("utf-8", errors="surrogateescape")))
 
+    @property
+    def has_bars(self) -> bool:
+        """Whether documents have bars that can be infilled."""
+        return type(self.plain).infill is not Codec.infill
+
     def infill(self, ids: np.ndarray, first: int, last: int, room: int) -> tuple[np.ndarray, np.ndarray, int]:
         """A document `ids` (n,), with its separator, whose bars first ... last (from 1) are to be drawn anew.
 
         Returns the row that, with what is drawn, is the whole document for `decode`; the prompt, which with what is
         drawn has about `room` tokens; and the maximum number of tokens to draw. Raises `InputError`.
         """
-        raise InputError(f"documents of the codec {self.name!r} have no bars to infill: leave --infill out")
+        raise InputError(f"documents of the codec {self.name!r} have no bars to infill: leave infill out")
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray | None:
         """Which ids may follow `ids` (n,), the whole row with separator and prompt: (vocab_size,) bool; None: all may.
@@ -284,6 +290,14 @@ def parse_conditions(words: Iterable[str]) -> dict[str, str]:
             raise InputError(f"condition {key} is given twice: choose one of {conditions[key]} and {value}")
         conditions[key] = value
     return conditions
+
+
+def parse_bars(text: str) -> tuple[int, int]:
+    """The bars to infill, of the form FIRST:LAST. Raises `InputError`."""
+    bars = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+    if bars is None:
+        raise InputError(f"infill is {text!r}: give the first and the last bar, such as 9:12")
+    return int(bars[1]), int(bars[2])
 
 
 def prompt_and_count(codec: Codec, document: list[int], keep: float | None, count: int | None) -> tuple[list[int], int]:

@@ -227,7 +227,7 @@ class RemiPlusCodec(MidiTokCodec):
         count = len(bars) - 1
         require(
             2 <= first <= last < count,
-            f"--infill is {first}:{last}, but the piece has bars 1 to {count}: give FIRST:LAST in them, with at least "
+            f"infill is {first}:{last}, but the piece has bars 1 to {count}: give FIRST:LAST in them, with at least "
             "one bar before and one after",
         )
         head = np.append(self.separator, bars[0]).astype(np.int64)
@@ -236,7 +236,7 @@ class RemiPlusCodec(MidiTokCodec):
         most = 2 * max(len(hole), (last - first + 1) * len(ids) // count)  # of a denser hole than the piece has
         left = room - min(most, room // 2) - (len(whole) - len(head) - len(before) - len(after))
         require(
-            left > 0, f"--infill is {first}:{last}, and these bars do not fit into the {room} tokens of the context"
+            left > 0, f"infill is {first}:{last}, and these bars do not fit into the {room} tokens of the context"
         )
         if len(head) + len(before) + len(after) > left:  # what is nearest to the hole
             after = after[: max(left // 2, left - len(before) - len(head))]

@@ -70,6 +70,8 @@ class Service:
     path: Path
     name: str
     api_key: str | None
+    infills: bool
+    """Whether the model was trained to infill bars."""
     scores: Mapping[str, float]
     """Bits for each byte, token, ... of held-out files, by name."""
 
@@ -172,6 +174,8 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/generate")
     async def generate(request: Request, form: GenerateFields) -> Response:
+        if form.infill is not None and not service.infills:
+            raise Refused("this model has not learned to infill bars: leave infill out", "infill")
         generation = Generation(form, service.codec, engine, worker, results, metrics)
         try:
             if await unless_gone(request, generation.read()) is None:
@@ -205,6 +209,7 @@ def create_app(service: Service) -> FastAPI:
         card |= {"context_length": engine.context, "writes_text": service.codec.writes_text}
         card |= {"document_length": service.codec.document_length, "file_ending": service.codec.ending}
         card |= {"conditions": dict(service.codec.conditions), "slots": engine.slots}
+        card |= {"header_conditions": service.codec.header_conditions, "infills": service.infills}
         card |= {"parameters": engine.model.num_parameters(), "evaluation": service.scores}
         return {"object": "list", "data": [card]}
 

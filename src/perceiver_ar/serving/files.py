@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
-from perceiver_ar.data.codec import Codec, parse_conditions, prompt_and_count
+from perceiver_ar.data.codec import Codec, parse_bars, parse_conditions, prompt_and_count
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.midi import MusicCodec
 from perceiver_ar.errors import InputError
@@ -45,6 +45,8 @@ class GenerateForm(BaseModel):
     prompt: str = ""
     condition: list[str] = []
     """Of the form key=value, as `--condition`."""
+    infill: str | None = None
+    """Of the form FIRST:LAST, as `--infill`."""
     keep: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -145,6 +147,7 @@ class Generation:
         if self.samples > engine.slots:
             raise Refused(f"n is {self.samples}: this server draws at most {engine.slots} samples together", "n")
         self.original: np.ndarray | None = None
+        """The ids of `file`."""
         self.jobs: list[Job] = []
         self.left = 0
 
@@ -164,7 +167,7 @@ class Generation:
             document = await run_in_threadpool(self.codec.start, form.prompt, conditions)
         else:
             document = self.original = await self.worker.encode(await file.read(), front)
-        self.prompt, count = await run_in_threadpool(self._prompt_and_count, document)
+        self.row, self.prompt, count = await run_in_threadpool(self._what_to_draw, document)
         if count < 1:
             raise Refused("keep leaves nothing to draw: the prompt is a whole picture", "keep")
         self.drawn: list[list[int]] = [[] for _ in range(self.samples)]
@@ -181,9 +184,20 @@ class Generation:
         self.jobs = [Job(torch.from_numpy(self.prompt), settings, seeds, self.listener)]
         return True
 
-    def _prompt_and_count(self, document: np.ndarray) -> tuple[np.ndarray, int]:
-        prompt, count = prompt_and_count(self.codec, document.tolist(), self.form.keep, self.form.max_new_tokens)
-        return np.array(document[: len(prompt)] if len(document) else prompt, dtype=np.int64), count
+    def _what_to_draw(self, document: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """The row that results begin with, the prompt, and the number of tokens to draw; as in `generate`."""
+        form = self.form
+        if form.infill is None:
+            ids, count = prompt_and_count(self.codec, document.tolist(), form.keep, form.max_new_tokens)
+            prompt = np.array(document[: len(ids)] if len(document) else ids, dtype=np.int64)
+            return prompt, prompt, count
+        if self.original is None or form.keep is not None:
+            raise Refused("infill needs a whole piece: give file, and leave out keep", "infill")
+        try:
+            row, prompt, count = self.codec.infill(document, *parse_bars(form.infill), self.engine.context)
+        except InputError as error:
+            raise Refused(str(error), "infill") from None
+        return row, prompt, form.max_new_tokens or count
 
     def submit(self) -> None:
         """Raises Busy if the queue has no room. Call `cancel` afterwards in any case."""
@@ -201,7 +215,7 @@ class Generation:
         shown = time.monotonic()
         progress = [Progress(self.codec) for _ in self.drawn] if self.form.stream else []
         if progress:
-            yield {"type": "prompt", **await run_in_threadpool(Progress(self.codec).update, self.prompt)}
+            yield {"type": "prompt", **await run_in_threadpool(Progress(self.codec).update, self.row)}
         while self.left:
             result = await self.listener.results.get()
             if isinstance(result, Exception):
@@ -229,7 +243,7 @@ class Generation:
 
     async def _links(self) -> dict[str, Any]:
         rows = await run_in_threadpool(lambda: [self._row(drawn) for drawn in self.drawn])
-        files = await self.worker.show(rows, len(self.prompt), self.original)
+        files = await self.worker.show(rows, len(self.row), self.original)
         key = self.results.add(files)
         links = [
             {"name": name, "url": f"/v1/files/{key}/{name}", "bytes": len(content), "media_type": media_type(name)}
@@ -239,7 +253,7 @@ class Generation:
         return {"files": links, "expires_in": int(EXPIRE_SECONDS), "usage": usage}
 
     def _row(self, drawn: list[int]) -> np.ndarray:
-        return np.concatenate([self.prompt, np.array(drawn, dtype=np.int64)])
+        return np.concatenate([self.row, np.array(drawn, dtype=np.int64)])
 
 
 def media_type(name: str) -> str:

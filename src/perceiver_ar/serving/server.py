@@ -90,7 +90,7 @@ def load(
             "--slots, or a shorter --max_context"
         ) from error
     scores = {name: value for name, value in (run.summary() or {}).items() if "bits_per_" in name}
-    return Service(engine, codec, run.path, run.path.resolve().name, api_key, scores)
+    return Service(engine, codec, run.path, run.path.resolve().name, api_key, run.infills(codec), scores)
 
 
 class Server(uvicorn.Server):

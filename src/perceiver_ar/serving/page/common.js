@@ -6,6 +6,10 @@ let model = {writes_text: true, document_length: null, context_length: 0, file_e
 let running = null;   // the AbortController of the request that runs
 const chosenSeed = () => $("seed").value === "" ? null : +$("seed").value;
 
+// The conditions that are chosen: name -> value.
+const conditions = () => Object.fromEntries(
+  [...$("conditions").querySelectorAll("select, input")].filter(field => field.value).map(field => [field.name, field.value]));
+
 function buttons() {
   placeholder();
   $("go").disabled = running !== null;

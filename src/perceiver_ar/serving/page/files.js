@@ -7,12 +7,13 @@ async function goOnWithFile() {
   say("reading …");
   const form = new FormData(), file = played.length ? playedFile() : $("file").files[0];
   const takes = make("section"), n = +$("takes").value;
+  const first = $("first").value || $("last").value, infill = Boolean(first) && !$("infill").hidden;
   let rolls = [];
-  if (file) {
-    form.append("file", file);
-    if ($("keep").value !== "1") form.append("keep", $("keep").value);
-  }
-  if (model.document_length === null) form.append("max_new_tokens", $("max_tokens").value);
+  if (file) form.append("file", file);
+  if (infill) form.append("infill", `${first}:${$("last").value || first}`);
+  else if (file && $("keep").value !== "1") form.append("keep", $("keep").value);
+  for (const [name, value] of Object.entries(conditions())) form.append("condition", `${name}=${value}`);
+  if (model.document_length === null && !infill) form.append("max_new_tokens", $("max_tokens").value);
   form.append("n", n);
   for (const id of ["temperature", "top_p"]) form.append(id, $(id).value);
   if ($("seed").value !== "") form.append("seed", $("seed").value);

@@ -39,11 +39,29 @@ function facts() {
   $("facts").textContent = parts.join(" · ");
 }
 
+// A field for each condition: its values to choose from, or a text.
+const HINTS = {instruments: "such as 0,33,drums", tempo: "such as 96"};
+function addConditions() {
+  const fields = Object.entries(model.conditions ?? {}).map(([name, values]) => Array.isArray(values)
+    ? make("select", {name}, new Option("any", ""), ...values.map(value => new Option(value, value)))
+    : make("input", {name, maxLength: values}));
+  for (const name of model.header_conditions ?? []) fields.push(make("input", {name, placeholder: HINTS[name] ?? ""}));
+  for (const field of fields) {
+    field.id = `condition-${field.name}`;
+    field.addEventListener("change", scoreSoon);
+    const note = make("span", {className: "value"}, field.name in HINTS ? "without a file" : "");
+    $("conditions").append(make("div", {}, make("label", {htmlFor: field.id}, field.name, note), field));
+  }
+  $("conditions").hidden = !fields.length;
+}
+
 fetch("v1/models").catch(() => { throw new Error("the server does not answer"); }).then(async answer => {
   if (!answer.ok) throw new Error(await message(answer));
   ({data: [model]} = await answer.json());
   $("name").textContent = document.title = model.id;
   facts();
+  addConditions();
+  $("infill").hidden = !model.infills;
   const words = model.writes_text;
   $("files").hidden = words;
   $("piano").hidden = model.file_ending !== ".mid";

@@ -33,7 +33,7 @@ function seek(canvas, audio, again) {
 class Roll {
   // notes: [start, end, pitch, velocity] of the prompt, in seconds
   constructor(notes) {
-    this.prompt = notes.length ? Math.max(...notes.map(note => note[1])) : 0;
+    this.prompt = new Set(notes.map(([start, , pitch]) => `${start} ${pitch}`));
     this.kept = notes.length;
     this.notes = notes;
     this.canvas = make("canvas", {className: "roll"});
@@ -66,7 +66,7 @@ class Roll {
     const x = seconds => width * seconds / end, y = pitch => height * (high - pitch) / (high - low);
     const colours = [colour("--soft"), colour("--written")], thick = Math.max(2, height / (high - low));
     for (const [start, stop, pitch, velocity] of this.notes) {
-      context.fillStyle = colours[+(start >= this.prompt)];
+      context.fillStyle = colours[+!this.prompt.has(`${start} ${pitch}`)];
       context.globalAlpha = .35 + .65 * velocity / 127;
       context.fillRect(x(start), y(pitch), Math.max(1, x(stop) - x(start) - .5), thick);
     }
@@ -168,7 +168,8 @@ for (let pitch = 48; pitch <= 77; pitch++) {
 }
 document.addEventListener("keydown", event => {
   const at = LETTERS.indexOf(event.key.toLowerCase());
-  if ($("piano").hidden || at < 0 || event.repeat || event.ctrlKey || event.metaKey || event.target.type === "number") return;
+  const writes = ["number", "text", "select-one"].includes(event.target.type);
+  if ($("piano").hidden || at < 0 || event.repeat || event.ctrlKey || event.metaKey || writes) return;
   press(60 + at);
 });
 document.addEventListener("keyup", event => {

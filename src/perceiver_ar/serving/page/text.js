@@ -50,7 +50,8 @@ async function score() {
   if (running || !prompt) return;
   const {signal} = scoring = new AbortController();
   try {
-    const answer = await complete({prompt, max_tokens: 0, echo: true, logprobs: 0}, signal);
+    const body = {prompt, condition: conditions(), max_tokens: 0, echo: true, logprobs: 0};
+    const answer = await complete(body, signal);
     if (!answer.ok) return;  // the text is too long to be scored, or has a character that the model cannot read
     const {choices: [{logprobs}], usage} = await answer.json();
     const nats = -logprobs.token_logprobs.reduce((sum, one) => sum + (one ?? 0), 0);
@@ -78,7 +79,7 @@ async function go(seed, undone = null, restore = () => {}) {
   say("reading …");
   const prompt = start.map(part => part[0]).join("");
   const body = {
-    prompt, stream: true, stream_options: {include_usage: true}, seed,
+    prompt, condition: conditions(), stream: true, stream_options: {include_usage: true}, seed,
     temperature: +$("temperature").value, top_p: +$("top_p").value, max_tokens: +$("max_tokens").value,
     repetition_penalty: +$("repetition_penalty").value, logprobs: 5,
   };
