@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from perceiver_ar.cli.evaluate import describe, documents_to_score
 from perceiver_ar.cli.options import add_conditions, add_paths, add_scoring, make_parser, names, parse
 from perceiver_ar.cli.prompts import to_device
-from perceiver_ar.errors import InputError, require
+from perceiver_ar.errors import require
 from perceiver_ar.files import check_out
 from perceiver_ar.progress import ProgressBar
 
