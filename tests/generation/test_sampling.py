@@ -46,6 +46,24 @@ def test_top_p_keeps_the_fewest_with_that_probability(logits: Tensor, p: float) 
     assert torch.equal(torch.where(filtered > -math.inf, filtered, logits), logits)
 
 
+@given(st.integers(0, 2**32 - 1), st.floats(0.001, 0.999), st.integers(1, 1500), st.floats(0.01, 20))
+def test_top_p_of_many_ids_keeps_those_that_sorting_them_finds(seed: int, p: float, size: int, spread: float) -> None:
+    wide = torch.randn(3, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread
+    logits = torch.cat([wide.round(decimals=1), wide[:1] * 0.01])  # equal ones; nearly equal ones beside them
+    logits[0, ::3] = -math.inf
+    chosen = keep_top_p(logits, p) > -math.inf
+    values, ids = logits.sort(descending=True, stable=True)
+    probabilities = values.softmax(-1)
+    for row, order, after, kept in zip(logits, ids, probabilities.cumsum(-1), chosen, strict=True):
+        sets = []
+        for limit in (p - 1e-9, p + 1e-9):
+            last = row[order[min(int((after < limit).sum()), size - 1)]]
+            sets.append((row >= last) & (row > -math.inf))
+        assert bool((sets[0] <= kept).all()) and bool((kept <= sets[1]).all())
+        alone = keep_top_p(row, p) > -math.inf
+        assert torch.equal(alone, kept)
+
+
 @given(rows_of_logits, st.floats(0, 1))
 def test_min_p_keeps_those_not_much_less_likely_than_the_best(logits: Tensor, p: float) -> None:
     for row, chosen in zip(logits.softmax(-1).tolist(), kept(keep_min_p(logits, p)), strict=True):
