@@ -360,6 +360,28 @@ def test_conditions_and_bars_to_infill_are_chosen(browser: Any, serving: Any, tm
         page.context.close()
 
 
+def test_a_picture_has_its_class(browser: Any, serving: Any, tmp_path: Path) -> None:
+    codec = ImageCodec(6, 6, "grey", classes=["cat", "dog"])
+    run = random_run(tmp_path / "pets", codec)
+    with serving(run) as url:
+        page = opened(browser, url)
+        page.get_by_role("combobox", name="class").select_option("dog")
+        page.get_by_label("Seed").fill("3")
+        page.get_by_role("slider", name="Takes").fill("1")
+        page.get_by_role("slider", name="Top-p").fill("1")
+        page.get_by_role("slider", name="Temperature").fill("1")
+        page.get_by_role("button", name="Continue").click()
+        playwright.expect(page.locator("#status")).to_contain_text("the files stay", timeout=120_000)
+        with page.expect_download() as download:
+            page.get_by_role("link", name="generated.png").click()
+        prompt = codec.start("dog").tolist()
+        options = {"allowed_next": codec.constraint()}
+        drawn = generate(PerceiverAR.from_pretrained(run), [prompt], 36, seed=3, **options)[0]
+        assert download.value.path().read_bytes() == codec.decode(np.append(prompt, drawn.numpy()))
+        assert page.trouble == []
+        page.context.close()
+
+
 def test_a_text_has_its_conditions(browser: Any, serving: Any, tmp_path: Path) -> None:
     codec = ConditionedCodec(BytesCodec(), {"kind": ["letter", "list"]})
     run = random_run(tmp_path / "texts", codec)

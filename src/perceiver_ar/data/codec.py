@@ -66,6 +66,7 @@ class Codec(ABC):
             document; or, for a free text, its number of tokens; see `ConditionedCodec`.
         header_conditions: names of conditions that the first ids of a document itself stand for.
         unknown: the ids of the tokens of `conditions` in documents that have no values.
+        classes: prompts that `start` takes, beside none, of a codec that does not write text.
         reads_text: documents are UTF-8 text; files that cannot be text are refused.
         writes_text: `decode` returns text that can be read piece by piece.
         encodes_in_threads: `encode_pieces` lets other threads run, so encoding in several threads is faster.
@@ -86,6 +87,7 @@ class Codec(ABC):
     conditions: Mapping[str, tuple[str, ...] | int] = MappingProxyType({})
     header_conditions: tuple[str, ...] = ()
     unknown: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
 
     @property
     def plain(self) -> "Codec":

@@ -197,7 +197,7 @@ def draw(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], Tensor]:
     for r, row in enumerate(rows):
         alike.setdefault(row.settings.sampling, []).append(r)
     for sampling, members in alike.items():
-        drawn = sampling.draw(adjusted[members], [rows[r].generator for r in members])
+        drawn = sampling.draw(adjusted if len(alike) == 1 else adjusted[members], [rows[r].generator for r in members])
         for r, token in zip(members, drawn, strict=True):
             tokens[r] = token
     return tokens, exact.log_softmax(-1)

@@ -209,7 +209,8 @@ def create_app(service: Service) -> FastAPI:
         card |= {"context_length": engine.context, "writes_text": service.codec.writes_text}
         card |= {"document_length": service.codec.document_length, "file_ending": service.codec.ending}
         card |= {"conditions": dict(service.codec.conditions), "slots": engine.slots}
-        card |= {"header_conditions": service.codec.header_conditions, "infills": service.infills}
+        card |= {"header_conditions": service.codec.header_conditions, "classes": service.codec.classes}
+        card |= {"infills": service.infills}
         card |= {"parameters": engine.model.num_parameters(), "evaluation": service.scores}
         return {"object": "list", "data": [card]}
 

@@ -12,7 +12,10 @@ async function goOnWithFile() {
   if (file) form.append("file", file);
   if (infill) form.append("infill", `${first}:${$("last").value || first}`);
   else if (file && $("keep").value !== "1") form.append("keep", $("keep").value);
-  for (const [name, value] of Object.entries(conditions())) form.append("condition", `${name}=${value}`);
+  for (const [name, value] of Object.entries(conditions())) {
+    if (name === "class" && model.classes.length) form.append("prompt", value);
+    else form.append("condition", `${name}=${value}`);
+  }
   if (model.document_length === null && !infill) form.append("max_new_tokens", $("max_tokens").value);
   form.append("n", n);
   for (const id of ["temperature", "top_p"]) form.append(id, $(id).value);

@@ -42,17 +42,19 @@ function facts() {
 // A field for each condition: its values to choose from, or a text.
 const HINTS = {instruments: "such as 0,33,drums", tempo: "such as 96"};
 function addConditions() {
-  const fields = Object.entries(model.conditions ?? {}).map(([name, values]) => Array.isArray(values)
-    ? make("select", {name}, new Option("any", ""), ...values.map(value => new Option(value, value)))
-    : make("input", {name, maxLength: values}));
-  for (const name of model.header_conditions ?? []) fields.push(make("input", {name, placeholder: HINTS[name] ?? ""}));
-  for (const field of fields) {
-    field.id = `condition-${field.name}`;
+  const add = (name, values, note = "") => {
+    const field = Array.isArray(values)
+      ? make("select", {name}, new Option("any", ""), ...values.map(value => new Option(value, value)))
+      : make("input", {name, maxLength: values ?? 524288, placeholder: note && (HINTS[name] ?? "")});
+    field.id = `condition-${name}`;
     field.addEventListener("change", scoreSoon);
-    const note = make("span", {className: "value"}, field.name in HINTS ? "without a file" : "");
-    $("conditions").append(make("div", {}, make("label", {htmlFor: field.id}, field.name, note), field));
-  }
-  $("conditions").hidden = !fields.length;
+    const label = make("label", {htmlFor: field.id}, name, make("span", {className: "value"}, note));
+    $("conditions").append(make("div", {}, label, field));
+  };
+  for (const [name, values] of Object.entries(model.conditions ?? {})) add(name, values);
+  for (const name of model.header_conditions ?? []) add(name, null, "without a file");
+  if (model.classes?.length) add("class", model.classes, "without a file");
+  $("conditions").hidden = !$("conditions").childNodes.length;
 }
 
 fetch("v1/models").catch(() => { throw new Error("the server does not answer"); }).then(async answer => {
