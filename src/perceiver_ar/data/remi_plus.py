@@ -235,9 +235,7 @@ class RemiPlusCodec(MidiTokCodec):
         whole, _ = self._arranged(head, before, hole, after)
         most = 2 * max(len(hole), (last - first + 1) * len(ids) // count)  # of a denser hole than the piece has
         left = room - min(most, room // 2) - (len(whole) - len(head) - len(before) - len(after))
-        require(
-            left > 0, f"infill is {first}:{last}, and these bars do not fit into the {room} tokens of the context"
-        )
+        require(left > 0, f"infill is {first}:{last}, and these bars do not fit into the {room} tokens of the context")
         if len(head) + len(before) + len(after) > left:  # what is nearest to the hole
             after = after[: max(left // 2, left - len(before) - len(head))]
             if len(head) + len(before) + len(after) > left:
