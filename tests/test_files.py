@@ -59,11 +59,18 @@ def test_a_place_for_results_is_checked_before_the_work(tmp_path: Path):
     for path in ("closed/a.csv", "closed/new/a.csv", "file/a.csv", "file/new/a.csv"):
         with pytest.raises(InputError, match=f"--out .*{path}: .*{path.split('/')[0]} is no folder in which you may"):
             check_out(tmp_path / path, "--out")
+    (tmp_path / "dark").mkdir(mode=0)
+    for path in ("dark/a.csv", "dark/new/a.csv"):
+        with pytest.raises(InputError, match="dark is no folder in which you may"):
+            check_out(tmp_path / path, "--out")
+    os.mkfifo(tmp_path / "pipe", 0)
+    with pytest.raises(InputError, match="no permission to write to it"):
+        check_out(tmp_path / "pipe", "--out")
     with pytest.raises(InputError, match="is a folder"):
         check_out(tmp_path, "--out")
     for path in (tmp_path / "file", tmp_path / "new" / "deeper" / "a.csv", os.devnull):
         check_out(path, "--out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "dark", "file", "pipe"]
 
 
 def test_the_locale_does_not_choose_the_encoding(tmp_path: Path):

@@ -153,7 +153,7 @@ def test_documents_that_the_other_run_may_have_been_trained_on_are_reported(
 ) -> None:
     runs = [make_run(tmp_path / name, BytesCodec()) for name in ("one", "other")]
     held_out = [texts / "0.txt"], [texts / "1.txt"]
-    note = "other held out other documents, so it may have been trained on these"
+    note = "other did not hold out the same documents: it may have been trained on these"
     for other, noted in zip(held_out, (False, True), strict=True):
         for run, paths in zip(runs, (held_out[0], other), strict=True):
             prepare_all(find_files(paths), BytesCodec(), run / "tokens" / "validation")

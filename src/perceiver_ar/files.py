@@ -16,15 +16,19 @@ TEMPORARY = ".unfinished-"
 
 def check_out(path: str | os.PathLike[str], option: str) -> None:
     """Raises InputError unless a file can be written to `path`: to find this out before hours of work."""
-    require(not Path(path).is_dir(), f"{option} {path} is a folder: name a file in it")
-    if Path(path).exists() and not Path(path).is_file():  # a device or a pipe
+    require(not os.path.isdir(path), f"{option} {path} is a folder: name a file in it")
+    if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe
+        require(_allows(path, os.W_OK), f"{option} {path}: no permission to write to it; name another place")
         return
-    folder = Path(os.path.realpath(path)).parent
-    while not (folder.exists() or folder.is_symlink()):
-        folder = folder.parent
-    effective = os.access in os.supports_effective_ids
-    writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK, effective_ids=effective)
+    folder = os.path.dirname(os.path.realpath(path))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    writable = os.path.isdir(folder) and _allows(folder, os.W_OK | os.X_OK)
     require(writable, f"{option} {path}: {folder} is no folder in which you may write; name another place")
+
+
+def _allows(path: str | os.PathLike[str], mode: int) -> bool:
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 @contextmanager

@@ -309,5 +309,5 @@ def test_other_codecs_have_neither() -> None:
 
     with pytest.raises(InputError, match="trained without any"):
         PerformanceCodec().condition_ids({"tempo": "90"})
-    with pytest.raises(InputError, match="no bars to infill"):
+    with pytest.raises(InputError, match="have no bars, so leave out infill"):
         PerformanceCodec().infill(np.zeros(3, dtype=np.int64), 2, 3, 100)

@@ -47,7 +47,7 @@ def test_top_p_keeps_the_fewest_with_that_probability(logits: Tensor, p: float) 
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.001, 0.999), st.integers(1, 1500), st.floats(0.01, 20))
-def test_top_p_of_many_ids_keeps_those_that_sorting_them_finds(seed: int, p: float, size: int, spread: float) -> None:
+def test_top_p_of_many_ids_keeps_those_that_stable_sorting_finds(seed: int, p: float, size: int, spread: float) -> None:
     wide = torch.randn(3, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread
     logits = torch.cat([wide.round(decimals=1), wide[:1] * 0.01])  # equal ones; nearly equal ones beside them
     logits[0, ::3] = -math.inf
@@ -55,13 +55,20 @@ def test_top_p_of_many_ids_keeps_those_that_sorting_them_finds(seed: int, p: flo
     values, ids = logits.sort(descending=True, stable=True)
     probabilities = values.softmax(-1)
     for row, order, after, kept in zip(logits, ids, probabilities.cumsum(-1), chosen, strict=True):
-        sets = []
-        for limit in (p - 1e-9, p + 1e-9):
-            last = row[order[min(int((after < limit).sum()), size - 1)]]
-            sets.append((row >= last) & (row > -math.inf))
-        assert bool((sets[0] <= kept).all()) and bool((kept <= sets[1]).all())
+        counts = [min(int((after < limit).sum()) + 1, size) for limit in (p - 1e-9, p + 1e-9)]
+        least, most = (set(order[:count].tolist()) for count in counts)
+        assert {i for i in least if row[i] > -math.inf} <= set(kept.nonzero()[:, 0].tolist()) <= most
         alone = keep_top_p(row, p) > -math.inf
         assert torch.equal(alone, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_top_p_takes_any_type_and_keeps_gradients(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[2.0, 1.0, 2.0, -3.0]], dtype=dtype, requires_grad=True)
+    filtered = keep_top_p(logits, 0.4)
+    assert filtered.dtype == dtype and kept(filtered) == [{0}]
+    filtered[0, 0].backward()
+    assert logits.grad is not None and logits.grad.tolist() == [[1, 0, 0, 0]]
 
 
 @given(rows_of_logits, st.floats(0, 1))

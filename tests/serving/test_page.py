@@ -335,6 +335,8 @@ def test_conditions_and_bars_to_infill_are_chosen(browser: Any, serving: Any, tm
         page.get_by_role("textbox", name="mood").fill("slow")
         page.get_by_label("A file to go on from; without").set_input_files(song)
         page.get_by_role("spinbutton", name="from bar").fill("3")
+        page.get_by_role("button", name="Continue").click()
+        playwright.expect(page.get_by_role("status")).to_have_text("give both bars, as numbers")
         page.get_by_role("spinbutton", name="to bar").fill("4")
         page.get_by_label("Seed").fill("3")
         page.get_by_role("slider", name="Temperature").fill("1")
@@ -401,6 +403,14 @@ def test_a_text_has_its_conditions(browser: Any, serving: Any, tmp_path: Path) -
         ids = generate(PerceiverAR.from_pretrained(run), [[0, *pinned, *b"Once"]], 32, seed=3, **options)[0]
         shown = "".join(page.locator("#text span").all_text_contents())
         assert shown == codec.decode(ids.numpy()).decode(errors="replace")
+
+        # The conditions are given, so their bits do not count.
+        page.get_by_role("textbox", name="Text to go on from").fill("Once upon")
+        nats = window_nats(PerceiverAR.from_pretrained(run), torch.tensor([0, *pinned, *b"Once upon"]))[len(pinned) :]
+        bits = float(nats.mean()) / math.log(2)
+        playwright.expect(page.locator("#score")).to_have_text(
+            f"{bits:.2f} bits a byte · {1 + len(pinned) + 9} of 64 tokens of context used"
+        )
         page.context.close()
 
 

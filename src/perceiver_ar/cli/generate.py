@@ -19,7 +19,6 @@ from perceiver_ar.progress import ProgressBar
 if TYPE_CHECKING:
     from perceiver_ar.data.codec import Codec
     from perceiver_ar.generation import Step
-    from perceiver_ar.run import Run
 
 
 def generate_verb(argv: list[str]) -> None:
@@ -103,12 +102,20 @@ def generate_verb(argv: list[str]) -> None:
     pinned = codec.condition_ids(conditions)
     require(not (args.ignore_end and pinned), "--ignore_end begins documents without conditions: leave it out")
     require(not (args.slide and pinned), "--slide drops the conditions of a document, its oldest tokens: leave it out")
-    document = prompt_ids(codec, args.prompt, args.prompt_file, conditions)
-    row, prompt, count, samples = what_to_draw(codec, document, args, model.config.context_length)
     require(
-        args.infill is None or run.infills(codec),
+        args.infill is None or not codec.has_bars or run.infills(codec),
         f"--infill: {run.path} was trained with data.augment false, which leaves infills out: train anew",
     )
+    document = prompt_ids(codec, args.prompt, args.prompt_file, conditions)
+    row, prompt, count, samples = what_to_draw(codec, document, args, model.config.context_length)
+    out = None if args.out is None and codec.writes_text else Path(args.out or run.samples / "generated")
+    if out is not None and not codec.writes_text:
+        stem = out.stem if out.suffix.lower() == codec.ending else out.name
+        out = out.with_name(stem + codec.ending)
+    outs = [out and out.with_stem(numbered(out.stem, number, samples)) for number in range(1, samples + 1)]
+    for one in outs:
+        if one is not None:
+            check_out(one, "--out")
     stop = stop_bytes(codec, args.stop)
     steps = partial(
         stream,
@@ -131,7 +138,8 @@ def generate_verb(argv: list[str]) -> None:
     )
     if not codec.writes_text:
         drawn = steps(num_samples=samples, seed=args.seed)
-        show_files(run, codec, drawn, count, document, row, args)
+        assert out is not None
+        show_files(codec, drawn, count, document, row, out, args)
         return
     for number in range(1, samples + 1):  # one after the other, so that each can be read as it is drawn
         if number > 1:
@@ -139,9 +147,7 @@ def generate_verb(argv: list[str]) -> None:
         if samples > 1:
             print(f"sample {number} of {samples}:", file=sys.stderr)
         seed = None if args.seed is None else args.seed + number - 1
-        out = None if args.out is None else Path(args.out)
-        out = out and out.with_name(f"{numbered(out.stem, number, samples)}{out.suffix}")
-        show_text(codec, steps(seed=seed), count, stop, out)
+        show_text(codec, steps(seed=seed), count, stop, outs[number - 1])
 
 
 def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, out: Path | None) -> None:
@@ -178,15 +184,15 @@ def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, 
 
 
 def show_files(
-    run: "Run",
     codec: "Codec",
     steps: "Iterable[Step]",
     count: int,
     document: list[int],
     row: list[int],
+    out: Path,
     args: argparse.Namespace,
 ) -> None:
-    """Draws up to `count` tokens per sample, writes them after `row` as files, and prints the paths."""
+    """Draws up to `count` tokens per sample, writes them after `row` to files like `out`, and prints the paths."""
     import numpy as np
 
     started, columns = time.perf_counter(), []
@@ -203,10 +209,8 @@ def show_files(
     seconds = time.perf_counter() - started
     samples = len(columns[0]) if columns else 1
     rows = [np.array(row + [int(column[r]) for column in columns]) for r in range(samples)]
-    out = Path(args.out) if args.out is not None else run.samples / "generated"
-    stem = out.stem if out.suffix.lower() == codec.ending else out.name
     original = np.array(document) if args.prompt_file is not None else None
-    for path in codec.show(rows, len(row), out.parent, stem, original=original, soundfont=args.soundfont):
+    for path in codec.show(rows, len(row), out.parent, out.stem, original=original, soundfont=args.soundfont):
         print(path)
     print(f"{len(columns)} tokens in {seconds:.1f} s, {len(columns) / seconds:.1f} tokens/s", file=sys.stderr)
     if interrupted:

@@ -69,23 +69,17 @@ def what_to_draw(
 
     The row is the prompt, unless a piece around a hole is too long for the context.
     """
-    from perceiver_ar.data.codec import parse_bars, prompt_and_count
+    from perceiver_ar.data.codec import row_prompt_and_count
 
     if args.keep is not None and not (args.keep > 0 and math.isfinite(args.keep)):
         raise InputError(f"--keep is {args.keep:g}: give a number of tokens, or a share of them below 1")
     samples = (1 if codec.document_length is None else 4) if args.samples is None else args.samples
     if samples < 1:
         raise InputError(f"--samples is {samples}: it must be at least 1")
-    if args.infill is None:
-        prompt, count = prompt_and_count(codec, document, args.keep, args.max_new_tokens)
-        return prompt, prompt, count, samples
-    bars = parse_bars(args.infill)
-    if args.prompt_file is None or args.keep is not None:
+    if args.infill is not None and (args.prompt_file is None or args.keep is not None):
         raise InputError("--infill needs a whole piece: give --prompt_file, and leave out --keep")
-    import numpy as np
-
-    row, shown, count = codec.infill(np.array(document), *bars, context_length)
-    return row.tolist(), shown.tolist(), count if args.max_new_tokens is None else args.max_new_tokens, samples
+    counts = args.keep, args.max_new_tokens, args.infill
+    return *row_prompt_and_count(codec, document, *counts, context_length), samples
 
 
 def to_device(model: Any) -> Any:

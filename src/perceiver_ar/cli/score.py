@@ -47,6 +47,8 @@ def score_verb(argv: list[str]) -> None:
         from perceiver_ar.tables import check_table
 
         check_table(args.out, "--out")
+        if args.tokens:
+            check_out(tokens_table(Path(args.out)), "--out")
 
     import tempfile
 
@@ -57,6 +59,8 @@ def score_verb(argv: list[str]) -> None:
     run = Run.open(args.run)
     other = None if args.against is None else Run.open(args.against)
     paths = names(args.paths)
+    if other is not None and not paths:
+        check_held_out(run, other)
     options = {"stride": args.stride, "num_latents": args.num_latents}
     options |= {"batch_size": args.batch_size, "precision": args.precision}
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
@@ -78,7 +82,7 @@ def score_verb(argv: list[str]) -> None:
             written.append(Path(args.out))
             write_rows(written[-1], columns, rows)
         if args.tokens:
-            written.append(written[0].with_stem(f"{written[0].stem}-tokens"))
+            written.append(tokens_table(written[0]))
             write_rows(written[-1], TOKEN_COLUMNS, scores.token_rows())
         if args.picture is not None:
             written.append(Path(args.picture))
@@ -90,6 +94,10 @@ def score_verb(argv: list[str]) -> None:
         print(describe(scores.evaluation), *describe_documents(result), sep="\n")
     if written:
         print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
+
+
+def tokens_table(out: Path) -> Path:
+    return out.with_stem(f"{out.stem}-tokens")
 
 
 def scores_of(
@@ -104,16 +112,18 @@ def scores_of(
     from perceiver_ar.scores import score_documents
 
     model, codec = to_device(run.model()), run.codec()
-    if held_out_by is not None and not paths:
-        both = f"{held_out_by.path} and {run.path}"
-        require(same_codec(run, held_out_by), f"{both} have different codecs: name the files to compare them on")
-        held_out = [one.tokens / "validation.bin" for one in (run, held_out_by)]
-        if not held_out[0].exists() or not filecmp.cmp(*held_out, shallow=False):
-            print(f"{run.path} held out other documents, so it may have been trained on these", file=sys.stderr)
     file, files = documents_to_score(held_out_by or run, codec, paths, scratch, conditions)
     with ProgressBar("scoring", 1.0) as bar:
         options |= {"progress": lambda done, total: bar.update(done / total)}
         return score_documents(model, codec, file, files, **options)
+
+
+def check_held_out(run: "Run", other: "Run") -> None:
+    """Raises InputError if `other` cannot score what `run` held out. stderr is told if it may know these documents."""
+    require(same_codec(run, other), f"{run.path} and {other.path} have different codecs: name the files to compare on")
+    held_out = [one.tokens / "validation.bin" for one in (run, other)]
+    if held_out[0].exists() and not (held_out[1].exists() and filecmp.cmp(*held_out, shallow=False)):
+        print(f"{other.path} did not hold out the same documents: it may have been trained on these", file=sys.stderr)
 
 
 def same_codec(run: "Run", other: "Run") -> bool:

@@ -181,7 +181,7 @@ class Codec(ABC):
         Returns the row that, with what is drawn, is the whole document for `decode`; the prompt, which with what is
         drawn has about `room` tokens; and the maximum number of tokens to draw. Raises `InputError`.
         """
-        raise InputError(f"documents of the codec {self.name!r} have no bars to infill: leave infill out")
+        raise InputError(f"documents of the codec {self.name!r} have no bars, so leave out infill")
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray | None:
         """Which ids may follow `ids` (n,), the whole row with separator and prompt: (vocab_size,) bool; None: all may.
@@ -296,10 +296,25 @@ def parse_conditions(words: Iterable[str]) -> dict[str, str]:
 
 def parse_bars(text: str) -> tuple[int, int]:
     """The bars to infill, of the form FIRST:LAST. Raises `InputError`."""
-    bars = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+    bars = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
     if bars is None:
         raise InputError(f"infill is {text!r}: give the first and the last bar, such as 9:12")
     return int(bars[1]), int(bars[2])
+
+
+def row_prompt_and_count(
+    codec: Codec, document: list[int], keep: float | None, count: int | None, infill: str | None, room: int
+) -> tuple[list[int], list[int], int]:
+    """The row that results begin with, the prompt, and the maximum number of tokens to draw.
+
+    infill: bars to draw anew (`parse_bars`) of the whole document, in `room` tokens. None: `prompt_and_count`; the row
+        is the prompt.
+    """
+    if infill is None:
+        prompt, count = prompt_and_count(codec, document, keep, count)
+        return prompt, prompt, count
+    row, shown, most = codec.infill(np.array(document), *parse_bars(infill), room)
+    return row.tolist(), shown.tolist(), most if count is None else count
 
 
 def prompt_and_count(codec: Codec, document: list[int], keep: float | None, count: int | None) -> tuple[list[int], int]:

@@ -79,13 +79,17 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps the fewest most likely ids whose probabilities reach p (nucleus sampling, arXiv 1904.09751), and those as
-    likely as the last of them."""
+    """Keeps the fewest most likely ids whose probabilities reach p (nucleus sampling, arXiv 1904.09751); of equal ones
+    the first."""
     if p >= 1:
         return logits
-    rising = torch.from_numpy(np.sort(logits.numpy()))  # ten times as fast as torch, which sorts indices, too
-    unlikely = rising.softmax(-1).cumsum(-1)[..., :-1] <= 1 - p  # the most likely one stays, rounding or not
-    return logits.masked_fill(logits < rising.gather(-1, unlikely.sum(-1, keepdim=True)), float("-inf"))
+    # numpy sorts values ten times as fast as torch, which sorts indices, too.
+    rising = torch.from_numpy(np.sort(logits.detach().double().cpu().numpy()))
+    unlikely = (rising.softmax(-1).cumsum(-1)[..., :-1] <= 1 - p).sum(-1, keepdim=True)  # the most likely one stays
+    edge, unlikely = rising.gather(-1, unlikely).to(logits), unlikely.to(logits.device)
+    equal = logits == edge
+    room = logits.shape[-1] - unlikely - (logits > edge).sum(-1, keepdim=True)
+    return logits.masked_fill((logits < edge) | (equal & (equal.cumsum(-1) > room)), float("-inf"))
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:

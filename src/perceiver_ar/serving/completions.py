@@ -114,7 +114,7 @@ class Choice:
         begins = [byte & 0xC0 != 0x80 for byte in data]  # whether a UTF-8 character begins there
         offset = self.num_characters - (bool(data) and not begins[0] and self.num_characters > 0)
         logprob, top = None, None
-        if logprobs is not None:
+        if logprobs is not None and token < self.vocabulary.conditions:  # those are given, not predicted
             logprob = float(logprobs[token])
             values, ids = logprobs.topk(min(self.top, len(logprobs)))
             top = {names[index]: value for index, value in zip(ids.tolist(), values.tolist(), strict=True)}

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
-from perceiver_ar.data.codec import Codec, parse_bars, parse_conditions, prompt_and_count
+from perceiver_ar.data.codec import Codec, parse_conditions, row_prompt_and_count
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.midi import MusicCodec
 from perceiver_ar.errors import InputError
@@ -34,6 +34,7 @@ EXPIRE_SECONDS = 3600.0
 MAX_RESULTS = 256 * 2**20
 """Maximum bytes of results to keep; the oldest are removed first."""
 EVENT_SECONDS = 0.2
+MAX_NEW_TOKENS = 1_000_000
 
 
 class GenerateForm(BaseModel):
@@ -48,7 +49,7 @@ class GenerateForm(BaseModel):
     infill: str | None = None
     """Of the form FIRST:LAST, as `--infill`."""
     keep: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     seed: int | None = None
     temperature: float = 1.0
@@ -155,7 +156,7 @@ class Generation:
         """Makes the prompt from the form; True. Raises InputError for a file that cannot be read; TooMuch, Busy."""
         form, file = self.form, self.form.file
         try:
-            conditions = parse_conditions(form.condition)
+            conditions = parse_conditions(word.replace("\r\n", "\n") for word in form.condition)  # as browsers send it
             front = self.codec.condition_ids(conditions)
         except InputError as error:
             raise Refused(str(error), "condition") from None
@@ -185,19 +186,16 @@ class Generation:
         return True
 
     def _what_to_draw(self, document: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """The row that results begin with, the prompt, and the number of tokens to draw; as in `generate`."""
+        """The row that results begin with, the prompt, and the number of tokens to draw."""
         form = self.form
-        if form.infill is None:
-            ids, count = prompt_and_count(self.codec, document.tolist(), form.keep, form.max_new_tokens)
-            prompt = np.array(document[: len(ids)] if len(document) else ids, dtype=np.int64)
-            return prompt, prompt, count
-        if self.original is None or form.keep is not None:
+        if form.infill is not None and (self.original is None or form.keep is not None):
             raise Refused("infill needs a whole piece: give file, and leave out keep", "infill")
+        counts = form.keep, form.max_new_tokens, form.infill
         try:
-            row, prompt, count = self.codec.infill(document, *parse_bars(form.infill), self.engine.context)
+            row, prompt, count = row_prompt_and_count(self.codec, document.tolist(), *counts, self.engine.context)
         except InputError as error:
             raise Refused(str(error), "infill") from None
-        return row, prompt, form.max_new_tokens or count
+        return np.array(row, dtype=np.int64), np.array(prompt, dtype=np.int64), min(count, MAX_NEW_TOKENS)
 
     def submit(self) -> None:
         """Raises Busy if the queue has no room. Call `cancel` afterwards in any case."""

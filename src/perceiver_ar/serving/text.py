@@ -30,6 +30,8 @@ class Vocabulary:
         for index, name in enumerate(self.names):
             self.names[index] = f"{name}<|{index}|>" if name in taken else name
             taken.add(self.names[index])
+        self.conditions = codec.plain.vocab_size
+        """Ids from here on stand for conditions."""
         self.end = codec.separator[-1] if codec.separator else None
         """The id that ends a document."""
 

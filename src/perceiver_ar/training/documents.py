@@ -89,8 +89,10 @@ def find_documents(
     held_out = find(data.validation) if data.validation else None
     if modality == "auto":
         modality = recognise(sources) if recipe.paths else "text"
-    column = f"data.column is {data.column}, for rows and tar files of text, but the files are {modality}: leave it out"
-    require(data.column == "text" or modality == "text", column)
+    require(
+        data.column == "text" or modality == "text",
+        f"data.column is {data.column}, for rows and tar files of text, but the files are {modality}: leave it out",
+    )
     if modality == "genome":
         require(data.split_on is None, "data.split_on is for text: leave it out; records of a genome are documents")
         sources, held_out = find_records(sources, held_out)

@@ -2,15 +2,17 @@
 // For runs that do not write text: a file goes on, and what comes of it is shown and can be saved.
 async function goOnWithFile() {
   if (running) return;
+  const form = new FormData(), file = played.length ? playedFile() : $("file").files[0];
+  const bars = [$("first"), $("last")], infill = bars.some(bar => bar.value || bar.validity.badInput);
+  if (infill && !(file && bars.every(bar => bar.value)))
+    return say(file ? "give both bars, as numbers" : "choose a file whose bars are composed anew", true);
   running = new AbortController();
   buttons();
   say("reading …");
-  const form = new FormData(), file = played.length ? playedFile() : $("file").files[0];
   const takes = make("section"), n = +$("takes").value;
-  const first = $("first").value || $("last").value, infill = Boolean(first) && !$("infill").hidden;
   let rolls = [];
   if (file) form.append("file", file);
-  if (infill) form.append("infill", `${first}:${$("last").value || first}`);
+  if (infill) form.append("infill", bars.map(bar => bar.value).join(":"));
   else if (file && $("keep").value !== "1") form.append("keep", $("keep").value);
   for (const [name, value] of Object.entries(conditions())) {
     if (name === "class" && model.classes.length) form.append("prompt", value);

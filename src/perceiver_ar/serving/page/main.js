@@ -1,5 +1,9 @@
 "use strict";
-const start = () => model.writes_text ? go(chosenSeed()) : goOnWithFile();
+const start = () => {
+  if ($("seed").validity.badInput) say("the seed must be a number", true);
+  else if (model.writes_text) go(chosenSeed());
+  else goOnWithFile();
+};
 $("go").onclick = start;
 $("stop").onclick = () => running?.abort();
 $("undo").onclick = undo;
@@ -44,8 +48,8 @@ const HINTS = {instruments: "such as 0,33,drums", tempo: "such as 96"};
 function addConditions() {
   const add = (name, values, note = "") => {
     const field = Array.isArray(values)
-      ? make("select", {name}, new Option("any", ""), ...values.map(value => new Option(value, value)))
-      : make("input", {name, maxLength: values ?? 524288, placeholder: note && (HINTS[name] ?? "")});
+      ? make("select", {name}, new Option("unknown", ""), ...values.map(value => new Option(value, value)))
+      : make("input", {name, autocomplete: "off", maxLength: values ?? 524288, placeholder: note && (HINTS[name] ?? "")});
     field.id = `condition-${name}`;
     field.addEventListener("change", scoreSoon);
     const label = make("label", {htmlFor: field.id}, name, make("span", {className: "value"}, note));

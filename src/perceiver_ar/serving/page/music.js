@@ -166,14 +166,14 @@ for (let pitch = 48; pitch <= 77; pitch++) {
   for (const name of ["pointerup", "pointerleave", "pointercancel"]) key.addEventListener(name, () => release(pitch));
   $("keys").append(key);
 }
+const letter = event => LETTERS.indexOf(event.key?.toLowerCase() ?? " ");  // no key: the browser fills a field in
 document.addEventListener("keydown", event => {
-  const at = LETTERS.indexOf(event.key.toLowerCase());
-  const writes = ["number", "text", "select-one"].includes(event.target.type);
-  if ($("piano").hidden || at < 0 || event.repeat || event.ctrlKey || event.metaKey || writes) return;
+  const at = letter(event), writes = event.target.matches("select, input:not([type=range], [type=checkbox])");
+  if ($("piano").hidden || at < 0 || event.repeat || event.ctrlKey || event.metaKey || event.altKey || writes) return;
   press(60 + at);
 });
 document.addEventListener("keyup", event => {
-  const at = LETTERS.indexOf(event.key.toLowerCase());
+  const at = letter(event);
   if (at >= 0) release(60 + at);
 });
 window.addEventListener("blur", () => [...down.keys()].forEach(release));
