@@ -194,7 +194,7 @@ class Generation:
         try:
             row, prompt, count = row_prompt_and_count(self.codec, document.tolist(), *counts, self.engine.context)
         except InputError as error:
-            raise Refused(str(error), "infill") from None
+            raise Refused(str(error), "keep" if form.infill is None else "infill") from None
         return np.array(row, dtype=np.int64), np.array(prompt, dtype=np.int64), min(count, MAX_NEW_TOKENS)
 
     def submit(self) -> None:
