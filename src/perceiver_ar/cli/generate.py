@@ -112,10 +112,9 @@ def generate_verb(argv: list[str]) -> None:
     if out is not None and not codec.writes_text:
         stem = out.stem if out.suffix.lower() == codec.ending else out.name
         out = out.with_name(stem + codec.ending)
-    outs = [out and out.with_stem(numbered(out.stem, number, samples)) for number in range(1, samples + 1)]
+    outs = [] if out is None else [out.with_stem(numbered(out.stem, i + 1, samples)) for i in range(samples)]
     for one in outs:
-        if one is not None:
-            check_out(one, "--out")
+        check_out(one, "--out")
     stop = stop_bytes(codec, args.stop)
     steps = partial(
         stream,
@@ -147,7 +146,7 @@ def generate_verb(argv: list[str]) -> None:
         if samples > 1:
             print(f"sample {number} of {samples}:", file=sys.stderr)
         seed = None if args.seed is None else args.seed + number - 1
-        show_text(codec, steps(seed=seed), count, stop, outs[number - 1])
+        show_text(codec, steps(seed=seed), count, stop, outs[number - 1] if outs else None)
 
 
 def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, out: Path | None) -> None:

@@ -78,8 +78,11 @@ def what_to_draw(
         raise InputError(f"--samples is {samples}: it must be at least 1")
     if args.infill is not None and (args.prompt_file is None or args.keep is not None):
         raise InputError("--infill needs a whole piece: give --prompt_file, and leave out --keep")
+    import numpy as np
+
     counts = args.keep, args.max_new_tokens, args.infill
-    return *row_prompt_and_count(codec, document, *counts, context_length), samples
+    row, prompt, count = row_prompt_and_count(codec, np.array(document), *counts, context_length)
+    return row.tolist(), prompt.tolist(), count, samples
 
 
 def to_device(model: Any) -> Any:

@@ -303,21 +303,24 @@ def parse_bars(text: str) -> tuple[int, int]:
 
 
 def row_prompt_and_count(
-    codec: Codec, document: list[int], keep: float | None, count: int | None, infill: str | None, room: int
-) -> tuple[list[int], list[int], int]:
-    """The row that results begin with, the prompt, and the maximum number of tokens to draw.
+    codec: Codec, document: np.ndarray, keep: float | None, count: int | None, infill: str | None, room: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The row that results begin with, the prompt (both int64), and the maximum number of tokens to draw.
 
     infill: bars to draw anew (`parse_bars`) of the whole document, in `room` tokens. None: `prompt_and_count`; the row
         is the prompt.
     """
     if infill is None:
-        prompt, count = prompt_and_count(codec, document, keep, count)
+        start, count = prompt_and_count(codec, document, keep, count)
+        prompt = np.array(start, dtype=np.int64)
         return prompt, prompt, count
-    row, shown, most = codec.infill(np.array(document), *parse_bars(infill), room)
-    return row.tolist(), shown.tolist(), most if count is None else count
+    row, prompt, most = codec.infill(document, *parse_bars(infill), room)
+    return row, prompt, most if count is None else count
 
 
-def prompt_and_count(codec: Codec, document: list[int], keep: float | None, count: int | None) -> tuple[list[int], int]:
+def prompt_and_count(
+    codec: Codec, document: np.ndarray | list[int], keep: float | None, count: int | None
+) -> tuple[np.ndarray | list[int], int]:
     """The prompt (a document's start and `keep` tokens after it) and the number of tokens to draw after it.
 
     keep: number of tokens, or below 1 a share of them; at least one token is kept. None: all of them, or half of a
@@ -332,7 +335,7 @@ def prompt_and_count(codec: Codec, document: list[int], keep: float | None, coun
     if codec.document_length is not None:
         rest = codec.document_length - len(document)
         count = rest if count is None else min(count, rest)
-    return document or [0], 256 if count is None else count
+    return document if len(document) else [0], 256 if count is None else count
 
 
 def check_positive(**settings: int) -> None:

@@ -192,10 +192,10 @@ class Generation:
             raise Refused("infill needs a whole piece: give file, and leave out keep", "infill")
         counts = form.keep, form.max_new_tokens, form.infill
         try:
-            row, prompt, count = row_prompt_and_count(self.codec, document.tolist(), *counts, self.engine.context)
+            row, prompt, count = row_prompt_and_count(self.codec, document, *counts, self.engine.context)
         except InputError as error:
             raise Refused(str(error), "keep" if form.infill is None else "infill") from None
-        return np.array(row, dtype=np.int64), np.array(prompt, dtype=np.int64), min(count, MAX_NEW_TOKENS)
+        return row, prompt, min(count, MAX_NEW_TOKENS)
 
     def submit(self) -> None:
         """Raises Busy if the queue has no room. Call `cancel` afterwards in any case."""
