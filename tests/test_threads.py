@@ -1,12 +1,16 @@
 """OpenMP's settings and the limits of control groups, from files as Linux writes them."""
 
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from perceiver_ar.threads import SPINS, available_cores, cgroup_quota, share_cores
+from perceiver_ar.threads import SPARE, SPINS, adaptive_spins, available_cores, cgroup_quota, share_cores
 
 
 def quota(tmp_path: Path, groups: str, files: dict[str, str]) -> float:
@@ -69,3 +73,43 @@ print(os.environ["GOMP_SPINCOUNT"])
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env={})
     assert result.stdout.splitlines()[-1] == SPINS
+
+
+def test_openmp_threads_are_held_only_while_others_use_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat, ticks = tmp_path / "stat", 0
+
+    def write() -> None:
+        lines = [f"cpu{core} {ticks} 0 0 0 0 0 0 0 0 0\n" for core in os.sched_getaffinity(0)]
+        (tmp_path / "new").write_text(f"cpu  {ticks} 0 0 0 0 0 0 0 0 0\n" + "".join(lines) + "intr 1 2\n")
+        (tmp_path / "new").replace(stat)
+
+    def held() -> bool:
+        return any(thread.name == SPARE for thread in threading.enumerate())
+
+    write()
+    monkeypatch.setenv("GOMP_SPINCOUNT", SPINS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)) + 1)  # two at least
+    try:
+        with adaptive_spins(stat, interval=0.01):
+            assert not held()
+            while not held():  # others use much time
+                ticks += 100
+                write()
+                time.sleep(0.01)
+            while held():  # none
+                time.sleep(0.01)
+            ticks += 1_000_000
+            write()
+        monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # the user's
+        with adaptive_spins(stat, interval=0.01):
+            ticks += 1_000_000
+            write()
+            time.sleep(0.1)
+            assert not held()
+    finally:
+        torch.set_num_threads(threads)
+    while held():
+        time.sleep(0.01)

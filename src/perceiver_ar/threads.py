@@ -1,11 +1,16 @@
 """Threads of the CPU: how many cores this process may use, and OpenMP on a machine that does other things too."""
 
 import os
-from collections.abc import MutableMapping
+import threading
+import time
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 
 SPINS = "10000"
 """Rounds that a thread of GNU OpenMP looks for work before it sleeps; its own default is 300,000 (docs/log.md)."""
+SPARE = "spare OpenMP threads"
+"""Name of the thread that holds them."""
 
 
 def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -19,6 +24,66 @@ def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.setdefault("GOMP_SPINCOUNT", SPINS)
     if (cores := available_cores()) < affinity():  # OpenMP looks at the affinity, but at no quota
         environment.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+@contextmanager
+def adaptive_spins(stat: Path = Path("/proc/stat"), interval: float = 1.0) -> Iterator[None]:
+    """Lets OpenMP's threads sleep even sooner while other programs use the cores; looks every `interval` seconds.
+
+    GNU OpenMP spins 1,000 rounds at most while it has more threads than cores (GOMP_SPINCOUNT in its manual). So while
+    the machine is busy, one more thread holds OpenMP threads that do nothing. Results stay, as no more threads share an
+    operation. Does nothing without Linux, with one thread, or if the user has set how long to spin.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads == 1 or os.environ.get("GOMP_SPINCOUNT") != SPINS or not os.access(stat, os.R_OK):
+        yield
+        return
+    ended = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(threads, stat, interval, ended), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _watch(threads: int, stat: Path, interval: float, ended: threading.Event) -> None:
+    """Holds OpenMP threads while other programs leave less than `threads` cores free."""
+    import torch
+
+    def hold(release: threading.Event) -> None:
+        torch.zeros(threads << 16)  # large enough for all threads
+        release.wait()
+
+    release: threading.Event | None = None
+    time_before, used_before = time.monotonic(), others_seconds(stat)
+    while not ended.wait(interval):
+        now, used = time.monotonic(), others_seconds(stat)
+        busy = (used - used_before) / (now - time_before) > affinity() - threads + 0.25
+        time_before, used_before = now, used
+        if busy and release is None:
+            release = threading.Event()
+            threading.Thread(target=hold, args=(release,), name=SPARE, daemon=True).start()
+        elif release is not None and not busy:
+            release.set()
+            release = None
+    if release is not None:
+        release.set()
+
+
+def others_seconds(stat: Path) -> float:
+    """CPU time that other processes have used on the cores of this one, but for a constant."""
+    cores = os.sched_getaffinity(0)
+    used = 0
+    for line in stat.read_text().splitlines():
+        name, *ticks = line.split()
+        if name.startswith("cpu") and name != "cpu" and int(name[3:]) in cores:
+            user, nice, system, _idle, _io, irq, softirq = map(int, ticks[:7])
+            used += user + nice + system + irq + softirq
+    return used / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
 
 
 def available_cores() -> int:

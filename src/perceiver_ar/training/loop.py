@@ -9,6 +9,7 @@ from perceiver_ar.adapters import with_adapter
 from perceiver_ar.errors import InputError
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.optim import lr_factor
+from perceiver_ar.threads import adaptive_spins
 from perceiver_ar.training.batches import Batches
 from perceiver_ar.training.checkpoints import Checkpoints
 from perceiver_ar.training.console import Interrupted, StopAtOnce, StopRequest, say, signals_taken_by
@@ -67,7 +68,7 @@ def run_steps(
     recipe = prepared.recipe
     batches = Batches(prepared.windows, recipe, prepared.resources.rank)
     training.start_clock()
-    with Watch(prepared, training, checkpoints, track) as watch:
+    with Watch(prepared, training, checkpoints, track) as watch, adaptive_spins():
         while not training.finished:
             factor = lr_factor(recipe.optim, training.progress)
             for group in training.optimizer.param_groups:
