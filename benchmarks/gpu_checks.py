@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, next_token_loss, stream
 from perceiver_ar.config import OptimConfig
+from perceiver_ar.generation.sampling import Sampling
 from perceiver_ar.network.attention import Piece, attend
 from perceiver_ar.objective import IGNORE, head_loss
 from perceiver_ar.optim import make_optimizer
@@ -159,6 +160,19 @@ def generation(compiled: bool, **settings: Any) -> Check:
     return check
 
 
+def draws(device: str) -> dict[str, Any]:
+    """Ids drawn from logits on the device, which shall be those drawn on the CPU."""
+    logits = torch.randn(64, 50_257, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    different = 0
+    for sampling in (Sampling(), Sampling(0.8, top_k=100), Sampling(1.2, top_p=0.9), Sampling(0.7, min_p=0.01)):
+        here, there = (
+            sampling.draw(x, [torch.Generator().manual_seed(r) for r in range(64)]).cpu()
+            for x in (logits, logits.to(device))
+        )
+        different += int((here != there).sum())
+    return {"different": different, "holds": different == 0}
+
+
 def large_vocabulary(device: str) -> dict[str, Any]:
     """The loss without all logits at once, under bfloat16 autocast, with the gradients of latents and head."""
     torch.manual_seed(0)
@@ -249,6 +263,7 @@ def checks() -> Iterator[tuple[str, Check]]:
     yield "generation", generation(False)
     yield "generation, position table", generation(False, position_table="learned")
     yield "generation, compiled", generation(True)
+    yield "draws of a large vocabulary", draws
     yield "loss of a large vocabulary", large_vocabulary
     yield "optimizer", optimizer
     yield "one graph", one_graph

@@ -21,6 +21,7 @@ from perceiver_ar.generation.cache import Cache
 from perceiver_ar.generation.compiled import next_logits
 from perceiver_ar.generation.decoder import Decoder
 from perceiver_ar.generation.rows import Row, RowSettings
+from perceiver_ar.generation.sampling import Sampling
 from perceiver_ar.network import attention, streaming
 from perceiver_ar.network.inputs import reach
 from perceiver_ar.optim import MuonAdamW, make_optimizer
@@ -275,6 +276,16 @@ def test_a_training_step_launches_no_more_kernels_than_it_did() -> None:
     for calls, budget in ((forward, 238), (backward, 334), (update, 123)):
         assert calls.kernels.total() <= budget, calls.kernels
     assert forward.copies_between_devices == backward.copies_between_devices == 0
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=0), Sampling(0.7, top_k=9, top_p=0.9, min_p=0.01)], ids=["greedy", "filters"]
+)
+def test_ids_are_drawn_on_the_device(sampling: Sampling) -> None:
+    """Of meta tensors, which have no numbers to read."""
+    logits = torch.zeros(3, 50, dtype=torch.float64, device="meta")
+    ids = sampling.draw(logits, [torch.Generator() for _ in logits])
+    assert ids.shape == (3,) and ids.device.type == "meta"
 
 
 def test_a_decoding_step_launches_no_more_kernels_than_it_did() -> None:

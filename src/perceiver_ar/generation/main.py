@@ -35,7 +35,7 @@ class Step(NamedTuple):
     num_latents: Tensor
     """(B,) int64, latents of the window."""
     logprobs: Tensor
-    """(B,) float64, the tokens' log-probabilities under the logits, in nats."""
+    """(B,) float64 (on MPS float32), the tokens' log-probabilities under the logits, in nats."""
 
 
 def stream(
@@ -151,7 +151,7 @@ def stream(
             Row(i, prompts[i // num_samples], config, settings, generator) for i, generator in enumerate(generators)
         ]
         tokens, starts, latents = ([0] * len(rows) for _ in range(3))
-        logprobs = torch.empty(len(rows), dtype=torch.float64)
+        logprobs = [0.0] * len(rows)
         logits: Tensor | None = None
         modules = list(model.modules())
         with _evaluating(modules), torch.inference_mode():
@@ -162,23 +162,21 @@ def stream(
         while decoder.rows:
             with _evaluating(modules), torch.inference_mode():
                 fresh = decoder.next_logits()
-                drawn, all_logprobs = draw(decoder.rows, fresh)
-                order = torch.tensor([row.index for row in decoder.rows])
-                chosen = all_logprobs.gather(-1, torch.tensor(drawn)[:, None])[:, 0]
-                for row, token in zip(decoder.rows, drawn, strict=True):
-                    tokens[row.index], starts[row.index] = token, row.window.start
-                    latents[row.index] = row.window.num_latents
+                drawn, chosen, _ = draw(decoder.rows, fresh)
+                order = [row.index for row in decoder.rows]
+                for row, token, logprob in zip(decoder.rows, drawn, chosen, strict=True):
+                    tokens[row.index], logprobs[row.index] = token, logprob
+                    starts[row.index], latents[row.index] = row.window.start, row.window.num_latents
                 decoder.add(drawn)
             # Copies, because inference tensors are of no use to autograd.
             logits = fresh.new_empty(len(rows), fresh.shape[-1]) if logits is None else logits
-            logits = logits.index_copy(0, order.to(fresh.device), fresh)
-            logprobs = logprobs.index_copy(0, order, chosen)
+            logits = logits.index_copy(0, torch.tensor(order, device=fresh.device), fresh)
             yield Step(
                 torch.tensor(tokens, device=home),
                 logits,
                 torch.tensor(starts, device=home),
                 torch.tensor(latents, device=home),
-                logprobs.to(home),
+                torch.tensor(logprobs, dtype=torch.float32 if home.type == "mps" else torch.float64, device=home),
             )
 
     return steps()

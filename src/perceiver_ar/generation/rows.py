@@ -181,26 +181,36 @@ class Row:
         return row
 
 
-def draw(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], Tensor]:
+def draw(rows: Sequence[Row], logits: Tensor) -> tuple[list[int], list[float], Tensor]:
     """Draws the next id of each row from its logits (rows, V), with its own settings and generator.
 
-    Returns the ids, and the log-probabilities (rows, V) of the given logits, in nats, float64 on the CPU. Raises
-    WeightsError if the logits are not finite, and InputError if a row has no allowed next id.
+    Returns the ids, their log-probabilities, and those of all ids (rows, V), in nats, float64; of the given logits, not
+    of what settings make of them. Raises WeightsError if the logits are not finite, and InputError if a row has no
+    allowed next id; then nothing has been drawn. The ids are the only numbers for which the CPU waits, but settings
+    that are not `plain` are applied there.
     """
-    exact = logits.cpu().double()  # so draws of a seed do not depend on the device
-    require_finite(exact)
-    adjusted = exact
-    if not all(row.settings.plain for row in rows):
+    plain = all(row.settings.plain for row in rows)
+    adjusted = exact = (logits if plain and logits.device.type != "mps" else logits.cpu()).double()
+    if not plain:
+        require_finite(exact)
         adjusted = torch.stack([row.adjust(one) for row, one in zip(rows, exact, strict=True)])
-    tokens = [0] * len(rows)
+    before = [row.generator.get_state() for row in rows]
     alike: dict[Sampling, list[int]] = {}
     for r, row in enumerate(rows):
         alike.setdefault(row.settings.sampling, []).append(r)
+    ids = torch.empty(len(rows), dtype=torch.int64, device=exact.device)
     for sampling, members in alike.items():
-        drawn = sampling.draw(adjusted if len(alike) == 1 else adjusted[members], [rows[r].generator for r in members])
-        for r, token in zip(members, drawn, strict=True):
-            tokens[r] = token
-    return tokens, exact.log_softmax(-1)
+        some = adjusted if len(alike) == 1 else adjusted[members]
+        ids[members] = sampling.draw(some, [rows[r].generator for r in members])
+    logprobs = exact.log_softmax(-1)
+    drawn = logprobs.gather(-1, ids[:, None])[:, 0]
+    finite = exact.amax(-1).isfinite().all()
+    *numbers, finite = torch.cat([ids.double(), drawn, finite.double()[None]]).tolist()  # one copy to the CPU
+    if not finite:
+        for row, state in zip(rows, before, strict=True):
+            row.generator.set_state(state)
+        require_finite(exact)
+    return list(map(int, numbers[: len(rows)])), numbers[len(rows) :], logprobs
 
 
 class WeightsError(InputError):

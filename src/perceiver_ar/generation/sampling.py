@@ -53,10 +53,11 @@ class Sampling:
     def penalises(self) -> bool:
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
-    def draw(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-        """One id for each row of (B, V) on the CPU, after penalties; each row from its own generator."""
+    def draw(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """An id (B,) for each row of logits (B, V) after penalties, on their device; each row from its own generator,
+        of the CPU."""
         if self.temperature == 0:
-            return sample(logits, 0.0).tolist()
+            return sample(logits, 0.0)
         # Subtract the largest, so that a temperature near zero does not overflow.
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None:
@@ -67,9 +68,9 @@ class Sampling:
             logits = keep_min_p(logits, self.min_p)
         # One number for each row, so that drawing costs little more than the softmax.
         reached = logits.softmax(-1).cumsum(-1)
-        like = {"dtype": logits.dtype, "device": logits.device}
-        chosen = torch.cat([torch.rand(1, generator=generator, **like) for generator in generators])
-        return torch.searchsorted(reached, chosen[:, None] * reached[:, -1:], right=True)[:, 0].tolist()
+        numbers = torch.cat([torch.rand(1, generator=generator, dtype=logits.dtype) for generator in generators])
+        at = numbers.to(logits.device)[:, None] * reached[:, -1:]
+        return torch.searchsorted(reached, at, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)  # beyond it: NaN
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -83,10 +84,11 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     the first."""
     if p >= 1:
         return logits
-    # numpy sorts values ten times as fast as torch, which sorts indices, too.
-    rising = torch.from_numpy(np.sort(logits.detach().double().cpu().numpy()))
+    wide = logits.detach() if logits.device.type == "mps" else logits.detach().double()  # which has no float64
+    # On the CPU numpy sorts values ten times as fast as torch, which sorts indices, too.
+    rising = torch.from_numpy(np.sort(wide.numpy())) if wide.device.type == "cpu" else wide.sort(-1).values
     unlikely = (rising.softmax(-1).cumsum(-1)[..., :-1] <= 1 - p).sum(-1, keepdim=True)  # the most likely one stays
-    edge, unlikely = rising.gather(-1, unlikely).to(logits), unlikely.to(logits.device)
+    edge = rising.gather(-1, unlikely).to(logits)
     equal = logits == edge
     room = logits.shape[-1] - unlikely - (logits > edge).sum(-1, keepdim=True)
     return logits.masked_fill((logits < edge) | (equal & (equal.cumsum(-1) > room)), float("-inf"))

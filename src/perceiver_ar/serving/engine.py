@@ -340,13 +340,13 @@ class Engine:
             return
         logits = self._decoder.next_logits()
         try:
-            tokens, logprobs = draw(rows, logits)
+            tokens, _, logprobs = draw(rows, logits)
         except InputError:  # nothing has been drawn yet
             logits = logits[self._fail_stuck(rows, logits)]
             rows = list(self._decoder.rows)
             if not rows:
                 return
-            tokens, logprobs = draw(rows, logits)
+            tokens, _, logprobs = draw(rows, logits)
         self._decoder.add(tokens)
         unwanted = []
         for row, token, all_logprobs in zip(rows, tokens, logprobs, strict=True):
