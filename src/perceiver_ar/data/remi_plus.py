@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 
 from perceiver_ar.data.codec import WrongModality, importing
 from perceiver_ar.data.midi import Kind, MidiTokCodec
-from perceiver_ar.data.midi_file import DRUM_KIT, LONGEST, Parts, clean, clock, read_parts, write_midi
+from perceiver_ar.data.midi_file import DRUM_KIT, LONGEST, Parts, clean, read_parts, write_midi
 from perceiver_ar.errors import require
 
 SECTIONS = ("SUFFIX", "PREFIX", "HOLE", "MIDDLE")
@@ -108,10 +108,7 @@ class RemiPlusCodec(MidiTokCodec):
 
     def decode_notes(self, ids: np.ndarray) -> np.ndarray:
         """All instruments as one, without the drums."""
-        parts = self._parts(ids)
-        notes = parts.notes[parts.notes[:, 4] != DRUM_KIT, :4]
-        notes[:, :2] = clock(parts.division, parts.tempos)(notes[:, :2])
-        return clean(notes)
+        return self._parts(ids).as_one()
 
     def _score(self, parts: Parts) -> Any:
         """Parts -> a symusic Score. Raises `WrongModality` if it has more bars than a piece can have."""
@@ -120,7 +117,7 @@ class RemiPlusCodec(MidiTokCodec):
 
         def ticks(times: Any) -> np.ndarray:
             if parts.division & 0x8000:  # frames: no beats, so 120 a minute
-                return np.rint(2 * PER_QUARTER * clock(parts.division, [])(np.asarray(times))).astype(np.int32)
+                return np.rint(2 * PER_QUARTER * parts.seconds(np.asarray(times))).astype(np.int32)
             return np.rint(np.asarray(times) * (PER_QUARTER / parts.division)).astype(np.int32)
 
         last = parts.notes[:, 1].max(initial=0.0)
@@ -347,24 +344,22 @@ class RemiPlusCodec(MidiTokCodec):
         if not bars:
             return 0.0
         place = max(0, self._place[last].max() * self._place_ticks[last].max())
-        parts = self._parts(ids)
-        return float(clock(parts.division, parts.tempos)(np.array(self._ticks(np.concatenate(bars)) + place)))
+        return float(self._parts(ids).seconds(np.array(self._ticks(np.concatenate(bars)) + place)))
 
     def new_span(self, prompt: np.ndarray) -> tuple[float, float]:
         if not (holes := self._plain(prompt)[1]):
             return super().new_span(prompt)
-        parts = self._parts(prompt)
-        start, end = clock(parts.division, parts.tempos)(np.array(holes[-1])).tolist()
+        start, end = self._parts(prompt).seconds(np.array(holes[-1])).tolist()
         return start, end
 
     def excerpt(self, ids: np.ndarray, start: float, end: float) -> bytes | None:
         """From the start of the bar on in which `start` is."""
         parts = self._parts(ids)
-        time = clock(parts.division, parts.tempos)
-        new = parts.notes[(time(parts.notes[:, 1]) > start + 1e-6) & (time(parts.notes[:, 0]) < end - 1e-6)]
+        starts, ends = parts.seconds(parts.notes[:, :2]).T
+        new = parts.notes[(ends > start + 1e-6) & (starts < end - 1e-6)]
         if len(new) == 0:
             return None
-        tick = int(np.searchsorted(time(np.arange(new[:, 1].max() + 1)), start - 1e-6))
+        tick = int(np.searchsorted(parts.seconds(np.arange(new[:, 1].max() + 1)), start - 1e-6))
         at, beats, unit = max([(0, 4, 4), *(one for one in parts.signatures if one[0] <= tick)])
         tick -= (tick - at) % (4 * parts.division * beats // unit)
         new[:, :2] = np.maximum(new[:, :2] - tick, 0)
