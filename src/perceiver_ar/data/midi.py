@@ -6,7 +6,7 @@ Every codec here works on the notes of a piece (n, 4), in the form that `midi_fi
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -38,6 +38,11 @@ class MusicCodec(Codec):
     @abstractmethod
     def decode_notes(self, ids: np.ndarray) -> np.ndarray:
         """Any ids -> notes (n, 4)."""
+
+    def last_piece(self, ids: np.ndarray) -> np.ndarray:
+        """What follows the last separator in ids (n,); without one, all of them."""
+        ends = np.flatnonzero(ids == self.separator[0])
+        return ids[ends[-1] + 1 :] if len(ends) else ids
 
     def seconds(self, ids: np.ndarray) -> float:
         """The time in seconds of the next event after ids (n,)."""
@@ -164,9 +169,7 @@ class PerformanceCodec(MusicCodec):
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray:
         """A note may end only if it sounds, and start only if it does not. After a velocity, only a note may start."""
-        ids = np.asarray(ids)
-        ends = np.flatnonzero(ids == END)
-        ids = ids[ends[-1] + 1 :] if len(ends) else ids
+        ids = self.last_piece(np.asarray(ids))
         events = ids[ids < SHIFT]
         sounds = _sounding(events % OFF, events < OFF)
         allowed = np.ones(self.vocab_size, dtype=bool)
@@ -228,6 +231,16 @@ class MidiTokCodec(MusicCodec):
 
     name = "miditok"
     files = ("miditok.json",)
+    miditok_settings: ClassVar[dict[str, Any]] = {
+        "pitch_range": (0, 127),
+        "beat_res": RESOLUTION,
+        "num_velocities": 32,
+        "special_tokens": ["PAD"],
+        "use_time_signatures": False,
+        "use_tempos": False,
+        "use_pitchdrum_tokens": False,
+        "encode_ids_split": "no",
+    }
 
     def __init__(self, kind: Kind, tokenizer: Any = None) -> None:
         """tokenizer: an existing MidiTok tokenizer. Raises `InputError` if MidiTok is not installed."""
@@ -235,18 +248,7 @@ class MidiTokCodec(MusicCodec):
             import miditok
             import symusic  # noqa: F401
         self.kind: Kind = kind
-        self.tokenizer = tokenizer or _tokenizer_class(kind)(
-            miditok.TokenizerConfig(
-                pitch_range=(0, 127),
-                beat_res=RESOLUTION,
-                num_velocities=32,
-                special_tokens=["PAD"],
-                use_time_signatures=False,
-                use_tempos=False,
-                use_pitchdrum_tokens=False,
-                encode_ids_split="no",
-            )
-        )
+        self.tokenizer = tokenizer or _tokenizer_class(kind)(miditok.TokenizerConfig(**self.miditok_settings))
         tokens = {index: token for token, index in self.tokenizer.vocab.items()}
         self.vocab_size = max(tokens) + 2
         self.separator = (self.vocab_size - 1,)
@@ -266,6 +268,9 @@ class MidiTokCodec(MusicCodec):
             elif kind_of == "TimeShift":
                 beats, steps, per_beat = map(int, value.split("."))
                 self._seconds[index] = (beats + steps / per_beat) / 2
+        self._drums = -1  # the id whose notes keep their pitches; -1: none
+        # Which ids `augment` changes, and by how much at most.
+        self._variable = [(self._pitch >= 0, 3), (self._types == "Velocity", 1)]
         first = ["Bar"] if kind == "remi" else ["TimeShift", starts]
         self._follow = {"End": np.isin(self._types, first)}  # by the type of the last id
         for one, others in self.tokenizer.tokens_types_graph.items():
@@ -287,13 +292,9 @@ class MidiTokCodec(MusicCodec):
 
         known = ids[ids < self.vocab_size - 1]
         score = self.tokenizer.decode([TokSequence(ids=known.tolist())])
-        parts = [np.empty((0, 4))]
-        for track in score.tracks:
-            columns = track.notes.numpy()
-            start = columns["time"].astype(np.float64) / score.ticks_per_quarter / 2
-            end = start + np.maximum(columns["duration"], 1) / score.ticks_per_quarter / 2
-            parts.append(np.stack([start, end, columns["pitch"], columns["velocity"]], axis=1))
-        return clean(np.concatenate(parts))
+        notes = np.concatenate([np.empty((0, 4)), *map(track_notes, score.tracks)])
+        per_second = 2 * score.ticks_per_quarter
+        return clean(notes) / [per_second, per_second, 1, 1]
 
     def seconds(self, ids: np.ndarray) -> float:
         """The sum of the time shifts; in REMI, the time of the last bar and position."""
@@ -310,8 +311,7 @@ class MidiTokCodec(MusicCodec):
         follow = self._follow[str(self._types[ids[-1]]) if len(ids) else "End"]
         if self.kind != "midilike":
             return follow
-        ends = np.flatnonzero(ids == self.separator[0])
-        ids = ids[ends[-1] + 1 :] if len(ends) else ids
+        ids = self.last_piece(ids)
         events = ids[self._pitch[ids] >= 0]
         sounds = _sounding(self._pitch[events], self._is_note[events])
         about = sounds[self._pitch]
@@ -320,10 +320,10 @@ class MidiTokCodec(MusicCodec):
     def augment(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Up to three semitones up or down, and up to one velocity louder or softer; never out of range."""
         ids = ids.astype(np.int64)
-        for kind, change in ((self._pitch >= 0, 3), (self._types == "Velocity", 1)):
-            change = random.integers(-change, change + 1)
-            chosen = kind[ids]
-            moved = np.where(chosen, ids + change, ids).clip(0, self.vocab_size - 1)
+        of_drums = np.append(False, ids[:-1] == self._drums)
+        for kind, most in self._variable:
+            change = random.integers(-most, most + 1)
+            moved = np.where(kind[ids] & ~of_drums, ids + change, ids).clip(0, self.vocab_size - 1)
             if (self._types[moved] == self._types[ids]).all():  # ids of a type are neighbours, in order
                 ids = moved
         return ids
@@ -351,6 +351,13 @@ class MidiTokCodec(MusicCodec):
             reason = " ".join(str(error).split())
             raise InputError(f"cannot read {path} ({reason}); copy it again from the original run") from None
         return cls(settings["kind"], tokenizer)
+
+
+def track_notes(track: Any) -> np.ndarray:
+    """The notes (n, 4) of a symusic track, with times in ticks."""
+    columns = track.notes.numpy()
+    end = columns["time"] + np.maximum(columns["duration"], 1.0)
+    return np.stack([columns["time"], end, columns["pitch"], columns["velocity"]], axis=1)
 
 
 def _tokenizer_class(kind: Kind) -> Any:
