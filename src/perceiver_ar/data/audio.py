@@ -2,7 +2,7 @@
 
 import io
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +11,9 @@ import torch
 from numpy.typing import ArrayLike
 
 from perceiver_ar.data.codec import Codec, WrongModality, check_positive, importing, numbered
-from perceiver_ar.data.pictures import spectrogram
-from perceiver_ar.data.sound import wav_bytes, write_wav
+from perceiver_ar.data.pictures import png_bytes, spectrogram
+from perceiver_ar.data.sound import wav_bytes
 from perceiver_ar.errors import InputError
-from perceiver_ar.files import atomic_path
 
 BLOCK = 1 << 16  # samples read at a time: the length in a header may be wrong
 HIGHEST_RATE = 10_000_000
@@ -92,22 +91,17 @@ class AudioCodec(Codec):
     def decode_samples(self, ids: np.ndarray) -> np.ndarray:
         """Any ids -> samples (n,) in -1 ... 1."""
 
-    def show(self, rows: Sequence[np.ndarray], prompt_len: int, directory: Path, stem: str, **_: Any) -> list[Path]:
-        """Writes STEM.wav and STEM.png for each row; the picture is a spectrogram with a line at the prompt's end. With
-        a prompt, STEM-prompt.wav is the prompt after the codec, for comparison."""
+    def results(self, rows: Sequence[np.ndarray], prompt_len: int, stem: str, **_: Any) -> Iterator[tuple[str, bytes]]:
+        """STEM.wav and STEM.png for each row; the picture is a spectrogram with a line at the prompt's end. With a
+        prompt, STEM-prompt.wav is the prompt after the codec, for comparison."""
         prompt = self.decode_samples(np.asarray(rows[0][:prompt_len], dtype=np.int64))
-        paths = []
         if len(prompt) > 0:
-            paths.append(directory / f"{stem}-prompt.wav")
-            write_wav(paths[0], prompt, self.sample_rate)
+            yield f"{stem}-prompt.wav", wav_bytes(prompt, self.sample_rate)
         for number, ids in enumerate(rows, 1):
             name = numbered(stem, number, len(rows))
             samples = self.decode_samples(np.asarray(ids, dtype=np.int64))
-            write_wav(directory / f"{name}.wav", samples, self.sample_rate)
-            with atomic_path(directory / f"{name}.png") as temporary:
-                spectrogram(samples, self.sample_rate, len(prompt)).save(temporary)
-            paths += [directory / f"{name}.wav", directory / f"{name}.png"]
-        return paths
+            yield f"{name}.wav", wav_bytes(samples, self.sample_rate)
+            yield f"{name}.png", png_bytes(spectrogram(samples, self.sample_rate, len(prompt)))
 
 
 MU = 255

@@ -229,12 +229,16 @@ class Codec(ABC):
         soundfont: an .sf2 or .sf3 file, for codecs that need one.
         """
         paths = []
-        for number, ids in enumerate(rows, 1):
-            path = directory / f"{numbered(stem, number, len(rows))}{self.ending}"
-            with atomic_path(path) as temporary:
-                temporary.write_bytes(self.to_file(ids))
-            paths.append(path)
+        for name, content in self.results(rows, prompt_len, stem, original=original, soundfont=soundfont):
+            paths.append(directory / name)
+            with atomic_path(paths[-1]) as temporary:
+                temporary.write_bytes(content)
         return paths
+
+    def results(self, rows: Sequence[np.ndarray], prompt_len: int, stem: str, **_: Any) -> Iterator[tuple[str, bytes]]:
+        """Name and content of each file that `show` writes, from its arguments."""
+        for number, ids in enumerate(rows, 1):
+            yield f"{numbered(stem, number, len(rows))}{self.ending}", self.to_file(ids)
 
     def draw_bits(self, ids: np.ndarray, bits: np.ndarray, path: Path) -> None:
         """Draws a document of tokens `ids` (n,) that took `bits` (n,) into the PNG file `path`, shaded by bits.

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import NO_CONDITIONS, Codec, WrongModality, check_positive
-from perceiver_ar.data.pictures import grid
+from perceiver_ar.data.pictures import grid, png_bytes
 from perceiver_ar.data.sources import Source, read_documents
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path
@@ -177,9 +177,8 @@ class ImageCodec(Codec):
 
     def decode(self, ids: ArrayLike) -> bytes:
         """A PNG file; grey pictures have one channel."""
-        pixels, buffer = self.pixels(ids), io.BytesIO()
-        Image.fromarray(pixels[..., 0] if self.colours == "grey" else pixels).save(buffer, "PNG")
-        return buffer.getvalue()
+        pixels = self.pixels(ids)
+        return png_bytes(Image.fromarray(pixels[..., 0] if self.colours == "grey" else pixels))
 
     def fit(self, config: PerceiverARConfig) -> PerceiverARConfig:
         """The context is one picture; positions are learned by row, column and channel unless `config` has a table."""
@@ -212,25 +211,16 @@ class ImageCodec(Codec):
         """A dimension is one channel of one pixel, so that bits per dimension are comparable with other models."""
         return {"dimension": float((np.asarray(ids) < self.num_values).sum())}
 
-    def show(
-        self,
-        rows: Sequence[np.ndarray],
-        prompt_len: int,
-        directory: Path,
-        stem: str,
-        *,
-        original: np.ndarray | None = None,
-        soundfont: str | None = None,
-    ) -> list[Path]:
+    def results(
+        self, rows: Sequence[np.ndarray], prompt_len: int, stem: str, *, original: np.ndarray | None = None, **_: Any
+    ) -> Iterator[tuple[str, bytes]]:
         """STEM.png for each row, and STEM-grid.png with the original, the kept part and the completions."""
-        paths = super().show(rows, prompt_len, directory, stem)
+        yield from super().results(rows, prompt_len, stem)
         first = {} if original is None else {"original": original, "kept": rows[0][:prompt_len]}
         samples = ["sample"] if len(rows) == 1 else [f"sample {number}" for number in range(1, len(rows) + 1)]
         pictures = [self.pixels(ids) for ids in (*first.values(), *rows)]
         picture = grid(pictures, [*first, *samples], scale=max(1, 160 // max(self.rows, self.columns)))
-        with atomic_path(directory / f"{stem}-grid.png") as temporary:
-            picture.save(temporary)
-        return [*paths, directory / f"{stem}-grid.png"]
+        yield f"{stem}-grid.png", png_bytes(picture)
 
     def draw_bits(self, ids: np.ndarray, bits: np.ndarray, path: Path) -> None:
         """The picture, and beside it the bits of each pixel, from black (0) to white (the most)."""

@@ -4,7 +4,7 @@ Every codec here works on the notes of a piece (n, 4), in the form that `midi_fi
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike
 
 from perceiver_ar.data.codec import Codec, importing, numbered
 from perceiver_ar.data.midi_file import clean, read_midi, write_midi
-from perceiver_ar.data.pictures import piano_roll
-from perceiver_ar.data.sound import play_notes, write_wav
+from perceiver_ar.data.pictures import piano_roll, png_bytes
+from perceiver_ar.data.sound import play_notes, wav_bytes
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path
 
@@ -59,37 +59,23 @@ class MusicCodec(Codec):
         times = np.maximum(notes[:, :2] - start, 0)
         return write_midi(np.concatenate([times, notes[:, 2:]], axis=1)) if len(notes) else None
 
-    def show(
-        self,
-        rows: Sequence[np.ndarray],
-        prompt_len: int,
-        directory: Path,
-        stem: str,
-        *,
-        original: np.ndarray | None = None,
-        soundfont: str | None = None,
-    ) -> list[Path]:
-        """Writes STEM.mid, STEM.wav and STEM.png for each row; the picture is a piano roll with lines where
-        what was drawn begins and ends. If a prompt was continued, STEM-continuation.mid has the music between them."""
-        paths = []
+    def results(
+        self, rows: Sequence[np.ndarray], prompt_len: int, stem: str, *, soundfont: str | None = None, **_: Any
+    ) -> Iterator[tuple[str, bytes]]:
+        """STEM.mid, STEM.wav and STEM.png for each row; the picture is a piano roll with lines where what was drawn
+        begins and ends. If a prompt was continued, STEM-continuation.mid has the music between them."""
         prompt = np.asarray(rows[0][:prompt_len])
         for number, ids in enumerate(rows, 1):
             name = numbered(stem, number, len(rows))
             ids = np.asarray(ids)
-            notes, (start, end) = self.decode_notes(ids), self.new_span(prompt)
-            files: dict[str, Any] = {f"{name}.mid": self.decode(ids)}
-            if start > 0 and files[f"{name}.mid"] == self.decode(prompt):  # nothing new
+            notes, midi, (start, end) = self.decode_notes(ids), self.decode(ids), self.new_span(prompt)
+            yield f"{name}.mid", midi
+            if start > 0 and midi == self.decode(prompt):  # nothing new
                 start = end = max(start, float(notes[:, 1].max(initial=0.0)))
             elif start > 0 and (new := self.excerpt(ids, start, end)) is not None:
-                files[f"{name}-continuation.mid"] = new
-            for file, content in files.items():
-                with atomic_path(directory / file) as temporary:
-                    temporary.write_bytes(content)
-            write_wav(directory / f"{name}.wav", *play_notes(notes, files[f"{name}.mid"], soundfont))
-            with atomic_path(directory / f"{name}.png") as temporary:
-                piano_roll(notes, start, end).save(temporary)
-            paths += [directory / file for file in [*files, f"{name}.wav", f"{name}.png"]]
-        return paths
+                yield f"{name}-continuation.mid", new
+            yield f"{name}.wav", wav_bytes(*play_notes(notes, midi, soundfont))
+            yield f"{name}.png", png_bytes(piano_roll(notes, start, end))
 
 
 def _sounding(pitches: np.ndarray, starts: np.ndarray) -> np.ndarray:
