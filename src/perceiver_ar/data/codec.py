@@ -97,9 +97,7 @@ class Codec(ABC):
     @property
     def dtype(self) -> np.dtype:
         """The smallest of uint8, uint16 and uint32 that holds every id."""
-        return np.dtype(
-            np.uint8 if self.vocab_size <= 1 << 8 else np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        )
+        return np.min_scalar_type(self.vocab_size - 1)
 
     @abstractmethod
     def encode(self, data: bytes) -> np.ndarray:
@@ -298,39 +296,23 @@ def parse_conditions(words: Iterable[str]) -> dict[str, str]:
     return conditions
 
 
-def parse_bars(text: str) -> tuple[int, int]:
-    """The bars to infill, of the form FIRST:LAST. Raises `InputError`."""
-    bars = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
-    if bars is None:
-        raise InputError(f"infill is {text!r}: give the first and the last bar, such as 9:12")
-    return int(bars[1]), int(bars[2])
-
-
 def row_prompt_and_count(
     codec: Codec, document: np.ndarray, keep: float | None, count: int | None, infill: str | None, room: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """The row that results begin with, the prompt (both int64), and the maximum number of tokens to draw.
 
-    infill: bars to draw anew (`parse_bars`) of the whole document, in `room` tokens. None: `prompt_and_count`; the row
-        is the prompt.
-    """
-    if infill is None:
-        start, count = prompt_and_count(codec, document, keep, count)
-        prompt = np.array(start, dtype=np.int64)
-        return prompt, prompt, count
-    row, prompt, most = codec.infill(document, *parse_bars(infill), room)
-    return row, prompt, most if count is None else count
-
-
-def prompt_and_count(
-    codec: Codec, document: np.ndarray | list[int], keep: float | None, count: int | None
-) -> tuple[np.ndarray | list[int], int]:
-    """The prompt (a document's start and `keep` tokens after it) and the number of tokens to draw after it.
-
-    keep: number of tokens, or below 1 a share of them; at least one token is kept. None: all of them, or half of a
-        whole picture.
+    keep: number of tokens after the document's start that the prompt has, or below 1 a share of them; at least one is
+        kept. None: all of them, or half of a whole picture.
     count: maximum number of tokens to draw; None: 256, or the rest of a picture.
+    infill: FIRST:LAST, bars to draw anew of the whole document, in `room` tokens. None: go on after the prompt, which
+        is the row.
     """
+    if infill is not None:
+        bars = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", infill)
+        if bars is None:
+            raise InputError(f"infill is {infill!r}: give the first and the last bar, such as 9:12")
+        row, prompt, most = codec.infill(document, int(bars[1]), int(bars[2]), room)
+        return row, prompt, most if count is None else count
     if keep is None and codec.document_length is not None and len(document) == codec.document_length:
         keep = 0.5
     if keep is not None:
@@ -339,7 +321,8 @@ def prompt_and_count(
     if codec.document_length is not None:
         rest = codec.document_length - len(document)
         count = rest if count is None else min(count, rest)
-    return document if len(document) else [0], 256 if count is None else count
+    prompt = np.array(document if len(document) else [0], dtype=np.int64)
+    return prompt, prompt, 256 if count is None else count
 
 
 def check_positive(**settings: int) -> None:
@@ -352,11 +335,6 @@ def check_positive(**settings: int) -> None:
 def numbered(stem: str, number: int, count: int) -> str:
     """The stem of one of `count` results."""
     return stem if count == 1 else f"{stem}-{number}"
-
-
-def missing_extra(extra: str, error: ImportError) -> InputError:
-    """The error for a missing package that only one modality needs."""
-    return InputError(f"this needs the package {error.name}: pip install 'perceiver-ar[{extra}]'")
 
 
 _IMPORTING = threading.RLock()
@@ -374,7 +352,7 @@ def importing(extra: str) -> Iterator[None]:
         except ImportError as error:
             if (error.name or "").startswith("perceiver_ar"):
                 raise
-            raise missing_extra(extra, error) from None
+            raise InputError(f"this needs the package {error.name}: pip install 'perceiver-ar[{extra}]'") from None
         finally:
             logging.disable(before)
 
