@@ -81,7 +81,7 @@ class Source:
             raise InputError(f"{self.name} vanished before it was read; put it back and start again") from None
         except PermissionError:
             raise _permission_denied(self.name) from None
-        except (EOFError, OSError, zlib.error, lzma.LZMAError, _Damaged) as error:
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # a failing disk, not a damaged file
                 raise
             reason = f"{self.name} is damaged, or its ending is wrong ({error})"
@@ -98,10 +98,6 @@ class Source:
         chunks = text_only(chunks, self.name) if text else chunks
         for number, document in enumerate(split_documents(chunks, separator), 1):
             yield f"{self.name}, document {number}," if separator else self.name, document
-
-
-class _Damaged(Exception):
-    """A damaged .zst file."""
 
 
 def _permission_denied(name: str | os.PathLike[str]) -> InputError:
@@ -132,13 +128,13 @@ def _zstd_chunks(raw: IO[bytes], name: str) -> Iterator[bytes]:
             try:
                 content = frame.decompress(data)
             except zstandard.ZstdError as error:
-                raise _Damaged(error) from None
+                raise OSError(error) from None  # without a number, as gzip and bz2 raise it
             if content:
                 yield content
             data = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
     if frame is not None:
-        raise _Damaged("it ends in the middle")
+        raise EOFError("it ends in the middle")
 
 
 def find_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Source]:
