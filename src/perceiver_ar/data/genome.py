@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from perceiver_ar.data.codec import Codec, WrongModality
+from perceiver_ar.data.codec import WrongModality
 from perceiver_ar.data.sources import Source, split_documents
 from perceiver_ar.data.tars import TAR
+from perceiver_ar.data.text import FixedBytesCodec
 from perceiver_ar.errors import InputError
 
 BASES = b"ACGTN"
@@ -198,7 +199,7 @@ def _name(header: bytes) -> str:
     return header.decode(errors="replace").split(maxsplit=1)[0] if header.strip() else "without a name"
 
 
-class NucleotideCodec(Codec):
+class NucleotideCodec(FixedBytesCodec):
     """A base, or `kmer` bases of a record in a row, is one id.
 
     Lower case counts as upper case, U as T, and letters for several bases (IUPAC) as N. Ids are the k-mers in the order
@@ -208,7 +209,6 @@ class NucleotideCodec(Codec):
 
     name = "nucleotides"
     ending = ".fasta"
-    writes_text = True
 
     def __init__(self, kmer: int = 1) -> None:
         if not 1 <= kmer <= LONGEST_KMER:
@@ -222,10 +222,7 @@ class NucleotideCodec(Codec):
         reverse = (_COMPLEMENT[digits[:, ::-1]] * self.powers).sum(axis=1)
         self._complement = np.concatenate([reverse, self.first_base + _COMPLEMENT, self.separator]).astype(self.dtype)
         letters = np.frombuffer(BASES, np.uint8)
-        self._bases = [*(letters[row].tobytes() for row in digits), *(bytes([base]) for base in BASES), b""]
-
-    def encode(self, data: bytes) -> np.ndarray:
-        return np.concatenate([np.empty(0, self.dtype), *self.encode_stream([data], "the input")])
+        self._bytes = [*(letters[row].tobytes() for row in digits), *(bytes([base]) for base in BASES), b""]
 
     def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
         """A sequence, or a FASTA file with one record."""
@@ -254,9 +251,6 @@ class NucleotideCodec(Codec):
         ids[np.repeat(unknown, np.where(unknown, self.kmer, 1))] = self.first_base + rows[unknown].reshape(-1)
         return ids.astype(self.dtype)
 
-    def decode(self, ids: ArrayLike) -> bytes:
-        return b"".join([self._bases[index] for index in np.asarray(ids).tolist()])
-
     def to_file(self, ids: ArrayLike) -> bytes:
         """A FASTA file with one record."""
         bases = self.decode(ids)
@@ -269,9 +263,6 @@ class NucleotideCodec(Codec):
 
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
         return {"base": float(self.num_bytes(ids))}
-
-    def byte_lengths(self) -> np.ndarray:
-        return np.array([len(bases) for bases in self._bases], dtype=np.int64)
 
     def settings(self) -> dict[str, Any]:
         return {"kmer": self.kmer}
