@@ -116,6 +116,7 @@ class MuLawCodec(AudioCodec):
     """
 
     name = "mulaw"
+    saved = ("sample_rate",)
     vocab_size = END + 1
     separator = (END,)
 
@@ -140,9 +141,6 @@ class MuLawCodec(AudioCodec):
         samples = float((np.asarray(ids) < END).sum())
         return {"sample": samples, "second": samples / self.sample_rate}
 
-    def settings(self) -> dict[str, Any]:
-        return {"sample_rate": self.sample_rate}
-
 
 Kind = Literal["encodec", "dac", "mimi"]
 WEIGHTS: dict[str, str] = {
@@ -166,6 +164,7 @@ class NeuralCodec(AudioCodec):
     """
 
     name = "neural"
+    saved = ("kind", "codebooks")
     files = (f"{FOLDER}/*",)
 
     def __init__(self, kind: Kind, model: Any, codebooks: int | None = None) -> None:
@@ -176,17 +175,17 @@ class NeuralCodec(AudioCodec):
         self.sample_rate = config.sampling_rate
         if kind == "encodec":
             available = model.quantizer.get_num_quantizers_for_bandwidth(config.target_bandwidths[-1])
+            self.hop = int(np.prod(config.upsampling_ratios))
+        elif kind == "dac":
+            available, self.hop = config.n_codebooks, config.hop_length
         else:
-            available = config.n_codebooks if kind == "dac" else config.num_quantizers
+            available, self.hop = config.num_quantizers, round(config.sampling_rate / config.frame_rate)
         self.codebooks = min(8, available) if codebooks is None else codebooks
         if not 1 <= self.codebooks <= available:
             raise InputError(f"data.codebooks is {codebooks}, but this {kind} has {available}: give 1 ... {available}")
         if getattr(config, "audio_channels", 1) != 1:
             raise InputError(f"this {kind} has {config.audio_channels} audio channels: use weights for one channel")
         self.codebook_size = config.codebook_size
-        self.hop = config.hop_length if kind == "dac" else int(np.prod(config.upsampling_ratios))
-        if kind == "mimi":
-            self.hop = round(config.sampling_rate / config.frame_rate)
         self.vocab_size = self.codebooks * self.codebook_size + 1
         self.separator = (self.vocab_size - 1,)
 
@@ -264,9 +263,6 @@ class NeuralCodec(AudioCodec):
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
         """Seconds, counted by the codes of the first codebook: one per frame."""
         return {"second": float((np.asarray(ids) < self.codebook_size).sum()) * self.hop / self.sample_rate}
-
-    def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind, "codebooks": self.codebooks}
 
     def save(self, directory: Path) -> None:
         self.model.save_pretrained(directory / FOLDER)

@@ -60,6 +60,7 @@ class Codec(ABC):
         index_dims: sizes of the dimensions of a position (rows, columns, channels of an image); empty for text.
         document_length: tokens of every document, if all have the same number (pictures); each window then stays within
             one document.
+        saved: names of the attributes that `settings` keeps.
         files: patterns of the files that `save` writes into a run directory.
         ending: file name ending for what `decode` returns, such as ".mid".
         conditions: field -> its values, of which one or "unknown" stands as a token after the separator of every
@@ -74,6 +75,7 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
+    saved: ClassVar[tuple[str, ...]] = ()
     files: ClassVar[tuple[str, ...]] = ()
     ending: ClassVar[str] = ".bin"
     writes_text: ClassVar[bool] = False
@@ -266,7 +268,7 @@ class Codec(ABC):
 
     def settings(self) -> dict[str, Any]:
         """The settings from which `load` builds the same codec again, as JSON values."""
-        return {}
+        return {name: getattr(self, name) for name in self.saved}
 
     def save(self, directory: Path) -> None:  # noqa: B027  (most codecs have no files of their own)
         """Writes the codec's own files, if it has any, into `directory`."""
@@ -371,20 +373,11 @@ def load_codec(directory: str | Path) -> Codec:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         name, settings, conditions = content["codec"], content["settings"], content.get("conditions")
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{path} does not exist: {directory} is not a run directory (train one with --out), or was converted from "
-            "a checkpoint that does not say what its ids stand for, and needs a codec.json"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); copy it again from the original run") from None
-    if str(name) not in CODECS:
-        known = ", ".join(sorted(CODECS))
-        raise InputError(f"{path} names the codec {name!r}, known are {known}; use the perceiver-ar that wrote it")
-    module, _, attribute = CODECS[name].partition(":")
-    codec_class: type[Codec] = getattr(import_module(module), attribute)
-    try:
-        codec = codec_class.load(path.parent, settings)
+        if str(name) not in CODECS:
+            known = ", ".join(sorted(CODECS))
+            raise InputError(f"{path} names the codec {name!r}, known are {known}; use the perceiver-ar that wrote it")
+        module, _, attribute = CODECS[name].partition(":")
+        codec: Codec = getattr(import_module(module), attribute).load(path.parent, settings)
         if conditions is None:
             return codec
         from perceiver_ar.data.conditions import MOST_BYTES, ConditionedCodec
@@ -394,6 +387,11 @@ def load_codec(directory: str | Path) -> Codec:
             if not (texts or (type(values) is int and 0 < values <= MOST_BYTES)):
                 raise ValueError(f"conditions need lists of texts, or numbers in 1 ... {MOST_BYTES}")
         return ConditionedCodec(codec, conditions)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{path} does not exist: {directory} is not a run directory (train one with --out), or was converted from "
+            "a checkpoint that does not say what its ids stand for, and needs a codec.json"
+        ) from None
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:  # not what the class takes

@@ -208,6 +208,7 @@ class NucleotideCodec(FixedBytesCodec):
     """
 
     name = "nucleotides"
+    saved = ("kmer",)
     ending = ".fasta"
 
     def __init__(self, kmer: int = 1) -> None:
@@ -263,9 +264,6 @@ class NucleotideCodec(FixedBytesCodec):
 
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
         return {"base": float(self.num_bytes(ids))}
-
-    def settings(self) -> dict[str, Any]:
-        return {"kmer": self.kmer}
 
 
 _CODES = np.zeros(256, np.int64)  # of each letter

@@ -127,6 +127,7 @@ class ImageCodec(Codec):
     """
 
     name = "image"
+    saved = ("rows", "columns", "colours")
     ending = ".png"
     encodes_slowly = True
 
@@ -233,8 +234,7 @@ class ImageCodec(Codec):
 
     def settings(self) -> dict[str, Any]:
         palette = None if self.palette is None else self.palette.tolist()
-        settings = {"rows": self.rows, "columns": self.columns, "colours": self.colours}
-        return settings | {"palette": palette, "classes": list(self.classes)}
+        return super().settings() | {"palette": palette, "classes": list(self.classes)}
 
 
 def choose_palette(sources: Iterable[Source], rows: int, columns: int, size: int, most: int = 500) -> list[list[int]]:

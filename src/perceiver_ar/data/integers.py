@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -39,6 +38,7 @@ class IntegerCodec(Codec):
     documents, and the arrays of an .npz file."""
 
     name = "integers"
+    saved = ("num_values",)
     ending = ".npy"
 
     def __init__(self, num_values: int) -> None:
@@ -59,9 +59,6 @@ class IntegerCodec(Codec):
         ids, buffer = np.asarray(ids), io.BytesIO()
         np.save(buffer, ids[ids < self.num_values].astype(self.dtype))
         return buffer.getvalue()
-
-    def settings(self) -> dict[str, Any]:
-        return {"num_values": self.num_values}
 
 
 def count_values(sources: Iterable[Source]) -> int:

@@ -216,6 +216,7 @@ class MidiTokCodec(MusicCodec):
     """
 
     name = "miditok"
+    saved = ("kind",)
     files = ("miditok.json",)
     miditok_settings: ClassVar[dict[str, Any]] = {
         "pitch_range": (0, 127),
@@ -318,9 +319,6 @@ class MidiTokCodec(MusicCodec):
         """Notes are Pitch or NoteOn tokens; seconds the sum of the time shifts, or of REMI's bars."""
         ids = np.asarray(ids, dtype=np.int64)
         return {"note": float(self._is_note[ids].sum()), "second": float(self._seconds[ids].sum())}
-
-    def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind}
 
     def save(self, directory: Path) -> None:
         with atomic_path(directory / "miditok.json") as temporary:

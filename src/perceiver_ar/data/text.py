@@ -82,6 +82,7 @@ class BytesCodec(FixedBytesCodec):
     """
 
     name = "bytes"
+    saved = ("text",)
     vocab_size = 256
 
     def __init__(self, text: bool = True):
@@ -98,9 +99,6 @@ class BytesCodec(FixedBytesCodec):
         data = np.asarray(ids).astype(np.uint8).tobytes()
         return data.replace(b"\0", b"") if self.text else data
 
-    def settings(self) -> dict[str, Any]:
-        return {"text": self.text}
-
 
 class OffsetBytesCodec(FixedBytesCodec):
     """Byte b is id b + `reserved`, as in other implementations; the ids below `reserved` are special, without bytes.
@@ -109,6 +107,7 @@ class OffsetBytesCodec(FixedBytesCodec):
     """
 
     name = "offset_bytes"
+    saved = ("reserved", "start_id")
 
     def __init__(self, reserved: int, start_id: int | None = None):
         self.reserved, self.start_id = reserved, start_id
@@ -123,9 +122,6 @@ class OffsetBytesCodec(FixedBytesCodec):
     def decode(self, ids: ArrayLike) -> bytes:
         data = np.asarray(ids).astype(np.int64) - self.reserved
         return data[data >= 0].astype(np.uint8).tobytes()
-
-    def settings(self) -> dict[str, Any]:
-        return {"reserved": self.reserved, "start_id": self.start_id}
 
 
 class TokenizerCodec(FixedBytesCodec):
