@@ -112,12 +112,12 @@ def find_records(
     return list[Source](train), list[Source](validation)
 
 
-def read_bed(source: Source) -> Regions:
-    """The regions of a .bed file: lines of name, start and end; of a line with a name alone, the whole record.
+def read_bed(source: Source) -> dict[str, list[tuple[int, int]]]:
+    """The spans of each record in a .bed file: lines of name, start and end; of a line with a name alone, all of it.
 
     Raises `InputError` naming a line that is neither.
     """
-    regions: Regions = {}
+    regions: dict[str, list[tuple[int, int]]] = {}
     for number, line in enumerate(b"".join(source.chunks()).decode(errors="replace").splitlines(), 1):
         fields = line.split()
         if not fields or line.startswith(("#", "track", "browser")):
@@ -131,7 +131,7 @@ def read_bed(source: Source) -> Regions:
         regions.setdefault(fields[0], []).append((start, end))
     if not regions:
         raise InputError(f"{source.name} has no regions; write a line NAME START END for each")
-    return {name: merged(spans) for name, spans in regions.items()}
+    return regions
 
 
 def merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -185,9 +185,7 @@ def _fasta(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[
 def _fastq(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[bytes]]]:
     """Pairs of a read's name and its sequence; qualities are left out. A record has four lines."""
     lines = (b"".join(line).rstrip(b"\r") for line in split_documents(chunks, b"\n"))
-    for header in lines:
-        if not header:
-            continue
+    for header in filter(None, lines):
         sequence, plus, quality = next(lines, b""), next(lines, b""), next(lines, b"")
         name = _name(header[1:])
         if header[:1] != b"@" or plus[:1] != b"+" or len(quality) != len(sequence):

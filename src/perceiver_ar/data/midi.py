@@ -108,21 +108,19 @@ class PerformanceCodec(MusicCodec):
         notes = notes.copy()
         on = np.rint(STEPS * notes[:, 0])
         notes[:, 0], notes[:, 1] = on, np.maximum(on + 1, np.rint(STEPS * notes[:, 1]))
-        start, end, pitch, velocity = clean(notes).astype(np.int64).T  # rounding may have made notes meet
-        times = np.concatenate([end, start])
-        pitches = np.concatenate([pitch, pitch])
-        is_on = np.arange(len(times)) >= len(end)
-        bins = np.concatenate([np.zeros_like(velocity), (velocity - 1) // 4])
+        events = []  # sorted below: at the same time, ends come first
+        for start, end, pitch, velocity in clean(notes).astype(np.int64).tolist():  # rounding may have made notes meet
+            events += [(end, False, pitch, 0), (start, True, pitch, (velocity - 1) // 4)]
         ids: list[int] = []
-        now, loudness = 0, -1
-        for i in np.lexsort((pitches, is_on, times)).tolist():
-            seconds, rest = divmod(int(times[i]) - now, STEPS)
+        now, last = 0, -1
+        for time, is_on, pitch, loudness in sorted(events):
+            seconds, rest = divmod(time - now, STEPS)
             ids += [SHIFT + STEPS - 1] * seconds + ([SHIFT + rest - 1] if rest else [])
-            now = int(times[i])
-            if is_on[i] and bins[i] != loudness:
-                loudness = int(bins[i])
+            now = time
+            if is_on and loudness != last:
+                last = loudness
                 ids.append(VELOCITY + loudness)
-            ids.append((ON if is_on[i] else OFF) + int(pitches[i]))
+            ids.append((ON if is_on else OFF) + pitch)
         return np.array(ids, dtype=self.dtype)
 
     def decode_notes(self, ids: np.ndarray) -> np.ndarray:
