@@ -26,6 +26,8 @@ _LETTERS = bytes.maketrans(
 )
 _SPACE = b" \t\r\n"
 _COMPLEMENT = np.array([3, 2, 1, 0, 4])
+_CODES = np.zeros(256, np.int64)  # of each letter
+_CODES[np.frombuffer(BASES, np.uint8)] = np.arange(len(BASES))
 
 Regions = dict[str, list[tuple[int, int]]]
 """Name of a record -> disjoint (start, end) in it, in order: bases start ... end - 1, counted from 0."""
@@ -87,13 +89,13 @@ class Records(Source):
 
 
 def find_records(
-    sources: Iterable[Source], held_out: Iterable[Source] | None
+    sources: Sequence[Source], held_out: Sequence[Source] | None
 ) -> tuple[list[Source], list[Source] | None]:
     """Training and validation files as `Records`. A .bed file in `held_out` holds out its regions of all files.
 
     Raises `InputError` for a .bed file that cannot be read.
     """
-    sources, regions = list(sources), Regions()
+    regions = Regions()
     for source in sources:
         if TAR.fullmatch(source.path.name):
             raise InputError(f"{source.name} is a tar file, from which no genomes are read: unpack it")
@@ -101,15 +103,13 @@ def find_records(
     for bed in beds:
         for name, spans in read_bed(bed).items():
             regions[name] = merged([*regions.get(name, []), *spans])
-    train = [Records(**vars(source), regions=regions if beds else None) for source in sources]
-    if held_out is None:
-        return list[Source](train), None
-    validation = [Records(**vars(source)) for source in held_out if source not in beds]
+    train: list[Source] = [Records(**vars(source), regions=regions if beds else None) for source in sources]
+    validation: list[Source] = [Records(**vars(source)) for source in held_out or () if source not in beds]
     unseen = set(regions)
     for source in sources if beds else ():
         found = {**vars(source), "named": False}  # a region is in one of several files
         validation.append(Records(**found, regions=regions, inside=True, unseen=unseen))
-    return list[Source](train), list[Source](validation)
+    return train, None if held_out is None else validation
 
 
 def read_bed(source: Source) -> dict[str, list[tuple[int, int]]]:
@@ -262,7 +262,3 @@ class NucleotideCodec(FixedBytesCodec):
 
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
         return {"base": float(self.num_bytes(ids))}
-
-
-_CODES = np.zeros(256, np.int64)  # of each letter
-_CODES[np.frombuffer(BASES, np.uint8)] = np.arange(len(BASES))

@@ -237,12 +237,11 @@ class ImageCodec(Codec):
         return super().settings() | {"palette": palette, "classes": list(self.classes)}
 
 
-def choose_palette(sources: Iterable[Source], rows: int, columns: int, size: int, most: int = 500) -> list[list[int]]:
+def choose_palette(sources: Sequence[Source], rows: int, columns: int, size: int, most: int = 500) -> list[list[int]]:
     """At most `size` different colours (n, 3), dark ones first, that suit up to `most` pictures spread over `sources`.
 
     Raises `InputError` if a named file cannot be read, or if there is no picture.
     """
-    sources = list(sources)
     step = max(1, len(sources) // most)  # sources are sorted by folder, so the first ones may be alike
     spread = chain.from_iterable(sources[first::step] for first in range(step))
     samples = list(islice(read_documents(spread, lambda data: read_image(data, rows, columns, "palette")), most))

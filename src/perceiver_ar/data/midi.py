@@ -241,7 +241,8 @@ class MidiTokCodec(MusicCodec):
         starts = "NoteOn" if kind == "midilike" else "Pitch"
         self._is_note = self._types == starts
         self._pitch = np.full(self.vocab_size, -1)  # of each id; -1: none
-        self._seconds, self._position = np.zeros(self.vocab_size), np.zeros(self.vocab_size)  # the latter in a bar
+        self._seconds = np.zeros(self.vocab_size)
+        self._place = np.full(self.vocab_size, -1)  # of a Position in its bar
         for index, token in tokens.items():
             kind_of, value = token.split("_")
             if kind_of in ("Pitch", "NoteOn", "NoteOff"):
@@ -249,7 +250,7 @@ class MidiTokCodec(MusicCodec):
             elif kind_of == "Bar":
                 self._seconds[index] = 2.0
             elif kind_of == "Position":
-                self._position[index] = int(value) / max(RESOLUTION.values()) / 2
+                self._place[index] = int(value)
             elif kind_of == "TimeShift":
                 beats, steps, per_beat = map(int, value.split("."))
                 self._seconds[index] = (beats + steps / per_beat) / 2
@@ -289,7 +290,8 @@ class MidiTokCodec(MusicCodec):
         bars = np.flatnonzero(self._types[ids] == "Bar")
         if len(bars) == 0:
             return 0.0
-        return 2.0 * (len(bars) - 1) + float(self._position[ids[bars[-1] :]].max())
+        place = max(0, int(self._place[ids[bars[-1] :]].max()))
+        return 2.0 * (len(bars) - 1) + place / max(RESOLUTION.values()) / 2
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray:
         """The ids that MidiTok's graph of token types allows after the last one; a note may end only if it sounds."""

@@ -66,13 +66,10 @@ class RemiPlusCodec(MidiTokCodec):
         self._sections = [vocab[f"{name}_None"] for name in SECTIONS]
         self._drums = vocab[f"Program_{DRUM_KIT}"]
         self._variable.append((self._types == "Tempo", 4))
-        self._place = np.full(self.vocab_size, -1)  # of a Position in its bar
         self._bar_ticks, self._place_ticks = np.zeros((2, self.vocab_size), dtype=np.int64)  # by TimeSig
         for token, index in vocab.items():
             kind_of, value = token.split("_")
-            if kind_of == "Position":
-                self._place[index] = int(value)
-            elif kind_of == "TimeSig":
+            if kind_of == "TimeSig":
                 beats, unit = map(int, value.split("/"))
                 self._bar_ticks[index] = 4 * self._division * beats // unit
                 self._place_ticks[index] = 4 * self._division // unit // 12

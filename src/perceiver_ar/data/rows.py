@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -192,7 +192,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
         yield rest
 
 
-def find_rows(sources: Iterable[Source], column: str) -> list[Source]:
+def find_rows(sources: Sequence[Source], column: str) -> list[Source]:
     """`sources`, with files of rows as `Rows`.
 
     Beside files of rows, files that were found in folders are left out if they describe others (README, .json) or were
@@ -200,7 +200,6 @@ def find_rows(sources: Iterable[Source], column: str) -> list[Source]:
 
     Raises `InputError` for .parquet and .arrow files if the package datasets is not installed.
     """
-    sources = list(sources)
     readers = {_reader(source) for source in sources} - {""}
     if readers & {"parquet", "arrow"}:
         with importing("datasets"):
@@ -217,15 +216,15 @@ def find_rows(sources: Iterable[Source], column: str) -> list[Source]:
     return found
 
 
-def find_within(sources: Iterable[Source], modality: str, column: str) -> list[Source]:
+def find_within(sources: Sequence[Source], modality: str, column: str) -> list[Source]:
     """The sources with their documents: members of tar archives, rows of tables of text, or records of genomes.
 
     column: as in `data.column`.
     """
     if modality == "genome":
         return find_records(sources, None)[0]
-    sources = find_members(sources, modality, column)
-    return find_rows(sources, column) if modality == "text" else sources
+    found = find_members(sources, modality, column)
+    return find_rows(found, column) if modality == "text" else found
 
 
 def read_rows(path: str) -> Iterator[dict[str, Any]]:
