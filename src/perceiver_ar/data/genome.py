@@ -14,7 +14,7 @@ from perceiver_ar.data.codec import WrongModality
 from perceiver_ar.data.sources import Source, split_documents
 from perceiver_ar.data.tars import TAR
 from perceiver_ar.data.text import FixedBytesCodec
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 
 BASES = b"ACGTN"
 LONGEST_KMER = 8
@@ -129,8 +129,7 @@ def read_bed(source: Source) -> dict[str, list[tuple[int, int]]]:
         if not 0 <= start < end:
             raise InputError(f"{source.name}, line {number}: {line!r:.60} is no region; write NAME START END, or NAME")
         regions.setdefault(fields[0], []).append((start, end))
-    if not regions:
-        raise InputError(f"{source.name} has no regions; write a line NAME START END for each")
+    require(len(regions) > 0, f"{source.name} has no regions; write a line NAME START END for each")
     return regions
 
 
@@ -210,8 +209,7 @@ class NucleotideCodec(FixedBytesCodec):
     ending = ".fasta"
 
     def __init__(self, kmer: int = 1) -> None:
-        if not 1 <= kmer <= LONGEST_KMER:
-            raise InputError(f"data.kmer is {kmer}: it must be in 1 ... {LONGEST_KMER}")
+        require(1 <= kmer <= LONGEST_KMER, f"data.kmer is {kmer}: it must be in 1 ... {LONGEST_KMER}")
         self.kmer = kmer
         self.first_base = 0 if kmer == 1 else 4**kmer
         self.vocab_size = self.first_base + len(BASES) + 1

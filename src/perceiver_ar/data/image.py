@@ -16,7 +16,7 @@ from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import NO_CONDITIONS, Codec, WrongModality, check_positive
 from perceiver_ar.data.pictures import grid, png_bytes
 from perceiver_ar.data.sources import Source, read_documents
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
 
 Colours = Literal["rgb", "grey", "palette"]
@@ -245,8 +245,7 @@ def choose_palette(sources: Sequence[Source], rows: int, columns: int, size: int
     step = max(1, len(sources) // most)  # sources are sorted by folder, so the first ones may be alike
     spread = chain.from_iterable(sources[first::step] for first in range(step))
     samples = list(islice(read_documents(spread, lambda data: read_image(data, rows, columns, "palette")), most))
-    if not samples:
-        raise InputError("there is no picture to choose a palette from; give a folder of pictures")
+    require(len(samples) > 0, "there is no picture to choose a palette from; give a folder of pictures")
     pixels = np.concatenate(samples)
     different = np.unique(pixels.reshape(-1, 3), axis=0)
     if len(different) > size:

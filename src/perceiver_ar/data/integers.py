@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from perceiver_ar.data.codec import Codec, WrongModality, check_positive
 from perceiver_ar.data.sources import Source, read_documents
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import require
 
 LARGEST = (1 << 31) - 2
 
@@ -67,6 +67,5 @@ def count_values(sources: Iterable[Source]) -> int:
     largest = -1
     for arrays in read_documents(sources, read_arrays):
         largest = max([largest, *(int(array.max()) for array in arrays if array.size)])
-    if largest < 0:
-        raise InputError("no integers in these files; give .npy or .npz files of whole numbers from 0 on")
+    require(largest >= 0, "no integers in these files; give .npy or .npz files of whole numbers from 0 on")
     return largest + 1

@@ -221,11 +221,11 @@ class _Key:
             self.held.pop()
             self.releases.append(place)
 
-    def notes(self, end: int) -> list[tuple[int, int, int, int]]:
-        """For each stroke: its place, that of its release, velocity, program. `end`: place where the track ends."""
+    def notes(self, pitch: int, end: int) -> list[tuple[int, int, int, int, int]]:
+        """For each stroke: its place, that of its release, pitch, velocity, program. `end`: where the track ends."""
         lost, releases = set(self.held), iter(self.releases)
         return [
-            (place, end if number in lost else next(releases), velocity, program)
+            (place, end if number in lost else next(releases), pitch, velocity, program)
             for number, (place, velocity, program) in enumerate(self.strokes)
         ]
 
@@ -261,8 +261,7 @@ def _sounding(events: list[Event]) -> np.ndarray:
     times = np.array([event[0] for event in events], dtype=np.float64)
     parts: defaultdict[int, list[tuple[int, int, int, int, int]]] = defaultdict(list)  # by channel
     for (channel, track, pitch), key in keys.items():
-        for start, end, velocity, program in key.notes(ends[track]):
-            parts[channel].append((start, end, pitch, velocity, program))
+        parts[channel] += key.notes(pitch, ends[track])
     notes: list[np.ndarray] = [np.empty((0, 5))]
     for channel, part in parts.items():
         start, end, pitch, velocity, program = np.array(part, dtype=np.int64).reshape(-1, 5).T
