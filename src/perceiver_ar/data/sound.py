@@ -59,11 +59,9 @@ def synthesise(notes: np.ndarray) -> np.ndarray:
     """
     tail = 0.5
     samples = np.zeros(int(RATE * (notes[:, 1].max(initial=0.0) + tail)) + 1)
-    strings: dict[int, np.ndarray] = {}
+    strings = {pitch: _string(pitch) for pitch in np.unique(notes[:, 2]).tolist()}
     release = np.exp(-np.arange(int(0.4 * RATE)) / (0.08 * RATE))
     for start, end, pitch, velocity in notes.tolist():
-        if pitch not in strings:
-            strings[pitch] = _string(pitch)
         held = max(1, int(RATE * (end - start)))
         tone = strings[pitch][: held + len(release)].copy()
         fading = tone[held:]
