@@ -47,7 +47,7 @@ HEARD = frozenset({PEDAL, SOUND_OFF, RESET, *NOTES_OFF})
 Event = tuple[int, int, int, int, int, int]
 """Tick, track, channel (plus 16 times the port), kind, pitch or controller, value.
 
-The last two are microseconds per quarter and 0 of a tempo, numerator and denominator of a time signature.
+The last two are, for a tempo, microseconds per quarter and 0; for a time signature, numerator and denominator.
 """
 
 
