@@ -37,7 +37,7 @@ from torch import nn
 
 from perceiver_ar import next_token_loss
 from perceiver_ar.config import DataConfig, OptimConfig
-from perceiver_ar.data.codec import load_codec, missing_extra, save_codec
+from perceiver_ar.data.codec import load_codec, save_codec
 from perceiver_ar.data.modalities import make_codec
 from perceiver_ar.data.sampler import TrainingWindows
 from perceiver_ar.data.sources import find_files, standard_library
@@ -366,7 +366,7 @@ def measure(args: argparse.Namespace) -> list[Record]:
     setting = choose_setting(records := read_results(file), args)
     for prefix, package in {"dense": "transformers", "seed": "perceiver_ar_pytorch"}.items():
         if any(name.startswith(prefix) for name in names) and find_spec(package) is None:
-            raise missing_extra("bench", ImportError(name=package))
+            raise InputError(f"this needs the package {package}: pip install 'perceiver-ar[bench]'")
     corpora = [f"{name}-bpe{args.bpe}" if args.bpe and name != "piano" else name for name in chosen]
     for name, corpus in zip(chosen, corpora, strict=True):
         prepare_corpus(name, args, tokens / corpus)

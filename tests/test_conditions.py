@@ -149,7 +149,8 @@ def test_a_free_text_is_a_fixed_number_of_bytes_after_the_fields(name: str, note
     ids = codec.condition_ids({**kind, "note": note})
     data, unknown = note.strip().encode(), codec.unknown[2]
     assert codec.vocab_size == unknown + 257 and codec.unknown[2:] == (unknown,) * 36
-    assert ids == [*codec.field_ids(kind)[:2], *(unknown + 1 + byte for byte in data), *[unknown] * (36 - len(data))]
+    fields = codec.condition_ids(kind)[:2]
+    assert ids == [*fields, *(unknown + 1 + byte for byte in data), *[unknown] * (36 - len(data))]
     start = codec.start("", {**kind, "note": note})
     assert codec.conditions_of(np.append(start, [3, 4])) == ids
     assert codec.decode(start) == codec.plain.decode(codec.plain.start())

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from perceiver_ar.data.codec import Codec, WrongModality, load_codec, prompt_and_count, save_codec
+from perceiver_ar.data.codec import Codec, WrongModality, load_codec, row_prompt_and_count, save_codec
 from perceiver_ar.data.text import BytesCodec, train_bpe
 from perceiver_ar.errors import InputError
 
@@ -94,5 +94,6 @@ def test_a_missing_codec_is_named(tmp_path):
 
 @pytest.mark.parametrize(("keep", "kept"), [(None, 10), (0.5, 5), (0.01, 1), (3, 3), (1, 1)])
 def test_of_a_prompt_a_share_or_a_number_of_tokens_is_kept_and_never_none(keep, kept):
-    document = list(range(1, 11))
-    assert prompt_and_count(Hexadecimal(), document, keep, 7) == (document[:kept], 7)
+    document = np.arange(1, 11)
+    row, prompt, count = row_prompt_and_count(Hexadecimal(), document, keep, 7, None, 100)
+    assert row.tolist() == prompt.tolist() == document[:kept].tolist() and count == 7

@@ -2,7 +2,7 @@
 
 import io
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +11,9 @@ import torch
 from numpy.typing import ArrayLike
 
 from perceiver_ar.data.codec import Codec, WrongModality, check_positive, importing, numbered
-from perceiver_ar.data.pictures import spectrogram
-from perceiver_ar.data.sound import wav_bytes, write_wav
+from perceiver_ar.data.pictures import png_bytes, spectrogram
+from perceiver_ar.data.sound import wav_bytes
 from perceiver_ar.errors import InputError
-from perceiver_ar.files import atomic_path
 
 BLOCK = 1 << 16  # samples read at a time: the length in a header may be wrong
 HIGHEST_RATE = 10_000_000
@@ -92,22 +91,17 @@ class AudioCodec(Codec):
     def decode_samples(self, ids: np.ndarray) -> np.ndarray:
         """Any ids -> samples (n,) in -1 ... 1."""
 
-    def show(self, rows: Sequence[np.ndarray], prompt_len: int, directory: Path, stem: str, **_: Any) -> list[Path]:
-        """Writes STEM.wav and STEM.png for each row; the picture is a spectrogram with a line at the prompt's end. With
-        a prompt, STEM-prompt.wav is the prompt after the codec, for comparison."""
+    def results(self, rows: Sequence[np.ndarray], prompt_len: int, stem: str, **_: Any) -> Iterator[tuple[str, bytes]]:
+        """STEM.wav and STEM.png for each row; the picture is a spectrogram with a line at the prompt's end. With a
+        prompt, STEM-prompt.wav is the prompt after the codec, for comparison."""
         prompt = self.decode_samples(np.asarray(rows[0][:prompt_len], dtype=np.int64))
-        paths = []
         if len(prompt) > 0:
-            paths.append(directory / f"{stem}-prompt.wav")
-            write_wav(paths[0], prompt, self.sample_rate)
+            yield f"{stem}-prompt.wav", wav_bytes(prompt, self.sample_rate)
         for number, ids in enumerate(rows, 1):
             name = numbered(stem, number, len(rows))
             samples = self.decode_samples(np.asarray(ids, dtype=np.int64))
-            write_wav(directory / f"{name}.wav", samples, self.sample_rate)
-            with atomic_path(directory / f"{name}.png") as temporary:
-                spectrogram(samples, self.sample_rate, len(prompt)).save(temporary)
-            paths += [directory / f"{name}.wav", directory / f"{name}.png"]
-        return paths
+            yield f"{name}.wav", wav_bytes(samples, self.sample_rate)
+            yield f"{name}.png", png_bytes(spectrogram(samples, self.sample_rate, len(prompt)))
 
 
 MU = 255
@@ -122,6 +116,7 @@ class MuLawCodec(AudioCodec):
     """
 
     name = "mulaw"
+    saved = ("sample_rate",)
     vocab_size = END + 1
     separator = (END,)
 
@@ -146,9 +141,6 @@ class MuLawCodec(AudioCodec):
         samples = float((np.asarray(ids) < END).sum())
         return {"sample": samples, "second": samples / self.sample_rate}
 
-    def settings(self) -> dict[str, Any]:
-        return {"sample_rate": self.sample_rate}
-
 
 Kind = Literal["encodec", "dac", "mimi"]
 WEIGHTS: dict[str, str] = {
@@ -172,6 +164,7 @@ class NeuralCodec(AudioCodec):
     """
 
     name = "neural"
+    saved = ("kind", "codebooks")
     files = (f"{FOLDER}/*",)
 
     def __init__(self, kind: Kind, model: Any, codebooks: int | None = None) -> None:
@@ -182,17 +175,17 @@ class NeuralCodec(AudioCodec):
         self.sample_rate = config.sampling_rate
         if kind == "encodec":
             available = model.quantizer.get_num_quantizers_for_bandwidth(config.target_bandwidths[-1])
+            self.hop = int(np.prod(config.upsampling_ratios))
+        elif kind == "dac":
+            available, self.hop = config.n_codebooks, config.hop_length
         else:
-            available = config.n_codebooks if kind == "dac" else config.num_quantizers
+            available, self.hop = config.num_quantizers, round(config.sampling_rate / config.frame_rate)
         self.codebooks = min(8, available) if codebooks is None else codebooks
         if not 1 <= self.codebooks <= available:
             raise InputError(f"data.codebooks is {codebooks}, but this {kind} has {available}: give 1 ... {available}")
         if getattr(config, "audio_channels", 1) != 1:
             raise InputError(f"this {kind} has {config.audio_channels} audio channels: use weights for one channel")
         self.codebook_size = config.codebook_size
-        self.hop = config.hop_length if kind == "dac" else int(np.prod(config.upsampling_ratios))
-        if kind == "mimi":
-            self.hop = round(config.sampling_rate / config.frame_rate)
         self.vocab_size = self.codebooks * self.codebook_size + 1
         self.separator = (self.vocab_size - 1,)
 
@@ -270,9 +263,6 @@ class NeuralCodec(AudioCodec):
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
         """Seconds, counted by the codes of the first codebook: one per frame."""
         return {"second": float((np.asarray(ids) < self.codebook_size).sum()) * self.hop / self.sample_rate}
-
-    def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind, "codebooks": self.codebooks}
 
     def save(self, directory: Path) -> None:
         self.model.save_pretrained(directory / FOLDER)

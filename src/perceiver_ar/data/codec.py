@@ -60,6 +60,7 @@ class Codec(ABC):
         index_dims: sizes of the dimensions of a position (rows, columns, channels of an image); empty for text.
         document_length: tokens of every document, if all have the same number (pictures); each window then stays within
             one document.
+        saved: names of the attributes that `settings` keeps.
         files: patterns of the files that `save` writes into a run directory.
         ending: file name ending for what `decode` returns, such as ".mid".
         conditions: field -> its values, of which one or "unknown" stands as a token after the separator of every
@@ -74,6 +75,7 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
+    saved: ClassVar[tuple[str, ...]] = ()
     files: ClassVar[tuple[str, ...]] = ()
     ending: ClassVar[str] = ".bin"
     writes_text: ClassVar[bool] = False
@@ -97,9 +99,7 @@ class Codec(ABC):
     @property
     def dtype(self) -> np.dtype:
         """The smallest of uint8, uint16 and uint32 that holds every id."""
-        return np.dtype(
-            np.uint8 if self.vocab_size <= 1 << 8 else np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        )
+        return np.min_scalar_type(self.vocab_size - 1)
 
     @abstractmethod
     def encode(self, data: bytes) -> np.ndarray:
@@ -229,12 +229,16 @@ class Codec(ABC):
         soundfont: an .sf2 or .sf3 file, for codecs that need one.
         """
         paths = []
-        for number, ids in enumerate(rows, 1):
-            path = directory / f"{numbered(stem, number, len(rows))}{self.ending}"
-            with atomic_path(path) as temporary:
-                temporary.write_bytes(self.to_file(ids))
-            paths.append(path)
+        for name, content in self.results(rows, prompt_len, stem, original=original, soundfont=soundfont):
+            paths.append(directory / name)
+            with atomic_path(paths[-1]) as temporary:
+                temporary.write_bytes(content)
         return paths
+
+    def results(self, rows: Sequence[np.ndarray], prompt_len: int, stem: str, **_: Any) -> Iterator[tuple[str, bytes]]:
+        """Name and content of each file that `show` writes, from its arguments."""
+        for number, ids in enumerate(rows, 1):
+            yield f"{numbered(stem, number, len(rows))}{self.ending}", self.to_file(ids)
 
     def draw_bits(self, ids: np.ndarray, bits: np.ndarray, path: Path) -> None:
         """Draws a document of tokens `ids` (n,) that took `bits` (n,) into the PNG file `path`, shaded by bits.
@@ -264,7 +268,7 @@ class Codec(ABC):
 
     def settings(self) -> dict[str, Any]:
         """The settings from which `load` builds the same codec again, as JSON values."""
-        return {}
+        return {name: getattr(self, name) for name in self.saved}
 
     def save(self, directory: Path) -> None:  # noqa: B027  (most codecs have no files of their own)
         """Writes the codec's own files, if it has any, into `directory`."""
@@ -294,39 +298,23 @@ def parse_conditions(words: Iterable[str]) -> dict[str, str]:
     return conditions
 
 
-def parse_bars(text: str) -> tuple[int, int]:
-    """The bars to infill, of the form FIRST:LAST. Raises `InputError`."""
-    bars = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
-    if bars is None:
-        raise InputError(f"infill is {text!r}: give the first and the last bar, such as 9:12")
-    return int(bars[1]), int(bars[2])
-
-
 def row_prompt_and_count(
     codec: Codec, document: np.ndarray, keep: float | None, count: int | None, infill: str | None, room: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """The row that results begin with, the prompt (both int64), and the maximum number of tokens to draw.
 
-    infill: bars to draw anew (`parse_bars`) of the whole document, in `room` tokens. None: `prompt_and_count`; the row
-        is the prompt.
-    """
-    if infill is None:
-        start, count = prompt_and_count(codec, document, keep, count)
-        prompt = np.array(start, dtype=np.int64)
-        return prompt, prompt, count
-    row, prompt, most = codec.infill(document, *parse_bars(infill), room)
-    return row, prompt, most if count is None else count
-
-
-def prompt_and_count(
-    codec: Codec, document: np.ndarray | list[int], keep: float | None, count: int | None
-) -> tuple[np.ndarray | list[int], int]:
-    """The prompt (a document's start and `keep` tokens after it) and the number of tokens to draw after it.
-
-    keep: number of tokens, or below 1 a share of them; at least one token is kept. None: all of them, or half of a
-        whole picture.
+    keep: number of tokens after the document's start that the prompt has, or below 1 a share of them; at least one is
+        kept. None: all of them, or half of a whole picture.
     count: maximum number of tokens to draw; None: 256, or the rest of a picture.
+    infill: FIRST:LAST, bars to draw anew of the whole document, in `room` tokens. None: go on after the prompt, which
+        is the row.
     """
+    if infill is not None:
+        bars = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", infill)
+        if bars is None:
+            raise InputError(f"infill is {infill!r}: give the first and the last bar, such as 9:12")
+        row, prompt, most = codec.infill(document, int(bars[1]), int(bars[2]), room)
+        return row, prompt, most if count is None else count
     if keep is None and codec.document_length is not None and len(document) == codec.document_length:
         keep = 0.5
     if keep is not None:
@@ -335,7 +323,8 @@ def prompt_and_count(
     if codec.document_length is not None:
         rest = codec.document_length - len(document)
         count = rest if count is None else min(count, rest)
-    return document if len(document) else [0], 256 if count is None else count
+    prompt = np.array(document if len(document) else [0], dtype=np.int64)
+    return prompt, prompt, 256 if count is None else count
 
 
 def check_positive(**settings: int) -> None:
@@ -348,11 +337,6 @@ def check_positive(**settings: int) -> None:
 def numbered(stem: str, number: int, count: int) -> str:
     """The stem of one of `count` results."""
     return stem if count == 1 else f"{stem}-{number}"
-
-
-def missing_extra(extra: str, error: ImportError) -> InputError:
-    """The error for a missing package that only one modality needs."""
-    return InputError(f"this needs the package {error.name}: pip install 'perceiver-ar[{extra}]'")
 
 
 _IMPORTING = threading.RLock()
@@ -370,7 +354,7 @@ def importing(extra: str) -> Iterator[None]:
         except ImportError as error:
             if (error.name or "").startswith("perceiver_ar"):
                 raise
-            raise missing_extra(extra, error) from None
+            raise InputError(f"this needs the package {error.name}: pip install 'perceiver-ar[{extra}]'") from None
         finally:
             logging.disable(before)
 
@@ -389,20 +373,11 @@ def load_codec(directory: str | Path) -> Codec:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         name, settings, conditions = content["codec"], content["settings"], content.get("conditions")
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{path} does not exist: {directory} is not a run directory (train one with --out), or was converted from "
-            "a checkpoint that does not say what its ids stand for, and needs a codec.json"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); copy it again from the original run") from None
-    if str(name) not in CODECS:
-        known = ", ".join(sorted(CODECS))
-        raise InputError(f"{path} names the codec {name!r}, known are {known}; use the perceiver-ar that wrote it")
-    module, _, attribute = CODECS[name].partition(":")
-    codec_class: type[Codec] = getattr(import_module(module), attribute)
-    try:
-        codec = codec_class.load(path.parent, settings)
+        if str(name) not in CODECS:
+            known = ", ".join(sorted(CODECS))
+            raise InputError(f"{path} names the codec {name!r}, known are {known}; use the perceiver-ar that wrote it")
+        module, _, attribute = CODECS[name].partition(":")
+        codec: Codec = getattr(import_module(module), attribute).load(path.parent, settings)
         if conditions is None:
             return codec
         from perceiver_ar.data.conditions import MOST_BYTES, ConditionedCodec
@@ -412,6 +387,11 @@ def load_codec(directory: str | Path) -> Codec:
             if not (texts or (type(values) is int and 0 < values <= MOST_BYTES)):
                 raise ValueError(f"conditions need lists of texts, or numbers in 1 ... {MOST_BYTES}")
         return ConditionedCodec(codec, conditions)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{path} does not exist: {directory} is not a run directory (train one with --out), or was converted from "
+            "a checkpoint that does not say what its ids stand for, and needs a codec.json"
+        ) from None
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:  # not what the class takes

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,25 +53,25 @@ class ConditionedCodec(Codec):
         for name in (*kept, "encodes_in_threads", "encodes_slowly", "header_conditions"):
             setattr(self, name, getattr(plain, name))
         self.first = plain.vocab_size
-        layout = [
-            (1, values) if not isinstance(values, int) else (values, BYTES) for values in self.conditions.values()
-        ]
-        bounds = list(accumulate((1 + len(values) for _, values in layout), initial=self.first))
-        self.vocab_size = bounds[-1]
-        self._field_ids = [range(*pair) for pair in pairwise(bounds)]
-        self._token_ids = [ids for ids, (count, _) in zip(self._field_ids, layout, strict=True) for _ in range(count)]
+        self.vocab_size = self.first
+        self._field_ids, self._token_ids = list[range](), list[range]()
+        for values in self.conditions.values():
+            count, values = (values, BYTES) if isinstance(values, int) else (1, values)
+            self._field_ids.append(range(self.vocab_size, self.vocab_size + 1 + len(values)))
+            self._token_ids += [self._field_ids[-1]] * count
+            self.vocab_size = self._field_ids[-1].stop
         self.unknown = tuple(ids[0] for ids in self._token_ids)
 
     @property
     def plain(self) -> Codec:
         return self._plain
 
-    def field_ids(self, conditions: Mapping[str, str]) -> list[int]:
+    def condition_ids(self, conditions: Mapping[str, str]) -> list[int]:
         """The ids of each field's value in `conditions`, or of unknown.
 
-        Raises `InputError` for an unknown value, and for a free text that is too long.
+        Raises `InputError` for an unknown condition or value, and for a free text that is too long.
         """
-        ids = list[int]()
+        ids = super().condition_ids(conditions)
         for (field, values), own in zip(self.conditions.items(), self._field_ids, strict=True):
             value = conditions.get(field)
             if isinstance(values, int):
@@ -84,9 +83,6 @@ class ConditionedCodec(Codec):
                 require(value in values, f"there is no condition {field}={value}: known are {listed(values)}")
                 ids.append(own[1 + values.index(value)])
         return ids
-
-    def condition_ids(self, conditions: Mapping[str, str]) -> list[int]:
-        return [*super().condition_ids(conditions), *self.field_ids(conditions)]
 
     def conditions_of(self, ids: np.ndarray) -> list[int]:
         first, count = len(self.separator), len(self.unknown)
@@ -259,10 +255,8 @@ class ConditionTable:
         stderr gets the number of files that are not in the table.
         """
         sources, missing = list(sources), list[str]()
-        require(
-            isinstance(codec, ConditionedCodec), f"{self.path}: the run was trained without conditions: leave it out"
-        )
-        assert isinstance(codec, ConditionedCodec)
+        if not isinstance(codec, ConditionedCodec):
+            raise InputError(f"{self.path}: the run was trained without conditions: leave it out")
         for i, source in enumerate(sources):
             fields = self.fields.get(os.path.realpath(source.path))
             if fields is None:

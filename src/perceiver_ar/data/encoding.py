@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from perceiver_ar.data.codec import Codec, WrongModality
-from perceiver_ar.data.shards import Encoders
+from perceiver_ar.data.shards import Encoded, Encoders, Piece, encode_pieces
 from perceiver_ar.data.sources import Source
 from perceiver_ar.errors import InputError
 from perceiver_ar.threads import available_cores
@@ -47,17 +47,15 @@ def encode_documents(
     instead, ahead by 2 shards each. Their number does not change the ids. Close the iterator to stop: this waits for
     the batches that threads are encoding, kills processes, and drops the others.
     """
+    whole = encoders is not None and not codec.encodes_in_threads
+    parts = _parts(sources, codec, split_on, advance, whole)
     if encoders is not None:
-        whole = not codec.encodes_in_threads
-        batches = _batches(_parts(sources, codec, split_on, advance, whole), encoders.shard)
-        encode = partial(_encode_elsewhere, encoders, sources)
-        encoded = _ahead(batches, encode, encoders.processes, encoders.kill)
-        yield from _ended_by_errors(encoded, sources) if whole else encoded
-        return
-    parts = _parts(sources, codec, split_on, advance)
-    if codec.encodes_in_threads:
-        parts = _ahead(_batches(parts, BATCH), partial(_encode, codec), threads or available_cores(), lambda: None)
-    yield from parts  # pieces of other codecs are ids already
+        encode = partial(_encode, encoders.encode, sources)
+        parts = _ahead(_batches(parts, encoders.shard), encode, encoders.processes, encoders.kill)
+    elif codec.encodes_in_threads:
+        encode = partial(_encode, partial(encode_pieces, codec), sources)
+        parts = _ahead(_batches(parts, BATCH), encode, threads or available_cores(), lambda: None)
+    yield from _ended_by_errors(parts, sources) if whole else parts  # pieces of other codecs are ids already
 
 
 def _ahead(
@@ -81,7 +79,7 @@ def _ahead(
 
 
 def _parts(
-    sources: Iterable[Source], codec: Codec, split_on: bytes | None, advance: Callable[[int], Any], whole: bool = False
+    sources: Iterable[Source], codec: Codec, split_on: bytes | None, advance: Callable[[int], Any], whole: bool
 ) -> Iterator[Part]:
     """The same parts as in `encode_documents`, not yet encoded. `whole`: each is a whole document, as bytes."""
     size = 0  # bytes of the document that are in no part yet
@@ -125,19 +123,13 @@ def _batches(parts: Iterable[Part], limit: int) -> Iterator[list[Part]]:
         yield batch
 
 
-def _encode(codec: Codec, batch: list[Part]) -> list[Part]:
-    """The same parts, encoded."""
-    whole = [part for part in batch if part.content is not None]
-    for part, ids in zip(whole, codec.encode_pieces([part.content for part in whole]), strict=True):
-        part.content = ids
-    return batch
-
-
-def _encode_elsewhere(encoders: Encoders, sources: Sequence[Source], batch: list[Part]) -> list[Part]:
-    """As `_encode`, by another process. A document that cannot be read gets an error."""
-    whole = [part for part in batch if part.content is not None]
-    pieces = [(part.where or sources[part.source].name, part.content) for part in whole]
-    for part, ids in zip(whole, encoders.encode(pieces) if whole else [], strict=True):
+def _encode(
+    encode: Callable[[Sequence[Piece]], list[Encoded]], sources: Sequence[Source], batch: list[Part]
+) -> list[Part]:
+    """The same parts, encoded. A document that cannot be read gets an error."""
+    filled = [part for part in batch if part.content is not None]
+    pieces = [(part.where or sources[part.source].name, part.content) for part in filled]
+    for part, ids in zip(filled, encode(pieces) if filled else [], strict=True):
         part.content, part.error = (None, ids) if isinstance(ids, InputError) else (ids, None)
     return batch
 

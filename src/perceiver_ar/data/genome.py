@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from perceiver_ar.data.codec import Codec, WrongModality
+from perceiver_ar.data.codec import WrongModality
 from perceiver_ar.data.sources import Source, split_documents
 from perceiver_ar.data.tars import TAR
-from perceiver_ar.errors import InputError
+from perceiver_ar.data.text import FixedBytesCodec
+from perceiver_ar.errors import InputError, require
 
 BASES = b"ACGTN"
 LONGEST_KMER = 8
@@ -25,6 +26,8 @@ _LETTERS = bytes.maketrans(
 )
 _SPACE = b" \t\r\n"
 _COMPLEMENT = np.array([3, 2, 1, 0, 4])
+_CODES = np.zeros(256, np.int64)  # of each letter
+_CODES[np.frombuffer(BASES, np.uint8)] = np.arange(len(BASES))
 
 Regions = dict[str, list[tuple[int, int]]]
 """Name of a record -> disjoint (start, end) in it, in order: bases start ... end - 1, counted from 0."""
@@ -86,13 +89,13 @@ class Records(Source):
 
 
 def find_records(
-    sources: Iterable[Source], held_out: Iterable[Source] | None
+    sources: Sequence[Source], held_out: Sequence[Source] | None
 ) -> tuple[list[Source], list[Source] | None]:
     """Training and validation files as `Records`. A .bed file in `held_out` holds out its regions of all files.
 
     Raises `InputError` for a .bed file that cannot be read.
     """
-    sources, regions = list(sources), Regions()
+    regions = Regions()
     for source in sources:
         if TAR.fullmatch(source.path.name):
             raise InputError(f"{source.name} is a tar file, from which no genomes are read: unpack it")
@@ -100,23 +103,21 @@ def find_records(
     for bed in beds:
         for name, spans in read_bed(bed).items():
             regions[name] = merged([*regions.get(name, []), *spans])
-    train = [Records(**vars(source), regions=regions if beds else None) for source in sources]
-    if held_out is None:
-        return list[Source](train), None
-    validation = [Records(**vars(source)) for source in held_out if source not in beds]
+    train: list[Source] = [Records(**vars(source), regions=regions if beds else None) for source in sources]
+    validation: list[Source] = [Records(**vars(source)) for source in held_out or () if source not in beds]
     unseen = set(regions)
     for source in sources if beds else ():
         found = {**vars(source), "named": False}  # a region is in one of several files
         validation.append(Records(**found, regions=regions, inside=True, unseen=unseen))
-    return list[Source](train), list[Source](validation)
+    return train, None if held_out is None else validation
 
 
-def read_bed(source: Source) -> Regions:
-    """The regions of a .bed file: lines of name, start and end; of a line with a name alone, the whole record.
+def read_bed(source: Source) -> dict[str, list[tuple[int, int]]]:
+    """The spans of each record in a .bed file: lines of name, start and end; of a line with a name alone, all of it.
 
     Raises `InputError` naming a line that is neither.
     """
-    regions: Regions = {}
+    regions: dict[str, list[tuple[int, int]]] = {}
     for number, line in enumerate(b"".join(source.chunks()).decode(errors="replace").splitlines(), 1):
         fields = line.split()
         if not fields or line.startswith(("#", "track", "browser")):
@@ -128,9 +129,8 @@ def read_bed(source: Source) -> Regions:
         if not 0 <= start < end:
             raise InputError(f"{source.name}, line {number}: {line!r:.60} is no region; write NAME START END, or NAME")
         regions.setdefault(fields[0], []).append((start, end))
-    if not regions:
-        raise InputError(f"{source.name} has no regions; write a line NAME START END for each")
-    return {name: merged(spans) for name, spans in regions.items()}
+    require(len(regions) > 0, f"{source.name} has no regions; write a line NAME START END for each")
+    return regions
 
 
 def merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -184,9 +184,7 @@ def _fasta(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[
 def _fastq(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[bytes]]]:
     """Pairs of a read's name and its sequence; qualities are left out. A record has four lines."""
     lines = (b"".join(line).rstrip(b"\r") for line in split_documents(chunks, b"\n"))
-    for header in lines:
-        if not header:
-            continue
+    for header in filter(None, lines):
         sequence, plus, quality = next(lines, b""), next(lines, b""), next(lines, b"")
         name = _name(header[1:])
         if header[:1] != b"@" or plus[:1] != b"+" or len(quality) != len(sequence):
@@ -198,7 +196,7 @@ def _name(header: bytes) -> str:
     return header.decode(errors="replace").split(maxsplit=1)[0] if header.strip() else "without a name"
 
 
-class NucleotideCodec(Codec):
+class NucleotideCodec(FixedBytesCodec):
     """A base, or `kmer` bases of a record in a row, is one id.
 
     Lower case counts as upper case, U as T, and letters for several bases (IUPAC) as N. Ids are the k-mers in the order
@@ -207,12 +205,11 @@ class NucleotideCodec(Codec):
     """
 
     name = "nucleotides"
+    saved = ("kmer",)
     ending = ".fasta"
-    writes_text = True
 
     def __init__(self, kmer: int = 1) -> None:
-        if not 1 <= kmer <= LONGEST_KMER:
-            raise InputError(f"data.kmer is {kmer}: it must be in 1 ... {LONGEST_KMER}")
+        require(1 <= kmer <= LONGEST_KMER, f"data.kmer is {kmer}: it must be in 1 ... {LONGEST_KMER}")
         self.kmer = kmer
         self.first_base = 0 if kmer == 1 else 4**kmer
         self.vocab_size = self.first_base + len(BASES) + 1
@@ -222,10 +219,7 @@ class NucleotideCodec(Codec):
         reverse = (_COMPLEMENT[digits[:, ::-1]] * self.powers).sum(axis=1)
         self._complement = np.concatenate([reverse, self.first_base + _COMPLEMENT, self.separator]).astype(self.dtype)
         letters = np.frombuffer(BASES, np.uint8)
-        self._bases = [*(letters[row].tobytes() for row in digits), *(bytes([base]) for base in BASES), b""]
-
-    def encode(self, data: bytes) -> np.ndarray:
-        return np.concatenate([np.empty(0, self.dtype), *self.encode_stream([data], "the input")])
+        self._bytes = [*(letters[row].tobytes() for row in digits), *(bytes([base]) for base in BASES), b""]
 
     def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
         """A sequence, or a FASTA file with one record."""
@@ -254,9 +248,6 @@ class NucleotideCodec(Codec):
         ids[np.repeat(unknown, np.where(unknown, self.kmer, 1))] = self.first_base + rows[unknown].reshape(-1)
         return ids.astype(self.dtype)
 
-    def decode(self, ids: ArrayLike) -> bytes:
-        return b"".join([self._bases[index] for index in np.asarray(ids).tolist()])
-
     def to_file(self, ids: ArrayLike) -> bytes:
         """A FASTA file with one record."""
         bases = self.decode(ids)
@@ -269,13 +260,3 @@ class NucleotideCodec(Codec):
 
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
         return {"base": float(self.num_bytes(ids))}
-
-    def byte_lengths(self) -> np.ndarray:
-        return np.array([len(bases) for bases in self._bases], dtype=np.int64)
-
-    def settings(self) -> dict[str, Any]:
-        return {"kmer": self.kmer}
-
-
-_CODES = np.zeros(256, np.int64)  # of each letter
-_CODES[np.frombuffer(BASES, np.uint8)] = np.arange(len(BASES))

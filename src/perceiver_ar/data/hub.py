@@ -70,12 +70,15 @@ def _download(path: str, folder: Path, column: str, max_bytes: int | None, seed:
                 part, texts, size = state["parts"], list[str](), state["bytes"]
                 read, lacking = 0, dict[str, None]()
                 for read, row in enumerate(islice(stream_rows, rows), 1):
-                    if (text := _text(path, row, column)) is None:
+                    text = field_of(row, column)
+                    if text is MISSING:
                         lacking |= dict.fromkeys(row)
                         if part or texts or read < ROWS_TO_SEARCH:
                             continue
                         break
-                    texts.append(text)
+                    if not isinstance(text, str | None):
+                        raise InputError(f"{path} has {text!r:.40} in column {column!r}, not text; set data.column")
+                    texts.append(text or "")
                     size += len(texts[-1].encode(errors="surrogatepass"))
                     if max_bytes is not None and size >= max_bytes:
                         break
@@ -119,16 +122,6 @@ def _open(path: str, column: str, seed: int) -> Any:
         stream = stream.select_columns(top) if top in names else _no_column(path, column, names)
     # A buffer of more rows would be lost when the stream is resumed, so rows are shuffled when they are written.
     return stream.shuffle(seed=seed, buffer_size=1)
-
-
-def _text(path: str, row: dict[str, Any], column: str) -> str | None:
-    """None if the row has no such column."""
-    value = field_of(row, column)
-    if value is MISSING:
-        return None
-    if not isinstance(value, str | None):
-        raise InputError(f"{path} has {value!r:.40} in column {column!r}, not text; set data.column")
-    return value or ""
 
 
 def _no_column(path: str, column: str, names: Iterable[str]) -> NoReturn:

@@ -14,9 +14,9 @@ from PIL import ExifTags, Image, ImageOps
 
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import NO_CONDITIONS, Codec, WrongModality, check_positive
-from perceiver_ar.data.pictures import grid
+from perceiver_ar.data.pictures import grid, png_bytes
 from perceiver_ar.data.sources import Source, read_documents
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
 
 Colours = Literal["rgb", "grey", "palette"]
@@ -127,6 +127,7 @@ class ImageCodec(Codec):
     """
 
     name = "image"
+    saved = ("rows", "columns", "colours")
     ending = ".png"
     encodes_slowly = True
 
@@ -177,9 +178,8 @@ class ImageCodec(Codec):
 
     def decode(self, ids: ArrayLike) -> bytes:
         """A PNG file; grey pictures have one channel."""
-        pixels, buffer = self.pixels(ids), io.BytesIO()
-        Image.fromarray(pixels[..., 0] if self.colours == "grey" else pixels).save(buffer, "PNG")
-        return buffer.getvalue()
+        pixels = self.pixels(ids)
+        return png_bytes(Image.fromarray(pixels[..., 0] if self.colours == "grey" else pixels))
 
     def fit(self, config: PerceiverARConfig) -> PerceiverARConfig:
         """The context is one picture; positions are learned by row, column and channel unless `config` has a table."""
@@ -212,25 +212,16 @@ class ImageCodec(Codec):
         """A dimension is one channel of one pixel, so that bits per dimension are comparable with other models."""
         return {"dimension": float((np.asarray(ids) < self.num_values).sum())}
 
-    def show(
-        self,
-        rows: Sequence[np.ndarray],
-        prompt_len: int,
-        directory: Path,
-        stem: str,
-        *,
-        original: np.ndarray | None = None,
-        soundfont: str | None = None,
-    ) -> list[Path]:
+    def results(
+        self, rows: Sequence[np.ndarray], prompt_len: int, stem: str, *, original: np.ndarray | None = None, **_: Any
+    ) -> Iterator[tuple[str, bytes]]:
         """STEM.png for each row, and STEM-grid.png with the original, the kept part and the completions."""
-        paths = super().show(rows, prompt_len, directory, stem)
+        yield from super().results(rows, prompt_len, stem)
         first = {} if original is None else {"original": original, "kept": rows[0][:prompt_len]}
         samples = ["sample"] if len(rows) == 1 else [f"sample {number}" for number in range(1, len(rows) + 1)]
         pictures = [self.pixels(ids) for ids in (*first.values(), *rows)]
         picture = grid(pictures, [*first, *samples], scale=max(1, 160 // max(self.rows, self.columns)))
-        with atomic_path(directory / f"{stem}-grid.png") as temporary:
-            picture.save(temporary)
-        return [*paths, directory / f"{stem}-grid.png"]
+        yield f"{stem}-grid.png", png_bytes(picture)
 
     def draw_bits(self, ids: np.ndarray, bits: np.ndarray, path: Path) -> None:
         """The picture, and beside it the bits of each pixel, from black (0) to white (the most)."""
@@ -243,21 +234,18 @@ class ImageCodec(Codec):
 
     def settings(self) -> dict[str, Any]:
         palette = None if self.palette is None else self.palette.tolist()
-        settings = {"rows": self.rows, "columns": self.columns, "colours": self.colours}
-        return settings | {"palette": palette, "classes": list(self.classes)}
+        return super().settings() | {"palette": palette, "classes": list(self.classes)}
 
 
-def choose_palette(sources: Iterable[Source], rows: int, columns: int, size: int, most: int = 500) -> list[list[int]]:
+def choose_palette(sources: Sequence[Source], rows: int, columns: int, size: int, most: int = 500) -> list[list[int]]:
     """At most `size` different colours (n, 3), dark ones first, that suit up to `most` pictures spread over `sources`.
 
     Raises `InputError` if a named file cannot be read, or if there is no picture.
     """
-    sources = list(sources)
     step = max(1, len(sources) // most)  # sources are sorted by folder, so the first ones may be alike
     spread = chain.from_iterable(sources[first::step] for first in range(step))
     samples = list(islice(read_documents(spread, lambda data: read_image(data, rows, columns, "palette")), most))
-    if not samples:
-        raise InputError("there is no picture to choose a palette from; give a folder of pictures")
+    require(len(samples) > 0, "there is no picture to choose a palette from; give a folder of pictures")
     pixels = np.concatenate(samples)
     different = np.unique(pixels.reshape(-1, 3), axis=0)
     if len(different) > size:

@@ -2,14 +2,13 @@
 
 import io
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from perceiver_ar.data.codec import Codec, WrongModality, check_positive
 from perceiver_ar.data.sources import Source, read_documents
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import require
 
 LARGEST = (1 << 31) - 2
 
@@ -39,6 +38,7 @@ class IntegerCodec(Codec):
     documents, and the arrays of an .npz file."""
 
     name = "integers"
+    saved = ("num_values",)
     ending = ".npy"
 
     def __init__(self, num_values: int) -> None:
@@ -60,9 +60,6 @@ class IntegerCodec(Codec):
         np.save(buffer, ids[ids < self.num_values].astype(self.dtype))
         return buffer.getvalue()
 
-    def settings(self) -> dict[str, Any]:
-        return {"num_values": self.num_values}
-
 
 def count_values(sources: Iterable[Source]) -> int:
     """One more than the largest number in all files. Raises `InputError` for a named file that cannot be read, or if no
@@ -70,6 +67,5 @@ def count_values(sources: Iterable[Source]) -> int:
     largest = -1
     for arrays in read_documents(sources, read_arrays):
         largest = max([largest, *(int(array.max()) for array in arrays if array.size)])
-    if largest < 0:
-        raise InputError("no integers in these files; give .npy or .npz files of whole numbers from 0 on")
+    require(largest >= 0, "no integers in these files; give .npy or .npz files of whole numbers from 0 on")
     return largest + 1

@@ -4,17 +4,17 @@ Every codec here works on the notes of a piece (n, 4), in the form that `midi_fi
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from perceiver_ar.data.codec import Codec, importing, numbered
 from perceiver_ar.data.midi_file import clean, read_midi, write_midi
-from perceiver_ar.data.pictures import piano_roll
-from perceiver_ar.data.sound import play_notes, write_wav
+from perceiver_ar.data.pictures import piano_roll, png_bytes
+from perceiver_ar.data.sound import play_notes, wav_bytes
 from perceiver_ar.errors import InputError
 from perceiver_ar.files import atomic_path
 
@@ -39,6 +39,11 @@ class MusicCodec(Codec):
     def decode_notes(self, ids: np.ndarray) -> np.ndarray:
         """Any ids -> notes (n, 4)."""
 
+    def last_piece(self, ids: np.ndarray) -> np.ndarray:
+        """What follows the last separator in ids (n,); without one, all of them."""
+        ends = np.flatnonzero(ids == self.separator[0])
+        return ids[ends[-1] + 1 :] if len(ends) else ids
+
     def seconds(self, ids: np.ndarray) -> float:
         """The time in seconds of the next event after ids (n,)."""
         return self.amounts(ids)["second"]
@@ -54,37 +59,23 @@ class MusicCodec(Codec):
         times = np.maximum(notes[:, :2] - start, 0)
         return write_midi(np.concatenate([times, notes[:, 2:]], axis=1)) if len(notes) else None
 
-    def show(
-        self,
-        rows: Sequence[np.ndarray],
-        prompt_len: int,
-        directory: Path,
-        stem: str,
-        *,
-        original: np.ndarray | None = None,
-        soundfont: str | None = None,
-    ) -> list[Path]:
-        """Writes STEM.mid, STEM.wav and STEM.png for each row; the picture is a piano roll with lines where
-        what was drawn begins and ends. If a prompt was continued, STEM-continuation.mid has the music between them."""
-        paths = []
+    def results(
+        self, rows: Sequence[np.ndarray], prompt_len: int, stem: str, *, soundfont: str | None = None, **_: Any
+    ) -> Iterator[tuple[str, bytes]]:
+        """STEM.mid, STEM.wav and STEM.png for each row; the picture is a piano roll with lines where what was drawn
+        begins and ends. If a prompt was continued, STEM-continuation.mid has the music between them."""
         prompt = np.asarray(rows[0][:prompt_len])
         for number, ids in enumerate(rows, 1):
             name = numbered(stem, number, len(rows))
             ids = np.asarray(ids)
-            notes, (start, end) = self.decode_notes(ids), self.new_span(prompt)
-            files: dict[str, Any] = {f"{name}.mid": self.decode(ids)}
-            if start > 0 and files[f"{name}.mid"] == self.decode(prompt):  # nothing new
+            notes, midi, (start, end) = self.decode_notes(ids), self.decode(ids), self.new_span(prompt)
+            yield f"{name}.mid", midi
+            if start > 0 and midi == self.decode(prompt):  # nothing new
                 start = end = max(start, float(notes[:, 1].max(initial=0.0)))
             elif start > 0 and (new := self.excerpt(ids, start, end)) is not None:
-                files[f"{name}-continuation.mid"] = new
-            for file, content in files.items():
-                with atomic_path(directory / file) as temporary:
-                    temporary.write_bytes(content)
-            write_wav(directory / f"{name}.wav", *play_notes(notes, files[f"{name}.mid"], soundfont))
-            with atomic_path(directory / f"{name}.png") as temporary:
-                piano_roll(notes, start, end).save(temporary)
-            paths += [directory / file for file in [*files, f"{name}.wav", f"{name}.png"]]
-        return paths
+                yield f"{name}-continuation.mid", new
+            yield f"{name}.wav", wav_bytes(*play_notes(notes, midi, soundfont))
+            yield f"{name}.png", png_bytes(piano_roll(notes, start, end))
 
 
 def _sounding(pitches: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -117,21 +108,19 @@ class PerformanceCodec(MusicCodec):
         notes = notes.copy()
         on = np.rint(STEPS * notes[:, 0])
         notes[:, 0], notes[:, 1] = on, np.maximum(on + 1, np.rint(STEPS * notes[:, 1]))
-        start, end, pitch, velocity = clean(notes).astype(np.int64).T  # rounding may have made notes meet
-        times = np.concatenate([end, start])
-        pitches = np.concatenate([pitch, pitch])
-        is_on = np.arange(len(times)) >= len(end)
-        bins = np.concatenate([np.zeros_like(velocity), (velocity - 1) // 4])
+        events = []  # sorted below: at the same time, ends come first
+        for start, end, pitch, velocity in clean(notes).astype(np.int64).tolist():  # rounding may have made notes meet
+            events += [(end, False, pitch, 0), (start, True, pitch, (velocity - 1) // 4)]
         ids: list[int] = []
-        now, loudness = 0, -1
-        for i in np.lexsort((pitches, is_on, times)).tolist():
-            seconds, rest = divmod(int(times[i]) - now, STEPS)
+        now, last = 0, -1
+        for time, is_on, pitch, loudness in sorted(events):
+            seconds, rest = divmod(time - now, STEPS)
             ids += [SHIFT + STEPS - 1] * seconds + ([SHIFT + rest - 1] if rest else [])
-            now = int(times[i])
-            if is_on[i] and bins[i] != loudness:
-                loudness = int(bins[i])
+            now = time
+            if is_on and loudness != last:
+                last = loudness
                 ids.append(VELOCITY + loudness)
-            ids.append((ON if is_on[i] else OFF) + int(pitches[i]))
+            ids.append((ON if is_on else OFF) + pitch)
         return np.array(ids, dtype=self.dtype)
 
     def decode_notes(self, ids: np.ndarray) -> np.ndarray:
@@ -164,9 +153,7 @@ class PerformanceCodec(MusicCodec):
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray:
         """A note may end only if it sounds, and start only if it does not. After a velocity, only a note may start."""
-        ids = np.asarray(ids)
-        ends = np.flatnonzero(ids == END)
-        ids = ids[ends[-1] + 1 :] if len(ends) else ids
+        ids = self.last_piece(np.asarray(ids))
         events = ids[ids < SHIFT]
         sounds = _sounding(events % OFF, events < OFF)
         allowed = np.ones(self.vocab_size, dtype=bool)
@@ -227,7 +214,18 @@ class MidiTokCodec(MusicCodec):
     """
 
     name = "miditok"
+    saved = ("kind",)
     files = ("miditok.json",)
+    miditok_settings: ClassVar[dict[str, Any]] = {
+        "pitch_range": (0, 127),
+        "beat_res": RESOLUTION,
+        "num_velocities": 32,
+        "special_tokens": ["PAD"],
+        "use_time_signatures": False,
+        "use_tempos": False,
+        "use_pitchdrum_tokens": False,
+        "encode_ids_split": "no",
+    }
 
     def __init__(self, kind: Kind, tokenizer: Any = None) -> None:
         """tokenizer: an existing MidiTok tokenizer. Raises `InputError` if MidiTok is not installed."""
@@ -235,18 +233,7 @@ class MidiTokCodec(MusicCodec):
             import miditok
             import symusic  # noqa: F401
         self.kind: Kind = kind
-        self.tokenizer = tokenizer or _tokenizer_class(kind)(
-            miditok.TokenizerConfig(
-                pitch_range=(0, 127),
-                beat_res=RESOLUTION,
-                num_velocities=32,
-                special_tokens=["PAD"],
-                use_time_signatures=False,
-                use_tempos=False,
-                use_pitchdrum_tokens=False,
-                encode_ids_split="no",
-            )
-        )
+        self.tokenizer = tokenizer or _tokenizer_class(kind)(miditok.TokenizerConfig(**self.miditok_settings))
         tokens = {index: token for token, index in self.tokenizer.vocab.items()}
         self.vocab_size = max(tokens) + 2
         self.separator = (self.vocab_size - 1,)
@@ -254,7 +241,8 @@ class MidiTokCodec(MusicCodec):
         starts = "NoteOn" if kind == "midilike" else "Pitch"
         self._is_note = self._types == starts
         self._pitch = np.full(self.vocab_size, -1)  # of each id; -1: none
-        self._seconds, self._position = np.zeros(self.vocab_size), np.zeros(self.vocab_size)  # the latter in a bar
+        self._seconds = np.zeros(self.vocab_size)
+        self._place = np.full(self.vocab_size, -1)  # of a Position in its bar
         for index, token in tokens.items():
             kind_of, value = token.split("_")
             if kind_of in ("Pitch", "NoteOn", "NoteOff"):
@@ -262,10 +250,13 @@ class MidiTokCodec(MusicCodec):
             elif kind_of == "Bar":
                 self._seconds[index] = 2.0
             elif kind_of == "Position":
-                self._position[index] = int(value) / max(RESOLUTION.values()) / 2
+                self._place[index] = int(value)
             elif kind_of == "TimeShift":
                 beats, steps, per_beat = map(int, value.split("."))
                 self._seconds[index] = (beats + steps / per_beat) / 2
+        self._drums = -1  # the id whose notes keep their pitches; -1: none
+        # Which ids `augment` changes, and by how much at most.
+        self._variable = [(self._pitch >= 0, 3), (self._types == "Velocity", 1)]
         first = ["Bar"] if kind == "remi" else ["TimeShift", starts]
         self._follow = {"End": np.isin(self._types, first)}  # by the type of the last id
         for one, others in self.tokenizer.tokens_types_graph.items():
@@ -287,13 +278,9 @@ class MidiTokCodec(MusicCodec):
 
         known = ids[ids < self.vocab_size - 1]
         score = self.tokenizer.decode([TokSequence(ids=known.tolist())])
-        parts = [np.empty((0, 4))]
-        for track in score.tracks:
-            columns = track.notes.numpy()
-            start = columns["time"].astype(np.float64) / score.ticks_per_quarter / 2
-            end = start + np.maximum(columns["duration"], 1) / score.ticks_per_quarter / 2
-            parts.append(np.stack([start, end, columns["pitch"], columns["velocity"]], axis=1))
-        return clean(np.concatenate(parts))
+        notes = np.concatenate([np.empty((0, 4)), *map(track_notes, score.tracks)])
+        per_second = 2 * score.ticks_per_quarter
+        return clean(notes) / [per_second, per_second, 1, 1]
 
     def seconds(self, ids: np.ndarray) -> float:
         """The sum of the time shifts; in REMI, the time of the last bar and position."""
@@ -303,15 +290,15 @@ class MidiTokCodec(MusicCodec):
         bars = np.flatnonzero(self._types[ids] == "Bar")
         if len(bars) == 0:
             return 0.0
-        return 2.0 * (len(bars) - 1) + float(self._position[ids[bars[-1] :]].max())
+        place = max(0, int(self._place[ids[bars[-1] :]].max()))
+        return 2.0 * (len(bars) - 1) + place / max(RESOLUTION.values()) / 2
 
     def allowed_next(self, ids: np.ndarray) -> np.ndarray:
         """The ids that MidiTok's graph of token types allows after the last one; a note may end only if it sounds."""
         follow = self._follow[str(self._types[ids[-1]]) if len(ids) else "End"]
         if self.kind != "midilike":
             return follow
-        ends = np.flatnonzero(ids == self.separator[0])
-        ids = ids[ends[-1] + 1 :] if len(ends) else ids
+        ids = self.last_piece(ids)
         events = ids[self._pitch[ids] >= 0]
         sounds = _sounding(self._pitch[events], self._is_note[events])
         about = sounds[self._pitch]
@@ -320,10 +307,10 @@ class MidiTokCodec(MusicCodec):
     def augment(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Up to three semitones up or down, and up to one velocity louder or softer; never out of range."""
         ids = ids.astype(np.int64)
-        for kind, change in ((self._pitch >= 0, 3), (self._types == "Velocity", 1)):
-            change = random.integers(-change, change + 1)
-            chosen = kind[ids]
-            moved = np.where(chosen, ids + change, ids).clip(0, self.vocab_size - 1)
+        of_drums = np.append(False, ids[:-1] == self._drums)
+        for kind, most in self._variable:
+            change = random.integers(-most, most + 1)
+            moved = np.where(kind[ids] & ~of_drums, ids + change, ids).clip(0, self.vocab_size - 1)
             if (self._types[moved] == self._types[ids]).all():  # ids of a type are neighbours, in order
                 ids = moved
         return ids
@@ -332,9 +319,6 @@ class MidiTokCodec(MusicCodec):
         """Notes are Pitch or NoteOn tokens; seconds the sum of the time shifts, or of REMI's bars."""
         ids = np.asarray(ids, dtype=np.int64)
         return {"note": float(self._is_note[ids].sum()), "second": float(self._seconds[ids].sum())}
-
-    def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind}
 
     def save(self, directory: Path) -> None:
         with atomic_path(directory / "miditok.json") as temporary:
@@ -351,6 +335,13 @@ class MidiTokCodec(MusicCodec):
             reason = " ".join(str(error).split())
             raise InputError(f"cannot read {path} ({reason}); copy it again from the original run") from None
         return cls(settings["kind"], tokenizer)
+
+
+def track_notes(track: Any) -> np.ndarray:
+    """The notes (n, 4) of a symusic track, with times in ticks."""
+    columns = track.notes.numpy()
+    end = columns["time"] + np.maximum(columns["duration"], 1.0)
+    return np.stack([columns["time"], end, columns["pitch"], columns["velocity"]], axis=1)
 
 
 def _tokenizer_class(kind: Kind) -> Any:

@@ -22,7 +22,6 @@ and has no times in frames; symusic 0.5.9 can end the process at a damaged file.
 
 import struct
 from collections import defaultdict
-from collections.abc import Callable
 from itertools import chain
 from operator import itemgetter
 from typing import NamedTuple
@@ -39,23 +38,25 @@ LONGEST = 24 * 3600.0
 """Maximum length of a piece in seconds; a longer file is damaged."""
 
 NOTE_OFF, NOTE_ON, CONTROL, PROGRAM, TRACK_END = 0x80, 0x90, 0xB0, 0xC0, 0xFF
+TEMPO, SIGNATURE = 0x51, 0x58
 PEDAL, SOUND_OFF, RESET, NOTES_OFF = 64, 120, 121, (123, 124, 125, 126, 127)
 """Controllers. The pedal is down at 64 or more; a reset lifts it. Mode changes (124 ... 127) release keys, too."""
 HEARD = frozenset({PEDAL, SOUND_OFF, RESET, *NOTES_OFF})
 
 
 Event = tuple[int, int, int, int, int, int]
-"""Tick, track, channel (plus 16 times the port), kind, pitch or controller, value."""
+"""Tick, track, channel (plus 16 times the port), kind, pitch or controller, value.
+
+The last two are, for a tempo, microseconds per quarter and 0; for a time signature, numerator and denominator.
+"""
 
 
 def read_midi(data: bytes) -> np.ndarray:
     """The notes (n, 4) of a standard MIDI file. Raises `WrongModality` if it is damaged, cut off, or without notes."""
-    parts = read_parts(data)
-    notes = parts.notes[parts.notes[:, 4] != DRUM_KIT, :4]
+    notes = read_parts(data).as_one()
     if len(notes) == 0:
         raise WrongModality("a MIDI file without notes")
-    notes[:, :2] = clock(parts.division, parts.tempos)(notes[:, :2])
-    return clean(notes)
+    return notes
 
 
 class Parts(NamedTuple):
@@ -70,24 +71,47 @@ class Parts(NamedTuple):
     division: int
     """As in the header: ticks per quarter, or frames and ticks per frame."""
 
+    def seconds(self, ticks: np.ndarray) -> np.ndarray:
+        """Times in ticks -> times in seconds. Raises `WrongModality` if a tempo or the division is 0."""
+        if self.division & 0x8000:  # frames per second, ticks per frame
+            frames, per_frame = 256 - (self.division >> 8), self.division & 0xFF
+            per_second, tempos = (30_000 / 1001 if frames == 29 else frames) * per_frame, []
+        else:
+            per_second, tempos = 2 * self.division, self.tempos
+        if per_second == 0 or any(tempo == 0 for _, tempo in tempos):
+            raise WrongModality("a damaged MIDI file: its tempo or division is 0")
+        changes = np.array([0, *(tick for tick, _ in tempos)], dtype=np.float64)
+        per_tick = np.array([1 / per_second, *(tempo / 1e6 / self.division for _, tempo in tempos)])
+        before = np.append(0.0, np.cumsum(np.diff(changes) * per_tick[:-1]))
+        part = np.searchsorted(changes, ticks, side="right") - 1
+        return before[part] + (ticks - changes[part]) * per_tick[part]
+
+    def as_one(self) -> np.ndarray:
+        """The notes (n, 4) of all instruments but drums, in seconds."""
+        notes = self.notes[self.notes[:, 4] != DRUM_KIT, :4]
+        notes[:, :2] = self.seconds(notes[:, :2])
+        return clean(notes)
+
 
 def read_parts(data: bytes) -> Parts:
     """The parts of a standard MIDI file. Raises `WrongModality` if it is damaged, cut off, or without notes."""
     try:
-        events, tempos, signatures, division = _events(data)
+        events, division = _events(data)
     except (IndexError, struct.error):
         raise WrongModality("a MIDI file that is cut off, or damaged") from None
-    seconds = clock(division, tempos)
-    notes = _sounding(events)
-    if len(notes) == 0:
+    tempos = [(tick, number) for tick, _, _, kind, number, _ in events if kind == TEMPO]
+    signatures = [(tick, number, value) for tick, _, _, kind, number, value in events if kind == SIGNATURE]
+    parts = Parts(_sounding(events), tempos, signatures, division)
+    ends = parts.seconds(parts.notes[:, 1])
+    if len(ends) == 0:
         raise WrongModality("a MIDI file without notes")
-    if (last := float(seconds(notes[:, 1].max()))) > LONGEST:
+    if (last := float(ends.max())) > LONGEST:
         raise WrongModality(f"a MIDI file of {last / 3600:,.0f} hours, which must be damaged")
-    return Parts(notes, tempos, signatures, division)
+    return parts
 
 
-def _events(data: bytes) -> tuple[list[Event], list[tuple[int, int]], list[tuple[int, int, int]], int]:
-    """The events of all tracks in order, tempos, time signatures, and the division of the header.
+def _events(data: bytes) -> tuple[list[Event], int]:
+    """The events of all tracks in order, and the division of the header.
 
     Tracks are searched to the end of the data, also between other chunks; the track count in the header is ignored.
     """
@@ -97,37 +121,24 @@ def _events(data: bytes) -> tuple[list[Event], list[tuple[int, int]], list[tuple
         raise WrongModality("no MIDI file")
     _, kind, _, division = struct.unpack_from(">IHHH", data, at + 4)
     tracks: list[list[Event]] = []
-    tempos: list[tuple[int, int]] = []
-    signatures: list[tuple[int, int, int]] = []
     while (at := data.find(b"MTrk", at)) >= 0:
         [size] = struct.unpack_from(">I", data, at + 4)
         start = tracks[-1][-1][0] if kind == 2 and tracks else 0  # format 2: one after another
-        events, at = _read_track(data, at + 8, size, len(tracks), start, tempos, signatures)
+        events, at = _read_track(data, at + 8, size, len(tracks), start)
         tracks.append(events)
     if not tracks:
         raise IndexError
-    together = sorted(chain.from_iterable(tracks), key=itemgetter(0))
-    return together, sorted(tempos, key=itemgetter(0)), sorted(signatures, key=itemgetter(0)), division
+    return sorted(chain.from_iterable(tracks), key=itemgetter(0)), division
 
 
-def _read_track(
-    data: bytes,
-    at: int,
-    size: int,
-    track: int,
-    tick: int,
-    tempos: list[tuple[int, int]],
-    signatures: list[tuple[int, int, int]],
-) -> tuple[list[Event], int]:
-    """The note, controller and program events of the track at `at`, which begins at `tick`, and its end in `data`.
+def _read_track(data: bytes, at: int, size: int, track: int, tick: int) -> tuple[list[Event], int]:
+    """The events of the track at `at`, which begins at `tick`, and its end in `data`.
 
-    Adds its tempo changes to `tempos` and its time signatures to `signatures`. A track ends at its end-of-track event,
-    whatever its `size`; without that event, after `size` bytes. If the recorder never filled in the `size`, it may end
-    with the data. Raises IndexError if the track is cut off.
+    A track ends at its end-of-track event, whatever its `size`; without that event, after `size` bytes. If the recorder
+    never filled in the `size`, it may end with the data. Raises IndexError if the track is cut off.
     """
     events: list[Event] = []
     start, port, running = at, 0, 0
-    unknown = size in (0, 0x7FFFFFFF, 0xFFFFFFFF)
 
     def length() -> int:
         nonlocal at
@@ -163,10 +174,10 @@ def _read_track(
                 at = end
                 if meta == 0x2F:
                     break
-                if meta == 0x51 and len(content) == 3:
-                    tempos.append((tick, int.from_bytes(content)))
-                elif meta == 0x58 and len(content) == 4 and content[0] > 0 and content[1] < 8:
-                    signatures.append((tick, content[0], 1 << content[1]))
+                if meta == TEMPO and len(content) == 3:
+                    events.append((tick, track, 0, TEMPO, int.from_bytes(content), 0))
+                elif meta == SIGNATURE and len(content) == 4 and content[0] > 0 and content[1] < 8:
+                    events.append((tick, track, 0, SIGNATURE, content[0], 1 << content[1]))
                 elif meta == 0x21 and len(content) == 1:
                     port = content[0]
             elif status in (0xF0, 0xF7):  # system exclusive
@@ -186,32 +197,11 @@ def _read_track(
                 if kind in (NOTE_ON, NOTE_OFF, PROGRAM) or (kind == CONTROL and number in HEARD):
                     events.append((tick, track, 16 * port + channel, kind, number, value))
     except IndexError:
-        if not unknown:
+        if size not in (0, 0x7FFFFFFF, 0xFFFFFFFF):
             raise
         at = len(data)
     events.append((tick, track, 0, TRACK_END, 0, 0))
     return events, at
-
-
-def clock(division: int, tempos: list[tuple[int, int]]) -> Callable[[np.ndarray], np.ndarray]:
-    """The function from ticks to seconds. `tempos`: (tick, microseconds per quarter from there on), sorted by tick."""
-    if division & 0x8000:  # frames per second, ticks per frame
-        frames, per_frame = 256 - (division >> 8), division & 0xFF
-        per_second = (30_000 / 1001 if frames == 29 else frames) * per_frame
-        tempos = []
-    else:
-        per_second = 2 * division
-    if per_second == 0 or any(tempo == 0 for _, tempo in tempos):
-        raise WrongModality("a damaged MIDI file: its tempo or division is 0")
-    ticks = np.array([0, *(tick for tick, _ in tempos)], dtype=np.float64)
-    per_tick = np.array([1 / per_second, *(tempo / 1e6 / division for _, tempo in tempos)])
-    before = np.append(0.0, np.cumsum(np.diff(ticks) * per_tick[:-1]))
-
-    def seconds(time: np.ndarray) -> np.ndarray:
-        part = np.searchsorted(ticks, time, side="right") - 1
-        return before[part] + (time - ticks[part]) * per_tick[part]
-
-    return seconds
 
 
 class _Key:
@@ -231,11 +221,11 @@ class _Key:
             self.held.pop()
             self.releases.append(place)
 
-    def notes(self, end: int) -> list[tuple[int, int, int, int]]:
-        """For each stroke: its place, that of its release, velocity, program. `end`: place where the track ends."""
+    def notes(self, pitch: int, end: int) -> list[tuple[int, int, int, int, int]]:
+        """For each stroke: its place, that of its release, pitch, velocity, program. `end`: where the track ends."""
         lost, releases = set(self.held), iter(self.releases)
         return [
-            (place, end if number in lost else next(releases), velocity, program)
+            (place, end if number in lost else next(releases), pitch, velocity, program)
             for number, (place, velocity, program) in enumerate(self.strokes)
         ]
 
@@ -256,6 +246,8 @@ def _sounding(events: list[Event]) -> np.ndarray:
             ends[track] = place
         elif kind == PROGRAM:
             programs[channel] = number
+        elif kind in (TEMPO, SIGNATURE):
+            continue
         elif number == PEDAL:
             pedals[channel].append((place, value >= 64))
         elif number == RESET:
@@ -269,8 +261,7 @@ def _sounding(events: list[Event]) -> np.ndarray:
     times = np.array([event[0] for event in events], dtype=np.float64)
     parts: defaultdict[int, list[tuple[int, int, int, int, int]]] = defaultdict(list)  # by channel
     for (channel, track, pitch), key in keys.items():
-        for start, end, velocity, program in key.notes(ends[track]):
-            parts[channel].append((start, end, pitch, velocity, program))
+        parts[channel] += key.notes(pitch, ends[track])
     notes: list[np.ndarray] = [np.empty((0, 5))]
     for channel, part in parts.items():
         start, end, pitch, velocity, program = np.array(part, dtype=np.int64).reshape(-1, 5).T

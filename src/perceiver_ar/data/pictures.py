@@ -1,5 +1,6 @@
 """Pictures of results: piano rolls, spectrograms and grids, drawn with Pillow (a dependency of matplotlib)."""
 
+import io
 from collections.abc import Sequence
 from importlib.metadata import distribution
 
@@ -12,6 +13,13 @@ EDGE = (20, 24, 28)  # where the prompt ends
 FONT = "matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf"
 """A font with accented, Greek, Cyrillic and Arabic letters; Pillow's own has those of ASCII alone."""
 RANGE = 80  # decibels of a spectrogram
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def piano_roll(

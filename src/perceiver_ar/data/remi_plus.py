@@ -17,14 +17,14 @@ The empty bars are Bar, TimeSig and changes of tempo. So time is the same whatev
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from perceiver_ar.data.codec import WrongModality, importing
-from perceiver_ar.data.midi import Kind, MidiTokCodec
-from perceiver_ar.data.midi_file import DRUM_KIT, LONGEST, Parts, clean, clock, read_parts, write_midi
+from perceiver_ar.data.codec import WrongModality
+from perceiver_ar.data.midi import Kind, MidiTokCodec, track_notes
+from perceiver_ar.data.midi_file import DRUM_KIT, LONGEST, Parts, clean, read_parts, write_midi
 from perceiver_ar.errors import require
 
 SECTIONS = ("SUFFIX", "PREFIX", "HOLE", "MIDDLE")
@@ -36,31 +36,6 @@ PER_QUARTER = 480
 """Ticks of the files that `decode` writes."""
 
 
-def _tokenizer() -> Any:
-    with importing("midi"):
-        import miditok
-    return miditok.REMI(
-        miditok.TokenizerConfig(
-            pitch_range=(0, 127),
-            beat_res={(0, 4): 12, (4, 16): 4},  # sixteenths and triplets
-            num_velocities=32,
-            special_tokens=["PAD", *SECTIONS],
-            use_programs=True,
-            one_token_stream_for_programs=True,
-            use_pitchdrum_tokens=False,
-            use_tempos=True,
-            tempo_range=(40, 250),
-            num_tempos=211,  # every whole number
-            delete_equal_successive_tempo_changes=True,
-            use_time_signatures=True,
-            time_signature_range={2: [2, 3, 4], 4: [1, 2, 3, 4, 5, 6, 7], 8: [3, 5, 6, 7, 9, 12]},
-            delete_equal_successive_time_sig_changes=True,
-            remove_duplicated_notes=True,
-            encode_ids_split="no",
-        )
-    )
-
-
 class RemiPlusCodec(MidiTokCodec):
     """Positions are twelfths of a beat, as are lengths up to four beats; longer ones, up to sixteen, are quarters.
     There are 32 velocities; tempos are whole numbers from 40 to 250. A time signature that the vocabulary lacks is left
@@ -68,20 +43,33 @@ class RemiPlusCodec(MidiTokCodec):
 
     name = "remi_plus"
     header_conditions = ("instruments", "tempo")
+    miditok_settings: ClassVar[dict[str, Any]] = {
+        **MidiTokCodec.miditok_settings,
+        "beat_res": {(0, 4): 12, (4, 16): 4},  # sixteenths and triplets
+        "special_tokens": ["PAD", *SECTIONS],
+        "use_programs": True,
+        "one_token_stream_for_programs": True,
+        "use_tempos": True,
+        "tempo_range": (40, 250),
+        "num_tempos": 211,  # every whole number
+        "delete_equal_successive_tempo_changes": True,
+        "use_time_signatures": True,
+        "time_signature_range": {2: [2, 3, 4], 4: [1, 2, 3, 4, 5, 6, 7], 8: [3, 5, 6, 7, 9, 12]},
+        "delete_equal_successive_time_sig_changes": True,
+        "remove_duplicated_notes": True,
+    }
 
     def __init__(self, kind: Kind = "remi", tokenizer: Any = None) -> None:
-        super().__init__(kind, tokenizer or _tokenizer())
+        super().__init__(kind, tokenizer)
         vocab = self.tokenizer.vocab
         self._division: int = self.tokenizer.time_division  # ticks per quarter in MidiTok
         self._sections = [vocab[f"{name}_None"] for name in SECTIONS]
         self._drums = vocab[f"Program_{DRUM_KIT}"]
-        self._place = np.full(self.vocab_size, -1)  # of a Position in its bar
+        self._variable.append((self._types == "Tempo", 4))
         self._bar_ticks, self._place_ticks = np.zeros((2, self.vocab_size), dtype=np.int64)  # by TimeSig
         for token, index in vocab.items():
             kind_of, value = token.split("_")
-            if kind_of == "Position":
-                self._place[index] = int(value)
-            elif kind_of == "TimeSig":
+            if kind_of == "TimeSig":
                 beats, unit = map(int, value.split("/"))
                 self._bar_ticks[index] = 4 * self._division * beats // unit
                 self._place_ticks[index] = 4 * self._division // unit // 12
@@ -108,10 +96,7 @@ class RemiPlusCodec(MidiTokCodec):
 
     def decode_notes(self, ids: np.ndarray) -> np.ndarray:
         """All instruments as one, without the drums."""
-        parts = self._parts(ids)
-        notes = parts.notes[parts.notes[:, 4] != DRUM_KIT, :4]
-        notes[:, :2] = clock(parts.division, parts.tempos)(notes[:, :2])
-        return clean(notes)
+        return self._parts(ids).as_one()
 
     def _score(self, parts: Parts) -> Any:
         """Parts -> a symusic Score. Raises `WrongModality` if it has more bars than a piece can have."""
@@ -120,7 +105,7 @@ class RemiPlusCodec(MidiTokCodec):
 
         def ticks(times: Any) -> np.ndarray:
             if parts.division & 0x8000:  # frames: no beats, so 120 a minute
-                return np.rint(2 * PER_QUARTER * clock(parts.division, [])(np.asarray(times))).astype(np.int32)
+                return np.rint(2 * PER_QUARTER * parts.seconds(np.asarray(times))).astype(np.int32)
             return np.rint(np.asarray(times) * (PER_QUARTER / parts.division)).astype(np.int32)
 
         last = parts.notes[:, 1].max(initial=0.0)
@@ -159,12 +144,10 @@ class RemiPlusCodec(MidiTokCodec):
         score = self.tokenizer.decode(TokSequence(ids=plain.tolist()))
         notes = [np.empty((0, 5))]
         for track in score.tracks:
-            columns = track.notes.numpy()
-            start, end = columns["time"].astype(float), columns["time"] + np.maximum(columns["duration"], 1.0)
+            part = track_notes(track)
             for edge in np.ravel(holes):
-                end[(start < edge) & (end > edge)] = edge
-            part = clean(np.stack([start, end, columns["pitch"], columns["velocity"]], axis=1))
-            notes.append(np.insert(part, 4, DRUM_KIT if track.is_drum else track.program, axis=1))
+                part[(part[:, 0] < edge) & (part[:, 1] > edge), 1] = edge
+            notes.append(np.insert(clean(part), 4, DRUM_KIT if track.is_drum else track.program, axis=1))
         tempos = sorted((tempo.time, round(tempo.mspq)) for tempo in score.tempos)
         signatures = sorted((one.time, one.numerator, one.denominator) for one in score.time_signatures)
         return Parts(np.concatenate(notes), tempos, signatures, self._division)
@@ -276,15 +259,14 @@ class RemiPlusCodec(MidiTokCodec):
         """What REMI+ allows: instruments of the header only, positions that rise within the bar, and an infill of as
         many bars as are empty, with their time signatures."""
         ids = np.asarray(ids)
-        ends = np.flatnonzero(ids == self.separator[0])
-        row = ids[ends[-1] + 1 :] if len(ends) else ids
+        row, begun = self.last_piece(ids), self.separator[0] in ids
         types = self._types[row]
         every, bars = self._types, np.flatnonzero(types == "Bar")
         last = str(types[-1]) if len(row) else "End"
         begins = np.flatnonzero((types == "Bar") | (row == self._sections[0]))
         instruments = row[: begins[0] if len(begins) else None]
         instruments = instruments[self._types[instruments] == "Program"]
-        if len(ends) and len(begins) == 0:
+        if begun and len(begins) == 0:
             if last == "End":
                 return every == "Tempo"
             more = (every == "Program") & (np.arange(self.vocab_size) > instruments.max(initial=-1))
@@ -295,7 +277,7 @@ class RemiPlusCodec(MidiTokCodec):
             bar = row[bars[-1] :]
             length = self._bar_ticks[bar].max() // self._place_ticks[bar].max(initial=1)
             allowed &= (self._place < 0) | ((self._place > self._place[bar].max()) & (self._place < length))
-        if len(ends):
+        if begun:
             allowed &= (every != "Program") | np.isin(np.arange(self.vocab_size), instruments)
         middles = np.flatnonzero(row == self._sections[3])
         if len(middles):
@@ -312,15 +294,8 @@ class RemiPlusCodec(MidiTokCodec):
         """Up to three semitones up or down, one velocity louder or softer, and four beats a minute faster or slower,
         never out of range; drums keep their pitches. In half of the windows some bars of the last document are put at
         the end, to be infilled; as many tokens as this adds are dropped from the end of what follows them."""
-        ids = ids.astype(np.int64)
-        drums = np.append(False, ids[:-1] == self._drums)
-        for kind, most in ((self._pitch >= 0, 3), (self._types == "Velocity", 1), (self._types == "Tempo", 4)):
-            change = random.integers(-most, most + 1)
-            moved = np.where(kind[ids] & ~drums, ids + change, ids).clip(0, self.vocab_size - 1)
-            if (self._types[moved] == self._types[ids]).all():  # ids of a type are neighbours, in order
-                ids = moved
-        ends = np.flatnonzero(ids == self.separator[0])
-        start = int(ends[-1]) + 1 if len(ends) else 0
+        ids = super().augment(ids, random)
+        start = len(ids) - len(self.last_piece(ids))
         bars = self._bars(ids[start:])
         if random.random() < 0.5 or len(bars) < 4:  # the last one may be cut
             return ids
@@ -347,24 +322,22 @@ class RemiPlusCodec(MidiTokCodec):
         if not bars:
             return 0.0
         place = max(0, self._place[last].max() * self._place_ticks[last].max())
-        parts = self._parts(ids)
-        return float(clock(parts.division, parts.tempos)(np.array(self._ticks(np.concatenate(bars)) + place)))
+        return float(self._parts(ids).seconds(np.array(self._ticks(np.concatenate(bars)) + place)))
 
     def new_span(self, prompt: np.ndarray) -> tuple[float, float]:
         if not (holes := self._plain(prompt)[1]):
             return super().new_span(prompt)
-        parts = self._parts(prompt)
-        start, end = clock(parts.division, parts.tempos)(np.array(holes[-1])).tolist()
+        start, end = self._parts(prompt).seconds(np.array(holes[-1])).tolist()
         return start, end
 
     def excerpt(self, ids: np.ndarray, start: float, end: float) -> bytes | None:
         """From the start of the bar on in which `start` is."""
         parts = self._parts(ids)
-        time = clock(parts.division, parts.tempos)
-        new = parts.notes[(time(parts.notes[:, 1]) > start + 1e-6) & (time(parts.notes[:, 0]) < end - 1e-6)]
+        starts, ends = parts.seconds(parts.notes[:, :2]).T
+        new = parts.notes[(ends > start + 1e-6) & (starts < end - 1e-6)]
         if len(new) == 0:
             return None
-        tick = int(np.searchsorted(time(np.arange(new[:, 1].max() + 1)), start - 1e-6))
+        tick = int(np.searchsorted(parts.seconds(np.arange(new[:, 1].max() + 1)), start - 1e-6))
         at, beats, unit = max([(0, 4, 4), *(one for one in parts.signatures if one[0] <= tick)])
         tick -= (tick - at) % (4 * parts.division * beats // unit)
         new[:, :2] = np.maximum(new[:, :2] - tick, 0)

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -92,11 +92,7 @@ class Rows(Source):
 
     def _objects(self, lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
         """The rows of JSON Lines."""
-        number = 0
-        for line in lines:
-            if not line.strip():
-                continue
-            number += 1
+        for number, line in enumerate(filter(str.strip, lines), 1):
             try:
                 row = json.loads(line, strict=False)  # allows control characters
             except (ValueError, RecursionError) as error:
@@ -111,7 +107,7 @@ class Rows(Source):
     def _records(self, lines: Iterator[str], reader: str) -> Iterator[dict[str, Any] | str]:
         """The rows of a .csv or .tsv file. Its first line names the columns."""
         csv.field_size_limit(2**31 - 1)  # texts are long
-        first = next((line for line in lines if line.strip()), "")
+        first = next(filter(str.strip, lines), "")
         delimiter = "\t" if reader == "tsv" else max(",;\t|", key=first.count)
         try:
             (header,) = csv.reader([first], delimiter=delimiter)
@@ -196,7 +192,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
         yield rest
 
 
-def find_rows(sources: Iterable[Source], column: str) -> list[Source]:
+def find_rows(sources: Sequence[Source], column: str) -> list[Source]:
     """`sources`, with files of rows as `Rows`.
 
     Beside files of rows, files that were found in folders are left out if they describe others (README, .json) or were
@@ -204,37 +200,31 @@ def find_rows(sources: Iterable[Source], column: str) -> list[Source]:
 
     Raises `InputError` for .parquet and .arrow files if the package datasets is not installed.
     """
-    sources = list(sources)
     readers = {_reader(source) for source in sources} - {""}
     if readers & {"parquet", "arrow"}:
         with importing("datasets"):
             from datasets import load_dataset  # noqa: F401  # pyright: ignore[reportUnusedImport]
         logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it raises
-    lists = readers - {"csv", "tsv"}  # these never describe other files
-
-    def is_left_out(source: Source) -> bool:
-        name = source.path.name
-        if source.named or not readers or not (NOTES.fullmatch(name) or CACHED.fullmatch(name)):
-            return False
-        return bool(lists) or (only_notes and not _reader(source))
-
+    lists = bool(readers - {"csv", "tsv"})  # these never describe other files
     only_notes = all(NOTES.fullmatch(source.path.name) for source in sources)
-    return [
-        Rows(**vars(source), column=column) if _reader(source) else source
-        for source in sources
-        if not is_left_out(source)
-    ]
+    found = list[Source]()
+    for source in sources:
+        name, reader = source.path.name, _reader(source)
+        beside = not source.named and (NOTES.fullmatch(name) or CACHED.fullmatch(name))
+        if not (beside and (lists or (readers and only_notes and not reader))):
+            found.append(Rows(**vars(source), column=column) if reader else source)
+    return found
 
 
-def find_within(sources: Iterable[Source], modality: str, column: str) -> list[Source]:
+def find_within(sources: Sequence[Source], modality: str, column: str) -> list[Source]:
     """The sources with their documents: members of tar archives, rows of tables of text, or records of genomes.
 
     column: as in `data.column`.
     """
     if modality == "genome":
         return find_records(sources, None)[0]
-    sources = find_members(sources, modality, column)
-    return find_rows(sources, column) if modality == "text" else sources
+    found = find_members(sources, modality, column)
+    return find_rows(found, column) if modality == "text" else found
 
 
 def read_rows(path: str) -> Iterator[dict[str, Any]]:

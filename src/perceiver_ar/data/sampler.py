@@ -80,7 +80,9 @@ class TrainingWindows:
     def spans(self, first: int, count: int) -> np.ndarray:
         """The targets x[a:b] of windows first..first+count-1: (count, 2) int64 of a, b."""
         indices = np.arange(first, first + count)
-        numbers = self._passes_of(indices)
+        while self._firsts[-1] < first + count:
+            self._extend()
+        numbers = np.searchsorted(self._firsts, indices, side="right") - 1  # the pass of each window
         places = np.empty(count, dtype=np.int64)  # of each window within its pass, in token order
         for number in np.unique(numbers):
             here = numbers == number
@@ -101,7 +103,8 @@ class TrainingWindows:
         `document_length`, padding that all rows share is cut from T in quarters (each new shape needs new kernels).
         The first `cut` tokens of each row are left out.
         """
-        size = 8 if self._augment is not None else self._data.dtype.itemsize
+        data = self._data
+        size = 8 if self._augment is not None else data.dtype.itemsize
         tokens = np.zeros((count, self.context_length), dtype={1: np.uint8, 2: np.int32}.get(size, np.int64))
         labels = np.full((count, self.num_latents), -100, dtype=np.int64)
         mask = np.ones(tokens.shape, dtype=bool)
@@ -109,7 +112,8 @@ class TrainingWindows:
         for row, (a, b) in enumerate(spans):
             document = (b - 1) // self._length * self._length
             first_token = max(document, b - 1 - self.context_length)
-            window = self._read(first_token, b)  # the context and, after it, the last target
+            # The context and, after it, the last target.
+            window = data.read(first_token, b) if isinstance(data, TokenFile) else data[first_token:b]
             if self._augment is not None:
                 window = self._augment(window, np.random.default_rng((self.seed % 2**63, 2, first + row)))
             padding = self.context_length - (len(window) - 1)
@@ -136,9 +140,6 @@ class TrainingWindows:
         if self._forget is not None:
             context[:] = self._forget(context, np.random.default_rng((self.seed % 2**63, 3, index)))
 
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        return self._data.read(start, stop) if isinstance(self._data, TokenFile) else self._data[start:stop]
-
     def _leads(self, numbers: np.ndarray) -> np.ndarray:
         """Distance from each pass's first cut to its first target: 0..N-1; 0 if one window holds a whole document."""
         if self.document_length is not None and self.num_latents >= self._length - 1:
@@ -153,12 +154,6 @@ class TrainingWindows:
         known = len(self._firsts) - 1
         counts = self._num_documents * self._pieces(self._leads(np.arange(known, 2 * known + 16)))
         self._firsts = np.append(self._firsts, self._firsts[-1] + np.cumsum(counts))
-
-    def _passes_of(self, indices: np.ndarray) -> np.ndarray:
-        """The pass that each window belongs to."""
-        while self._firsts[-1] <= indices.max(initial=0):
-            self._extend()
-        return np.searchsorted(self._firsts, indices, side="right") - 1
 
 
 def _hash(*parts: int | np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ import numpy as np
 
 from perceiver_ar.data.codec import importing
 from perceiver_ar.errors import InputError
-from perceiver_ar.files import atomic_path
 
 RATE = 22_050  # Hz, of the synthetic piano
 
@@ -23,12 +22,6 @@ def wav_bytes(samples: np.ndarray, rate: int) -> bytes:
         file.setframerate(rate)
         file.writeframes(np.rint(samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
     return buffer.getvalue()
-
-
-def write_wav(path: str | os.PathLike[str], samples: np.ndarray, rate: int) -> None:
-    """Writes `wav_bytes`, atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(wav_bytes(samples, rate))
 
 
 def check_soundfont(soundfont: str) -> None:
@@ -66,11 +59,9 @@ def synthesise(notes: np.ndarray) -> np.ndarray:
     """
     tail = 0.5
     samples = np.zeros(int(RATE * (notes[:, 1].max(initial=0.0) + tail)) + 1)
-    strings: dict[int, np.ndarray] = {}
+    strings = {pitch: _string(pitch) for pitch in np.unique(notes[:, 2]).tolist()}
     release = np.exp(-np.arange(int(0.4 * RATE)) / (0.08 * RATE))
     for start, end, pitch, velocity in notes.tolist():
-        if pitch not in strings:
-            strings[pitch] = _string(pitch)
         held = max(1, int(RATE * (end - start)))
         tone = strings[pitch][: held + len(release)].copy()
         fading = tone[held:]

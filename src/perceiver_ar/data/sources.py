@@ -24,7 +24,7 @@ from typing import IO, Any, ClassVar
 
 from perceiver_ar.data.codec import WrongModality
 from perceiver_ar.data.text import text_only, text_pieces
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 
 HUB = "hf://"
 CHUNK = 1 << 20  # bytes per read
@@ -68,8 +68,7 @@ class Source:
 
         Raises `InputError` if the file vanished, is a broken link, may not be read, or is damaged.
         """
-        if _leads_nowhere(self.path):
-            raise InputError(f"{self.name} is a broken link; correct it or remove it")
+        require(not _leads_nowhere(self.path), f"{self.name} is a broken link; correct it or remove it")
         read = 0
         try:
             with open(self.path, "rb") as raw:
@@ -81,7 +80,7 @@ class Source:
             raise InputError(f"{self.name} vanished before it was read; put it back and start again") from None
         except PermissionError:
             raise _permission_denied(self.name) from None
-        except (EOFError, OSError, zlib.error, lzma.LZMAError, _Damaged) as error:
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # a failing disk, not a damaged file
                 raise
             reason = f"{self.name} is damaged, or its ending is wrong ({error})"
@@ -98,10 +97,6 @@ class Source:
         chunks = text_only(chunks, self.name) if text else chunks
         for number, document in enumerate(split_documents(chunks, separator), 1):
             yield f"{self.name}, document {number}," if separator else self.name, document
-
-
-class _Damaged(Exception):
-    """A damaged .zst file."""
 
 
 def _permission_denied(name: str | os.PathLike[str]) -> InputError:
@@ -132,13 +127,13 @@ def _zstd_chunks(raw: IO[bytes], name: str) -> Iterator[bytes]:
             try:
                 content = frame.decompress(data)
             except zstandard.ZstdError as error:
-                raise _Damaged(error) from None
+                raise OSError(error) from None  # without a number, as gzip and bz2 raise it
             if content:
                 yield content
             data = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
     if frame is not None:
-        raise _Damaged("it ends in the middle")
+        raise EOFError("it ends in the middle")
 
 
 def find_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Source]:
@@ -162,8 +157,7 @@ def find_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
             real = os.path.realpath(source.path)
             if source.named or real not in sources:  # a named one has to be readable, wherever else it was found
                 sources[real] = source
-    if not sources:
-        raise InputError("no files given; name files, folders or patterns, or - for standard input")
+    require(len(sources) > 0, "no files given; name files, folders or patterns, or - for standard input")
     return list(sources.values())
 
 
@@ -172,8 +166,7 @@ def standard_library() -> list[Source]:
     folder = sysconfig.get_path("stdlib")
     found = _walk(folder, skip=NOT_LIBRARY) if folder and os.path.isdir(folder) else []
     sources = [source for source in found if source.name.endswith(".py") and os.access(source.path, os.R_OK)]
-    if not sources:
-        raise InputError(f"this Python has no standard library sources in {folder}; name files of your own")
+    require(len(sources) > 0, f"this Python has no standard library sources in {folder}; name files of your own")
     return sources
 
 
@@ -270,8 +263,7 @@ def _at(path: str) -> list[Source]:
     if stat.S_ISFIFO(mode):  # such as the shell's <(command)
         with open(path, "rb") as pipe:
             return [_spooled(pipe, path)]
-    if not stat.S_ISREG(mode):
-        raise InputError(f"{path} is neither a file nor a folder; give a file, or - for standard input")
+    require(stat.S_ISREG(mode), f"{path} is neither a file nor a folder; give a file, or - for standard input")
     if not os.access(path, os.R_OK):
         raise _permission_denied(path)
     return [_source(path, named=True)]

@@ -16,21 +16,18 @@ def document_groups(sources: Sequence[Source], pattern: str) -> list[int]:
 
     Raises `InputError` if the pattern matches no name.
     """
-    if not sources:
-        return []
-    keys: dict[str, int] = {}
-    groups, found = [], False
-    for source in sources:
-        match = re.search(pattern, source.name)
-        found = found or match is not None
-        key = f"/{match[1 if match.re.groups else 0]}" if match else source.name + "\0"
-        groups.append(keys.setdefault(key, len(keys)))
-    if not found:
+    matches = [re.search(pattern, source.name) for source in sources]
+    if sources and not any(matches):
         raise InputError(
             f"group_by {pattern!r} finds nothing in any file name, such as {sources[0].name}: "
             "correct it, or give '(.*)', which takes each file for itself"
         )
-    return groups
+    keys = [
+        f"/{match[1 if match.re.groups else 0]}" if match else source.name + "\0"
+        for source, match in zip(sources, matches, strict=True)
+    ]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [numbers[key] for key in keys]
 
 
 def drop_held_out(train: TokenWriter, validation: TokenWriter) -> None:
@@ -46,8 +43,7 @@ def drop_held_out(train: TokenWriter, validation: TokenWriter) -> None:
 def choose_groups(writer: TokenWriter, fraction: float, seed: int) -> np.ndarray:
     """Which documents are for validation: a mask (documents,). Groups and equal documents are never divided."""
     _, groups = np.unique(np.array(writer.groups, np.int64), return_inverse=True)
-    sizes = np.zeros(groups.max(initial=-1) + 1, np.uint64)
-    np.add.at(sizes, groups, np.array(writer.sizes, np.uint64))
+    sizes = np.bincount(groups, np.array(writer.sizes, np.uint64))
     _, firsts, inverse = np.unique(np.array(writer.digests, np.uint64), return_index=True, return_inverse=True)
     firsts = firsts[inverse]  # for each document, the first equal one
     copies = np.flatnonzero(firsts != np.arange(len(firsts)))
@@ -80,15 +76,14 @@ def _choose(sizes: np.ndarray, together: np.ndarray, fraction: float, seed: int)
     order = order[np.sort(np.unique(order, return_index=True)[1])]  # each once
     if len(order) < 2 or fraction == 0:
         return chosen
-    wanted, taken = fraction * float(sizes.sum()), 0
-    whole = np.zeros(len(sizes), np.uint64)
-    np.add.at(whole, together, sizes)
+    wanted, taken = fraction * float(sizes.sum()), 0.0
+    whole = np.bincount(together, sizes)
     for index in order[:-1].tolist():
         if taken >= wanted:
             break
-        if taken + int(whole[index]) <= 1.5 * wanted:
+        if taken + whole[index] <= 1.5 * wanted:
             chosen[index] = True
-            taken += int(whole[index])
+            taken += whole[index]
     if not chosen.any():
         chosen[order[np.argmin(whole[order])]] = True
     return chosen[together]

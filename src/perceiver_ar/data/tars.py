@@ -122,11 +122,7 @@ class _Reader:
         self.chunks, self.rest = chunks, b""
 
     def read(self, size: int) -> bytes:
-        parts = [self.rest]
-        missing = size - len(self.rest)
-        while missing > 0 and (chunk := next(self.chunks, b"")):
-            parts.append(chunk)
-            missing -= len(chunk)
-        data = b"".join(parts)
-        self.rest = data[size:]
-        return data[:size]
+        while len(self.rest) < size and (chunk := next(self.chunks, b"")):
+            self.rest += chunk
+        data, self.rest = self.rest[:size], self.rest[size:]
+        return data

@@ -40,8 +40,7 @@ NO_TEXT: dict[bytes, tuple[str, str]] = {
     rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an Office document", "save it as text"),
     rb"PAR1[\x00-\x08\x0e-\x1f]": ("a Parquet table", "let its name end in .parquet"),
     rb"ARROW1\x00|\xff{4}.{4}\x10\x00{3}": ("an Arrow table", "let its name end in .arrow"),
-    rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff": ("UTF-16 or UTF-32", "save it as UTF-8"),
-    rb"(%b\x00){8}|(\x00%b){8}|(%b\x00{3}){4}|(\x00{3}%b){4}" % (4 * (LETTER,)): (
+    rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff|(%b\x00){8}|(\x00%b){8}|(%b\x00{3}){4}|(\x00{3}%b){4}" % (4 * (LETTER,)): (
         "UTF-16 or UTF-32",
         "save it as UTF-8",
     ),
@@ -56,7 +55,25 @@ LONG_WORD = re.compile("|".join(f"{kind}{{{WORD}}}(?={kind})" for kind in KINDS)
 LONG_WORDS = 1 << 20  # characters of such words that a tokenizer is trained on: almost all of their parts differ
 
 
-class BytesCodec(Codec):
+class FixedBytesCodec(Codec):
+    """Text whose ids each stand for fixed bytes; some for none."""
+
+    ending = ".txt"
+    writes_text = True
+    _bytes: list[bytes]
+    """Of each id."""
+
+    def encode(self, data: bytes) -> np.ndarray:
+        return np.concatenate([np.empty(0, self.dtype), *self.encode_stream([data], "the input")])
+
+    def decode(self, ids: ArrayLike) -> bytes:
+        return b"".join([self._bytes[index] for index in np.asarray(ids).tolist()])
+
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([len(part) for part in self._bytes], dtype=np.int64)
+
+
+class BytesCodec(FixedBytesCodec):
     """Every byte is its own id.
 
     With `text`, documents must be valid UTF-8 without NUL, and id 0 (NUL) separates them. Without, any bytes are
@@ -64,16 +81,13 @@ class BytesCodec(Codec):
     """
 
     name = "bytes"
-    ending = ".txt"
-    writes_text = True
+    saved = ("text",)
     vocab_size = 256
 
     def __init__(self, text: bool = True):
         self.text = self.reads_text = text
         self.separator = (0,) if text else ()
-
-    def encode(self, data: bytes) -> np.ndarray:
-        return np.concatenate([np.empty(0, self.dtype), *self.encode_stream([data], "the input")])
+        self._bytes = [b"" if byte in self.separator else bytes([byte]) for byte in range(256)]
 
     def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
         if self.text:
@@ -84,48 +98,32 @@ class BytesCodec(Codec):
         data = np.asarray(ids).astype(np.uint8).tobytes()
         return data.replace(b"\0", b"") if self.text else data
 
-    def byte_lengths(self) -> np.ndarray:
-        lengths = np.ones(256, dtype=np.int64)
-        lengths[list(self.separator)] = 0
-        return lengths
 
-    def settings(self) -> dict[str, Any]:
-        return {"text": self.text}
-
-
-class OffsetBytesCodec(Codec):
+class OffsetBytesCodec(FixedBytesCodec):
     """Byte b is id b + `reserved`, as in other implementations; the ids below `reserved` are special, without bytes.
 
     `start_id`, one of the special ids, precedes every document; None: no id does.
     """
 
     name = "offset_bytes"
-    ending = ".txt"
-    writes_text = True
+    saved = ("reserved", "start_id")
 
     def __init__(self, reserved: int, start_id: int | None = None):
         self.reserved, self.start_id = reserved, start_id
         self.vocab_size = 256 + reserved
         self.separator = () if start_id is None else (start_id,)
-
-    def encode(self, data: bytes) -> np.ndarray:
-        return np.frombuffer(data, dtype=np.uint8).astype(self.dtype) + self.dtype.type(self.reserved)
+        self._bytes = [b""] * reserved + [bytes([byte]) for byte in range(256)]
 
     def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
-        return map(self.encode, chunks)
+        first = self.dtype.type(self.reserved)
+        return (np.frombuffer(chunk, dtype=np.uint8).astype(self.dtype) + first for chunk in chunks)
 
     def decode(self, ids: ArrayLike) -> bytes:
         data = np.asarray(ids).astype(np.int64) - self.reserved
         return data[data >= 0].astype(np.uint8).tobytes()
 
-    def byte_lengths(self) -> np.ndarray:
-        return (np.arange(self.vocab_size) >= self.reserved).astype(np.int64)
 
-    def settings(self) -> dict[str, Any]:
-        return {"reserved": self.reserved, "start_id": self.start_id}
-
-
-class TokenizerCodec(Codec):
+class TokenizerCodec(FixedBytesCodec):
     """A byte-level BPE tokenizer (GPT-2, Llama 3, Qwen, or one made by `train_bpe`): every id stands for fixed bytes.
 
     Other kinds (WordPiece, SentencePiece) are refused: they do not decode to the encoded text, or only as a whole, and
@@ -137,8 +135,7 @@ class TokenizerCodec(Codec):
 
     name = "tokenizer"
     files = ("tokenizer.json",)
-    ending = ".txt"
-    reads_text = writes_text = encodes_in_threads = encodes_slowly = True
+    reads_text = encodes_in_threads = encodes_slowly = True
 
     def __init__(self, tokenizer: "Tokenizer", where: str = "this tokenizer"):
         """Raises `InputError`, naming `where`, if `tokenizer` is not byte-level."""
@@ -152,7 +149,7 @@ class TokenizerCodec(Codec):
             raise InputError(f"{where} is not byte-level; use a byte-level BPE tokenizer (GPT-2, Llama 3) or train one")
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        self._bytes = [b""] * self.vocab_size  # of each id; ids without a token have none
+        self._bytes = [b""] * self.vocab_size  # ids without a token have none
         for token, index in vocab.items():
             self._bytes[index] = _token_bytes(token)
         for index, token in tokenizer.get_added_tokens_decoder().items():
@@ -179,9 +176,6 @@ class TokenizerCodec(Codec):
             raise InputError(f"{path} is not a tokenizer.json of Hugging Face tokenizers ({reason})") from None
         return cls(tokenizer, where=str(path))
 
-    def encode(self, data: bytes) -> np.ndarray:
-        return np.concatenate([np.empty(0, self.dtype), *self.encode_stream([data], "the input")])
-
     def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
         pieces = self.pieces(chunks, where)
         while batch := list(islice(pieces, PIECES)):
@@ -193,12 +187,6 @@ class TokenizerCodec(Codec):
     def encode_pieces(self, pieces: Sequence[str]) -> list[np.ndarray]:
         encodings = self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)  # fast: without offsets
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
-
-    def decode(self, ids: ArrayLike) -> bytes:
-        return b"".join([self._bytes[index] for index in np.asarray(ids).tolist()])
-
-    def byte_lengths(self) -> np.ndarray:
-        return np.array([len(token) for token in self._bytes], dtype=np.int64)
 
     def save(self, directory: Path) -> None:
         write_text(directory / "tokenizer.json", self.tokenizer.to_str(pretty=True))

@@ -22,7 +22,7 @@ import numpy as np
 
 from perceiver_ar.data.codec import Codec, WrongModality
 from perceiver_ar.data.encoding import Part
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path, write_text
 
 VERSION = 1
@@ -64,18 +64,15 @@ class TokenFile:
             ) from None
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is damaged ({error}); prepare the data again") from None
-        if version != VERSION:
-            raise InputError(f"{path} is of version {version}, not {VERSION}; prepare the data again")
+        require(version == VERSION, f"{path} is of version {version}, not {VERSION}; prepare the data again")
         binary, expected = Path(f"{stem}.bin"), file.num_tokens * file.dtype.itemsize
         size = binary.stat().st_size if binary.exists() else 0
-        if size != expected:
-            raise InputError(f"{binary} is damaged: {size} bytes instead of {expected}; prepare the data again")
+        require(size == expected, f"{binary} is damaged: {size} bytes instead of {expected}; prepare the data again")
         try:
             intact = file.documents.shape == (file.num_documents,) and file.documents.dtype == np.uint64
         except (OSError, ValueError, EOFError):
             intact = False
-        if not intact:
-            raise InputError(f"{stem}.documents.npy is damaged or missing; prepare the data again")
+        require(intact, f"{stem}.documents.npy is damaged or missing; prepare the data again")
         return file
 
     @cached_property

@@ -14,7 +14,7 @@ from perceiver_ar.data.shards import LARGE, SHARD, SHARDS, Encoders
 from perceiver_ar.data.sources import Source, find_files, read_text, standard_library
 from perceiver_ar.data.splits import choose_groups, document_groups, drop_held_out
 from perceiver_ar.data.token_files import NAMED, TokenFile, TokenWriter, token_writer
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.progress import ProgressBar
 
 __all__ = ["Source", "TokenFile", "find_files", "prepare", "prepare_all", "read_text", "standard_library"]
@@ -62,8 +62,7 @@ def prepare(
     if held_out:
         reserved = {source.identity for source in held_out}
         sources = [source for source in sources if source.identity not in reserved]
-        if not sources:
-            raise InputError("all training files are validation files as well; give other files for validation")
+        require(len(sources) > 0, "all training files are validation files as well; give other files for validation")
 
     total = sum(source.size for source in [*sources, *held_out])
     groups = None if group_by is None else document_groups(sources, group_by)
@@ -92,11 +91,10 @@ def prepare(
 
 
 def prepare_all(
-    sources: Iterable[Source], codec: Codec, stem: str | Path, split_on: str | None = None
+    sources: Sequence[Source], codec: Codec, stem: str | Path, split_on: str | None = None
 ) -> tuple[TokenFile, list[str]]:
     """Encodes all documents of `sources` into one token file, as `prepare` does; also returns the name of each
     document's source."""
-    sources = list(sources)
     with token_writer(Path(stem), codec) as writer:
         _add_all(writer, sources, _mark(split_on), lambda num_bytes: None, range(len(sources)))
     shutil.rmtree(Path(stem).parent / SHARDS, ignore_errors=True)
@@ -104,8 +102,7 @@ def prepare_all(
 
 
 def _mark(split_on: str | None) -> bytes | None:
-    if split_on == "":
-        raise InputError("split_on is empty; give the string between documents, or leave it out")
+    require(split_on != "", "split_on is empty; give the string between documents, or leave it out")
     return split_on.encode(errors="surrogateescape") if split_on else None
 
 
@@ -137,8 +134,7 @@ def _add_all(
                 if source.named:
                     raise
                 wrong.append(str(error))
-    if not sources:
-        raise InputError("no files given; name files, folders or patterns")
+    require(len(sources) > 0, "no files given; name files, folders or patterns")
     if not writer.lengths and (wrong or rows):
         raise InputError(f"none of {len(sources)} files can be read: {(wrong or rows)[0]}")
     if not writer.lengths:
