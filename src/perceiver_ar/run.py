@@ -28,7 +28,7 @@ from perceiver_ar.config import BEFORE, Recipe, dump_yaml, load_yaml
 from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.data.hub import DOWNLOADS
 from perceiver_ar.data.shards import SHARDS
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import TEMPORARY, write_text
 from perceiver_ar.lock import LOCK
 from perceiver_ar.network.model import PerceiverAR
@@ -63,10 +63,8 @@ class Run:
     def open(cls, path: str | Path) -> "Run":
         """The run in an existing directory. Raises InputError if the directory does not exist."""
         run = cls(path)
-        if not run.path.exists():
-            raise InputError(f"{path}: no such run; `perceiver-ar train ... --out {path}` would make it")
-        if not run.path.is_dir():
-            raise InputError(f"{path} is a file, not a run directory")
+        require(run.path.exists(), f"{path}: no such run; `perceiver-ar train ... --out {path}` would make it")
+        require(run.path.is_dir(), f"{path} is a file, not a run directory")
         return run
 
     def is_taken(self) -> bool:

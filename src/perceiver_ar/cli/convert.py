@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver_ar.cli.options import make_parser, parse
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import require
 
 if TYPE_CHECKING:
     from perceiver_ar.run import Run
@@ -53,8 +53,7 @@ def convert_verb(argv: list[str]) -> None:
     args = parse(parser, argv)
     own = [name for name, _, _ in CONVERT_OPTIONS[args.format]]
     for name, _, _ in (option for options in CONVERT_OPTIONS.values() for option in options):
-        if name not in own and args[name] is not None:
-            raise InputError(f"--{name} is no option of {args.format}: leave it out")
+        require(name in own or args[name] is None, f"--{name} is no option of {args.format}: leave it out")
 
     from importlib import import_module
 
@@ -63,8 +62,7 @@ def convert_verb(argv: list[str]) -> None:
     from perceiver_ar.files import atomic_directory
     from perceiver_ar.run import Run
 
-    if Run(args.out).is_taken():
-        raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
+    require(not Run(args.out).is_taken(), f"--out {args.out} is there already: choose another place, or remove it")
     module = "perceiver_ar.adapters" if args.format == "peft" else f"perceiver_ar.compat.{args.format}"
     read = import_module(module).read
     with warnings.catch_warnings(record=True) as notices:
@@ -113,8 +111,7 @@ def export_verb(argv: list[str]) -> None:
     from perceiver_ar.run import Run
 
     run = Run.open(args.run)
-    if Run(args.out).is_taken():
-        raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
+    require(not Run(args.out).is_taken(), f"--out {args.out} is there already: choose another place, or remove it")
     model = run.model()
     if args.format == "lucidrains":
         about: Any = compat.save_lucidrains(model, args.out)

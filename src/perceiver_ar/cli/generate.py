@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from perceiver_ar.cli.options import make_parser, names, parse
 from perceiver_ar.cli.prompts import prompt_ids, stop_bytes, to_device, what_to_draw
-from perceiver_ar.errors import InputError, require
+from perceiver_ar.errors import require
 from perceiver_ar.files import check_out
 from perceiver_ar.progress import ProgressBar
 
@@ -77,8 +77,7 @@ def generate_verb(argv: list[str]) -> None:
                         "(default: RUN/samples/generated)")  # fmt: skip
     parser.add_argument("--soundfont", type=str | None, help="an .sf2 or .sf3 file to play music with")
     args = parse(parser, argv)
-    if args.prompt is not None and args.prompt_file is not None:
-        raise InputError("--prompt and --prompt_file are both given: choose one")
+    require(args.prompt is None or args.prompt_file is None, "--prompt and --prompt_file are both given: choose one")
     if args.out is not None:
         check_out(args.out, "--out")
 

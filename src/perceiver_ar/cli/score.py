@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver_ar.cli.evaluate import describe, documents_to_score
-from perceiver_ar.cli.options import add_conditions, add_paths, add_scoring, make_parser, names, parse
+from perceiver_ar.cli.options import add_documents, add_scoring, make_parser, names, parse
 from perceiver_ar.cli.prompts import to_device
 from perceiver_ar.errors import require
 from perceiver_ar.files import check_out
@@ -29,9 +29,7 @@ def score_verb(argv: list[str]) -> None:
         "  perceiver-ar score runs/books new_books/ --against runs/other\n"
         "  perceiver-ar score runs/books                           (the documents it held out)",
     )
-    parser.add_argument("run", type=str, help="a run directory")
-    add_paths(parser, "files as for train; none: what the run held out")
-    add_conditions(parser)
+    add_documents(parser, "what the run held out")
     parser.add_argument("--out", type=str | None, help="write a table with a row for each document: .csv, .jsonl or "
                         ".parquet")  # fmt: skip
     parser.add_argument("--tokens", action="store_true", help="write a second table, OUT-tokens, with every token")

@@ -248,8 +248,7 @@ class PerceiverARConfig:
         Raises:
             InputError: there is no such preset.
         """
-        if name not in PRESETS:
-            raise InputError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        require(name in PRESETS, f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **settings})
 
     def replace(self, **settings: Any) -> Self:
@@ -303,6 +302,5 @@ class PerceiverARConfig:
             raise InputError(f"{file}: no such file, so this is not a model directory") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{file} is damaged ({error}): restore it, or train again") from None
-        if not isinstance(settings, dict):
-            raise InputError(f"{file} is damaged (not a JSON object): restore it, or train again")
+        require(isinstance(settings, dict), f"{file} is damaged (not a JSON object): restore it, or train again")
         return cls.from_dict(BEFORE["model"] | settings, where=str(file))

@@ -135,8 +135,7 @@ def wait_for_first(run: Run) -> None:
     """Waits until the first process has made the files that all read. If it fails, launchers end the others."""
     deadline = time.monotonic() + 24 * 3600
     while not (run.path / "codec.json").exists():
-        if time.monotonic() > deadline:
-            raise InputError(f"{run.path} does not appear: is it on a disk that all machines share?")
+        require(time.monotonic() < deadline, f"{run.path} does not appear: is it on a disk that all machines share?")
         time.sleep(0.1)
 
 

@@ -103,8 +103,7 @@ def choose_device(settings: TrainerConfig, devices: int, machines: int) -> Liter
         raise InputError(
             f"trainer.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs: lower it"
         )
-    if device == "mps" and devices > 1:
-        raise InputError(f"trainer.devices is {devices}, but there is only one MPS device: use 1")
+    require(device != "mps" or devices == 1, f"trainer.devices is {devices}, but there is only one MPS device: use 1")
     return device
 
 
