@@ -19,7 +19,6 @@ from perceiver_ar.config import Recipe
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.run import Run
 from perceiver_ar.training.checkpoints import Checkpoint, Checkpoints
-from perceiver_ar.training.console import say
 from perceiver_ar.training.trouble import is_out_of_memory
 
 Gather = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -67,15 +66,6 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return torch.load(checkpoint.path, map_location="cpu", weights_only=True)
 
 
-def newest(checkpoints: Checkpoints) -> Checkpoint | None:
-    """The checkpoint to resume from; reports newer ones that are damaged."""
-    found = checkpoints.newest()
-    for step in sorted(checkpoints.damaged):
-        before = f"resuming from the earlier one of step {found.step:,}" if found else ""
-        say(f"{checkpoints.path(step)} is damaged, so it is skipped: {before}")
-    return found
-
-
 def stored_optimizer(optimizer: Optimizer, model: nn.Module, gathered: Gather) -> dict[str, Any]:
     """The state of an optimizer in the form that checkpoints hold."""
     numbers = {id(parameter): i for i, parameter in enumerate(model.parameters())}
@@ -89,19 +79,15 @@ def stored_optimizer(optimizer: Optimizer, model: nn.Module, gathered: Gather) -
 
 def load_optimizer(optimizer: Optimizer, model: nn.Module, stored: dict[str, Any]) -> None:
     """The inverse of `stored_optimizer`. Each group keeps its own `fused`, which suits the device of this run."""
-    numbers = {id(parameter): i for i, parameter in enumerate(model.parameters())}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states, place = {}, {numbers[id(parameter)]: i for i, parameter in enumerate(parameters)}
-    for i, parameter in enumerate(parameters):
-        state = stored["state"].get(numbers[id(parameter)])
-        if state is not None:
-            states[i] = {
+    states = {}
+    for number, parameter in enumerate(model.parameters()):
+        if number in stored["state"]:
+            states[number] = {
                 name: divided_as(parameter, value) if value.shape == parameter.shape else value
-                for name, value in state.items()
+                for name, value in stored["state"][number].items()
             }
     groups = [
-        {**group, "params": [place[number] for number in group["params"]]}
-        | ({"fused": own["fused"]} if "fused" in own else {})
+        group | ({"fused": own["fused"]} if "fused" in own else {})
         for group, own in zip(stored["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
