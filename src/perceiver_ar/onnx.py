@@ -184,7 +184,7 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
         shapes = {"tokens": {0: rows, 1: length + n if n else length}, "positions": {0: rows, 1: length}}
         graphs["read"] = Read(model), (torch.cat([before, ids], 1), ids), shapes, list(CACHES[:2])
     log = logging.getLogger("torch.onnx")
-    level, names = log.level, []
+    level = log.level
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), torch.no_grad(), ordinary_attention():
@@ -192,13 +192,12 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
         log.setLevel(logging.ERROR)
         try:
             for name, (module, inputs, shapes, outputs) in graphs.items():
-                names.append(f"{name}.onnx")
                 program = torch.onnx.export(
                     module.eval(), tuple(x.clone() for x in inputs), dynamo=True, dynamic_shapes=shapes,
                     input_names=list(shapes), output_names=outputs, verbose=False,
                 )  # fmt: skip
                 assert program is not None
-                program.save(folder / names[-1], external_data=True)
+                program.save(folder / f"{name}.onnx", external_data=True)
         finally:
             log.setLevel(level)
-    return names
+    return [f"{name}.onnx" for name in graphs]

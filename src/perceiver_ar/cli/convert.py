@@ -4,14 +4,10 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from perceiver_ar.cli.options import make_parser, parse
 from perceiver_ar.errors import require
-
-if TYPE_CHECKING:
-    from perceiver_ar.run import Run
-
 
 # Settings that a checkpoint may not contain, by format: option, type, help.
 CONVERT_OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
@@ -105,7 +101,7 @@ def export_verb(argv: list[str]) -> None:
     args = parse(parser, argv)
 
     from perceiver_ar import compat
-    from perceiver_ar.data.codec import save_codec
+    from perceiver_ar.data.codec import importing, save_codec
     from perceiver_ar.files import atomic_directory, write_text
     from perceiver_ar.onnx import export_onnx
     from perceiver_ar.run import Run
@@ -120,21 +116,15 @@ def export_verb(argv: list[str]) -> None:
             if args.format == "krasserm":
                 about = compat.save_krasserm(model, directory)
             elif args.format == "huggingface":
-                about = export_huggingface(run, directory)
+                with importing("hf"):
+                    from perceiver_ar import huggingface
+                codec = run.codec_if_any()
+                huggingface.export(huggingface.PerceiverARForCausalLM.from_pretrained(run.path), codec, directory)
+                files = sorted(file.name for file in directory.iterdir())
+                about = {"files": files, "codec": None if codec is None else codec.name}
             else:
                 about = export_onnx(model, directory)
                 write_text(directory / "config.json", model.config.to_json())
                 if (codec := run.codec_if_any()) is not None:
                     save_codec(codec, directory)
     print(json.dumps(about, indent=2))
-
-
-def export_huggingface(run: "Run", directory: Path) -> dict[str, Any]:
-    """Writes a run for transformers into `directory` and returns the facts to print."""
-    from perceiver_ar.data.codec import importing
-
-    with importing("hf"):
-        from perceiver_ar import huggingface
-    codec = run.codec_if_any()
-    huggingface.export(huggingface.PerceiverARForCausalLM.from_pretrained(run.path), codec, directory)
-    return {"files": sorted(file.name for file in directory.iterdir()), "codec": None if codec is None else codec.name}

@@ -129,8 +129,7 @@ def bfloat16_is_faster() -> bool:
 
     def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(512, 512, dtype=dtype)
-        times = [timeit.timeit(lambda: matrix @ matrix, number=1) for _ in range(10)]
-        return min(times)
+        return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=10))
 
     return 1.5 * seconds(torch.bfloat16) < seconds(torch.float32)
 
