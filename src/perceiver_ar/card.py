@@ -137,12 +137,8 @@ def _settings(run: Run, model: Any, codec: Codec | None, figures: dict[str, Any]
 
 def _figures(run: Run) -> dict[str, Any]:
     """The finite numbers of a summary, which may be an older version's or edited."""
-    summary = run.summary() or {}
-    return {
-        name: value
-        for name, value in summary.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    }
+    numbers = {name: value for name, value in (run.summary() or {}).items() if type(value) in (int, float)}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _measured(figures: dict[str, Any]) -> Iterator[str]:

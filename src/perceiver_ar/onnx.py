@@ -31,6 +31,7 @@ Positions count from a row's start or, with position tables, from the window's.
 import copy
 import logging
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,20 +185,17 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
         shapes = {"tokens": {0: rows, 1: length + n if n else length}, "positions": {0: rows, 1: length}}
         graphs["read"] = Read(model), (torch.cat([before, ids], 1), ids), shapes, list(CACHES[:2])
     log = logging.getLogger("torch.onnx")
-    level = log.level
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings(), torch.no_grad(), ordinary_attention():
+    with ExitStack() as at_end, warnings.catch_warnings(), torch.no_grad(), ordinary_attention():
         warnings.simplefilter("ignore")  # of torch's exporter, about itself
+        at_end.callback(log.setLevel, log.level)
         log.setLevel(logging.ERROR)
-        try:
-            for name, (module, inputs, shapes, outputs) in graphs.items():
-                program = torch.onnx.export(
-                    module.eval(), tuple(x.clone() for x in inputs), dynamo=True, dynamic_shapes=shapes,
-                    input_names=list(shapes), output_names=outputs, verbose=False,
-                )  # fmt: skip
-                assert program is not None
-                program.save(folder / f"{name}.onnx", external_data=True)
-        finally:
-            log.setLevel(level)
+        for name, (module, inputs, shapes, outputs) in graphs.items():
+            program = torch.onnx.export(
+                module.eval(), tuple(x.clone() for x in inputs), dynamo=True, dynamic_shapes=shapes,
+                input_names=list(shapes), output_names=outputs, verbose=False,
+            )  # fmt: skip
+            assert program is not None
+            program.save(folder / f"{name}.onnx", external_data=True)
     return [f"{name}.onnx" for name in graphs]

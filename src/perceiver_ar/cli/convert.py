@@ -9,22 +9,17 @@ from typing import Any
 from perceiver_ar.cli.options import make_parser, parse
 from perceiver_ar.errors import require
 
-# Settings that a checkpoint may not contain, by format: option, type, help.
-CONVERT_OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
-    "lucidrains": [
-        ("cross_attn_seq_len", int, "prefix length; the weights do not determine it"),
-        ("heads", int, "attention heads, if the weights do not determine them"),
-    ],
-    "krasserm": [],
-    "google": [
-        ("settings", str, "random_mirrored_32, random_mirrored_131072, imagenet_w_positions, or a JSON file with "
-         "the arguments of their PerceiverAR"),
-        ("max_context_length", int, "as in their settings"),
-        ("z_index_dim", int, "as in their settings"),
-        ("num_cross_attend_heads", int, "as in their settings"),
-        ("num_transformer_heads", int, "as in their settings"),
-    ],
-    "peft": [("base", str, "the run that the adapter was trained on")],
+# Settings that a checkpoint may not contain: option -> format, type, help.
+CONVERT_OPTIONS: dict[str, tuple[str, Any, str]] = {
+    "cross_attn_seq_len": ("lucidrains", int, "prefix length; the weights do not determine it"),
+    "heads": ("lucidrains", int, "attention heads, if the weights do not determine them"),
+    "settings": ("google", str, "random_mirrored_32, random_mirrored_131072, imagenet_w_positions, or a JSON file with "
+                 "the arguments of their PerceiverAR"),
+    "max_context_length": ("google", int, "as in their settings"),
+    "z_index_dim": ("google", int, "as in their settings"),
+    "num_cross_attend_heads": ("google", int, "as in their settings"),
+    "num_transformer_heads": ("google", int, "as in their settings"),
+    "base": ("peft", str, "the run that the adapter was trained on"),
 }  # fmt: skip
 
 
@@ -40,16 +35,16 @@ def convert_verb(argv: list[str]) -> None:
         "  perceiver-ar convert google checkpoint.dill --settings random_mirrored_131072 --out runs/copy\n"
         "  perceiver-ar convert peft runs/letters/adapter --base runs/books --out runs/merged",
     )
-    parser.add_argument("format", choices=list(CONVERT_OPTIONS), help="the implementation that wrote it")
+    formats = ["lucidrains", "krasserm", "google", "peft"]
+    parser.add_argument("format", choices=formats, help="the implementation that wrote it")
     parser.add_argument("checkpoint", type=str, help="a file or a directory, as that implementation writes it")
     parser.add_argument("--out", type=str, required=True, help="the run directory to make")
-    for form, options in CONVERT_OPTIONS.items():
-        for name, kind, text in options:
-            parser.add_argument(f"--{name}", type=kind | None, help=f"{form}: {text}")
+    for name, (form, kind, text) in CONVERT_OPTIONS.items():
+        parser.add_argument(f"--{name}", type=kind | None, help=f"{form}: {text}")
     args = parse(parser, argv)
-    own = [name for name, _, _ in CONVERT_OPTIONS[args.format]]
-    for name, _, _ in (option for options in CONVERT_OPTIONS.values() for option in options):
-        require(name in own or args[name] is None, f"--{name} is no option of {args.format}: leave it out")
+    for name, (form, _, _) in CONVERT_OPTIONS.items():
+        require(args.format == form or args[name] is None, f"--{name} is no option of {args.format}: leave it out")
+    own = {name: args[name] for name, (form, _, _) in CONVERT_OPTIONS.items() if form == args.format}
 
     from importlib import import_module
 
@@ -63,7 +58,7 @@ def convert_verb(argv: list[str]) -> None:
     read = import_module(module).read
     with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always", LeftOut)
-        model, codec = read(Path(args.checkpoint), **{name: args[name] for name in own})
+        model, codec = read(Path(args.checkpoint), **own)
     for notice in notices:
         print(notice.message, file=sys.stderr)
     with atomic_directory(args.out) as directory:

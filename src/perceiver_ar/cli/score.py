@@ -59,8 +59,7 @@ def score_verb(argv: list[str]) -> None:
     paths = names(args.paths)
     if other is not None and not paths:
         check_held_out(run, other)
-    options = {"stride": args.stride, "num_latents": args.num_latents}
-    options |= {"batch_size": args.batch_size, "precision": args.precision}
+    options = {name: args[name] for name in ("stride", "num_latents", "batch_size", "precision")}
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
         conditioned = [one for one in (run, other) if one is not None and one.conditions()]
 
@@ -118,16 +117,12 @@ def scores_of(
 
 def check_held_out(run: "Run", other: "Run") -> None:
     """Raises InputError if `other` cannot score what `run` held out. stderr is told if it may know these documents."""
-    require(same_codec(run, other), f"{run.path} and {other.path} have different codecs: name the files to compare on")
+    patterns = ("codec.json", *run.codec().files)
+    codecs = [{p.name: p.read_bytes() for x in patterns for p in one.path.glob(x)} for one in (run, other)]
+    require(codecs[0] == codecs[1], f"{run.path} and {other.path} have different codecs: name the files to compare on")
     held_out = [one.tokens / "validation.bin" for one in (run, other)]
     if held_out[0].exists() and not (held_out[1].exists() and filecmp.cmp(*held_out, shallow=False)):
         print(f"{other.path} did not hold out the same documents: it may have been trained on these", file=sys.stderr)
-
-
-def same_codec(run: "Run", other: "Run") -> bool:
-    patterns = ("codec.json", *run.codec().files)
-    files, others = ({p.name: p.read_bytes() for x in patterns for p in r.path.glob(x)} for r in (run, other))
-    return files == others
 
 
 def describe_documents(result: dict[str, Any]) -> list[str]:
