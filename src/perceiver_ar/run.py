@@ -1,17 +1,6 @@
 """The run directory: a trained model and everything needed to use it or to resume its training.
 
-config.json, model.safetensors      the network; safetensors cannot hold code
-codec.json (tokenizer.json)         the codec: files to ids and back
-adapter/                            the adapter alone, as the PEFT library saves it; only with Recipe.adapter
-recipe.yaml                         the complete settings; training it again reproduces the run
-stopped.txt                         why training ended before its end
-summary.json                        final results; written last, so a run that has it is finished
-metrics.csv, tensorboard/           measurements during training
-tracker_id, wandb/                  the run's name in a tracker, and the files of W&B; only with a tracker
-samples/, plots/, report.html       generated samples, plots, and both on one page
-tokens/, checkpoints/               only for resuming
-checkpoints/initial/                copy of init_from, until the run is finished; with an adapter, for good
-.lock                               names the process that trains in it
+docs/files.md says what each file holds.
 """
 
 import json
@@ -57,7 +46,7 @@ class Run:
         self.plots = self.path / "plots"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
-        self.initial = self.checkpoints / "initial"
+        self.initial = self.checkpoints / "initial"  # copy of init_from until the run is finished; with an adapter, for good
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":

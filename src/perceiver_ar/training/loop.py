@@ -58,7 +58,10 @@ def fit(prepared: Prepared, track: Track) -> Training | None:
             ) from None
         raise
     if training.trouble and first:
-        raise InputError(training.trouble)
+        raise InputError(
+            f"training diverged: {training.trouble}; start a new run with lower optim.lr and optim.muon_lr; "
+            f"{recipe.out} keeps earlier weights"
+        )
     if stop and first:
         raise Interrupted(f"stopped at step {training.step:,}, everything saved; resume with: {go_on}")
     return None if training.trouble or stop else training
