@@ -151,8 +151,7 @@ def _walk(
 def exact_ids(codec: Codec, data: bytes) -> np.ndarray:
     """Ids (n,) that `exact_bytes` turns back into any `data`, also where it is no text.
 
-    Raises:
-        InputError: the codec's ids do not stand for bytes, or some byte has no id.
+    Raises InputError if the codec's ids do not stand for bytes, or some byte has no id.
     """
     codec = codec.plain
     require(codec.writes_text, f"the codec {codec.name!r} does not write bytes: compress with a run of text or bytes")

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
+from perceiver_ar import __version__
 from perceiver_ar.cli import compress, convert, embed, evaluate, generate, info, push, scaling, score, serve, train
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.threads import share_cores
@@ -68,8 +69,6 @@ def main(argv: list[str] | None = None) -> int:
             print(USAGE)
             return 0 if argv else 2
         if argv[0] == "--version":
-            from perceiver_ar import __version__
-
             print(__version__)
             return 0
         require(argv[0] in verbs, f"there is no verb {argv[0]!r}: use {', '.join(verbs)}")

@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,6 @@ def convert_verb(argv: list[str]) -> None:
     for name, (form, _, _) in CONVERT_OPTIONS.items():
         require(args.format == form or args[name] is None, f"--{name} is no option of {args.format}: leave it out")
     own = {name: args[name] for name, (form, _, _) in CONVERT_OPTIONS.items() if form == args.format}
-
-    from importlib import import_module
 
     from perceiver_ar.compat.weights import LeftOut
     from perceiver_ar.data.codec import save_codec

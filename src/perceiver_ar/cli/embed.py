@@ -1,6 +1,8 @@
 """perceiver-ar embed."""
 
 import sys
+import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 from perceiver_ar.cli.evaluate import documents_to_score
@@ -30,9 +32,6 @@ def embed_verb(argv: list[str]) -> None:
     from perceiver_ar.tables import check_table, write_rows
 
     check_table(args.out, "--out", also=(".npy",))
-
-    import tempfile
-    from itertools import pairwise
 
     import numpy as np
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,6 @@ def evaluate_verb(argv: list[str]) -> None:
     add_scoring(parser)
     args = parse(parser, argv)
     lengths = parse_lengths(args.context_lengths)
-
-    import tempfile
 
     from perceiver_ar.evaluation import compressors, evaluate, evaluate_context_lengths
     from perceiver_ar.run import Run

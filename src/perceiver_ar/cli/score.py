@@ -4,6 +4,7 @@ import filecmp
 import json
 import math
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,6 @@ def score_verb(argv: list[str]) -> None:
         check_table(args.out, "--out")
         if args.tokens:
             check_out(tokens_table(Path(args.out)), "--out")
-
-    import tempfile
 
     from perceiver_ar.run import Run
     from perceiver_ar.scores import TOKEN_COLUMNS, compare
