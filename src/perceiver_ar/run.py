@@ -46,7 +46,7 @@ class Run:
         self.plots = self.path / "plots"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
-        self.initial = self.checkpoints / "initial"  # copy of init_from until the run is finished; with an adapter, for good
+        self.initial = self.checkpoints / "initial"  # copy of init_from; removed at the end unless an adapter needs it
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":

@@ -9,7 +9,9 @@ from perceiver_ar.cli.evaluate import documents_to_score
 from perceiver_ar.cli.options import add_documents, make_parser, names, parse
 from perceiver_ar.cli.prompts import to_device
 from perceiver_ar.errors import require
+from perceiver_ar.files import atomic_path
 from perceiver_ar.progress import ProgressBar
+from perceiver_ar.tables import check_table, write_rows
 
 
 def embed_verb(argv: list[str]) -> None:
@@ -29,14 +31,11 @@ def embed_verb(argv: list[str]) -> None:
     args = parse(parser, argv)
     require(args.out is not None, "--out is missing: name the file to write, as in --out books.npy")
 
-    from perceiver_ar.tables import check_table, write_rows
-
     check_table(args.out, "--out", also=(".npy",))
 
     import numpy as np
 
     from perceiver_ar.embeddings import embed
-    from perceiver_ar.files import atomic_path
     from perceiver_ar.run import Run
 
     run = Run.open(args.run)

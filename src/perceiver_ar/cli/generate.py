@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from perceiver_ar.cli.options import make_parser, names, parse
 from perceiver_ar.cli.prompts import prompt_ids, stop_bytes, to_device, what_to_draw
 from perceiver_ar.errors import require
-from perceiver_ar.files import check_out
+from perceiver_ar.files import atomic_path, check_out
 from perceiver_ar.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -147,8 +147,6 @@ def generate_verb(argv: list[str]) -> None:
 
 def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, out: Path | None) -> None:
     """Shows a text of `count` tokens as it is drawn, or up to `stop`, and writes it into `out`."""
-    from perceiver_ar.files import atomic_path
-
     ids: list[int] = []
     ending = b""
     text, started = codecs.getincrementaldecoder("utf-8")(errors="replace"), time.perf_counter()

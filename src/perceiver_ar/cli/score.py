@@ -14,10 +14,10 @@ from perceiver_ar.cli.prompts import to_device
 from perceiver_ar.errors import require
 from perceiver_ar.files import check_out
 from perceiver_ar.progress import ProgressBar
+from perceiver_ar.tables import check_table, write_rows
 
 if TYPE_CHECKING:
     from perceiver_ar.run import Run
-    from perceiver_ar.scores import DocumentScores
 
 
 def score_verb(argv: list[str]) -> None:
@@ -43,15 +43,12 @@ def score_verb(argv: list[str]) -> None:
         require(Path(args.picture).suffix.lower() == ".png", f"--picture is {args.picture}: its name must end in .png")
         check_out(args.picture, "--picture")
     if args.out is not None:
-        from perceiver_ar.tables import check_table
-
         check_table(args.out, "--out")
         if args.tokens:
             check_out(tokens_table(Path(args.out)), "--out")
 
     from perceiver_ar.run import Run
-    from perceiver_ar.scores import TOKEN_COLUMNS, compare
-    from perceiver_ar.tables import write_rows
+    from perceiver_ar.scores import TOKEN_COLUMNS, DocumentScores, compare, score_documents
 
     run = Run.open(args.run)
     other = None if args.against is None else Run.open(args.against)
@@ -62,14 +59,20 @@ def score_verb(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
         conditioned = [one for one in (run, other) if one is not None and one.conditions()]
 
-        def table(of: Run) -> str | None:
-            return args.conditions if of in conditioned or not conditioned else None
+        def scores_of(one: Run, folder: Path) -> DocumentScores:
+            """By the model of `one`, of the files or else of what `run` held out."""
+            model, codec = to_device(one.model()), one.codec()
+            table = args.conditions if one in conditioned or not conditioned else None
+            file, files = documents_to_score(run, codec, paths, folder, table)
+            with ProgressBar("scoring", 1.0) as bar:
+                progress = {"progress": lambda done, total: bar.update(done / total)}
+                return score_documents(model, codec, file, files, **options, **progress)
 
-        scores = scores_of(run, paths, Path(scratch), options, conditions=table(run))
+        scores = scores_of(run, Path(scratch))
         columns, rows = scores.columns(), scores.rows
         result = scores.summary()
         if other is not None:
-            others = scores_of(other, paths, Path(scratch) / "other", options, held_out_by=run, conditions=table(other))
+            others = scores_of(other, Path(scratch) / "other")
             result["against"] = compare(scores, others)
             columns |= {"bits_against": float}
             rows = [row | {"bits_against": its["bits"]} for row, its in zip(rows, others.rows, strict=True)]
@@ -94,24 +97,6 @@ def score_verb(argv: list[str]) -> None:
 
 def tokens_table(out: Path) -> Path:
     return out.with_stem(f"{out.stem}-tokens")
-
-
-def scores_of(
-    run: "Run",
-    paths: tuple[str, ...],
-    scratch: Path,
-    options: dict[str, Any],
-    held_out_by: "Run | None" = None,
-    conditions: str | None = None,
-) -> "DocumentScores":
-    """`held_out_by`: the run whose held-out documents are scored without `paths`; None: `run`."""
-    from perceiver_ar.scores import score_documents
-
-    model, codec = to_device(run.model()), run.codec()
-    file, files = documents_to_score(held_out_by or run, codec, paths, scratch, conditions)
-    with ProgressBar("scoring", 1.0) as bar:
-        options |= {"progress": lambda done, total: bar.update(done / total)}
-        return score_documents(model, codec, file, files, **options)
 
 
 def check_held_out(run: "Run", other: "Run") -> None:

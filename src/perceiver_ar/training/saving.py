@@ -15,42 +15,37 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from perceiver_ar.adapters import save_adapter
-from perceiver_ar.config import Recipe
 from perceiver_ar.network.model import PerceiverAR
-from perceiver_ar.run import Run
 from perceiver_ar.training.checkpoints import Checkpoint, Checkpoints
+from perceiver_ar.training.prepare import Prepared
 from perceiver_ar.training.trouble import is_out_of_memory
 
 Gather = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def write_checkpoint(
-    run: Run,
-    recipe: Recipe,
-    checkpoints: Checkpoints,
-    checkpoint: dict[str, Any],
-    model: PerceiverAR,
-    validation_bits: float | None,
+    prepared: Prepared, checkpoints: Checkpoints, checkpoint: dict[str, Any], model: PerceiverAR, bits: float | None
 ) -> None:
     """Writes the weights and a checkpoint; each file replaces the previous one only when it is complete.
 
     The checkpoint comes last: resuming from one at the end of the run does not save the weights again. Raises OSError
-    if they cannot be written; the earlier files are unchanged.
+    if they cannot be written; the earlier files are unchanged. bits: per token, on held-out text, if measured.
     """
     try:
-        with checkpoints.writing(checkpoint["global_step"], validation_bits) as temporary:
+        with checkpoints.writing(checkpoint["global_step"], bits) as temporary:
             torch.save(checkpoint, temporary)
-            write_weights(run, recipe, model, checkpoint)  # inside: a kill leaves an incomplete checkpoint, too
+            write_weights(prepared, model, checkpoint)  # inside: a kill leaves an incomplete checkpoint, too
     except (OSError, SafetensorError, RuntimeError) as error:  # some writers raise these instead of OSError
         if is_out_of_memory(error):
             raise
         message = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-        raise OSError(number, f"cannot save ({message})", str(run.path)) from error
+        raise OSError(number, f"cannot save ({message})", str(prepared.run.path)) from error
 
 
-def write_weights(run: Run, recipe: Recipe, model: PerceiverAR, checkpoint: dict[str, Any]) -> None:
+def write_weights(prepared: Prepared, model: PerceiverAR, checkpoint: dict[str, Any]) -> None:
     """Writes `model`, and the adapter of `checkpoint` if the recipe has one, as the weights of the run."""
+    run, recipe = prepared.run, prepared.recipe
     model.save_pretrained(run.path)
     if recipe.adapter is not None:
         save_adapter(run.adapter, recipe, weights_for_use(checkpoint), checkpoint["base"])
