@@ -66,8 +66,7 @@ def write_card(run: Run, repo_id: str) -> bool:
         *_measured(figures),
         *_use(repo_id, name, codec),
     ]
-    content = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(about) + "\n"
-    write_text(run.path / CARD, content)
+    write_text(run.path / CARD, "\n".join(["---", data.to_yaml(), "---", "", *about, ""]))
     return True
 
 

@@ -20,7 +20,7 @@ from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.origin import Origin, fill_in
 from perceiver_ar.run import Run
 from perceiver_ar.training.checkpoints import Checkpoints
-from perceiver_ar.training.console import Interrupted, ending_on_signals, say
+from perceiver_ar.training.console import Interrupted, interrupt, say, signals_taken_by
 from perceiver_ar.training.documents import check_windows, open_or_make_tokens
 from perceiver_ar.training.resources import Resources, choose_precision
 from perceiver_ar.training.tracking import check_tracker
@@ -47,7 +47,7 @@ def prepare(run: Run, recipe: Recipe, resources: Resources, resume: bool, find_b
     """
     if resources.rank == 0:
         precision = choose_precision(recipe.trainer.precision, resources.device)
-        with ending_on_signals():
+        with signals_taken_by(interrupt):
             return prepare_first(run, with_trainer(recipe, precision=precision), resources, resume, find_batch)
     wait_for_first(run)
     recipe = with_settings_taken(recipe, run.recipe())
