@@ -327,5 +327,4 @@ def compressors(codec: Codec, tokens: np.ndarray) -> dict[str, float]:
 def write_table(path: str | os.PathLike[str], evaluations: Iterable[Evaluation]) -> None:
     """Writes a CSV file, a line per evaluation, with the names of its fields; atomically."""
     rows = [evaluation.to_dict() for evaluation in evaluations]
-    fields = list(rows[0]) if rows else [field.name for field in dataclasses.fields(Evaluation)]
-    write_rows(path, dict.fromkeys(fields, float), rows)
+    write_rows(path, dict.fromkeys(rows[0], float), rows)

@@ -164,9 +164,7 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
         most >= 9 and latents >= 3,
         f"the exporter needs a context of 9 tokens and 3 latents to see what varies: here are {most} and {latents}",
     )
-    bounds = {"prefix": most, "latents": latents, "length": most}
-    lengths = {name: {0: rows, 1: Dim(name, max=bound)} for name, bound in bounds.items()}
-    score: dict[str, Any] = {name: lengths[name] for name in ("prefix", "latents")}
+    score = {"prefix": {0: rows, 1: Dim("prefix", max=most)}, "latents": {0: rows, 1: Dim("latents", max=latents)}}
     graphs: dict[str, tuple[Graph, tuple[Tensor, ...], dict[str, Any], list[str]]] = {
         "model": (Scoring(model), (ids[:, :5], ids[:, :3]), score, ["logits"])
     }
@@ -181,7 +179,7 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
         outputs = ["logits", *(f"new_{name}" for name in CACHES)]
         step = torch.cat([before, one], 1), one, held, held, *caches.values()
         graphs["step"] = Step(model), step, shapes, outputs
-        length = lengths["length"][1]
+        length = Dim("length", max=most)
         shapes = {"tokens": {0: rows, 1: length + n if n else length}, "positions": {0: rows, 1: length}}
         graphs["read"] = Read(model), (torch.cat([before, ids], 1), ids), shapes, list(CACHES[:2])
     log = logging.getLogger("torch.onnx")

@@ -243,11 +243,7 @@ class PerceiverARConfig:
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> Self:
-        """The combination called `name` in `PRESETS`, with `settings` on top.
-
-        Raises:
-            InputError: there is no such preset.
-        """
+        """The combination called `name` in `PRESETS`, with `settings` on top. Raises InputError if there is none."""
         require(name in PRESETS, f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **settings})
 
@@ -269,8 +265,7 @@ class PerceiverARConfig:
     def from_dict(cls, settings: Mapping[str, Any], where: str = "the settings") -> Self:
         """Settings as read from JSON or YAML.
 
-        Raises:
-            InputError: not ours (`model_type`), unknown fields, or values that cannot work; names `where`.
+        Raises InputError, naming `where`, for those of another kind (`model_type`), unknown fields and wrong values.
         """
         settings = dict(settings)
         kind = settings.pop("model_type", MODEL_TYPE)
@@ -289,11 +284,7 @@ class PerceiverARConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads `config.json`, or the one in a directory.
-
-        Raises:
-            InputError: missing, damaged, or not ours.
-        """
+        """Reads `config.json`, or the one in a directory. Raises InputError if it is missing, damaged or not ours."""
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path
         try:
