@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from perceiver_ar.cli.options import make_parser, parse, read_bytes
+from perceiver_ar.cli.options import make_parser, parse
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path, check_out
 from perceiver_ar.progress import ProgressBar
@@ -56,7 +56,12 @@ def convert(run: str, file: str, out: str, what: str, work: Callable[..., bytes]
     source, target = Path(file), Path(out)
     require(not target.exists(), f"{target} already exists: give another --out, or remove it")
     check_out(target, "--out")
-    data = read_bytes(file, such_as=", such as an archive of it")
+    try:
+        data = source.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{file} is a folder: name a file, such as an archive of it") from None
     began, opened = time.perf_counter(), Run.open(run)
     try:
         with ProgressBar(what, 1.0) as bar:

@@ -4,7 +4,6 @@ import argparse
 import os
 import re
 from collections.abc import Collection
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -165,16 +164,6 @@ def add_scoring(parser: ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="windows per forward")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the computation")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-
-
-def read_bytes(path: str, option: str = "", such_as: str = "") -> bytes:
-    """The content of a file; `option` and `such_as` are for the messages of InputError."""
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{option}{path}: no such file; check the path") from None
-    except IsADirectoryError:
-        raise InputError(f"{option}{path} is a folder: name a file{such_as}") from None
 
 
 def names(paths: Any, option: str = "paths") -> tuple[str, ...]:

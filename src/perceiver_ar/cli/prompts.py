@@ -5,9 +5,9 @@ import math
 import sys
 from collections.abc import Mapping
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceiver_ar.cli.options import read_bytes
 from perceiver_ar.errors import InputError, require
 
 if TYPE_CHECKING:
@@ -25,7 +25,13 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None, cond
     try:
         if prompt_file is None:
             return start_ids(codec, prompt or "", conditions).tolist()
-        data = sys.stdin.buffer.read() if prompt_file == "-" else read_bytes(prompt_file, "--prompt_file ")
+        where = f"--prompt_file {prompt_file}"
+        try:
+            data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
+        except FileNotFoundError:
+            raise InputError(f"{where}: no such file; check the path") from None
+        except IsADirectoryError:
+            raise InputError(f"{where} is a folder: name a file") from None
         chunks = text_only([data], prompt_file) if codec.reads_text else [data]
         pieces = [ids.tolist() for ids in codec.encode_stream(chunks, prompt_file)]
     except WrongModality as error:
