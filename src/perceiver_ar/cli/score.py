@@ -65,8 +65,8 @@ def score_verb(argv: list[str]) -> None:
             table = args.conditions if one in conditioned or not conditioned else None
             file, files = documents_to_score(run, codec, paths, folder, table)
             with ProgressBar("scoring", 1.0) as bar:
-                progress = {"progress": lambda done, total: bar.update(done / total)}
-                return score_documents(model, codec, file, files, **options, **progress)
+                settings = options | {"progress": lambda done, total: bar.update(done / total)}
+                return score_documents(model, codec, file, files, **settings)
 
         scores = scores_of(run, Path(scratch))
         columns, rows = scores.columns(), scores.rows
