@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "origin": NETWORK | {"data", "run"},
     "compat": NETWORK | {"objective", "windows", "generation", "data"},
     "tables": BOTTOM,
-    "evaluation": BELOW_THE_TASKS,
+    "evaluation": BELOW_THE_TASKS | {"tables"},
     "compression": BELOW_THE_TASKS,
     "embeddings": BELOW_THE_TASKS | {"evaluation"},
     "scores": BELOW_THE_TASKS | {"evaluation"},

@@ -14,21 +14,16 @@ if TYPE_CHECKING:
     from perceiver_ar.run import Run
     from perceiver_ar.training.main import train
 
-# Name -> module. Imported when first used, so that `perceiver-ar --help` does not wait for torch.
-_HOME = {
-    "DataConfig": "config",
-    "InputError": "errors",
-    "OptimConfig": "config",
-    "PerceiverAR": "network.model",
-    "PerceiverARConfig": "config",
-    "Recipe": "config",
-    "Run": "run",
-    "TrainerConfig": "config",
-    "evaluate": "evaluation",
-    "generate": "generation",
-    "next_token_loss": "objective",
-    "stream": "generation",
-    "train": "training.main",
+# Module -> its names. Imported when first used, so that `perceiver-ar --help` does not wait for torch.
+_NAMES = {
+    "config": ("DataConfig", "OptimConfig", "PerceiverARConfig", "Recipe", "TrainerConfig"),
+    "errors": ("InputError",),
+    "evaluation": ("evaluate",),
+    "generation": ("generate", "stream"),
+    "network.model": ("PerceiverAR",),
+    "objective": ("next_token_loss",),
+    "run": ("Run",),
+    "training.main": ("train",),
 }
 
 __all__ = [
@@ -49,11 +44,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'perceiver_ar' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"perceiver_ar.{_HOME[name]}"), name)
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"perceiver_ar.{module}"), name)
+    raise AttributeError(f"module 'perceiver_ar' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -66,8 +66,7 @@ def write_card(run: Run, repo_id: str) -> bool:
         *_measured(figures),
         *_use(repo_id, name, codec),
     ]
-    content = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(about) + "\n"
-    write_text(run.path / CARD, content)
+    write_text(run.path / CARD, "\n".join(["---", data.to_yaml(), "---", "", *about, ""]))
     return True
 
 
@@ -137,12 +136,8 @@ def _settings(run: Run, model: Any, codec: Codec | None, figures: dict[str, Any]
 
 def _figures(run: Run) -> dict[str, Any]:
     """The finite numbers of a summary, which may be an older version's or edited."""
-    summary = run.summary() or {}
-    return {
-        name: value
-        for name, value in summary.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    }
+    numbers = {name: value for name, value in (run.summary() or {}).items() if type(value) in (int, float)}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _measured(figures: dict[str, Any]) -> Iterator[str]:

@@ -3,13 +3,13 @@
 Shapes: B batch, T context_length, N num_latents, V vocabulary; n tokens x[0 ... n-1], whose targets are x[1 ... n-1].
 """
 
-import csv
 import dataclasses
 import gzip
 import lzma
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -23,11 +23,11 @@ from torch import Tensor
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.token_files import TokenFile
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.files import atomic_path
 from perceiver_ar.generation import evaluation_mode
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import IGNORE, next_token_loss
 from perceiver_ar.scored_windows import ScoredWindow, evenly, spread_windows, windows
+from perceiver_ar.tables import write_rows
 from perceiver_ar.windows import longest_context
 
 
@@ -212,6 +212,10 @@ def evaluate(
         "the model's weights give NaN: use weights from before training diverged, or train at a lower learning rate",
     )
     bits = nats / math.log(2)
+    totals: Any = Counter()
+    if amounts is not None:
+        for start, stop in targets:
+            totals.update(amounts(np.asarray(x[start:stop])))
     return Evaluation(
         tokens=total,
         bytes=None if lengths is None else num_bytes,
@@ -224,19 +228,8 @@ def evaluate(
         num_latents=N,
         stride=stride,
         seconds=time.perf_counter() - began,
-        amounts={} if amounts is None else _amounts(amounts, x, targets),
+        amounts=dict(totals),
     )
-
-
-def _amounts(
-    amounts: Callable[[np.ndarray], Mapping[str, float]], x: np.ndarray, targets: Iterable[tuple[int, int]]
-) -> dict[str, float]:
-    """Unit -> its amount in all targets."""
-    totals: dict[str, float] = {}
-    for start, stop in targets:
-        for unit, amount in amounts(np.asarray(x[start:stop])).items():
-            totals[unit] = totals.get(unit, 0.0) + amount
-    return totals
 
 
 def _losses(model: PerceiverAR, ids: Tensor, prefix_len: int, scored: np.ndarray, start: int | None) -> Tensor:
@@ -334,8 +327,4 @@ def compressors(codec: Codec, tokens: np.ndarray) -> dict[str, float]:
 def write_table(path: str | os.PathLike[str], evaluations: Iterable[Evaluation]) -> None:
     """Writes a CSV file, a line per evaluation, with the names of its fields; atomically."""
     rows = [evaluation.to_dict() for evaluation in evaluations]
-    fields = list(rows[0]) if rows else [field.name for field in dataclasses.fields(Evaluation)]
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(path, dict.fromkeys(rows[0], float), rows)

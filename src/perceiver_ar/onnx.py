@@ -31,6 +31,7 @@ Positions count from a row's start or, with position tables, from the window's.
 import copy
 import logging
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,9 +164,7 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
         most >= 9 and latents >= 3,
         f"the exporter needs a context of 9 tokens and 3 latents to see what varies: here are {most} and {latents}",
     )
-    bounds = {"prefix": most, "latents": latents, "length": most}
-    lengths = {name: {0: rows, 1: Dim(name, max=bound)} for name, bound in bounds.items()}
-    score: dict[str, Any] = {name: lengths[name] for name in ("prefix", "latents")}
+    score = {"prefix": {0: rows, 1: Dim("prefix", max=most)}, "latents": {0: rows, 1: Dim("latents", max=latents)}}
     graphs: dict[str, tuple[Graph, tuple[Tensor, ...], dict[str, Any], list[str]]] = {
         "model": (Scoring(model), (ids[:, :5], ids[:, :3]), score, ["logits"])
     }
@@ -180,25 +179,21 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
         outputs = ["logits", *(f"new_{name}" for name in CACHES)]
         step = torch.cat([before, one], 1), one, held, held, *caches.values()
         graphs["step"] = Step(model), step, shapes, outputs
-        length = lengths["length"][1]
+        length = Dim("length", max=most)
         shapes = {"tokens": {0: rows, 1: length + n if n else length}, "positions": {0: rows, 1: length}}
         graphs["read"] = Read(model), (torch.cat([before, ids], 1), ids), shapes, list(CACHES[:2])
     log = logging.getLogger("torch.onnx")
-    level, names = log.level, []
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings(), torch.no_grad(), ordinary_attention():
+    with ExitStack() as at_end, warnings.catch_warnings(), torch.no_grad(), ordinary_attention():
         warnings.simplefilter("ignore")  # of torch's exporter, about itself
+        at_end.callback(log.setLevel, log.level)
         log.setLevel(logging.ERROR)
-        try:
-            for name, (module, inputs, shapes, outputs) in graphs.items():
-                names.append(f"{name}.onnx")
-                program = torch.onnx.export(
-                    module.eval(), tuple(x.clone() for x in inputs), dynamo=True, dynamic_shapes=shapes,
-                    input_names=list(shapes), output_names=outputs, verbose=False,
-                )  # fmt: skip
-                assert program is not None
-                program.save(folder / names[-1], external_data=True)
-        finally:
-            log.setLevel(level)
-    return names
+        for name, (module, inputs, shapes, outputs) in graphs.items():
+            program = torch.onnx.export(
+                module.eval(), tuple(x.clone() for x in inputs), dynamo=True, dynamic_shapes=shapes,
+                input_names=list(shapes), output_names=outputs, verbose=False,
+            )  # fmt: skip
+            assert program is not None
+            program.save(folder / f"{name}.onnx", external_data=True)
+    return [f"{name}.onnx" for name in graphs]

@@ -36,7 +36,6 @@ class MuonAdamW(Optimizer):
         config: OptimConfig,
         dtype: torch.dtype = torch.float32,
     ):
-        assert len(hidden) == len(pieces)
         self.dtype = dtype
         muon = {"params": hidden, "pieces": pieces, "lr": config.muon_lr, "momentum": config.momentum}
         # On a CPU the default is a loop of single operations, five times slower.

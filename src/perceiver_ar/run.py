@@ -1,17 +1,6 @@
 """The run directory: a trained model and everything needed to use it or to resume its training.
 
-config.json, model.safetensors      the network; safetensors cannot hold code
-codec.json (tokenizer.json)         the codec: files to ids and back
-adapter/                            the adapter alone, as the PEFT library saves it; only with Recipe.adapter
-recipe.yaml                         the complete settings; training it again reproduces the run
-stopped.txt                         why training ended before its end
-summary.json                        final results; written last, so a run that has it is finished
-metrics.csv, tensorboard/           measurements during training
-tracker_id, wandb/                  the run's name in a tracker, and the files of W&B; only with a tracker
-samples/, plots/, report.html       generated samples, plots, and both on one page
-tokens/, checkpoints/               only for resuming
-checkpoints/initial/                copy of init_from, until the run is finished; with an adapter, for good
-.lock                               names the process that trains in it
+docs/files.md says what each file holds.
 """
 
 import json
@@ -28,7 +17,7 @@ from perceiver_ar.config import BEFORE, Recipe, dump_yaml, load_yaml
 from perceiver_ar.data.codec import Codec, load_codec
 from perceiver_ar.data.hub import DOWNLOADS
 from perceiver_ar.data.shards import SHARDS
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import TEMPORARY, write_text
 from perceiver_ar.lock import LOCK
 from perceiver_ar.network.model import PerceiverAR
@@ -57,16 +46,14 @@ class Run:
         self.plots = self.path / "plots"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
-        self.initial = self.checkpoints / "initial"
+        self.initial = self.checkpoints / "initial"  # copy of init_from; removed at the end unless an adapter needs it
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
         """The run in an existing directory. Raises InputError if the directory does not exist."""
         run = cls(path)
-        if not run.path.exists():
-            raise InputError(f"{path}: no such run; `perceiver-ar train ... --out {path}` would make it")
-        if not run.path.is_dir():
-            raise InputError(f"{path} is a file, not a run directory")
+        require(run.path.exists(), f"{path}: no such run; `perceiver-ar train ... --out {path}` would make it")
+        require(run.path.is_dir(), f"{path} is a file, not a run directory")
         return run
 
     def is_taken(self) -> bool:

@@ -31,8 +31,7 @@ def windows(
     there are fewer; its last N are latents. So a target has at least T - stride + 1 tokens of context once there are
     T before it; with stride 1 each is predicted as by `model(x[max(0, i - T) : i])[:, -1]`.
 
-    Raises:
-        InputError: fewer than two tokens, or numbers that do not fit together.
+    Raises InputError for fewer than two tokens, or numbers that do not fit together.
     """
     require(
         num_tokens >= 2, f"there are {num_tokens} tokens to evaluate on: it takes at least 2, one to predict another"
@@ -67,12 +66,9 @@ def spread_windows(
     """Evenly spread ones of `windows`, with about `max_tokens` targets together."""
     first = next(windows(num_tokens, context_length, num_latents, stride, first_target))
     count = 1 + -(-(num_tokens - first.end) // stride)
-    return [
-        next(windows(num_tokens, context_length, num_latents, stride, first.end + (number - 1) * stride))
-        if number > 0
-        else first
-        for number in evenly(count, max(1, max_tokens // stride), spread=True)
-    ]
+    chosen = evenly(count, max(1, max_tokens // stride), spread=True)
+    targets = [first.end + (number - 1) * stride if number > 0 else first_target for number in chosen]
+    return [next(windows(num_tokens, context_length, num_latents, stride, target)) for target in targets]
 
 
 def evenly(count: int, wanted: int, spread: bool) -> list[int]:

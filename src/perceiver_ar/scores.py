@@ -61,9 +61,8 @@ class DocumentScores:
 
     def columns(self) -> dict[str, type]:
         """Name -> type of the values of `rows`."""
-        columns = {"document": int, "file": str, "tokens": int, "bytes": int, "bits": float, "nats_per_token": float}
-        columns["bits_per_byte"] = float
-        return columns | {name: float for u in self.evaluation.amounts for name in (f"{u}s", f"nats_per_{u}")}
+        columns: dict[str, type] = dict.fromkeys(self.rows[0], float)
+        return columns | {"document": int, "file": str, "tokens": int, "bytes": int}
 
     def token_rows(self) -> Iterator[dict[str, Any]]:
         """For each token with a score: the document's number, the position in the document, the id, the place of its

@@ -12,18 +12,9 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
-from perceiver_ar.cli.compress import compress_verb, decompress_verb
-from perceiver_ar.cli.convert import convert_verb, export_verb
-from perceiver_ar.cli.embed import embed_verb
-from perceiver_ar.cli.evaluate import evaluate_verb
-from perceiver_ar.cli.generate import generate_verb
-from perceiver_ar.cli.info import info_verb
-from perceiver_ar.cli.push import push_verb
-from perceiver_ar.cli.scaling import scaling_verb
-from perceiver_ar.cli.score import score_verb
-from perceiver_ar.cli.serve import serve_verb
-from perceiver_ar.cli.train import train_verb
-from perceiver_ar.errors import InputError
+from perceiver_ar import __version__
+from perceiver_ar.cli import compress, convert, embed, evaluate, generate, info, push, scaling, score, serve, train
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.threads import share_cores
 
 USAGE = """usage: perceiver-ar VERB ...
@@ -57,19 +48,19 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     verbs: dict[str, Callable[[list[str]], None]] = {
-        "train": train_verb,
-        "evaluate": evaluate_verb,
-        "score": score_verb,
-        "embed": embed_verb,
-        "scaling": scaling_verb,
-        "generate": generate_verb,
-        "compress": compress_verb,
-        "decompress": decompress_verb,
-        "serve": serve_verb,
-        "info": info_verb,
-        "convert": convert_verb,
-        "export": export_verb,
-        "push": push_verb,
+        "train": train.train_verb,
+        "evaluate": evaluate.evaluate_verb,
+        "score": score.score_verb,
+        "embed": embed.embed_verb,
+        "scaling": scaling.scaling_verb,
+        "generate": generate.generate_verb,
+        "compress": compress.compress_verb,
+        "decompress": compress.decompress_verb,
+        "serve": serve.serve_verb,
+        "info": info.info_verb,
+        "convert": convert.convert_verb,
+        "export": convert.export_verb,
+        "push": push.push_verb,
     }
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries warn their callers, not our users
@@ -78,12 +69,9 @@ def main(argv: list[str] | None = None) -> int:
             print(USAGE)
             return 0 if argv else 2
         if argv[0] == "--version":
-            from perceiver_ar import __version__
-
             print(__version__)
             return 0
-        if argv[0] not in verbs:
-            raise InputError(f"there is no verb {argv[0]!r}: use {', '.join(verbs)}")
+        require(argv[0] in verbs, f"there is no verb {argv[0]!r}: use {', '.join(verbs)}")
         verbs[argv[0]](argv[1:])
         return 0
     except InputError as error:

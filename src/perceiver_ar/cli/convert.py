@@ -3,32 +3,24 @@
 import json
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from perceiver_ar.cli.options import make_parser, parse
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import require
 
-if TYPE_CHECKING:
-    from perceiver_ar.run import Run
-
-
-# Settings that a checkpoint may not contain, by format: option, type, help.
-CONVERT_OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
-    "lucidrains": [
-        ("cross_attn_seq_len", int, "prefix length; the weights do not determine it"),
-        ("heads", int, "attention heads, if the weights do not determine them"),
-    ],
-    "krasserm": [],
-    "google": [
-        ("settings", str, "random_mirrored_32, random_mirrored_131072, imagenet_w_positions, or a JSON file with "
-         "the arguments of their PerceiverAR"),
-        ("max_context_length", int, "as in their settings"),
-        ("z_index_dim", int, "as in their settings"),
-        ("num_cross_attend_heads", int, "as in their settings"),
-        ("num_transformer_heads", int, "as in their settings"),
-    ],
-    "peft": [("base", str, "the run that the adapter was trained on")],
+# Settings that a checkpoint may not contain: option -> format, type, help.
+CONVERT_OPTIONS: dict[str, tuple[str, Any, str]] = {
+    "cross_attn_seq_len": ("lucidrains", int, "prefix length; the weights do not determine it"),
+    "heads": ("lucidrains", int, "attention heads, if the weights do not determine them"),
+    "settings": ("google", str, "random_mirrored_32, random_mirrored_131072, imagenet_w_positions, or a JSON file with "
+                 "the arguments of their PerceiverAR"),
+    "max_context_length": ("google", int, "as in their settings"),
+    "z_index_dim": ("google", int, "as in their settings"),
+    "num_cross_attend_heads": ("google", int, "as in their settings"),
+    "num_transformer_heads": ("google", int, "as in their settings"),
+    "base": ("peft", str, "the run that the adapter was trained on"),
 }  # fmt: skip
 
 
@@ -44,32 +36,28 @@ def convert_verb(argv: list[str]) -> None:
         "  perceiver-ar convert google checkpoint.dill --settings random_mirrored_131072 --out runs/copy\n"
         "  perceiver-ar convert peft runs/letters/adapter --base runs/books --out runs/merged",
     )
-    parser.add_argument("format", choices=list(CONVERT_OPTIONS), help="the implementation that wrote it")
+    formats = ["lucidrains", "krasserm", "google", "peft"]
+    parser.add_argument("format", choices=formats, help="the implementation that wrote it")
     parser.add_argument("checkpoint", type=str, help="a file or a directory, as that implementation writes it")
     parser.add_argument("--out", type=str, required=True, help="the run directory to make")
-    for form, options in CONVERT_OPTIONS.items():
-        for name, kind, text in options:
-            parser.add_argument(f"--{name}", type=kind | None, help=f"{form}: {text}")
+    for name, (form, kind, text) in CONVERT_OPTIONS.items():
+        parser.add_argument(f"--{name}", type=kind | None, help=f"{form}: {text}")
     args = parse(parser, argv)
-    own = [name for name, _, _ in CONVERT_OPTIONS[args.format]]
-    for name, _, _ in (option for options in CONVERT_OPTIONS.values() for option in options):
-        if name not in own and args[name] is not None:
-            raise InputError(f"--{name} is no option of {args.format}: leave it out")
-
-    from importlib import import_module
+    for name, (form, _, _) in CONVERT_OPTIONS.items():
+        require(args.format == form or args[name] is None, f"--{name} is no option of {args.format}: leave it out")
+    own = {name: args[name] for name, (form, _, _) in CONVERT_OPTIONS.items() if form == args.format}
 
     from perceiver_ar.compat.weights import LeftOut
     from perceiver_ar.data.codec import save_codec
     from perceiver_ar.files import atomic_directory
     from perceiver_ar.run import Run
 
-    if Run(args.out).is_taken():
-        raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
+    require(not Run(args.out).is_taken(), f"--out {args.out} is there already: choose another place, or remove it")
     module = "perceiver_ar.adapters" if args.format == "peft" else f"perceiver_ar.compat.{args.format}"
     read = import_module(module).read
     with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always", LeftOut)
-        model, codec = read(Path(args.checkpoint), **{name: args[name] for name in own})
+        model, codec = read(Path(args.checkpoint), **own)
     for notice in notices:
         print(notice.message, file=sys.stderr)
     with atomic_directory(args.out) as directory:
@@ -107,14 +95,13 @@ def export_verb(argv: list[str]) -> None:
     args = parse(parser, argv)
 
     from perceiver_ar import compat
-    from perceiver_ar.data.codec import save_codec
+    from perceiver_ar.data.codec import importing, save_codec
     from perceiver_ar.files import atomic_directory, write_text
     from perceiver_ar.onnx import export_onnx
     from perceiver_ar.run import Run
 
     run = Run.open(args.run)
-    if Run(args.out).is_taken():
-        raise InputError(f"--out {args.out} is there already: choose another place, or remove it")
+    require(not Run(args.out).is_taken(), f"--out {args.out} is there already: choose another place, or remove it")
     model = run.model()
     if args.format == "lucidrains":
         about: Any = compat.save_lucidrains(model, args.out)
@@ -123,21 +110,15 @@ def export_verb(argv: list[str]) -> None:
             if args.format == "krasserm":
                 about = compat.save_krasserm(model, directory)
             elif args.format == "huggingface":
-                about = export_huggingface(run, directory)
+                with importing("hf"):
+                    from perceiver_ar import huggingface
+                codec = run.codec_if_any()
+                huggingface.export(huggingface.PerceiverARForCausalLM.from_pretrained(run.path), codec, directory)
+                files = sorted(file.name for file in directory.iterdir())
+                about = {"files": files, "codec": None if codec is None else codec.name}
             else:
                 about = export_onnx(model, directory)
                 write_text(directory / "config.json", model.config.to_json())
                 if (codec := run.codec_if_any()) is not None:
                     save_codec(codec, directory)
     print(json.dumps(about, indent=2))
-
-
-def export_huggingface(run: "Run", directory: Path) -> dict[str, Any]:
-    """Writes a run for transformers into `directory` and returns the facts to print."""
-    from perceiver_ar.data.codec import importing
-
-    with importing("hf"):
-        from perceiver_ar import huggingface
-    codec = run.codec_if_any()
-    huggingface.export(huggingface.PerceiverARForCausalLM.from_pretrained(run.path), codec, directory)
-    return {"files": sorted(file.name for file in directory.iterdir()), "codec": None if codec is None else codec.name}

@@ -1,13 +1,17 @@
 """perceiver-ar embed."""
 
 import sys
+import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 from perceiver_ar.cli.evaluate import documents_to_score
-from perceiver_ar.cli.options import add_conditions, add_paths, make_parser, names, parse
+from perceiver_ar.cli.options import add_documents, make_parser, names, parse
 from perceiver_ar.cli.prompts import to_device
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import require
+from perceiver_ar.files import atomic_path
 from perceiver_ar.progress import ProgressBar
+from perceiver_ar.tables import check_table, write_rows
 
 
 def embed_verb(argv: list[str]) -> None:
@@ -18,29 +22,20 @@ def embed_verb(argv: list[str]) -> None:
         "  perceiver-ar embed runs/books new_books/ --out books.npy\n"
         "  perceiver-ar embed runs/books new_books/ --out books.parquet    (with the names of the files)",
     )
-    parser.add_argument("run", type=str, help="a run directory")
-    add_paths(parser, "files as for train; none: what the run held out")
-    add_conditions(parser)
+    add_documents(parser, "what the run held out")
     parser.add_argument("--out", type=str | None, help="what to write: .npy (documents, dim) float32 in the order of "
                         "the documents, or a table: .parquet, .jsonl, .csv")  # fmt: skip
     parser.add_argument("--stride", type=int | None, help="new latents per window (default: half the latents)")
     parser.add_argument("--batch_size", type=int, default=8, help="windows per forward")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the computation")
     args = parse(parser, argv)
-    if args.out is None:
-        raise InputError("--out is missing: name the file to write, as in --out books.npy")
-
-    from perceiver_ar.tables import check_table, write_rows
+    require(args.out is not None, "--out is missing: name the file to write, as in --out books.npy")
 
     check_table(args.out, "--out", also=(".npy",))
-
-    import tempfile
-    from itertools import pairwise
 
     import numpy as np
 
     from perceiver_ar.embeddings import embed
-    from perceiver_ar.files import atomic_path
     from perceiver_ar.run import Run
 
     run = Run.open(args.run)

@@ -2,10 +2,11 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceiver_ar.cli.options import add_conditions, add_paths, add_scoring, make_parser, names, parse
+from perceiver_ar.cli.options import add_documents, add_scoring, make_parser, names, parse
 from perceiver_ar.cli.prompts import of_trained, to_device
 from perceiver_ar.config import Recipe
 from perceiver_ar.errors import InputError, require
@@ -29,9 +30,7 @@ def evaluate_verb(argv: list[str]) -> None:
         "  perceiver-ar evaluate runs/books --context_lengths 256,1024,4096\n"
         "  perceiver-ar evaluate runs/books new_book.txt --json",
     )
-    parser.add_argument("run", type=str, help="a run directory")
-    add_paths(parser, "files as for train; none: the documents that the run held out")
-    add_conditions(parser)
+    add_documents(parser, "the documents that the run held out")
     parser.add_argument(
         "--context_lengths", type=str | None, help="compare these context lengths in a table, a CSV file and a plot"
     )
@@ -39,8 +38,6 @@ def evaluate_verb(argv: list[str]) -> None:
     add_scoring(parser)
     args = parse(parser, argv)
     lengths = parse_lengths(args.context_lengths)
-
-    import tempfile
 
     from perceiver_ar.evaluation import compressors, evaluate, evaluate_context_lengths
     from perceiver_ar.run import Run
@@ -103,8 +100,7 @@ def documents_to_score(
         except InputError as error:
             raise InputError(of_trained(str(error))) from None
     require(conditions is None, "--conditions is of files: name them, or leave it out")
-    if not (run.tokens / "validation.json").exists():
-        raise InputError(f"{run.path} held nothing out: name the files to evaluate")
+    require((run.tokens / "validation.json").exists(), f"{run.path} held nothing out: name the files to evaluate")
     held_out = TokenFile.open(run.tokens / "validation")
     return held_out, ["held out"] * held_out.num_documents
 

@@ -8,17 +8,29 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from perceiver_ar.cli.options import make_parser, names, parse
 from perceiver_ar.cli.prompts import prompt_ids, stop_bytes, to_device, what_to_draw
-from perceiver_ar.errors import InputError, require
-from perceiver_ar.files import check_out
+from perceiver_ar.errors import require
+from perceiver_ar.files import atomic_path, check_out
 from perceiver_ar.progress import ProgressBar
 
 if TYPE_CHECKING:
     from perceiver_ar.data.codec import Codec
     from perceiver_ar.generation import Step
+
+
+SAMPLING: dict[str, tuple[Any, float | None, str]] = {
+    "temperature": (float, 1.0, "0 always takes the likeliest token"),
+    "top_k": (int | None, None, "draw from the TOP_K likeliest tokens only"),
+    "top_p": (float | None, None, "draw from the fewest tokens with this total probability"),
+    "min_p": (float | None, None, "draw from tokens with at least MIN_P times the top probability"),
+    "repetition_penalty": (float, 1.0, "above 1 makes used tokens less likely"),
+    "frequency_penalty": (float, 0.0, "subtracted from a token's logit per draw"),
+    "presence_penalty": (float, 0.0, "subtracted once from a drawn token's logit"),
+}
+"""Options that `stream` takes as they are: name -> type, default, help."""
 
 
 def generate_verb(argv: list[str]) -> None:
@@ -47,17 +59,8 @@ def generate_verb(argv: list[str]) -> None:
     parser.add_argument("--max_new_tokens", type=int | None, help="number of tokens to draw (default: 256, or the "
                         "rest of a picture)")  # fmt: skip
     parser.add_argument("--samples", type=int | None, help="number of continuations (default: 1; of a picture 4)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token")
-    parser.add_argument("--top_k", type=int | None, help="draw from the TOP_K likeliest tokens only")
-    parser.add_argument("--top_p", type=float | None, help="draw from the fewest tokens with this total probability")
-    parser.add_argument(
-        "--min_p", type=float | None, help="draw from tokens with at least MIN_P times the top probability"
-    )
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 makes used tokens less likely")
-    parser.add_argument("--frequency_penalty", type=float, default=0.0, help="subtracted from a token's logit per draw")
-    parser.add_argument(
-        "--presence_penalty", type=float, default=0.0, help="subtracted once from a drawn token's logit"
-    )
+    for name, (kind, default, text) in SAMPLING.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     parser.add_argument("--stop", type=str | None, help="end a text after this string")
     parser.add_argument("--ignore_end", action="store_true", help="when a document ends, begin a new one")
     parser.add_argument(
@@ -77,8 +80,7 @@ def generate_verb(argv: list[str]) -> None:
                         "(default: RUN/samples/generated)")  # fmt: skip
     parser.add_argument("--soundfont", type=str | None, help="an .sf2 or .sf3 file to play music with")
     args = parse(parser, argv)
-    if args.prompt is not None and args.prompt_file is not None:
-        raise InputError("--prompt and --prompt_file are both given: choose one")
+    require(args.prompt is None or args.prompt_file is None, "--prompt and --prompt_file are both given: choose one")
     if args.out is not None:
         check_out(args.out, "--out")
 
@@ -121,13 +123,7 @@ def generate_verb(argv: list[str]) -> None:
         model,
         torch.tensor([prompt]),
         max_new_tokens=count,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        frequency_penalty=args.frequency_penalty,
-        presence_penalty=args.presence_penalty,
+        **{name: args[name] for name in SAMPLING},
         stop_tokens=() if args.ignore_end else codec.separator[-1:],
         refill_latents=args.refill_latents,
         slide=args.slide,
@@ -151,8 +147,6 @@ def generate_verb(argv: list[str]) -> None:
 
 def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, out: Path | None) -> None:
     """Shows a text of `count` tokens as it is drawn, or up to `stop`, and writes it into `out`."""
-    from perceiver_ar.files import atomic_path
-
     ids: list[int] = []
     ending = b""
     text, started = codecs.getincrementaldecoder("utf-8")(errors="replace"), time.perf_counter()

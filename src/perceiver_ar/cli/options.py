@@ -148,7 +148,10 @@ def add_paths(parser: ArgumentParser, help: str) -> None:
     action.required = False  # pyright: ignore[reportOptionalMemberAccess]  # else the help marks it as required
 
 
-def add_conditions(parser: ArgumentParser) -> None:
+def add_documents(parser: ArgumentParser, otherwise: str) -> None:
+    """A run and the documents that evaluate, score and embed read; `otherwise`: those without paths."""
+    parser.add_argument("run", type=str, help="a run directory")
+    add_paths(parser, f"files as for train; none: {otherwise}")
     help = "the table of the files' conditions, as data.conditions of train (default: unknown)"
     parser.add_argument("--conditions", type=str | None, help=help)
 

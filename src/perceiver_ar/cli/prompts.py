@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 
 if TYPE_CHECKING:
     from perceiver_ar.data.codec import Codec
@@ -49,16 +49,14 @@ def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
     """The bytes that end a text; empty without `stop`. Not ids, since several sequences of ids may decode to them."""
     if stop is None:
         return b""
-    if not codec.writes_text:
-        raise InputError("--stop is text, which this run does not write: leave it out")
+    require(codec.writes_text, "--stop is text, which this run does not write: leave it out")
     stop = stop.replace("\\n", "\n").replace("\\t", "\t")  # shells pass backslashes on
     data = stop.encode("utf-8", errors="surrogateescape")
     try:
         written = codec.decode(codec.encode(data))
     except InputError as error:
         raise InputError(f"--stop {stop!r} cannot be encoded: {error}") from None
-    if not data or written != data:
-        raise InputError(f"--stop {stop!r} cannot be encoded: give text that the model can write")
+    require(written == data != b"", f"--stop {stop!r} cannot be encoded: give text that the model can write")
     return data
 
 
@@ -74,8 +72,7 @@ def what_to_draw(
     if args.keep is not None and not (args.keep > 0 and math.isfinite(args.keep)):
         raise InputError(f"--keep is {args.keep:g}: give a number of tokens, or a share of them below 1")
     samples = (1 if codec.document_length is None else 4) if args.samples is None else args.samples
-    if samples < 1:
-        raise InputError(f"--samples is {samples}: it must be at least 1")
+    require(samples >= 1, f"--samples is {samples}: it must be at least 1")
     if args.infill is not None and (args.prompt_file is None or args.keep is not None):
         raise InputError("--infill needs a whole piece: give --prompt_file, and leave out --keep")
     import numpy as np

@@ -4,19 +4,20 @@ import filecmp
 import json
 import math
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver_ar.cli.evaluate import describe, documents_to_score
-from perceiver_ar.cli.options import add_conditions, add_paths, add_scoring, make_parser, names, parse
+from perceiver_ar.cli.options import add_documents, add_scoring, make_parser, names, parse
 from perceiver_ar.cli.prompts import to_device
 from perceiver_ar.errors import require
 from perceiver_ar.files import check_out
 from perceiver_ar.progress import ProgressBar
+from perceiver_ar.tables import check_table, write_rows
 
 if TYPE_CHECKING:
     from perceiver_ar.run import Run
-    from perceiver_ar.scores import DocumentScores
 
 
 def score_verb(argv: list[str]) -> None:
@@ -29,9 +30,7 @@ def score_verb(argv: list[str]) -> None:
         "  perceiver-ar score runs/books new_books/ --against runs/other\n"
         "  perceiver-ar score runs/books                           (the documents it held out)",
     )
-    parser.add_argument("run", type=str, help="a run directory")
-    add_paths(parser, "files as for train; none: what the run held out")
-    add_conditions(parser)
+    add_documents(parser, "what the run held out")
     parser.add_argument("--out", type=str | None, help="write a table with a row for each document: .csv, .jsonl or "
                         ".parquet")  # fmt: skip
     parser.add_argument("--tokens", action="store_true", help="write a second table, OUT-tokens, with every token")
@@ -44,36 +43,36 @@ def score_verb(argv: list[str]) -> None:
         require(Path(args.picture).suffix.lower() == ".png", f"--picture is {args.picture}: its name must end in .png")
         check_out(args.picture, "--picture")
     if args.out is not None:
-        from perceiver_ar.tables import check_table
-
         check_table(args.out, "--out")
         if args.tokens:
             check_out(tokens_table(Path(args.out)), "--out")
 
-    import tempfile
-
     from perceiver_ar.run import Run
-    from perceiver_ar.scores import TOKEN_COLUMNS, compare
-    from perceiver_ar.tables import write_rows
+    from perceiver_ar.scores import TOKEN_COLUMNS, DocumentScores, compare, score_documents
 
     run = Run.open(args.run)
     other = None if args.against is None else Run.open(args.against)
     paths = names(args.paths)
     if other is not None and not paths:
         check_held_out(run, other)
-    options = {"stride": args.stride, "num_latents": args.num_latents}
-    options |= {"batch_size": args.batch_size, "precision": args.precision}
+    options = {name: args[name] for name in ("stride", "num_latents", "batch_size", "precision")}
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
         conditioned = [one for one in (run, other) if one is not None and one.conditions()]
 
-        def table(of: Run) -> str | None:
-            return args.conditions if of in conditioned or not conditioned else None
+        def scores_of(one: Run, folder: Path) -> DocumentScores:
+            """By the model of `one`, of the files or else of what `run` held out."""
+            model, codec = to_device(one.model()), one.codec()
+            table = args.conditions if one in conditioned or not conditioned else None
+            file, files = documents_to_score(run, codec, paths, folder, table)
+            with ProgressBar("scoring", 1.0) as bar:
+                settings = options | {"progress": lambda done, total: bar.update(done / total)}
+                return score_documents(model, codec, file, files, **settings)
 
-        scores = scores_of(run, paths, Path(scratch), options, conditions=table(run))
+        scores = scores_of(run, Path(scratch))
         columns, rows = scores.columns(), scores.rows
         result = scores.summary()
         if other is not None:
-            others = scores_of(other, paths, Path(scratch) / "other", options, held_out_by=run, conditions=table(other))
+            others = scores_of(other, Path(scratch) / "other")
             result["against"] = compare(scores, others)
             columns |= {"bits_against": float}
             rows = [row | {"bits_against": its["bits"]} for row, its in zip(rows, others.rows, strict=True)]
@@ -100,36 +99,14 @@ def tokens_table(out: Path) -> Path:
     return out.with_stem(f"{out.stem}-tokens")
 
 
-def scores_of(
-    run: "Run",
-    paths: tuple[str, ...],
-    scratch: Path,
-    options: dict[str, Any],
-    held_out_by: "Run | None" = None,
-    conditions: str | None = None,
-) -> "DocumentScores":
-    """`held_out_by`: the run whose held-out documents are scored without `paths`; None: `run`."""
-    from perceiver_ar.scores import score_documents
-
-    model, codec = to_device(run.model()), run.codec()
-    file, files = documents_to_score(held_out_by or run, codec, paths, scratch, conditions)
-    with ProgressBar("scoring", 1.0) as bar:
-        options |= {"progress": lambda done, total: bar.update(done / total)}
-        return score_documents(model, codec, file, files, **options)
-
-
 def check_held_out(run: "Run", other: "Run") -> None:
     """Raises InputError if `other` cannot score what `run` held out. stderr is told if it may know these documents."""
-    require(same_codec(run, other), f"{run.path} and {other.path} have different codecs: name the files to compare on")
+    patterns = ("codec.json", *run.codec().files)
+    codecs = [{p.name: p.read_bytes() for x in patterns for p in one.path.glob(x)} for one in (run, other)]
+    require(codecs[0] == codecs[1], f"{run.path} and {other.path} have different codecs: name the files to compare on")
     held_out = [one.tokens / "validation.bin" for one in (run, other)]
     if held_out[0].exists() and not (held_out[1].exists() and filecmp.cmp(*held_out, shallow=False)):
         print(f"{other.path} did not hold out the same documents: it may have been trained on these", file=sys.stderr)
-
-
-def same_codec(run: "Run", other: "Run") -> bool:
-    patterns = ("codec.json", *run.codec().files)
-    files, others = ({p.name: p.read_bytes() for x in patterns for p in r.path.glob(x)} for r in (run, other))
-    return files == others
 
 
 def describe_documents(result: dict[str, Any]) -> list[str]:

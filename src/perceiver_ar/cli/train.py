@@ -61,8 +61,7 @@ def train_verb(argv: list[str]) -> None:
     if resuming:
         from perceiver_ar.run import Run
 
-        if given.out is None:
-            raise InputError("--resume needs the run to go on with: give --out RUN")
+        require(given.out is not None, "--resume needs the run to go on with: give --out RUN")
         for name, unchanged in (("preset", "the same model"), ("init_from", "the run's own weights")):
             if getattr(given, name) is not None:
                 raise InputError(f"--resume goes on with {unchanged}, so --{name} changes nothing: leave it out")

@@ -91,6 +91,5 @@ def parse_duration(text: str, name: str) -> float:
         example = f"{text}s".replace(" ", "") if re.fullmatch(r"\s*[1-9]\d*\s*", str(text)) else "90s"
         raise InputError(f"{name} is {text!r}: write a duration such as {example}, 5m or 1h30m")
     seconds = sum(float(n or 0) * unit for n, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
-    if seconds <= 0:
-        raise InputError(f"{name} is {text!r}: it must be more than nothing")
+    require(seconds > 0, f"{name} is {text!r}: it must be more than nothing")
     return seconds

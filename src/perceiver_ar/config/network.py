@@ -243,13 +243,8 @@ class PerceiverARConfig:
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> Self:
-        """The combination called `name` in `PRESETS`, with `settings` on top.
-
-        Raises:
-            InputError: there is no such preset.
-        """
-        if name not in PRESETS:
-            raise InputError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        """The combination called `name` in `PRESETS`, with `settings` on top. Raises InputError if there is none."""
+        require(name in PRESETS, f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **settings})
 
     def replace(self, **settings: Any) -> Self:
@@ -270,8 +265,7 @@ class PerceiverARConfig:
     def from_dict(cls, settings: Mapping[str, Any], where: str = "the settings") -> Self:
         """Settings as read from JSON or YAML.
 
-        Raises:
-            InputError: not ours (`model_type`), unknown fields, or values that cannot work; names `where`.
+        Raises InputError, naming `where`, for those of another kind (`model_type`), unknown fields and wrong values.
         """
         settings = dict(settings)
         kind = settings.pop("model_type", MODEL_TYPE)
@@ -290,11 +284,7 @@ class PerceiverARConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads `config.json`, or the one in a directory.
-
-        Raises:
-            InputError: missing, damaged, or not ours.
-        """
+        """Reads `config.json`, or the one in a directory. Raises InputError if it is missing, damaged or not ours."""
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path
         try:
@@ -303,6 +293,5 @@ class PerceiverARConfig:
             raise InputError(f"{file}: no such file, so this is not a model directory") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{file} is damaged ({error}): restore it, or train again") from None
-        if not isinstance(settings, dict):
-            raise InputError(f"{file} is damaged (not a JSON object): restore it, or train again")
+        require(isinstance(settings, dict), f"{file} is damaged (not a JSON object): restore it, or train again")
         return cls.from_dict(BEFORE["model"] | settings, where=str(file))

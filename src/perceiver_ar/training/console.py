@@ -69,16 +69,10 @@ def signals_taken_by(handler: Callable[[int, Any], None] | signal.Handlers) -> I
             signal.signal(*handlers.popitem())
 
 
-@contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """Inside, a signal raises Interrupted, so that half-made files are removed."""
-
-    def stop(number: int, frame: Any) -> None:
-        drop_terminal_after_hangup(number)
-        raise Interrupted("interrupted")
-
-    with signals_taken_by(stop):
-        yield
+def interrupt(number: int, frame: Any) -> None:
+    """As handler of a signal, ends what is running, so that half-made files are removed."""
+    drop_terminal_after_hangup(number)
+    raise Interrupted("interrupted")
 
 
 class StopRequest:

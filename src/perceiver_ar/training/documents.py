@@ -33,7 +33,14 @@ def open_or_make_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile 
     if recipe.init_from is not None:
         codec = load_codec(run.initial)
     else:
-        codec = new_codec(recipe, modality, sources, held_out or [], table)
+        everything = [*sources, *(held_out or ())]
+        codec = make_codec(modality, data, everything if modality == "integers" else sources)  # ids are in all files
+        if table is not None:
+            require(
+                codec.document_length is None,
+                "data.conditions does not work with pictures: put those of a class in a folder, and set data.classes",
+            )
+            codec = table.codec(codec, everything, data.condition_text)
     check_windows(replace(recipe, model=codec.fit(recipe.model)), codec)  # before hours of encoding
     if table is not None:
         sources, held_out = table.apply(sources, codec), held_out and table.apply(held_out, codec)
@@ -108,21 +115,6 @@ def find_documents(
         sources, held_out, line = split
         say(line)
     return modality, sources, held_out
-
-
-def new_codec(
-    recipe: Recipe, modality: str, sources: list[Source], held_out: list[Source], table: ConditionTable | None
-) -> Codec:
-    """The codec of a run that starts from scratch."""
-    everything = [*sources, *held_out]
-    codec = make_codec(modality, recipe.data, everything if modality == "integers" else sources)  # ids are in all files
-    if table is None:
-        return codec
-    require(
-        codec.document_length is None,
-        "data.conditions does not work with pictures: put those of a class in a folder, and set data.classes",
-    )
-    return table.codec(codec, everything, recipe.data.condition_text)
 
 
 def check_windows(recipe: Recipe, codec: Codec) -> None:

@@ -77,7 +77,7 @@ def take_weights(prepared: Prepared, checkpoint: Checkpoint, training: Training)
     """Makes the weights of a checkpoint those of the run; returns their network."""
     content = read_checkpoint(checkpoint)
     model = training.with_weights(weights_for_use(content))
-    write_weights(prepared.run, prepared.recipe, model, content)
+    write_weights(prepared, model, content)
     say(f"the run's weights are those of step {checkpoint.step:,}, the best on held-out text (trainer.final_weights)")
     return model.eval()
 

@@ -15,7 +15,7 @@ from perceiver_ar.training.checkpoints import Checkpoints
 from perceiver_ar.training.console import Interrupted, StopAtOnce, StopRequest, say, signals_taken_by
 from perceiver_ar.training.prepare import Prepared
 from perceiver_ar.training.resources import FABRIC_PRECISIONS, launch_fabric
-from perceiver_ar.training.saving import newest, read_checkpoint
+from perceiver_ar.training.saving import read_checkpoint
 from perceiver_ar.training.state import Training
 from perceiver_ar.training.tracking import Track
 from perceiver_ar.training.trouble import gigabytes, is_out_of_memory, out_of_memory
@@ -30,7 +30,10 @@ def fit(prepared: Prepared, track: Track) -> Training | None:
     """
     recipe, first = prepared.recipe, prepared.resources.rank == 0
     checkpoints = Checkpoints(prepared.run.checkpoints, recipe.trainer.keep_best)
-    found = newest(checkpoints)
+    found = checkpoints.newest()
+    for step in sorted(checkpoints.damaged):
+        before = f"resuming from the earlier one of step {found.step:,}" if found else ""
+        say(f"{checkpoints.path(step)} is damaged, so it is skipped: {before}")
     model = make_model(prepared, begins=found is None)
     announce(prepared, model, resuming=found is not None)
     request, stop = StopRequest(), False
@@ -55,7 +58,10 @@ def fit(prepared: Prepared, track: Track) -> Training | None:
             ) from None
         raise
     if training.trouble and first:
-        raise InputError(training.trouble)
+        raise InputError(
+            f"training diverged: {training.trouble}; start a new run with lower optim.lr and optim.muon_lr; "
+            f"{recipe.out} keeps earlier weights"
+        )
     if stop and first:
         raise Interrupted(f"stopped at step {training.step:,}, everything saved; resume with: {go_on}")
     return None if training.trouble or stop else training

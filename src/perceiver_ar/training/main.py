@@ -39,8 +39,7 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
     recipe = with_trainer(recipe, devices=devices)
     require(devices % ranks == 0, f"trainer.prefix_ranks is {ranks}: devices must be a multiple of it, not {devices}")
     run = Run(recipe.out)
-    if run.path.exists() and not run.path.is_dir():
-        raise InputError(f"{run.path} already exists and is a file: give another --out")
+    require(run.path.is_dir() or not run.path.exists(), f"{run.path} already exists and is a file: give another --out")
     if any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
         resume = resume or run.recipe_file.exists()
     if resume:

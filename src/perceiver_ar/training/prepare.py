@@ -20,7 +20,7 @@ from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.origin import Origin, fill_in
 from perceiver_ar.run import Run
 from perceiver_ar.training.checkpoints import Checkpoints
-from perceiver_ar.training.console import Interrupted, ending_on_signals, say
+from perceiver_ar.training.console import Interrupted, interrupt, say, signals_taken_by
 from perceiver_ar.training.documents import check_windows, open_or_make_tokens
 from perceiver_ar.training.resources import Resources, choose_precision
 from perceiver_ar.training.tracking import check_tracker
@@ -47,7 +47,7 @@ def prepare(run: Run, recipe: Recipe, resources: Resources, resume: bool, find_b
     """
     if resources.rank == 0:
         precision = choose_precision(recipe.trainer.precision, resources.device)
-        with ending_on_signals():
+        with signals_taken_by(interrupt):
             return prepare_first(run, with_trainer(recipe, precision=precision), resources, resume, find_batch)
     wait_for_first(run)
     recipe = with_settings_taken(recipe, run.recipe())
@@ -135,8 +135,7 @@ def wait_for_first(run: Run) -> None:
     """Waits until the first process has made the files that all read. If it fails, launchers end the others."""
     deadline = time.monotonic() + 24 * 3600
     while not (run.path / "codec.json").exists():
-        if time.monotonic() > deadline:
-            raise InputError(f"{run.path} does not appear: is it on a disk that all machines share?")
+        require(time.monotonic() < deadline, f"{run.path} does not appear: is it on a disk that all machines share?")
         time.sleep(0.1)
 
 

@@ -103,8 +103,7 @@ def choose_device(settings: TrainerConfig, devices: int, machines: int) -> Liter
         raise InputError(
             f"trainer.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs: lower it"
         )
-    if device == "mps" and devices > 1:
-        raise InputError(f"trainer.devices is {devices}, but there is only one MPS device: use 1")
+    require(device != "mps" or devices == 1, f"trainer.devices is {devices}, but there is only one MPS device: use 1")
     return device
 
 
@@ -130,8 +129,7 @@ def bfloat16_is_faster() -> bool:
 
     def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(512, 512, dtype=dtype)
-        times = [timeit.timeit(lambda: matrix @ matrix, number=1) for _ in range(10)]
-        return min(times)
+        return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=10))
 
     return 1.5 * seconds(torch.bfloat16) < seconds(torch.float32)
 

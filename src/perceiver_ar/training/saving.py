@@ -15,43 +15,37 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from perceiver_ar.adapters import save_adapter
-from perceiver_ar.config import Recipe
 from perceiver_ar.network.model import PerceiverAR
-from perceiver_ar.run import Run
 from perceiver_ar.training.checkpoints import Checkpoint, Checkpoints
-from perceiver_ar.training.console import say
+from perceiver_ar.training.prepare import Prepared
 from perceiver_ar.training.trouble import is_out_of_memory
 
 Gather = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def write_checkpoint(
-    run: Run,
-    recipe: Recipe,
-    checkpoints: Checkpoints,
-    checkpoint: dict[str, Any],
-    model: PerceiverAR,
-    validation_bits: float | None,
+    prepared: Prepared, checkpoints: Checkpoints, checkpoint: dict[str, Any], model: PerceiverAR, bits: float | None
 ) -> None:
     """Writes the weights and a checkpoint; each file replaces the previous one only when it is complete.
 
     The checkpoint comes last: resuming from one at the end of the run does not save the weights again. Raises OSError
-    if they cannot be written; the earlier files are unchanged.
+    if they cannot be written; the earlier files are unchanged. bits: per token, on held-out text, if measured.
     """
     try:
-        with checkpoints.writing(checkpoint["global_step"], validation_bits) as temporary:
+        with checkpoints.writing(checkpoint["global_step"], bits) as temporary:
             torch.save(checkpoint, temporary)
-            write_weights(run, recipe, model, checkpoint)  # inside: a kill leaves an incomplete checkpoint, too
+            write_weights(prepared, model, checkpoint)  # inside: a kill leaves an incomplete checkpoint, too
     except (OSError, SafetensorError, RuntimeError) as error:  # some writers raise these instead of OSError
         if is_out_of_memory(error):
             raise
         message = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-        raise OSError(number, f"cannot save ({message})", str(run.path)) from error
+        raise OSError(number, f"cannot save ({message})", str(prepared.run.path)) from error
 
 
-def write_weights(run: Run, recipe: Recipe, model: PerceiverAR, checkpoint: dict[str, Any]) -> None:
+def write_weights(prepared: Prepared, model: PerceiverAR, checkpoint: dict[str, Any]) -> None:
     """Writes `model`, and the adapter of `checkpoint` if the recipe has one, as the weights of the run."""
+    run, recipe = prepared.run, prepared.recipe
     model.save_pretrained(run.path)
     if recipe.adapter is not None:
         save_adapter(run.adapter, recipe, weights_for_use(checkpoint), checkpoint["base"])
@@ -67,15 +61,6 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return torch.load(checkpoint.path, map_location="cpu", weights_only=True)
 
 
-def newest(checkpoints: Checkpoints) -> Checkpoint | None:
-    """The checkpoint to resume from; reports newer ones that are damaged."""
-    found = checkpoints.newest()
-    for step in sorted(checkpoints.damaged):
-        before = f"resuming from the earlier one of step {found.step:,}" if found else ""
-        say(f"{checkpoints.path(step)} is damaged, so it is skipped: {before}")
-    return found
-
-
 def stored_optimizer(optimizer: Optimizer, model: nn.Module, gathered: Gather) -> dict[str, Any]:
     """The state of an optimizer in the form that checkpoints hold."""
     numbers = {id(parameter): i for i, parameter in enumerate(model.parameters())}
@@ -89,19 +74,15 @@ def stored_optimizer(optimizer: Optimizer, model: nn.Module, gathered: Gather) -
 
 def load_optimizer(optimizer: Optimizer, model: nn.Module, stored: dict[str, Any]) -> None:
     """The inverse of `stored_optimizer`. Each group keeps its own `fused`, which suits the device of this run."""
-    numbers = {id(parameter): i for i, parameter in enumerate(model.parameters())}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states, place = {}, {numbers[id(parameter)]: i for i, parameter in enumerate(parameters)}
-    for i, parameter in enumerate(parameters):
-        state = stored["state"].get(numbers[id(parameter)])
-        if state is not None:
-            states[i] = {
+    states = {}
+    for number, parameter in enumerate(model.parameters()):
+        if number in stored["state"]:
+            states[number] = {
                 name: divided_as(parameter, value) if value.shape == parameter.shape else value
-                for name, value in state.items()
+                for name, value in stored["state"][number].items()
             }
     groups = [
-        {**group, "params": [place[number] for number in group["params"]]}
-        | ({"fused": own["fused"]} if "fused" in own else {})
+        group | ({"fused": own["fused"]} if "fused" in own else {})
         for group, own in zip(stored["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({"state": states, "param_groups": groups})

@@ -72,7 +72,7 @@ class Training:
         self.failures = 0
         """Number of consecutive steps without finite gradients, up to the last step."""
         self.trouble: str | None = None
-        """Why the run cannot go on."""
+        """How the training diverged, if it did."""
         self.patience = Patience(recipe.trainer.patience)
         self.grad_norm = 0.0
         self.loss_sum: Tensor | float = 0.0
@@ -112,21 +112,12 @@ class Training:
         most = 50 if self.recipe.trainer.precision == "fp16" else FAILURES  # the scaler of fp16 first lowers its scale
         if self.failures == most:
             where = first_not_finite(self.model, lambda: self.loss.module(batch))
-            self.trouble = (
-                f"training diverged: the {self.failures} steps up to {self.step} gave no finite gradients; {where}; "
-                + self.after_divergence
-            )
+            self.trouble = f"the {self.failures} steps up to {self.step} gave no finite gradients; {where}"
 
     def check_end(self) -> None:
         """Sets `trouble` if the run ends with steps that gave no finite gradients."""
         if self.finished and self.failures and not self.trouble and self.recipe.trainer.precision != "fp16":
-            self.trouble = (
-                f"training diverged: the last {self.failures} steps gave no finite gradients; {self.after_divergence}"
-            )
-
-    @property
-    def after_divergence(self) -> str:
-        return f"start a new run with lower optim.lr and optim.muon_lr; {self.recipe.out} keeps earlier weights"
+            self.trouble = f"the last {self.failures} steps gave no finite gradients"
 
     def skips_step(self) -> bool:
         """Whether to skip the update because the gradient is not finite or a spike; the same on all ranks."""

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -36,14 +36,11 @@ def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str:
     # Hooks on streamed modules would hold the whole prefix. Bad values in them show in the layer that reads them.
     networks = [module for module in model.modules() if isinstance(module, PerceiverAR)]
     streamed = {module for network in networks for module in network.streamed_modules().values()}
-    modules = [(name, module) for name, module in model.named_modules() if name and module not in streamed]
-    hooks = [module.register_forward_hook(partial(look, name)) for name, module in modules]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name and module not in streamed:
+                hooks.enter_context(module.register_forward_hook(partial(look, name)))
+        forward()
     if found:
         return f"the first layer whose output is not finite is {found[0]}"
     return "all layers' outputs are finite, their gradients are not"

@@ -8,7 +8,6 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 from perceiver_ar.config import parse_duration
@@ -35,9 +34,13 @@ class Watch:
         self.logged_at = self.saved_at = self.printed_at = training.now
         self.logged_tokens = training.tokens_seen
         self.tensorboard: Any = None
+        """A writer of event files, if TensorBoard is installed. Events after `step` are dropped: they are repeated."""
         if self.first:
             self.metrics = Metrics(self.run.metrics_file, training.step)
-            self.tensorboard = open_tensorboard(self.run.tensorboard, training.step)
+            if importlib.util.find_spec("tensorboard") is not None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(str(self.run.tensorboard), purge_step=training.step + 1)
         self.bar = ProgressBar("training", 1.0, console)
 
     def __enter__(self) -> Self:
@@ -78,7 +81,7 @@ class Watch:
         checkpoint = training.checkpoint()
         try:
             if self.first:
-                write_checkpoint(self.run, self.prepared.recipe, self.checkpoints, checkpoint, model, validation_bits)
+                write_checkpoint(self.prepared, self.checkpoints, checkpoint, model, validation_bits)
         except OSError as error:
             failure = error
         training.fabric.barrier()  # also after a failure, so that no rank waits forever
@@ -141,15 +144,6 @@ class Watch:
                 for name, value in values.items():
                     self.tensorboard.add_scalar(name, value, training.step)
             self.track(values, training.step)
-
-
-def open_tensorboard(path: Path, step: int) -> Any:
-    """A writer of event files, or None if TensorBoard is not installed. Events after `step` are repeated."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(path), purge_step=step + 1)
 
 
 def duration(seconds: float) -> str:
