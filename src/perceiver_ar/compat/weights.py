@@ -58,6 +58,36 @@ def to_ours(weights: Iterable[Weight], tensors: Mapping[str, Tensor], where: str
     return ours
 
 
+def find_names(
+    model: PerceiverAR,
+    modules: Mapping[str, str],
+    ends: Mapping[type, tuple[str, str]] | None = None,
+    fused: bool = False,
+) -> list[Weight]:
+    """Which of their parameters make up each of ours.
+
+    Args:
+        modules: names of our modules -> of theirs; unless `fused`, with q_proj, k_proj and v_proj for each attention.
+        ends: of the names of their parameters in place of .weight and .bias, for each kind of our modules.
+        fused: they project and rotate queries, keys and values as we do; else separately, and see `from_interleaved`.
+    """
+    config, weights = model.config, []
+    for name in model.stored_tensors():
+        module, _, part = name.rpartition(".")
+        layer, _, projection = module.rpartition(".")
+        theirs, rows = [module], ()
+        if projection in ("q_proj", "kv_proj", "qkv_proj") and not fused:
+            letters, heads, channels = projection.removesuffix("_proj"), config.num_heads, config.width_head
+            if layer.startswith("cross_attention"):
+                heads, channels = config.heads_cross, config.width_head_cross
+            order = from_interleaved(heads, channels, rotated_channels(config, channels))
+            theirs = [f"{layer}.{letter}_proj" for letter in letters]
+            rows = tuple(None if letter == "v" else order for letter in letters)
+        end = f".{part}" if ends is None else ends[type(model.get_submodule(module))][part == "bias"]
+        weights.append(Weight(name, tuple(modules[one] + end for one in theirs), rows))
+    return weights
+
+
 def plain_tensors(model: PerceiverAR) -> dict[str, Tensor]:
     """The tensors to export. Raises InputError if some weights are made of other weights."""
     tensors = model.stored_tensors()
