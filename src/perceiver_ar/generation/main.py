@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens of a row so far, V vocabulary.
 """
 
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple
@@ -150,9 +151,7 @@ def stream(
         rows = [
             Row(i, prompts[i // num_samples], config, settings, generator) for i, generator in enumerate(generators)
         ]
-        tokens, starts, latents = ([0] * len(rows) for _ in range(3))
-        logprobs = torch.empty(len(rows), dtype=torch.float64)
-        logits: Tensor | None = None
+        results: list[Tensor] = []
         modules = list(model.modules())
         with _evaluating(modules), torch.inference_mode():
             if config.cacheable:
@@ -164,22 +163,15 @@ def stream(
                 fresh = decoder.next_logits()
                 drawn, all_logprobs = draw(decoder.rows, fresh)
                 order = torch.tensor([row.index for row in decoder.rows])
-                chosen = all_logprobs.gather(-1, torch.tensor(drawn)[:, None])[:, 0]
-                for row, token in zip(decoder.rows, drawn, strict=True):
-                    tokens[row.index], starts[row.index] = token, row.window.start
-                    latents[row.index] = row.window.num_latents
+                chosen = torch.tensor(drawn)
+                starts, latents = torch.tensor([[row.window.start, row.window.num_latents] for row in decoder.rows]).T
+                new = [chosen, fresh, starts, latents, all_logprobs.gather(-1, chosen[:, None])[:, 0]]
                 decoder.add(drawn)
             # Copies, because inference tensors are of no use to autograd.
-            logits = fresh.new_empty(len(rows), fresh.shape[-1]) if logits is None else logits
-            logits = logits.index_copy(0, order.to(fresh.device), fresh)
-            logprobs = logprobs.index_copy(0, order, chosen)
-            yield Step(
-                torch.tensor(tokens, device=home),
-                logits,
-                torch.tensor(starts, device=home),
-                torch.tensor(latents, device=home),
-                logprobs.to(home),
-            )
+            results = results or [x.new_empty(len(rows), *x.shape[1:]) for x in new]
+            results = [old.index_copy(0, order.to(x.device), x) for old, x in zip(results, new, strict=True)]
+            tokens, logits, *others = results
+            yield Step(tokens.to(home), logits, *(x.to(home) for x in others))
 
     return steps()
 
@@ -230,21 +222,17 @@ def prompt_rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:
 
 
 def _generators(seed: int | Sequence[int] | None, rows: int) -> list[torch.Generator]:
-    generators = [torch.Generator() for _ in range(rows)]
     if seed is None:
-        for generator in generators:
-            generator.seed()
-        return generators
-    numbers = list(seed) if isinstance(seed, Sequence) else [seed]
-    require(all(map(is_whole, numbers)), f"seed is {seed!r}: give a whole number, or one for each row")
-    seeds = numbers if isinstance(seed, Sequence) else [int(seed) + r for r in range(rows)]
+        seed = [secrets.randbits(64) for _ in range(rows)]
+    seeds = seed if isinstance(seed, Sequence) else [seed]
+    require(all(map(is_whole, seeds)), f"seed is {seed!r}: give a whole number, or one for each row")
+    if not isinstance(seed, Sequence):
+        seeds = [int(seed) + r for r in range(rows)]
     require(
         len(seeds) == rows,
         f"seed has {len(seeds)} numbers, the prompt {rows} rows: give one for each row, or a single one",
     )
-    for generator, one in zip(generators, seeds, strict=True):
-        generator.manual_seed(int(one) % 2**64)
-    return generators
+    return [torch.Generator().manual_seed(int(one) % 2**64) for one in seeds]
 
 
 def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
