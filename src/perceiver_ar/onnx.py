@@ -163,9 +163,9 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
         most >= 9 and latents >= 3,
         f"the exporter needs a context of 9 tokens and 3 latents to see what varies: here are {most} and {latents}",
     )
-    bounds = {"prefix": most, "latents": latents, "length": most}
-    lengths = {name: {0: rows, 1: Dim(name, max=bound)} for name, bound in bounds.items()}
-    score: dict[str, Any] = {name: lengths[name] for name in ("prefix", "latents")}
+    length = Dim("length", max=most)
+    bounds = {"prefix": most, "latents": latents}
+    score: dict[str, Any] = {name: {0: rows, 1: Dim(name, max=bound)} for name, bound in bounds.items()}
     graphs: dict[str, tuple[Graph, tuple[Tensor, ...], dict[str, Any], list[str]]] = {
         "model": (Scoring(model), (ids[:, :5], ids[:, :3]), score, ["logits"])
     }
@@ -180,7 +180,6 @@ def export_onnx(model: PerceiverAR, directory: str | Path) -> list[str]:
         outputs = ["logits", *(f"new_{name}" for name in CACHES)]
         step = torch.cat([before, one], 1), one, held, held, *caches.values()
         graphs["step"] = Step(model), step, shapes, outputs
-        length = lengths["length"][1]
         shapes = {"tokens": {0: rows, 1: length + n if n else length}, "positions": {0: rows, 1: length}}
         graphs["read"] = Read(model), (torch.cat([before, ids], 1), ids), shapes, list(CACHES[:2])
     log = logging.getLogger("torch.onnx")
