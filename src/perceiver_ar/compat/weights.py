@@ -20,11 +20,8 @@ class Weight(NamedTuple):
 
     ours: str
     theirs: tuple[str, ...]
-    rows: tuple[Tensor | None, ...] = ()
-    """For each of `theirs`, the order in which its rows are taken; None, or (): unchanged."""
-
-    def orders(self) -> Sequence[Tensor | None]:
-        return self.rows or (None,) * len(self.theirs)
+    rows: tuple[Tensor | None, ...]
+    """For each of `theirs`, the order in which its rows are taken; None: unchanged."""
 
 
 def to_ours(weights: Iterable[Weight], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -45,7 +42,7 @@ def to_ours(weights: Iterable[Weight], tensors: Mapping[str, Tensor], where: str
     ours = {}
     for weight in weights:
         parts = []
-        for name, order in zip(weight.theirs, weight.orders(), strict=True):
+        for name, order in zip(weight.theirs, weight.rows, strict=True):
             tensor = tensors[name]
             if not tensor.is_floating_point():
                 raise InputError(f"{where}: {name} is of {tensor.dtype}: weights must be floating-point numbers")
@@ -75,7 +72,8 @@ def find_names(
     for name in model.stored_tensors():
         module, _, part = name.rpartition(".")
         layer, _, projection = module.rpartition(".")
-        theirs, rows = [module], ()
+        theirs: list[str] = [module]
+        rows: tuple[Tensor | None, ...] = (None,)
         if projection in ("q_proj", "kv_proj", "qkv_proj") and not fused:
             letters, heads, channels = projection.removesuffix("_proj"), config.num_heads, config.width_head
             if layer.startswith("cross_attention"):
@@ -103,9 +101,8 @@ def to_theirs(weights: Iterable[Weight], tensors: Mapping[str, Tensor]) -> dict[
     """Our tensors under their names: the inverse of `to_ours`."""
     theirs = {}
     for weight in weights:
-        for name, part, order in zip(
-            weight.theirs, tensors[weight.ours].chunk(len(weight.theirs)), weight.orders(), strict=True
-        ):
+        parts = tensors[weight.ours].chunk(len(weight.theirs))
+        for name, part, order in zip(weight.theirs, parts, weight.rows, strict=True):
             theirs[name] = (part if order is None else part[order.argsort()]).contiguous()
     return theirs
 

@@ -105,8 +105,7 @@ def _documents(tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None)
         document = (first.flatten().cumsum(0) - 1).clamp(min=0).view_as(tokens)
         start = place.masked_fill(~first, 0).cummax(1).values  # where its document begins, among real tokens
         place = place - start
-        wrong = (real & (positions != place)).nonzero().tolist()
-        if wrong:
+        if wrong := (real & (positions != place)).nonzero().tolist():
             r, c = wrong[0]
             raise InputError(
                 f"position_ids has {int(positions[r, c])} at row {r}, column {c}: they must count the tokens of each "
@@ -331,7 +330,8 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True)
         model, info = loaded
-        wrong = [f"{name} is {what}" for what, key in WRONG.items() for name in sorted(info[key])]
+        wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+        wrong += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
         require(not wrong, f"{pretrained_model_name_or_path}: weights do not fit the settings: {'; '.join(wrong)}")
         network = model.network
         require(
@@ -371,6 +371,3 @@ def _names_of_a_run(model: PerceiverARForCausalLM, state_dict: dict[str, Tensor]
         for name, source in model._tied_weights_keys.items():
             if prefix + source in state_dict and name.removeprefix("network.") in own:  # not if PEFT wraps it
                 state_dict.setdefault(prefix + name, state_dict[prefix + source])
-
-
-WRONG = {"missing": "missing_keys", "unknown": "unexpected_keys"}
