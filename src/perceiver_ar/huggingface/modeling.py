@@ -224,6 +224,7 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask is None or attention_mask.ndim == 2,
             f"attention_mask has shape {None if attention_mask is None else tuple(attention_mask.shape)}: give (B, T)",
         )
+        results: dict[str, Any] = {}
         if cache is not None or use_cache:
             cache = PerceiverARCache() if cache is None else cache
             require(
@@ -239,11 +240,9 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
                     logits = torch.cat([self.score(input_ids, attention_mask)[:, :-1], logits], dim=1)
             columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = logits[:, columns]
-            kept: dict[str, Any] = {CACHE: cache}
-            output = CausalLMOutputWithPast(logits=cast(Any, logits), **kept)
+            results[CACHE] = cache
         else:
             logits = self.score(input_ids, attention_mask, logits_to_keep, position_ids)
-            loss = None
             if labels is not None:
                 if position_ids is not None:  # a document's first token is predicted from nothing
                     labels = labels.masked_fill(position_ids == 0, IGNORE)
@@ -253,10 +252,10 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
                     if num_items_in_batch is not None:
                         left, all_of_them = ((ids[:, 1:] != IGNORE).sum().clamp(min=1) for ids in (labels, counted))
                         num_items_in_batch = num_items_in_batch * left / all_of_them
-                loss = self.loss_function(
+                results["loss"] = self.loss_function(
                     logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
                 )
-            output = CausalLMOutputWithPast(loss=loss, logits=cast(Any, logits))
+        output = CausalLMOutputWithPast(logits=cast(Any, logits), **results)
         return output.to_tuple() if return_dict is False else output
 
     def score(

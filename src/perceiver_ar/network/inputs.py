@@ -282,11 +282,13 @@ def resolve_prefix_len(
     comparable = tokens.dtype not in (torch.uint16, torch.uint32, torch.uint64)
     # Only if this does not wait for a GPU, and if there are values (fake tensors have none).
     if eager and type(tokens) is Tensor and tokens.device.type == "cpu" and comparable:
-        if wrong := [id for id in map(int, tokens.aminmax()) if not 0 <= id < V]:
+        wrong = [id for id in map(int, tokens.aminmax()) if not 0 <= id < V]
+        if wrong:
             raise InputError(f"tokens have the id {wrong[0]}: with vocab_size {V} they must be in 0 ... {V - 1}")
     # An index beyond the prefix would let latents see the future.
     if eager and prefix_keep is not None and prefix_keep.device.type == "cpu":
-        if wrong := prefix_keep[(prefix_keep < 0) | (prefix_keep >= P)].tolist():
+        wrong = prefix_keep[(prefix_keep < 0) | (prefix_keep >= P)].tolist()
+        if wrong:
             raise InputError(f"prefix_keep has index {wrong[0]}: with prefix_len {P} they must be in 0 ... {P - 1}")
     return P
 
