@@ -101,7 +101,7 @@ def test_losses_and_gradients_equal_theirs(name: str, case: str, dtype: torch.dt
     loss = next_token_loss(logits, labels, ignore_index=0, reduction="sum", **weights)
     loss.backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-    theirs = to_theirs(names(model.config), gradients)
+    theirs = to_theirs(names(model), gradients)
     norms = torch.stack([theirs[key].norm() for key in golden.notes["grad_norm_order"]])
     suffix, tolerance = ("", FLOAT32) if dtype == torch.float32 else ("_f64", FLOAT64)
     if note["label_smoothing"] > 0:  # their soft targets are of float32 in either case

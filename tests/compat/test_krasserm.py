@@ -136,7 +136,7 @@ def test_losses_and_gradients_equal_the_packages(name: str, case: str, dtype: to
     loss = next_token_loss(model(data["in/tokens"]), data["in/labels"][:, -golden.arguments["max_latents"] :])
     loss.backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-    theirs = to_theirs(names(model.config), gradients)
+    theirs = to_theirs(names(model), gradients)
     norms = torch.stack([theirs[key].norm() for key in golden.notes["grad_norm_order"]])
     suffix, tolerance = ("", FLOAT32) if dtype == torch.float32 else ("_f64", FLOAT64)
     assert_close(loss, data[f"out/loss{suffix}"], tolerance)

@@ -233,7 +233,7 @@ def test_reordered_heads_give_the_scores_of_interleaved_rotation(heads: int, pai
 
 def test_weights_go_to_our_names_and_back() -> None:
     order = from_interleaved(2, 4, 4)
-    weights = [Weight("qkv", ("q", "k", "v"), (order, order, None)), Weight("norm", ("scale",))]
+    weights = [Weight("qkv", ("q", "k", "v"), (order, order, None)), Weight("norm", ("scale",), (None,))]
     theirs = {name: torch.randn(8, 3) for name in "qkv"} | {"scale": torch.randn(3)}
     ours = to_ours(weights, theirs, "here")
     assert {name: tuple(x.shape) for name, x in ours.items()} == {"qkv": (24, 3), "norm": (3,)}

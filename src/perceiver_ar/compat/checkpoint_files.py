@@ -7,18 +7,16 @@ names that such files use, and refuses every other name.
 
 import io
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from perceiver_ar.errors import InputError
-from perceiver_ar.files import atomic_path
 
 MANY = 8
 """Maximum number of names that an error lists; it counts the others."""
@@ -85,11 +83,6 @@ def read_torch(path: Path, stand_ins: str | None = None) -> Any:
                 f"{path} is damaged, or not of torch.save, or holds Python objects that only code could rebuild, and "
                 "code in files is not run: get it again, or save the state dict alone where it was written"
             ) from None
-
-
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perceiver_ar.compat.checkpoint_files import existing, read_dill, read_npz
-from perceiver_ar.compat.weights import Weight, from_interleaved, rotated_channels, say_left_out, to_ours
+from perceiver_ar.compat.weights import Weight, find_names, say_left_out, to_ours
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import OffsetBytesCodec
@@ -62,6 +62,8 @@ IN_THE_WEIGHTS = {  # or without effect on the function of weights and tokens
 }
 ACTIVATIONS = {"sq_relu": "relu2", "gelu": "gelu_tanh", "relu": "relu"}
 ROOT = "perceiver_ar/~/"
+ENDS = {nn.Embedding: ("", ""), nn.LayerNorm: ("/scale", "/offset"), nn.Linear: ("/w", "/b")}
+"""Of their names, for weight and bias of our modules."""
 
 
 def load_google(path: str | Path, settings: str | Path | Mapping[str, Any] | None = None, **more: Any) -> PerceiverAR:
@@ -99,7 +101,7 @@ def network(params: Mapping[str, Tensor], settings: Mapping[str, Any], where: st
         # Positions from the data start at 1, ours at 0: row 0 is for padding, which no query sees.
         params = {**params, **{name: params[name][1:] for name in table_names(params)}}
     model = PerceiverAR(config)
-    model.load_tensors(to_ours(names(config), params, where), where=where)
+    model.load_tensors(to_ours(names(model), params, where), where=where)
     return model.eval()
 
 
@@ -148,14 +150,19 @@ def read_settings(settings: str | Path | Mapping[str, Any] | None) -> dict[str, 
     return {**flat, **own}
 
 
-def numbered(params: Mapping[str, Tensor], module: str, rest: str) -> list[str]:
+def numbered(module: str, i: int) -> str:
+    """The name of their module number i of this kind."""
+    return f"{module}_{i}" if i else module
+
+
+def modules_with(params: Mapping[str, Tensor], module: str, rest: str) -> list[str]:
     """Their modules `module`, `module`_1, ... that have a parameter `rest`, in that order."""
     found = [re.fullmatch(rf"{re.escape(ROOT + module)}(?:_(\d+))?/{re.escape(rest)}", name) for name in params]
-    return [f"{ROOT}{module}_{i}".removesuffix("_0") for i in sorted(int(m[1] or 0) for m in found if m)]
+    return [numbered(ROOT + module, i) for i in sorted(int(m[1] or 0) for m in found if m)]
 
 
 def table_names(params: Mapping[str, Tensor]) -> list[str]:
-    return [f"{module}/embeddings" for module in numbered(params, "embed", "embeddings")[1:]]
+    return [f"{module}/embeddings" for module in modules_with(params, "embed", "embeddings")[1:]]
 
 
 def to_config(params: Mapping[str, Tensor], given: Mapping[str, Any], where: str) -> PerceiverARConfig:
@@ -163,9 +170,9 @@ def to_config(params: Mapping[str, Tensor], given: Mapping[str, Any], where: str
     if unknown := sorted(set(given) - set(DEFAULTS) - IN_THE_WEIGHTS):
         raise InputError(f"{', '.join(unknown)}: no argument of google-research/perceiver-ar's PerceiverAR")
     of = {name: given.get(name, default) for name, default in DEFAULTS.items()}
-    own = numbered(params, "self_attention", "attention/linear/w")
-    cross = numbered(params, "cross_attention", "attention/linear/w")
-    queries = numbered(params, "linear", "w")
+    own = modules_with(params, "self_attention", "attention/linear/w")
+    cross = modules_with(params, "cross_attention", "attention/linear/w")
+    queries = modules_with(params, "linear", "w")
     learned = params.get("perceiver_ar/q_embed_learned")
     if learned is not None and len(learned) > 1:
         of["z_index_dim"] = len(learned)
@@ -243,60 +250,29 @@ def to_config(params: Mapping[str, Tensor], given: Mapping[str, Any], where: str
         raise InputError(f"{where}: {error}") from None
 
 
-def names(config: PerceiverARConfig) -> list[Weight]:
+def names(model: PerceiverAR) -> list[Weight]:
     """Which of their parameters make up each of ours."""
-    weights = [Weight("embed.weight", (f"{ROOT}embed/embeddings",))]
-    for axis in range(len(config.table_sizes)):
-        weights.append(Weight(f"position_embed.{axis}.weight", (f"{ROOT}embed_{axis + 1}/embeddings",)))
-
-    def numbered(name: str, i: int) -> str:
-        return name if i == 0 else f"{name}_{i}"
-
-    def linear(ours: str, *theirs: str, order: Tensor | None = None, turned: int = 0) -> None:
-        rows = (order,) * turned + (None,) * (len(theirs) - turned)
-        weights.append(Weight(f"{ours}.weight", tuple(f"{name}/w" for name in theirs), rows))
-        weights.append(Weight(f"{ours}.bias", tuple(f"{name}/b" for name in theirs), rows))
-
-    def norm(ours: str, theirs: str) -> None:
-        weights.extend([Weight(f"{ours}.weight", (f"{theirs}/scale",)), Weight(f"{ours}.bias", (f"{theirs}/offset",))])
-
-    def mlp(ours: str, theirs: str, own_norm: str) -> None:
-        norm(f"{ours}.norm", f"{theirs}/{own_norm}")
-        linear(f"{ours}.up_proj", f"{theirs}/dense/linear")
-        linear(f"{ours}.down_proj", f"{theirs}/dense/linear_1")
-
-    # The layers of the query's MLP are made before its projection.
-    for i in range(config.query_mlp_layers):
-        linear(f"query_mlp.{i}", numbered(f"{ROOT}linear", i))
-    if config.query_proj:
-        linear("query_proj", numbered(f"{ROOT}linear", config.query_mlp_layers))
-    if config.learned_queries != "none":
-        weights.append(Weight("query_embed.weight", ("perceiver_ar/q_embed_learned",)))
-    if config.latents_per_position > 1:
-        weights.append(Weight("latent_embed.weight", (f"{ROOT}z_pos_enc/pos_embs",)))
-    channels = config.width_head_cross
-    order = from_interleaved(config.heads_cross, channels, rotated_channels(config, channels))
-    for i in range(len(config.cross_layers)):
-        ours, theirs = f"cross_attention.{i}", numbered(f"{ROOT}cross_attention", i)
-        q, k, v, out = (numbered(f"{theirs}/attention/linear", j) for j in range(4))
-        norm(f"{ours}.query_norm", f"{theirs}/layer_norm")
-        norm(f"{ours}.context_norm", f"{theirs}/layer_norm_1")
-        linear(f"{ours}.q_proj", q, order=order, turned=1)
-        linear(f"{ours}.kv_proj", k, v, order=order, turned=1)
-        linear(f"{ours}.out_proj", out)
-        mlp(f"{ours}.mlp", theirs, "layer_norm_2")
-    channels = config.width_head
-    order = from_interleaved(config.num_heads, channels, rotated_channels(config, channels))
-    for i in range(config.num_layers):
-        ours, theirs = f"self_attention.{i}", numbered(f"{ROOT}self_attention", i)
-        q, k, v, out = (numbered(f"{theirs}/attention/linear", j) for j in range(4))
-        norm(f"{ours}.norm", f"{theirs}/layer_norm")
-        linear(f"{ours}.qkv_proj", q, k, v, order=order, turned=2)
-        linear(f"{ours}.out_proj", out)
-        mlp(f"{ours}.mlp", theirs, "layer_norm_1")
-    norm("norm", "perceiver_ar/layer_norm")
-    linear("head", f"{ROOT}logits")
-    return weights
+    config = model.config
+    modules = {
+        "embed": f"{ROOT}embed/embeddings",
+        # The layers of the query's MLP are made before its projection.
+        "query_proj": numbered(f"{ROOT}linear", config.query_mlp_layers),
+        "query_embed": "perceiver_ar/q_embed_learned",
+        "latent_embed": f"{ROOT}z_pos_enc/pos_embs",
+        "norm": "perceiver_ar/layer_norm",
+        "head": f"{ROOT}logits",
+    }
+    modules |= {f"position_embed.{i}": f"{ROOT}embed_{i + 1}/embeddings" for i in range(len(config.table_sizes))}
+    modules |= {f"query_mlp.{i}": numbered(f"{ROOT}linear", i) for i in range(config.query_mlp_layers)}
+    norms = {"cross_attention": ("query_norm", "context_norm", "mlp.norm"), "self_attention": ("norm", "mlp.norm")}
+    for kind, count in {"cross_attention": len(config.cross_layers), "self_attention": config.num_layers}.items():
+        for i in range(count):
+            parts = {f"{name}_proj": numbered("attention/linear", j) for j, name in enumerate(("q", "k", "v", "out"))}
+            parts |= {name: numbered("layer_norm", j) for j, name in enumerate(norms[kind])}
+            parts |= {"mlp.up_proj": "dense/linear", "mlp.down_proj": "dense/linear_1"}
+            layer = numbered(f"{ROOT}{kind}", i)
+            modules |= {f"{kind}.{i}.{ours}": f"{layer}/{theirs}" for ours, theirs in parts.items()}
+    return find_names(model, modules, ENDS)
 
 
 def from_trailing_zeros(tokens: Tensor, input_idxs: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
-from perceiver_ar.compat.checkpoint_files import existing, listed, read_torch, write_safetensors
+from perceiver_ar.compat.checkpoint_files import existing, listed, read_torch
 from perceiver_ar.compat.weights import (
     Weight,
+    find_names,
     find_state,
-    from_interleaved,
     inverse_frequencies,
     plain_tensors,
     refuse_differences,
@@ -30,7 +31,7 @@ from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import OffsetBytesCodec
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.files import write_text
+from perceiver_ar.files import atomic_path, write_text
 from perceiver_ar.network.model import PerceiverAR
 
 MARKER = "input_adapter.txt_embedding.weight"
@@ -107,7 +108,7 @@ def network(state: Mapping[str, Tensor], settings: Mapping[str, Any], where: str
     # The output layer is the embedding; some ways of saving store it under both names.
     weights = {name: tensor for name, tensor in state.items() if name not in (INV_FREQ, "output_adapter.weight")}
     model = PerceiverAR(config)
-    model.load_tensors(to_ours(names(config), weights, where), where=where)
+    model.load_tensors(to_ours(names(model), weights, where), where=where)
     return model.eval()
 
 
@@ -148,44 +149,23 @@ def rotated(config: PerceiverARConfig) -> int:
     return config.width_head // 2 if config.position_table == "learned" else config.width_head
 
 
-def names(config: PerceiverARConfig) -> list[Weight]:
+def names(model: PerceiverAR) -> list[Weight]:
     """Which of the package's parameters make up each of ours."""
-    channels = config.width_head
-    order = from_interleaved(config.num_heads, channels, rotated_channels(config, channels))
-    weights = [Weight("embed.weight", (MARKER,))]
-    if config.position_table != "none":
-        weights.append(Weight("position_embed.0.weight", ("input_adapter.pos_embedding.weight",)))
-
-    def module(ours: str, theirs: str, *parts: str) -> None:
-        weights.extend(Weight(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in parts)
-
-    def mlp(ours: str, theirs: str) -> None:
-        module(f"{ours}.norm", f"{theirs}.0", "weight", "bias")
-        module(f"{ours}.up_proj", f"{theirs}.1", "weight")
-        module(f"{ours}.down_proj", f"{theirs}.3", "weight")
-
-    ours, theirs = "cross_attention.0", "cross_attention.0.module"
-    q, k, v = (f"{theirs}.attention.{name}_proj.weight" for name in "qkv")
-    module(f"{ours}.query_norm", f"{theirs}.q_norm", "weight", "bias")
-    module(f"{ours}.context_norm", f"{theirs}.kv_norm", "weight", "bias")
-    weights += [
-        Weight(f"{ours}.q_proj.weight", (q,), (order,)),
-        Weight(f"{ours}.kv_proj.weight", (k, v), (order, None)),
-    ]
-    module(f"{ours}.out_proj", f"{theirs}.attention.o_proj", "weight", "bias")
-    mlp(f"{ours}.mlp", "cross_attention.1.module")
-    for i in range(config.num_layers):
-        ours, theirs = f"self_attention.{i}", f"self_attention.{i}.0.module"
-        q, k, v = (f"{theirs}.attention.{name}_proj.weight" for name in "qkv")
-        module(f"{ours}.norm", f"{theirs}.norm", "weight", "bias")
-        weights.append(Weight(f"{ours}.qkv_proj.weight", (q, k, v), (order, order, None)))
-        module(f"{ours}.out_proj", f"{theirs}.attention.o_proj", "weight")
-        mlp(f"{ours}.mlp", f"self_attention.{i}.1.module")
-    if config.final_norm:
-        module("norm", "out_norm", "weight", "bias")
-    if config.logits_bias:
-        weights.append(Weight("head.bias", ("output_adapter.bias",)))
-    return weights
+    modules = {
+        "embed": "input_adapter.txt_embedding",
+        "position_embed.0": "input_adapter.pos_embedding",
+        "norm": "out_norm",
+        "head": "output_adapter",
+    }
+    parts = {f"{letter}_proj": f"0.module.attention.{letter}_proj" for letter in "qkv"}
+    parts |= {"out_proj": "0.module.attention.o_proj", "norm": "0.module.norm"}
+    parts |= {"query_norm": "0.module.q_norm", "context_norm": "0.module.kv_norm"}
+    parts |= {"mlp.norm": "1.module.0", "mlp.up_proj": "1.module.1", "mlp.down_proj": "1.module.3"}
+    layers = {"cross_attention.0": "cross_attention"}
+    layers |= {f"self_attention.{i}": f"self_attention.{i}" for i in range(model.config.num_layers)}
+    for layer, theirs in layers.items():
+        modules |= {f"{layer}.{name}": f"{theirs}.{part}" for name, part in parts.items()}
+    return find_names(model, modules)
 
 
 def save_krasserm(model: PerceiverAR, directory: str | Path) -> dict[str, Any]:
@@ -203,7 +183,8 @@ def save_krasserm(model: PerceiverAR, directory: str | Path) -> dict[str, Any]:
         "abs_pos_emb": config.position_table == "learned",
     }
     refuse_differences(config, to_config(theirs), "perceiver-io")
-    state = to_theirs(names(config), plain_tensors(model))
+    tensors = plain_tensors(model)
+    state = to_theirs(names(model), tensors)
     state[INV_FREQ] = inverse_frequencies(rotated(config))
     about = {
         "architectures": ["PerceiverCausalLanguageModel"],
@@ -214,7 +195,7 @@ def save_krasserm(model: PerceiverAR, directory: str | Path) -> dict[str, Any]:
     }
     if config.vocab_size == 262:
         about["tokenizer_class"] = "PerceiverTokenizer"
-    state = {f"backend_model.{name}": tensor for name, tensor in state.items()}
-    write_safetensors(state, Path(directory) / "model.safetensors")
+    with atomic_path(Path(directory) / "model.safetensors") as temporary:
+        save_file({f"backend_model.{name}": x.clone() for name, x in state.items()}, temporary, {"format": "pt"})
     write_text(Path(directory) / "config.json", json.dumps(about, indent=2, sort_keys=True) + "\n")
     return about

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_ar.compat.checkpoint_files import read_torch
-from perceiver_ar.compat.lucidrains_names import INV_FREQ, package_names, use_package_names
-from perceiver_ar.compat.weights import Weight, find_state, plain_tensors, refuse_differences, rotary_settings, to_ours
+from perceiver_ar.compat.lucidrains_names import INV_FREQ, names, use_package_names
+from perceiver_ar.compat.weights import find_state, plain_tensors, refuse_differences, rotary_settings, to_ours
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import BytesCodec
@@ -224,8 +224,7 @@ def read(path: Path, cross_attn_seq_len: int | None, heads: int | None) -> tuple
     state = find_state(read_torch(path), "token_emb.weight", "perceiver-ar-pytorch", str(path))
     net = PerceiverAR(**package_arguments(state, cross_attn_seq_len, heads, str(path)))
     state.pop(INV_FREQ, None)
-    weights = [Weight(ours, (theirs,)) for theirs, ours in package_names(net.model.config).items()]
-    net.model.load_tensors(to_ours(weights, state, str(path)), where=str(path))
+    net.model.load_tensors(to_ours(names(net.model), state, str(path)), where=str(path))
     return net.model.eval(), BytesCodec(text=False) if net.model.config.vocab_size == 256 else None
 
 

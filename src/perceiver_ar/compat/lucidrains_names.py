@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from perceiver_ar.compat.weights import inverse_frequencies
+from perceiver_ar.compat.weights import Weight, find_names, inverse_frequencies
 from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.network.model import PerceiverAR
 
 INV_FREQ = "rotary_pos_emb.inv_freq"
 """A buffer of the package, which is computed from the settings here."""
@@ -20,35 +21,28 @@ def use_package_names(net: Any) -> None:
     net.register_load_state_dict_post_hook(_say_package_names)
 
 
-def package_names(config: PerceiverARConfig) -> dict[str, str]:
-    """The package's parameter names -> ours, in the package's order."""
-    names = {"token_emb.weight": "embed.weight", "pos_emb.weight": "position_embed.0.weight"}
-    mlp = {
-        "0.weight": "norm.weight",
-        "0.bias": "norm.bias",
-        "1.weight": "up_proj.weight",
-        "4.weight": "down_proj.weight",
-    }
+def names(model: PerceiverAR) -> list[Weight]:
+    """Which of the package's parameters is each of ours."""
+    return find_names(model, package_modules(model.config), fused=True)
+
+
+def package_modules(config: PerceiverARConfig) -> dict[str, str]:
+    """The package's module for each of ours."""
+    modules = {"embed": "token_emb", "position_embed.0": "pos_emb", "head": "to_logits"}
+    both = {"out_proj": "0.to_out", "mlp.norm": "1.0", "mlp.up_proj": "1.1", "mlp.down_proj": "1.4"}
+    cross = {"query_norm": "0.norm", "context_norm": "0.context_norm", "q_proj": "0.to_q", "kv_proj": "0.to_kv"}
+    own = {"norm": "0.norm", "qkv_proj": "0.to_qkv"}
     for i in range(len(config.cross_layers)):
-        theirs, ours = f"perceive_layers.{i}", f"cross_attention.{i}"
-        norms = {"norm": "query_norm", "context_norm": "context_norm"}
-        names |= {f"{theirs}.0.{a}.{p}": f"{ours}.{b}.{p}" for a, b in norms.items() for p in ("weight", "bias")}
-        names |= {f"{theirs}.0.to_{a}.weight": f"{ours}.{a}_proj.weight" for a in ("q", "kv", "out")}
-        names |= {f"{theirs}.0.to_out.bias": f"{ours}.out_proj.bias"}
-        names |= {f"{theirs}.1.{a}": f"{ours}.mlp.{b}" for a, b in mlp.items()}
+        modules |= {f"cross_attention.{i}.{a}": f"perceive_layers.{i}.{b}" for a, b in (cross | both).items()}
     for i in range(config.num_layers):
-        theirs, ours = f"layers.{i}", f"self_attention.{i}"
-        names |= {f"{theirs}.0.norm.{p}": f"{ours}.norm.{p}" for p in ("weight", "bias")}
-        names |= {f"{theirs}.0.to_{a}.weight": f"{ours}.{a}_proj.weight" for a in ("qkv", "out")}
-        names |= {f"{theirs}.1.{a}": f"{ours}.mlp.{b}" for a, b in mlp.items()}
-    return names | {"to_logits.weight": "head.weight"}
+        modules |= {f"self_attention.{i}.{a}": f"layers.{i}.{b}" for a, b in (own | both).items()}
+    return modules
 
 
 def _modules(net: Any) -> dict[str, str]:
-    """Our modules by the package's names."""
+    """The package's module for each of ours, by its name in `net`."""
     root = "model._orig_mod" if hasattr(net.model, "_orig_mod") else "model"  # of torch.compile
-    names = package_names(net.model.config)
-    return {theirs.rpartition(".")[0]: f"{root}.{ours.rpartition('.')[0]}" for theirs, ours in names.items()}
+    return {f"{root}.{ours}": theirs for ours, theirs in package_modules(net.model.config).items()}
 
 
 def _renamed(name: str, modules: dict[str, str]) -> str:
@@ -62,7 +56,7 @@ def _renamed(name: str, modules: dict[str, str]) -> str:
 
 
 def _to_package_names(net: Any, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
-    modules = {ours: theirs for theirs, ours in _modules(net).items()}
+    modules = _modules(net)
     for name in [name.removeprefix(prefix) for name in state if name.startswith(f"{prefix}model.")]:
         theirs = _renamed(name, modules)
         if not theirs.startswith(("token_emb.", "pos_emb.")):
@@ -71,7 +65,7 @@ def _to_package_names(net: Any, state: dict[str, Tensor], prefix: str, _metadata
 
 
 def _from_package_names(net: Any, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
-    modules, errors = _modules(net), others[-1]
+    modules, errors = {theirs: ours for ours, theirs in _modules(net).items()}, others[-1]
     frequencies, expected = state.pop(prefix + INV_FREQ, None), inverse_frequencies(net.rotary_dim)
     if frequencies is not None and frequencies.shape != expected.shape:
         errors.append(
@@ -86,7 +80,7 @@ def _from_package_names(net: Any, state: dict[str, Tensor], prefix: str, *others
 def _say_package_names(net: Any, incompatible: Any) -> None:
     """After loading: puts the package's names into the lists of missing, unexpected and misshaped tensors."""
     (prefix, errors), net.loading = net.loading, ("", [])
-    modules = {ours: theirs for theirs, ours in _modules(net).items()}
+    modules = _modules(net)
     ours = re.compile(rf"(?<![\w.]){re.escape(prefix)}(model\.[\w.]+)")
     for texts in (incompatible.missing_keys, incompatible.unexpected_keys, errors):
         texts[:] = [ours.sub(lambda found: prefix + _renamed(found[1], modules), text) for text in texts]

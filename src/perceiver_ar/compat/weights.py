@@ -20,11 +20,8 @@ class Weight(NamedTuple):
 
     ours: str
     theirs: tuple[str, ...]
-    rows: tuple[Tensor | None, ...] = ()
-    """For each of `theirs`, the order in which its rows are taken; None, or (): unchanged."""
-
-    def orders(self) -> Sequence[Tensor | None]:
-        return self.rows or (None,) * len(self.theirs)
+    rows: tuple[Tensor | None, ...]
+    """For each of `theirs`, the order in which its rows are taken; None: unchanged."""
 
 
 def to_ours(weights: Iterable[Weight], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -45,7 +42,7 @@ def to_ours(weights: Iterable[Weight], tensors: Mapping[str, Tensor], where: str
     ours = {}
     for weight in weights:
         parts = []
-        for name, order in zip(weight.theirs, weight.orders(), strict=True):
+        for name, order in zip(weight.theirs, weight.rows, strict=True):
             tensor = tensors[name]
             if not tensor.is_floating_point():
                 raise InputError(f"{where}: {name} is of {tensor.dtype}: weights must be floating-point numbers")
@@ -56,6 +53,37 @@ def to_ours(weights: Iterable[Weight], tensors: Mapping[str, Tensor], where: str
             raise InputError(f"{where}: {' and '.join(weight.theirs)} have different widths")
         ours[weight.ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return ours
+
+
+def find_names(
+    model: PerceiverAR,
+    modules: Mapping[str, str],
+    ends: Mapping[type, tuple[str, str]] | None = None,
+    fused: bool = False,
+) -> list[Weight]:
+    """Which of their parameters make up each of ours.
+
+    Args:
+        modules: names of our modules -> of theirs; unless `fused`, with q_proj, k_proj and v_proj for each attention.
+        ends: of the names of their parameters in place of .weight and .bias, for each kind of our modules.
+        fused: they project and rotate queries, keys and values as we do; else separately, and see `from_interleaved`.
+    """
+    config, weights = model.config, []
+    for name in model.stored_tensors():
+        module, _, part = name.rpartition(".")
+        layer, _, projection = module.rpartition(".")
+        theirs: list[str] = [module]
+        rows: tuple[Tensor | None, ...] = (None,)
+        if projection in ("q_proj", "kv_proj", "qkv_proj") and not fused:
+            letters, heads, channels = projection.removesuffix("_proj"), config.num_heads, config.width_head
+            if layer.startswith("cross_attention"):
+                heads, channels = config.heads_cross, config.width_head_cross
+            order = from_interleaved(heads, channels, rotated_channels(config, channels))
+            theirs = [f"{layer}.{letter}_proj" for letter in letters]
+            rows = tuple(None if letter == "v" else order for letter in letters)
+        end = f".{part}" if ends is None else ends[type(model.get_submodule(module))][part == "bias"]
+        weights.append(Weight(name, tuple(modules[one] + end for one in theirs), rows))
+    return weights
 
 
 def plain_tensors(model: PerceiverAR) -> dict[str, Tensor]:
@@ -73,9 +101,8 @@ def to_theirs(weights: Iterable[Weight], tensors: Mapping[str, Tensor]) -> dict[
     """Our tensors under their names: the inverse of `to_ours`."""
     theirs = {}
     for weight in weights:
-        for name, part, order in zip(
-            weight.theirs, tensors[weight.ours].chunk(len(weight.theirs)), weight.orders(), strict=True
-        ):
+        parts = tensors[weight.ours].chunk(len(weight.theirs))
+        for name, part, order in zip(weight.theirs, parts, weight.rows, strict=True):
             theirs[name] = (part if order is None else part[order.argsort()]).contiguous()
     return theirs
 

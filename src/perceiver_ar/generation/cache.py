@@ -110,16 +110,14 @@ class KeysValues:
         """Copies row `source` of another cache of equal room, or of this one, to row `target`."""
         assert other.room == self.room
         held = min(int(other.counts[source]), self.room)
-        for layer, theirs in zip(self.layers, other.layers, strict=True):
-            for x, y in zip(layer, theirs, strict=True):
-                x[target, :, :held] = y[source, :, :held]
+        for x, y in zip(chain(*self.layers), chain(*other.layers), strict=True):
+            x[target, :, :held] = y[source, :, :held]
         self.counts[target] = other.counts[source]
 
     def erase(self, row: int) -> None:
         """Makes a row empty, all zeros: masked values are multiplied by 0, so NaN would spread."""
-        for layer in self.layers:
-            for x in layer:
-                x[row].zero_()
+        for x in chain(*self.layers):
+            x[row].zero_()
         self.counts[row] = 0
 
     def select(self, rows: Sequence[int]) -> "KeysValues":

@@ -7,7 +7,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from itertools import chain
 from threading import RLock
@@ -68,14 +68,12 @@ def compile_and_run(
     from torch._dynamo import config as dynamo_config  # a second to import
     from torch._dynamo.exc import BackendCompilerFailed
 
-    constants = tuned and tokens.device.type == "cpu"
+    # One process may compile for any number of models, batches and contexts.
+    limits = dynamo_config.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
+    quiet = _quiet() if tuned else nullcontext()
+    constants = _constant_weights() if tuned and tokens.device.type == "cpu" else nullcontext()
     try:
-        # One process may compile for any number of models, batches and contexts.
-        with _lock, dynamo_config.patch(recompile_limit=1000, accumulated_recompile_limit=1000), ExitStack() as stack:
-            if tuned:
-                stack.enter_context(_quiet())
-            if constants:
-                stack.enter_context(_constant_weights())
+        with _lock, limits, quiet, constants:
             return step(model, tokens, positions, cache)
     except BackendCompilerFailed as error:
         what = " ".join(" ".join(str(error).splitlines()[:2]).split())  # the cause may be on the second line

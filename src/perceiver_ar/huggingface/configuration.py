@@ -48,27 +48,13 @@ class PerceiverARModelConfig(PreTrainedConfig):
     def vocab_size(self, value: int) -> None:
         self.network = self.network.replace(vocab_size=value)
 
-    @property
-    def hidden_size(self) -> int:
-        return self.network.dim
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.network.num_layers
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.network.num_heads
-
-    @property
-    def n_positions(self) -> int:
-        """Context length in tokens; lm-eval reads it. transformers would take `max_position_embeddings` for a limit of
-        the sequence length, and there is no limit."""
-        return self.network.context_length
-
-    @property
-    def tie_word_embeddings(self) -> bool:
-        return self.network.tie_embeddings
+    hidden_size = property(lambda self: self.network.dim)
+    num_hidden_layers = property(lambda self: self.network.num_layers)
+    num_attention_heads = property(lambda self: self.network.num_heads)
+    tie_word_embeddings = property(lambda self: self.network.tie_embeddings)
+    n_positions = property(lambda self: self.network.context_length)
+    """Context length in tokens; lm-eval reads it. transformers would take `max_position_embeddings` for a limit of the
+    sequence length, and there is no limit."""
 
     def to_dict(self) -> dict[str, Any]:
         code = {"auto_map": self.auto_map} if self._auto_class and self.auto_map else {}

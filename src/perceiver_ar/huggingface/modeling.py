@@ -105,8 +105,7 @@ def _documents(tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None)
         document = (first.flatten().cumsum(0) - 1).clamp(min=0).view_as(tokens)
         start = place.masked_fill(~first, 0).cummax(1).values  # where its document begins, among real tokens
         place = place - start
-        wrong = (real & (positions != place)).nonzero().tolist()
-        if wrong:
+        if wrong := (real & (positions != place)).nonzero().tolist():
             r, c = wrong[0]
             raise InputError(
                 f"position_ids has {int(positions[r, c])} at row {r}, column {c}: they must count the tokens of each "
@@ -225,6 +224,7 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask is None or attention_mask.ndim == 2,
             f"attention_mask has shape {None if attention_mask is None else tuple(attention_mask.shape)}: give (B, T)",
         )
+        results: dict[str, Any] = {}
         if cache is not None or use_cache:
             cache = PerceiverARCache() if cache is None else cache
             require(
@@ -240,11 +240,9 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
                     logits = torch.cat([self.score(input_ids, attention_mask)[:, :-1], logits], dim=1)
             columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = logits[:, columns]
-            kept: dict[str, Any] = {CACHE: cache}
-            output = CausalLMOutputWithPast(logits=cast(Any, logits), **kept)
+            results[CACHE] = cache
         else:
             logits = self.score(input_ids, attention_mask, logits_to_keep, position_ids)
-            loss = None
             if labels is not None:
                 if position_ids is not None:  # a document's first token is predicted from nothing
                     labels = labels.masked_fill(position_ids == 0, IGNORE)
@@ -254,10 +252,10 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
                     if num_items_in_batch is not None:
                         left, all_of_them = ((ids[:, 1:] != IGNORE).sum().clamp(min=1) for ids in (labels, counted))
                         num_items_in_batch = num_items_in_batch * left / all_of_them
-                loss = self.loss_function(
+                results["loss"] = self.loss_function(
                     logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
                 )
-            output = CausalLMOutputWithPast(loss=loss, logits=cast(Any, logits))
+        output = CausalLMOutputWithPast(logits=cast(Any, logits), **results)
         return output.to_tuple() if return_dict is False else output
 
     def score(
@@ -331,7 +329,8 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, output_loading_info=True)
         model, info = loaded
-        wrong = [f"{name} is {what}" for what, key in WRONG.items() for name in sorted(info[key])]
+        wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+        wrong += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
         require(not wrong, f"{pretrained_model_name_or_path}: weights do not fit the settings: {'; '.join(wrong)}")
         network = model.network
         require(
@@ -371,6 +370,3 @@ def _names_of_a_run(model: PerceiverARForCausalLM, state_dict: dict[str, Tensor]
         for name, source in model._tied_weights_keys.items():
             if prefix + source in state_dict and name.removeprefix("network.") in own:  # not if PEFT wraps it
                 state_dict.setdefault(prefix + name, state_dict[prefix + source])
-
-
-WRONG = {"missing": "missing_keys", "unknown": "unexpected_keys"}

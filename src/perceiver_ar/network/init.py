@@ -13,27 +13,20 @@ QUERY_GAIN = 2.5
 def init_weights(model: Any) -> None:
     """Draws the initial weights of a `PerceiverAR` as `config.init` says; biases are zero except with "torch"."""
     config = model.config
-    if config.init != "torch":
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Embedding):
-                if config.init == "normal" or name in ("query_embed", "latent_embed"):
-                    nn.init.normal_(module.weight, std=0.02)
-                elif config.init == "fan_in":
-                    nn.init.trunc_normal_(module.weight, a=-2, b=2)
-                else:
-                    nn.init.normal_(module.weight)
-            elif isinstance(module, nn.Linear):
-                std = 1 / math.sqrt(module.in_features)
-                if config.init == "normal":
-                    nn.init.normal_(module.weight, std=0.02)
-                elif config.init == "fan_in":
-                    nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-                elif name.endswith(("out_proj", "down_proj")):
-                    nn.init.zeros_(module.weight)
-                else:
-                    nn.init.normal_(module.weight, std=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+    for name, module in model.named_modules():
+        if config.init == "torch" or not isinstance(module, nn.Embedding | nn.Linear):
+            continue
+        std = 1 / math.sqrt(module.in_features) if isinstance(module, nn.Linear) else 1.0
+        if config.init == "normal" or name in ("query_embed", "latent_embed"):
+            nn.init.normal_(module.weight, std=0.02)
+        elif config.init == "fan_in":
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        elif name.endswith(("out_proj", "down_proj")):
+            nn.init.zeros_(module.weight)
+        else:
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
     if model.local_conv is not None:
         # Queries and keys start as the same map, so a latent attends to similar tokens from the first step on. Half of
         # a key is the token before, so the latent finds copies of its local context; their values tell what followed.

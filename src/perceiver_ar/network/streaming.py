@@ -227,12 +227,7 @@ def _stream_backward(
     with without_autocast(q):
         reader = _Reader([tokens, positions, mask, keep], weights, settings, chunk, group, q.dtype)
         # Sums over many pieces: in half precision they would lose small terms.
-        d_weights = [
-            torch.zeros_like(
-                weight, dtype=torch.promote_types(weight.dtype, lse.dtype), memory_format=torch.contiguous_format
-            )
-            for weight in weights
-        ]
+        d_weights = [x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, lse.dtype)) for x in weights]
         d_tables, d_rest = Tables.of(reader.config, d_weights)
         d_q = torch.zeros_like(q, dtype=lse.dtype)
         for ids, coords, part_mask in reader.parts():

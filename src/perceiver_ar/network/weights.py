@@ -73,11 +73,10 @@ class StoredModule(nn.Module):
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The state dict, without the second name of a tied embedding."""
-        return {
-            name: tensor
-            for name, tensor in self.state_dict().items()
-            if not (self.config.tie_embeddings and name == "head.weight")
-        }
+        tensors = self.state_dict()
+        if self.config.tie_embeddings:
+            tensors.pop("head.weight", None)
+        return tensors
 
     def load_tensors(self, tensors: dict[str, Tensor], where: str) -> None:
         """Loads every tensor by name. Raises InputError that lists missing, unknown and misshaped ones."""
