@@ -14,8 +14,8 @@ import os
 import platform
 import re
 import struct
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -137,15 +137,24 @@ def _walk(
     pinned = tuple(codec.condition_ids({}))
     settings = [RowSettings(max_new_tokens=length, pinned=pinned) for length in lengths]
     rows = [Row(i, start, model.config, each) for i, each in enumerate(settings)]
-    with ExitStack() as at_end, evaluation_mode(model), torch.inference_mode():
-        at_end.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)  # which adds in one order, on a machine with any number of cores
+    with _one_thread(), evaluation_mode(model), torch.inference_mode():
         decoder = Decoder(model, rows, 1, max(lengths)) if model.config.cacheable else Recomputing(model, rows)
         for step in range(max(lengths)):
             logits = decoder.next_logits().double()
             require_finite(logits)
             decoder.add(next_tokens(decoder.rows, logits.softmax(-1).float().numpy(), step))
             progress((step + 1) / max(lengths))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread adds in one order, on a machine with any number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def exact_ids(codec: Codec, data: bytes) -> np.ndarray:

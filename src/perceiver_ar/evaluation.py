@@ -9,10 +9,10 @@ import lzma
 import math
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -212,10 +212,11 @@ def evaluate(
         "the model's weights give NaN: use weights from before training diverged, or train at a lower learning rate",
     )
     bits = nats / math.log(2)
-    totals: Any = Counter()
-    if amounts is not None:
-        for start, stop in targets:
-            totals.update(amounts(np.asarray(x[start:stop])))
+    seconds = time.perf_counter() - began
+    totals = defaultdict[str, float](float)
+    for start, stop in targets if amounts is not None else ():
+        for unit, amount in amounts(np.asarray(x[start:stop])).items():
+            totals[unit] += amount
     return Evaluation(
         tokens=total,
         bytes=None if lengths is None else num_bytes,
@@ -227,7 +228,7 @@ def evaluate(
         context_length=T,
         num_latents=N,
         stride=stride,
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
         amounts=dict(totals),
     )
 
@@ -325,6 +326,7 @@ def compressors(codec: Codec, tokens: np.ndarray) -> dict[str, float]:
 
 
 def write_table(path: str | os.PathLike[str], evaluations: Iterable[Evaluation]) -> None:
-    """Writes a CSV file, a line per evaluation, with the names of its fields; atomically."""
+    """Writes a table (`tables.write_rows`), a row for each evaluation, with the names of its fields; atomically."""
     rows = [evaluation.to_dict() for evaluation in evaluations]
-    write_rows(path, dict.fromkeys(rows[0], float), rows)
+    columns = dict.fromkeys(chain(*rows), float)
+    write_rows(path, columns, [dict.fromkeys(columns) | row for row in rows])

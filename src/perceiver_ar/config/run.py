@@ -81,10 +81,11 @@ class DataConfig:
             object.__setattr__(
                 self, "split_on", self.split_on.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
             )
-        try:
-            re.compile(self.group_by or "")
-        except re.error as error:
-            raise InputError(f"data.group_by {self.group_by!r} is no regular expression ({error})") from None
+        if self.group_by is not None:
+            try:
+                re.compile(self.group_by)
+            except re.error as error:
+                raise InputError(f"data.group_by {self.group_by!r} is no regular expression ({error})") from None
         require(self.split_on != "", "data.split_on is empty: give a text, or leave it out")
         require(
             self.bpe_vocab_size is None or self.bpe_vocab_size > 256,

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path, write_text
 
 # Codec names in `codec.json` -> their classes; one modality may have several. Nothing else is ever imported by name.
@@ -370,6 +370,11 @@ def save_codec(codec: Codec, directory: str | Path) -> None:
 def load_codec(directory: str | Path) -> Codec:
     """The codec that `save_codec` wrote. Raises `InputError` if it is missing, damaged, or of an unknown kind."""
     path = Path(directory) / "codec.json"
+    require(
+        path.is_file(),
+        f"{path} does not exist: {directory} is not a run directory (train one with --out), or was converted from a "
+        "checkpoint that does not say what its ids stand for, and needs a codec.json",
+    )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         name, settings, conditions = content["codec"], content["settings"], content.get("conditions")
@@ -387,11 +392,6 @@ def load_codec(directory: str | Path) -> Codec:
             if not (texts or (type(values) is int and 0 < values <= MOST_BYTES)):
                 raise ValueError(f"conditions need lists of texts, or numbers in 1 ... {MOST_BYTES}")
         return ConditionedCodec(codec, conditions)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{path} does not exist: {directory} is not a run directory (train one with --out), or was converted from "
-            "a checkpoint that does not say what its ids stand for, and needs a codec.json"
-        ) from None
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:  # not what the class takes

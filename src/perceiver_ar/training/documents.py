@@ -33,14 +33,14 @@ def open_or_make_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile 
     if recipe.init_from is not None:
         codec = load_codec(run.initial)
     else:
-        everything = [*sources, *(held_out or ())]
-        codec = make_codec(modality, data, everything if modality == "integers" else sources)  # ids are in all files
+        others = held_out or []
+        codec = make_codec(modality, data, sources + others if modality == "integers" else sources)  # ids are in all
         if table is not None:
             require(
                 codec.document_length is None,
                 "data.conditions does not work with pictures: put those of a class in a folder, and set data.classes",
             )
-            codec = table.codec(codec, everything, data.condition_text)
+            codec = table.codec(codec, sources + others, data.condition_text)
     check_windows(replace(recipe, model=codec.fit(recipe.model)), codec)  # before hours of encoding
     if table is not None:
         sources, held_out = table.apply(sources, codec), held_out and table.apply(held_out, codec)
