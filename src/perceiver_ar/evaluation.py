@@ -214,9 +214,10 @@ def evaluate(
     bits = nats / math.log(2)
     seconds = time.perf_counter() - began
     totals = defaultdict[str, float](float)
-    for start, stop in targets if amounts is not None else ():
-        for unit, amount in amounts(np.asarray(x[start:stop])).items():
-            totals[unit] += amount
+    if amounts is not None:
+        for start, stop in targets:
+            for unit, amount in amounts(np.asarray(x[start:stop])).items():
+                totals[unit] += amount
     return Evaluation(
         tokens=total,
         bytes=None if lengths is None else num_bytes,

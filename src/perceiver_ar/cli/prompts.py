@@ -56,7 +56,7 @@ def stop_bytes(codec: "Codec", stop: str | None) -> bytes:
         written = codec.decode(codec.encode(data))
     except InputError as error:
         raise InputError(f"--stop {stop!r} cannot be encoded: {error}") from None
-    require(data and written == data, f"--stop {stop!r} cannot be encoded: give text that the model can write")
+    require(written == data and len(data) > 0, f"--stop {stop!r} cannot be encoded: give text that the model can write")
     return data
 
 

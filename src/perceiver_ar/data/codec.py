@@ -99,7 +99,7 @@ class Codec(ABC):
     @property
     def dtype(self) -> np.dtype:
         """The smallest of uint8, uint16 and uint32 that holds every id."""
-        return np.min_scalar_type(self.vocab_size - 1)
+        return np.dtype("uint8" if self.vocab_size <= 1 << 8 else "uint16" if self.vocab_size <= 1 << 16 else "uint32")
 
     @abstractmethod
     def encode(self, data: bytes) -> np.ndarray:
@@ -289,11 +289,10 @@ def parse_conditions(words: Iterable[str]) -> dict[str, str]:
     """Words of the form key=value as a dict. Raises `InputError` for others, and for a key that comes twice."""
     conditions: dict[str, str] = {}
     for word in words:
-        key, equals, value = word.partition("=")
-        if not (key and equals and value):
-            raise InputError(f"condition {word!r} has no key and value: write KEY=VALUE, such as composer=bach")
-        if key in conditions:
-            raise InputError(f"condition {key} is given twice: choose one of {conditions[key]} and {value}")
+        key, _, value = word.partition("=")
+        known = conditions.get(key)
+        require(bool(key and value), f"condition {word!r} has no key and value: write KEY=VALUE, such as composer=bach")
+        require(known is None, f"condition {key} is given twice: choose one of {known} and {value}")
         conditions[key] = value
     return conditions
 
@@ -306,8 +305,7 @@ def row_prompt_and_count(
     keep: number of tokens after the document's start that the prompt has, or below 1 a share of them; at least one is
         kept. None: all of them, or half of a whole picture.
     count: maximum number of tokens to draw; None: 256, or the rest of a picture.
-    infill: FIRST:LAST, bars to draw anew of the whole document, in `room` tokens. None: go on after the prompt, which
-        is the row.
+    infill: FIRST:LAST, bars of the whole document to draw anew in `room` tokens. None: the row is the prompt.
     """
     if infill is not None:
         bars = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", infill)
@@ -339,8 +337,7 @@ def numbered(stem: str, number: int, count: int) -> str:
     return stem if count == 1 else f"{stem}-{number}"
 
 
-_IMPORTING = threading.RLock()
-"""Threads that import extras wait for each other, as what is silent belongs to all."""
+_IMPORTING = threading.RLock()  # threads that import extras wait for each other, as what is silent belongs to all
 
 
 @contextmanager
@@ -378,11 +375,16 @@ def load_codec(directory: str | Path) -> Codec:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         name, settings, conditions = content["codec"], content["settings"], content.get("conditions")
-        if str(name) not in CODECS:
-            known = ", ".join(sorted(CODECS))
-            raise InputError(f"{path} names the codec {name!r}, known are {known}; use the perceiver-ar that wrote it")
-        module, _, attribute = CODECS[name].partition(":")
-        codec: Codec = getattr(import_module(module), attribute).load(path.parent, settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); copy it again from the original run") from None
+    known = ", ".join(sorted(CODECS))
+    require(
+        str(name) in CODECS, f"{path} names the codec {name!r}, known are {known}; use the perceiver-ar that wrote it"
+    )
+    module, _, attribute = CODECS[name].partition(":")
+    codec_class: type[Codec] = getattr(import_module(module), attribute)
+    try:
+        codec = codec_class.load(path.parent, settings)
         if conditions is None:
             return codec
         from perceiver_ar.data.conditions import MOST_BYTES, ConditionedCodec

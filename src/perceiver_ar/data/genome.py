@@ -89,13 +89,13 @@ class Records(Source):
 
 
 def find_records(
-    sources: Sequence[Source], held_out: Sequence[Source] | None
+    sources: Iterable[Source], held_out: Iterable[Source] | None
 ) -> tuple[list[Source], list[Source] | None]:
     """Training and validation files as `Records`. A .bed file in `held_out` holds out its regions of all files.
 
     Raises `InputError` for a .bed file that cannot be read.
     """
-    regions = Regions()
+    sources, regions = list(sources), Regions()
     for source in sources:
         if TAR.fullmatch(source.path.name):
             raise InputError(f"{source.name} is a tar file, from which no genomes are read: unpack it")

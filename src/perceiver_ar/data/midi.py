@@ -279,8 +279,10 @@ class MidiTokCodec(MusicCodec):
         known = ids[ids < self.vocab_size - 1]
         score = self.tokenizer.decode([TokSequence(ids=known.tolist())])
         notes = np.concatenate([np.empty((0, 4)), *map(track_notes, score.tracks)])
-        per_second = 2 * score.ticks_per_quarter
-        return clean(notes) / [per_second, per_second, 1, 1]
+        length = notes[:, 1] - notes[:, 0]
+        notes[:, 0] /= 2 * score.ticks_per_quarter
+        notes[:, 1] = notes[:, 0] + length / (2 * score.ticks_per_quarter)
+        return clean(notes)
 
     def seconds(self, ids: np.ndarray) -> float:
         """The sum of the time shifts; in REMI, the time of the last bar and position."""

@@ -38,12 +38,13 @@ NOTES = re.compile(r"(readme|licen[cs]e|copying|changelog|citation)\b.*|.*\.(csv
 BPE_BYTES = 100_000_000  # enough text to choose merges from
 
 
-def recognise(sources: Sequence[Source]) -> str:
+def recognise(sources: Iterable[Source]) -> str:
     """The modality of all files: by their ending, or else by their first bytes; text if neither is known.
 
     Raises `InputError`, with the number of files of each, if they have several. Notes and tables beside other files
     (README, LICENSE, .csv, .json, .md) do not count, nor do files that cannot be read.
     """
+    sources = list(sources)
     tars = [source for source in sources if TAR.fullmatch(source.path.name)]
     others = (source for source in sources if not TAR.fullmatch(source.path.name))
     kinds = [(source, kind) for source in others if (kind := _kind(source)) is not None]

@@ -60,6 +60,7 @@ class RemiPlusCodec(MidiTokCodec):
     }
 
     def __init__(self, kind: Kind = "remi", tokenizer: Any = None) -> None:
+        require(kind == "remi", f"REMI+ has no kind {kind!r}: use remi")
         super().__init__(kind, tokenizer)
         vocab = self.tokenizer.vocab
         self._division: int = self.tokenizer.time_division  # ticks per quarter in MidiTok

@@ -192,7 +192,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
         yield rest
 
 
-def find_rows(sources: Sequence[Source], column: str) -> list[Source]:
+def find_rows(sources: Iterable[Source], column: str) -> list[Source]:
     """`sources`, with files of rows as `Rows`.
 
     Beside files of rows, files that were found in folders are left out if they describe others (README, .json) or were
@@ -200,6 +200,7 @@ def find_rows(sources: Sequence[Source], column: str) -> list[Source]:
 
     Raises `InputError` for .parquet and .arrow files if the package datasets is not installed.
     """
+    sources = list(sources)
     readers = {_reader(source) for source in sources} - {""}
     if readers & {"parquet", "arrow"}:
         with importing("datasets"):

@@ -16,18 +16,21 @@ def document_groups(sources: Sequence[Source], pattern: str) -> list[int]:
 
     Raises `InputError` if the pattern matches no name.
     """
-    matches = [re.search(pattern, source.name) for source in sources]
-    if sources and not any(matches):
+    if not sources:
+        return []
+    keys: dict[str, int] = {}
+    groups, found = [], False
+    for source in sources:
+        match = re.search(pattern, source.name)
+        found = found or match is not None
+        key = f"/{match[1 if match.re.groups else 0]}" if match else source.name + "\0"
+        groups.append(keys.setdefault(key, len(keys)))
+    if not found:
         raise InputError(
             f"group_by {pattern!r} finds nothing in any file name, such as {sources[0].name}: "
             "correct it, or give '(.*)', which takes each file for itself"
         )
-    keys = [
-        f"/{match[1 if match.re.groups else 0]}" if match else source.name + "\0"
-        for source, match in zip(sources, matches, strict=True)
-    ]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return [numbers[key] for key in keys]
+    return groups
 
 
 def drop_held_out(train: TokenWriter, validation: TokenWriter) -> None:

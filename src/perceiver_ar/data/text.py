@@ -40,7 +40,8 @@ NO_TEXT: dict[bytes, tuple[str, str]] = {
     rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an Office document", "save it as text"),
     rb"PAR1[\x00-\x08\x0e-\x1f]": ("a Parquet table", "let its name end in .parquet"),
     rb"ARROW1\x00|\xff{4}.{4}\x10\x00{3}": ("an Arrow table", "let its name end in .arrow"),
-    rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff|(%b\x00){8}|(\x00%b){8}|(%b\x00{3}){4}|(\x00{3}%b){4}" % (4 * (LETTER,)): (
+    rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff": ("UTF-16 or UTF-32", "save it as UTF-8"),
+    rb"(%b\x00){8}|(\x00%b){8}|(%b\x00{3}){4}|(\x00{3}%b){4}" % (4 * (LETTER,)): (
         "UTF-16 or UTF-32",
         "save it as UTF-8",
     ),
@@ -112,15 +113,19 @@ class OffsetBytesCodec(FixedBytesCodec):
         self.reserved, self.start_id = reserved, start_id
         self.vocab_size = 256 + reserved
         self.separator = () if start_id is None else (start_id,)
-        self._bytes = [b""] * reserved + [bytes([byte]) for byte in range(256)]
+
+    def encode(self, data: bytes) -> np.ndarray:
+        return np.frombuffer(data, dtype=np.uint8).astype(self.dtype) + self.dtype.type(self.reserved)
 
     def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
-        first = self.dtype.type(self.reserved)
-        return (np.frombuffer(chunk, dtype=np.uint8).astype(self.dtype) + first for chunk in chunks)
+        return map(self.encode, chunks)
 
     def decode(self, ids: ArrayLike) -> bytes:
         data = np.asarray(ids).astype(np.int64) - self.reserved
         return data[data >= 0].astype(np.uint8).tobytes()
+
+    def byte_lengths(self) -> np.ndarray:
+        return (np.arange(self.vocab_size) >= self.reserved).astype(np.int64)
 
 
 class TokenizerCodec(FixedBytesCodec):

@@ -91,10 +91,11 @@ def prepare(
 
 
 def prepare_all(
-    sources: Sequence[Source], codec: Codec, stem: str | Path, split_on: str | None = None
+    sources: Iterable[Source], codec: Codec, stem: str | Path, split_on: str | None = None
 ) -> tuple[TokenFile, list[str]]:
     """Encodes all documents of `sources` into one token file, as `prepare` does; also returns the name of each
     document's source."""
+    sources = list(sources)
     with token_writer(Path(stem), codec) as writer:
         _add_all(writer, sources, _mark(split_on), lambda num_bytes: None, range(len(sources)))
     shutil.rmtree(Path(stem).parent / SHARDS, ignore_errors=True)
