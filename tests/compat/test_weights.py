@@ -322,7 +322,7 @@ def test_tensors_beside_the_state_are_left_out_and_named(beside: str) -> None:
 def test_a_counter_among_the_weights_is_left_out_and_named() -> None:
     theirs = {"w": torch.ones(1), "num_updates": torch.tensor(3)}
     with pytest.warns(LeftOut, match="here: left out num_updates, not weights"):
-        assert to_ours([Weight("w", ("w",))], theirs, "here") == {"w": torch.ones(1)}
+        assert to_ours([Weight("w", ("w",), (None,))], theirs, "here") == {"w": torch.ones(1)}
 
 
 @pytest.mark.parametrize(
