@@ -137,7 +137,7 @@ def _walk(
     pinned = tuple(codec.condition_ids({}))
     settings = [RowSettings(max_new_tokens=length, pinned=pinned) for length in lengths]
     rows = [Row(i, start, model.config, each) for i, each in enumerate(settings)]
-    with _one_thread(), evaluation_mode(model), torch.inference_mode():
+    with _one_thread(), evaluation_mode(model.modules()), torch.inference_mode():
         decoder = Decoder(model, rows, 1, max(lengths)) if model.config.cacheable else Recomputing(model, rows)
         for step in range(max(lengths)):
             logits = decoder.next_logits().double()

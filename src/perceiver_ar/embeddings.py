@@ -57,7 +57,7 @@ def embed(
     total = torch.zeros(config.dim, dtype=torch.float64)
     device = model.device
     with (
-        evaluation_mode(model),
+        evaluation_mode(model.modules()),
         torch.no_grad(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
     ):

@@ -177,7 +177,7 @@ def evaluate(
         return window.end - window.start, window.prefix_len, start
 
     with (
-        evaluation_mode(model),
+        evaluation_mode(model.modules()),
         torch.no_grad(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
     ):

@@ -156,6 +156,3 @@ class Run:
         if not isinstance(summary, dict) or "steps" not in summary:
             raise InputError(f"{self.summary_file} is damaged: delete it and resume the run")
         return summary
-
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        write_text(self.summary_file, json.dumps(summary, indent=2) + "\n")

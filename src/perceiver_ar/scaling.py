@@ -116,9 +116,7 @@ def read_runs(paths: Sequence[str | Path]) -> Runs:
 
     A run counts if it came to the end of its own schedule: before that its learning rate is still high, and so is its
     loss.
-
-    Raises:
-        InputError: a path is not a run, or finished runs differ in what `EQUAL` names.
+    Raises InputError if a path is not a run, or finished runs differ in what `EQUAL` names.
     """
     left_out: dict[str, str] = {}
     found: list[tuple[Run, Recipe, dict[str, Any]]] = []

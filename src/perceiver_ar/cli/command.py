@@ -7,13 +7,13 @@ in one line with its place and remedy; 1 any other failure, with its traceback; 
 import errno
 import io
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 
 from perceiver_ar import __version__
-from perceiver_ar.cli import compress, convert, embed, evaluate, generate, info, push, scaling, score, serve, train
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.threads import share_cores
 
@@ -36,6 +36,9 @@ Perceiver AR on your own files: train, see how good it is, generate.
   push RUN OWNER/NAME           upload a run to the Hugging Face Hub
 
 perceiver-ar VERB --help shows options and examples."""
+VERBS = re.findall(r"^  (\w+) ", USAGE, re.MULTILINE)
+"""Each is the function VERB_verb in the file VERB.py, which is imported when it runs."""
+ELSEWHERE = {"decompress": "compress", "export": "convert"}  # verbs in the file of another
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,21 +50,6 @@ def main(argv: list[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
-    verbs: dict[str, Callable[[list[str]], None]] = {
-        "train": train.train_verb,
-        "evaluate": evaluate.evaluate_verb,
-        "score": score.score_verb,
-        "embed": embed.embed_verb,
-        "scaling": scaling.scaling_verb,
-        "generate": generate.generate_verb,
-        "compress": compress.compress_verb,
-        "decompress": compress.decompress_verb,
-        "serve": serve.serve_verb,
-        "info": info.info_verb,
-        "convert": convert.convert_verb,
-        "export": convert.export_verb,
-        "push": push.push_verb,
-    }
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries warn their callers, not our users
     try:
@@ -71,8 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] == "--version":
             print(__version__)
             return 0
-        require(argv[0] in verbs, f"there is no verb {argv[0]!r}: use {', '.join(verbs)}")
-        verbs[argv[0]](argv[1:])
+        require(argv[0] in VERBS, f"there is no verb {argv[0]!r}: use {', '.join(VERBS)}")
+        module = import_module(f"perceiver_ar.cli.{ELSEWHERE.get(argv[0], argv[0])}")
+        getattr(module, f"{argv[0]}_verb")(argv[1:])
         return 0
     except InputError as error:
         complain(" ".join(str(error).split()))

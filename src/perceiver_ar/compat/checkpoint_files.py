@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 
 MANY = 8
 """Maximum number of names that an error lists; it counts the others."""
@@ -27,14 +27,12 @@ def listed(names: Sequence[str]) -> str:
 
 
 def existing(path: Path) -> Path:
-    if not path.exists():
-        raise InputError(f"{path}: no such file or directory")
+    require(path.exists(), f"{path}: no such file or directory")
     return path
 
 
 def existing_file(path: Path) -> Path:
-    if existing(path).is_dir():
-        raise InputError(f"{path} is a directory: give the checkpoint's file in it")
+    require(not existing(path).is_dir(), f"{path} is a directory: give the checkpoint's file in it")
     return path
 
 
@@ -52,9 +50,7 @@ def read_torch(path: Path, stand_ins: str | None = None) -> Any:
     """Reads a file of `torch.save`, by torch's restricted reader, or of safetensors.
 
     numpy's scalars become numbers. Other `HARMLESS` objects, and those of the package `stand_ins`, become `StandIn`s.
-
-    Raises:
-        InputError: missing, damaged, not a torch file, or it needs code to run; the message names that code.
+    Raises InputError if it is missing, damaged, no torch file, or needs code to run, which the message names.
     """
     if path.suffix == ".safetensors":
         try:
@@ -98,9 +94,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def read_dill(path: Path) -> Any:
     """Reads a file of dill or pickle that consists of containers, numbers, strings and arrays alone.
-
-    Raises:
-        InputError: missing, damaged, or it names anything beyond `_ArrayUnpickler.KNOWN`.
+    Raises InputError if it is missing, damaged, or names anything beyond `_ArrayUnpickler.KNOWN`.
     """
     data = existing_file(path).read_bytes()
     try:
@@ -135,8 +129,7 @@ class _DType:
         return isinstance(self.name, str) and self.name.lstrip("<>=|") in _NUMBERS
 
     def real(self) -> np.dtype:
-        if not self.is_number():
-            raise InputError(f"holds arrays of {self.name!r}: only numbers are read")
+        require(self.is_number(), f"holds arrays of {self.name!r}: only numbers are read")
         return np.dtype(self.name).newbyteorder(self.order if self.order in ("<", ">") else "=")
 
 

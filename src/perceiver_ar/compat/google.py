@@ -21,7 +21,7 @@ from perceiver_ar.compat.weights import Weight, find_names, say_left_out, to_our
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import OffsetBytesCodec
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.network.init import sinusoids
 from perceiver_ar.network.model import PerceiverAR
 
@@ -190,11 +190,9 @@ def to_config(params: Mapping[str, Tensor], given: Mapping[str, Any], where: str
         raise InputError(f"{where} has {len(cross)} cross-attention layers, not {len(after)} additional ones")
     activation_names = ["activation_name"] + ["initial_query_embed_activation_name"] * (len(queries) > 1)
     for name in activation_names:
-        if of[name] not in ACTIVATIONS:
-            raise InputError(f"{name} is {of[name]!r}: only {', '.join(ACTIVATIONS)} are computed here")
+        require(of[name] in ACTIVATIONS, f"{name} is {of[name]!r}: only {', '.join(ACTIVATIONS)} are computed here")
     activation, *query_activation = [ACTIVATIONS[of[name]] for name in activation_names]
-    if of["mask_style"] != "final_block":
-        raise InputError(f"mask_style is {of['mask_style']!r}: only 'final_block' is supported")
+    require(of["mask_style"] == "final_block", f"mask_style is {of['mask_style']!r}: only 'final_block' is supported")
 
     V, E = params[f"{ROOT}embed/embeddings"].shape
     D = params[f"{ROOT}logits/w"].shape[1]
@@ -208,8 +206,7 @@ def to_config(params: Mapping[str, Tensor], given: Mapping[str, Any], where: str
     heads = of["num_cross_attend_heads"]
     if cross:
         width = len(params[f"{cross[0]}/attention/linear/w"])
-        if width % heads:
-            raise InputError(f"num_cross_attend_heads is {heads}: it does not divide {where}'s width {width}")
+        require(width % heads == 0, f"num_cross_attend_heads is {heads}: it does not divide {where}'s width {width}")
 
     def ratio(modules: list[str]) -> float | None:
         return len(params[f"{modules[0]}/dense/linear/w"]) / D if modules else None

@@ -170,9 +170,7 @@ def names(model: PerceiverAR) -> list[Weight]:
 
 def save_krasserm(model: PerceiverAR, directory: str | Path) -> dict[str, Any]:
     """Writes config.json and model.safetensors for the package's `from_pretrained`; returns the former.
-
-    Raises:
-        InputError: the package has no settings for this function; names those of ours in the way.
+    Raises InputError, naming settings of ours, if the package has none for this function.
     """
     config = model.config
     theirs = {name: getattr(config, ours) for name, (ours, _) in SETTINGS.items()} | WITHOUT_EFFECT

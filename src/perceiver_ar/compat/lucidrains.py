@@ -177,7 +177,7 @@ class AutoregressiveWrapper(nn.Module):
         out = torch.stack(prompt_rows(start_tokens, model.config.vocab_size))
         n = out.shape[1]
         decoder: Decoder | None = None
-        with evaluation_mode(self.net):
+        with evaluation_mode(self.net.modules()):
             for _ in range(seq_len):
                 if not kwargs and self.net.cross_attn_seq_len < out.shape[1] <= self.max_seq_len:
                     if decoder is None:  # all tokens after the prefix are latents
@@ -278,9 +278,7 @@ def package_arguments(
 
 def save_lucidrains(model: network.PerceiverAR, file: str | Path) -> dict[str, Any]:
     """Writes the package's state dict with `torch.save`; returns the constructor's arguments for it.
-
-    Raises:
-        InputError: the package has no arguments for this function; names the settings in the way.
+    Raises InputError, naming settings, if the package has no arguments for this function.
     """
     config = model.config
     arguments = {

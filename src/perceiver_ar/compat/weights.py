@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perceiver_ar.compat.checkpoint_files import listed
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.network.model import PerceiverAR
 
 
@@ -200,9 +200,7 @@ def find_state(content: Any, marker: str, package: str, where: str) -> dict[str,
 
     It may be the whole content or an entry, or lie deeper if no entry is one; its names may have any prefix (net.,
     module., ema_model.). Warns of tensors beside it without the prefix: a criterion, counters of an average.
-
-    Raises:
-        InputError: it is missing, there are several, or some weights are made of other weights.
+    Raises InputError if it is missing, there are several, or some weights are made of other weights.
     """
     found: dict[str, Found] = {}
     mappings = list(_mappings(content))
@@ -224,8 +222,7 @@ def find_state(content: Any, marker: str, package: str, where: str) -> dict[str,
         )
     if not found and any(OPTIMIZER.search(place) or "param_groups" in mapping for _, place, mapping in mappings):
         raise InputError(f"{where} holds an optimizer's state and no {marker}: give the file with the model's weights")
-    if not found:
-        raise InputError(f"{where} has no {marker}, so it is not of {package}")
+    require(len(found) > 0, f"{where} has no {marker}, so it is not of {package}")
     state, *more = found.values()
     if not all(other.place == state.place and _equal(other.tensors, state.tensors) for other in more):
         raise InputError(f"{where} holds several models ({listed(list(found))}): save the one you mean alone")

@@ -21,7 +21,7 @@ from typing import Self
 import numpy as np
 
 from perceiver_ar.data.codec import Codec, WrongModality, load_codec, save_codec
-from perceiver_ar.errors import InputError
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
 from perceiver_ar.threads import available_cores
 
@@ -106,8 +106,7 @@ class Encoders:
     def _take(self) -> subprocess.Popen[bytes]:
         """An idle process, or a new one."""
         with self._lock:
-            if self._closed:
-                raise InputError("interrupted")
+            require(not self._closed, "interrupted")
             if self._idle:
                 return self._idle.pop()
             # Not multiprocessing: it would import the user's main module again. A session of its own keeps Ctrl-C and

@@ -3,8 +3,9 @@
 Shapes: B batch, T tokens of a row so far, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -154,13 +155,13 @@ def stream(
         logprobs = [0.0] * len(rows)
         logits: Tensor | None = None
         modules = list(model.modules())
-        with _evaluating(modules), torch.inference_mode():
+        with evaluation_mode(modules), torch.inference_mode():
             if config.cacheable:
                 decoder = Decoder(model, rows, num_samples, max_new_tokens, compile)
             else:
                 decoder = Recomputing(model, rows)
         while decoder.rows:
-            with _evaluating(modules), torch.inference_mode():
+            with evaluation_mode(modules), torch.inference_mode():
                 fresh = decoder.next_logits()
                 drawn, chosen, _ = draw(decoder.rows, fresh)
                 order = [row.index for row in decoder.rows]
@@ -228,11 +229,7 @@ def prompt_rows(prompt: Prompt, vocab_size: int) -> list[Tensor]:
 
 
 def _generators(seed: int | Sequence[int] | None, rows: int) -> list[torch.Generator]:
-    generators = [torch.Generator() for _ in range(rows)]
-    if seed is None:
-        for generator in generators:
-            generator.seed()
-        return generators
+    seed = secrets.randbits(64) if seed is None else seed
     numbers = list(seed) if isinstance(seed, Sequence) else [seed]
     require(all(map(is_whole, numbers)), f"seed is {seed!r}: give a whole number, or one for each row")
     seeds = numbers if isinstance(seed, Sequence) else [int(seed) + r for r in range(rows)]
@@ -240,18 +237,12 @@ def _generators(seed: int | Sequence[int] | None, rows: int) -> list[torch.Gener
         len(seeds) == rows,
         f"seed has {len(seeds)} numbers, the prompt {rows} rows: give one for each row, or a single one",
     )
-    for generator, one in zip(generators, seeds, strict=True):
-        generator.manual_seed(int(one) % 2**64)
-    return generators
-
-
-def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
-    """A context with every submodule in evaluation mode, and afterwards in the mode it was in."""
-    return _evaluating(list(model.modules()))
+    return [torch.Generator().manual_seed(int(one) % 2**64) for one in seeds]
 
 
 @contextmanager
-def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A context with these modules, not those inside of them, in evaluation mode, and afterwards as they were."""
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False

@@ -170,9 +170,7 @@ class _Reader:
                 dist.all_reduce(gradient, group=self.group)
 
 
-@lru_cache
-def _read_config(text: str) -> PerceiverARConfig:
-    return PerceiverARConfig.from_dict(json.loads(text))
+_read_config = lru_cache(lambda text: PerceiverARConfig.from_dict(json.loads(text)))
 
 
 @torch.library.custom_op("perceiver_ar::stream_attention", mutates_args=())

@@ -1,11 +1,13 @@
 """The end of a run: the last evaluation and sample, pictures, the report, and the summary."""
 
+import json
 import math
 import shutil
 from typing import Any
 
 from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.evaluation import compressors, evaluate_context_lengths, write_table
+from perceiver_ar.files import write_text
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.report import write_report
 from perceiver_ar.run import Run
@@ -61,7 +63,7 @@ def finish(prepared: Prepared, training: Training, model: PerceiverAR, track: Tr
     report = write_report(run, summary)
     if recipe.adapter is None:  # else checkpoints hold the adapter alone
         shutil.rmtree(run.initial, ignore_errors=True)
-    run.write_summary(summary)
+    write_text(run.summary_file, json.dumps(summary, indent=2) + "\n")
     say(f"report: {report}")
     return summary
 
