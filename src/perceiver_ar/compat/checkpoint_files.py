@@ -94,6 +94,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def read_dill(path: Path) -> Any:
     """Reads a file of dill or pickle that consists of containers, numbers, strings and arrays alone.
+
     Raises InputError if it is missing, damaged, or names anything beyond `_ArrayUnpickler.KNOWN`.
     """
     data = existing_file(path).read_bytes()
