@@ -506,6 +506,37 @@ def test_the_bodies_of_all_requests_together_are_limited() -> None:
     assert asyncio.run(ask()) == [None, 503, None]
 
 
+def test_waiting_for_a_body_is_cancelled_also_in_the_moment_of_its_arrival() -> None:
+    from perceiver_ar.serving.security import Guard
+
+    async def ask(turns: int) -> None:
+        arrives = asyncio.get_running_loop().create_future()
+        never = asyncio.get_running_loop().create_future()
+        messages = iter([arrives, never])
+
+        async def read(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            await receive()
+
+        async def receive() -> dict[str, Any]:
+            return await next(messages)
+
+        async def send(message: Any) -> None: ...
+
+        request = asyncio.create_task(Guard(read, answered=lambda *of: None, **LIMITS)(SCOPE, receive, send))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        arrives.set_result({"type": "http.request", "body": b"1"})
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        request.cancel()
+        await asyncio.wait({request}, timeout=5)
+        assert request.cancelled()
+
+    for turns in range(4):
+        asyncio.run(ask(turns))
+
+
 # Who goes away, and who comes when there is no room
 
 
