@@ -75,6 +75,32 @@ print(os.environ["GOMP_SPINCOUNT"])
     assert result.stdout.splitlines()[-1] == SPINS
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux lists them")
+def test_a_thread_of_its_own_takes_its_openmp_threads_with_it() -> None:
+    script = """
+import os, time, torch
+from perceiver_ar.threads import in_own_thread
+def count():
+    return len(os.listdir("/proc/self/task"))
+def compute():
+    torch.zeros(1 << 20)
+    return count() - before
+def fail():
+    raise ValueError("no")
+torch.set_num_threads(3)
+before = count()
+assert in_own_thread(compute) == 3
+while count() > before:
+    time.sleep(0.01)
+try:
+    in_own_thread(fail)
+except ValueError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout == "no\n"
+
+
 def test_openmp_threads_are_held_only_while_others_use_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

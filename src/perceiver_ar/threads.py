@@ -3,14 +3,18 @@
 import os
 import threading
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 SPINS = "10000"
 """Rounds that a thread of GNU OpenMP looks for work before it sleeps; its own default is 300,000 (docs/log.md)."""
 SPARE = "spare OpenMP threads"
 """Name of the thread that holds them."""
+
+T = TypeVar("T")
 
 
 def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -24,6 +28,27 @@ def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.setdefault("GOMP_SPINCOUNT", SPINS)
     if (cores := available_cores()) < affinity():  # OpenMP looks at the affinity, but at no quota
         environment.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+def in_own_thread(task: Callable[[], T]) -> T:
+    """The result of `task`, which runs in a thread that ends with it.
+
+    Each thread that computes keeps OpenMP threads of its own. If they all are more than the cores, they sleep soon, as
+    with `adaptive_spins`. So a thread should not compute if afterwards it only waits for another one that does.
+    """
+    result = Future[T]()
+
+    def run() -> None:
+        try:
+            result.set_result(task())
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # so that Ctrl+C need not wait for it
+    thread.start()
+    result.exception()
+    thread.join()
+    return result.result()
 
 
 @contextmanager

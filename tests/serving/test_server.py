@@ -445,6 +445,24 @@ def test_weights_that_give_nan_are_an_error_of_the_server(serving: Any, tmp_path
         assert "perceiver_ar_disconnects_total 0.0" in lines
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux lists them")
+def test_only_the_engine_keeps_openmp_threads(tmp_path: Path) -> None:
+    PerceiverAR(PerceiverARConfig(**CONFIG | {"dim": 512})).save_pretrained(tmp_path)
+    save_codec(BytesCodec(), tmp_path)
+    script = """
+import os, sys, time, torch
+from perceiver_ar.serving.server import load
+def count():
+    return len(os.listdir("/proc/self/task"))
+torch.set_num_threads(3)
+before = count()
+load(sys.argv[1])
+while count() != before + 3:  # the engine's thread, and two of OpenMP
+    time.sleep(0.01)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=300)
+
+
 SCOPE = {"type": "http", "method": "GET", "path": "/x", "headers": [(b"host", b"localhost")]}
 LIMITS: dict[str, Any] = {"api_key": None, "max_body": 9, "max_bodies": 15, "body_seconds": 9}
 

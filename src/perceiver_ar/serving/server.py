@@ -5,6 +5,7 @@ import copy
 import logging
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from uvicorn.config import LOGGING_CONFIG
 
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.generation.quantization import int8_weights
+from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.run import Run
 from perceiver_ar.serving.app import Service, create_app
 from perceiver_ar.serving.engine import Engine
 from perceiver_ar.serving.security import is_loopback
+from perceiver_ar.threads import in_own_thread
 
 SHUTDOWN_SECONDS = 30
 """Seconds in which running requests must end after SIGTERM."""
@@ -71,15 +74,8 @@ def load(
     """Loads a run and starts its engine. Raises InputError."""
     require(slots >= 1, f"slots is {slots}: it must be at least 1")
     run = Run.open(path)
-    model, codec = run.model(), run.codec()
-    try:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device is {device}, which does not work here ({str(error).splitlines()[0]})") from None
-    if precision != "32":
-        model = model.to(torch.bfloat16)
-    if precision == "int8":
-        int8_weights(model)
+    codec = run.codec()
+    model = in_own_thread(partial(load_model, run, precision, device))  # only the engine's thread computes from now on
     engine = Engine(model, slots=slots, max_context=max_context, compile=compile)
     try:
         engine.start()
@@ -91,6 +87,19 @@ def load(
         ) from error
     scores = {name: value for name, value in (run.summary() or {}).items() if "bits_per_" in name}
     return Service(engine, codec, run.path, run.path.resolve().name, api_key, run.infills(codec), scores)
+
+
+def load_model(run: Run, precision: str, device: str | None) -> PerceiverAR:
+    model = run.model()
+    try:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device is {device}, which does not work here ({str(error).splitlines()[0]})") from None
+    if precision != "32":
+        model = model.to(torch.bfloat16)
+    if precision == "int8":
+        int8_weights(model)
+    return model
 
 
 class Server(uvicorn.Server):
