@@ -555,6 +555,37 @@ def test_waiting_for_a_body_is_cancelled_also_in_the_moment_of_its_arrival() -> 
         asyncio.run(ask(turns))
 
 
+def test_a_stream_without_events_has_comments_up_to_its_end() -> None:
+    from perceiver_ar.serving.app import Events
+
+    async def answer() -> None:
+        pinged, gone = asyncio.Event(), asyncio.Event()
+
+        async def content() -> Any:
+            yield b"data: 1\n\n"
+            await pinged.wait()
+            yield b"data: 2\n\n"
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body"))
+            if message.get("body", b"").startswith(b":"):
+                pinged.set()
+
+        async def receive() -> Any:
+            await gone.wait()
+
+        await Events(content(), ended.append, ping_seconds=0.01)(SCOPE, receive, send)
+        sent.append("end")
+        await asyncio.sleep(0.1)
+
+    sent, ended = list[Any](), list[bool]()
+    asyncio.run(answer())
+    assert sent[:2] == [None, b"data: 1\n\n"]
+    assert b": ping\n\n" in sent
+    assert sent[-2:] == [b"", "end"]
+    assert ended == [True]
+
+
 # Who goes away, and who comes when there is no room
 
 

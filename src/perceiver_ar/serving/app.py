@@ -16,11 +16,11 @@ from fastapi import FastAPI, Form, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.routing import APIRoute
-from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.text import END_OF_TEXT
@@ -115,14 +115,33 @@ def bounded_route(most: int) -> type[APIRoute]:
 
 
 class Events(EventSourceResponse):
-    """Server-sent events. When they end in any way, also before they begin, calls `on_end(whether all were sent)`."""
+    """Server-sent events, and a comment every `ping_seconds` for proxies that close quiet connections. When they end in
+    any way, also before they begin, calls `on_end(whether all were sent)`."""
 
-    def __init__(self, content: AsyncIterator[bytes], on_end: Callable[[bool], None]) -> None:
+    def __init__(
+        self, content: AsyncIterator[bytes], on_end: Callable[[bool], None], ping_seconds: float = PING_SECONDS
+    ) -> None:
         super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self.on_end, self.complete = on_end, False
+        self.on_end, self.ping_seconds, self.complete = on_end, ping_seconds, False
 
     async def stream_response(self, send: Send) -> None:
-        await super().stream_response(send)
+        async def ping() -> None:
+            while True:
+                await asyncio.sleep(self.ping_seconds)
+                await send(body(KEEPALIVE_COMMENT))
+
+        def body(chunk: bytes, more: bool = True) -> Message:
+            return {"type": "http.response.body", "body": chunk, "more_body": more}
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        # Beside the events: to wait for each with a time limit takes several times as long.
+        pings = asyncio.ensure_future(ping())
+        try:
+            async for chunk in self.body_iterator:
+                await send(body(chunk))
+        finally:
+            pings.cancel()
+        await send(body(b"", more=False))
         self.complete = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -300,27 +319,20 @@ def status_and_message(error: Exception) -> tuple[int, str]:
 
 
 async def events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Chunks as server-sent events, up to [DONE] or an error; keepalive comments while no chunk comes."""
-    coming: asyncio.Task[dict[str, Any]] | None = None
+    """Chunks as server-sent events, up to [DONE] or an error."""
     try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(chunks))
-            done, _ = await asyncio.wait({coming}, timeout=PING_SECONDS)
-            if not done:
-                yield KEEPALIVE_COMMENT
-                continue
-            chunk, coming = coming.result(), None
-            yield format_sse_event(data_str=json.dumps(chunk))
-    except StopAsyncIteration:
-        yield format_sse_event(data_str="[DONE]")
+        async for chunk in chunks:
+            yield event(json.dumps(chunk))
+        yield event("[DONE]")
     except Exception as error:
         status, message = status_and_message(error)
         if message is FAILED:
             logger.exception("a stream failed")
-        yield format_sse_event(data_str=json.dumps(error_body(status, message)))
-    finally:
-        if coming is not None:
-            coming.cancel()
+        yield event(json.dumps(error_body(status, message)))
+
+
+def event(line: str) -> bytes:
+    return f"data: {line}\n\n".encode()
 
 
 async def unless_gone(request: Request, answer: Awaitable[T]) -> T | None:
