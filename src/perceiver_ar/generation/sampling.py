@@ -59,7 +59,7 @@ class Sampling:
         if self.temperature == 0:
             return sample(logits, 0.0)
         # Subtract the largest, so that a temperature near zero does not overflow.
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        logits = (logits - logits.amax(-1, keepdim=True)).div_(self.temperature)
         if self.top_k is not None:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p is not None:
@@ -67,7 +67,7 @@ class Sampling:
         if self.min_p is not None:
             logits = keep_min_p(logits, self.min_p)
         # One number for each row, so that drawing costs little more than the softmax.
-        reached = logits.softmax(-1).cumsum(-1)
+        reached = logits.softmax(-1).cumsum_(-1)
         numbers = torch.cat([torch.rand(1, generator=generator, dtype=logits.dtype) for generator in generators])
         at = numbers.to(logits.device)[:, None] * reached[:, -1:]
         return torch.searchsorted(reached, at, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)  # beyond it: NaN
