@@ -1160,7 +1160,8 @@ def test_info_shows_what_the_run_is(finished: Path, capsys: pytest.CaptureFixtur
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"] == sum(tensor.numel() for tensor in load_file(finished / "model.safetensors").values())
     assert (facts["context_length"], facts["num_latents"], facts["dim"], facts["steps"]) == (32, 8, 16, 60)
-    assert (facts["finished"], facts["codec"]) == (True, "bytes") and Path(facts["trained_on"][0]).is_dir()
+    assert (facts["finished"], facts["ended_by"], facts["codec"]) == (True, "max_steps 60", "bytes")
+    assert Path(facts["trained_on"][0]).is_dir()
     assert main(["info", str(finished)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in shown] == [name.replace("_", " ") for name in facts]
@@ -1180,7 +1181,9 @@ def test_info_says_why_an_unfinished_run_has_stopped(run: Path, capsys: pytest.C
     (run / "summary.json").unlink()
     (run / "stopped.txt").write_text("stopped at step 60, everything saved\n")
     assert main(["info", str(run)]) == 0
-    assert re.search(r"^stopped +stopped at step 60, everything saved$", capsys.readouterr().out, re.MULTILINE)
+    shown = capsys.readouterr().out
+    assert re.search(r"^stopped +stopped at step 60, everything saved$", shown, re.MULTILINE)
+    assert re.search(r"^last checkpoint at step +60$", shown, re.MULTILINE)
     assert main(["train", "--out", str(run), "--resume", "--max_steps=61"]) == 0
     assert not (run / "stopped.txt").exists()
 

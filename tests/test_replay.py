@@ -25,3 +25,34 @@ def test_under_autocast_a_step_multiplies_in_bfloat16_and_never_waits_for_the_de
     for part, budget in {"forward": 186, "backward": 280, "update": 133}.items():
         assert found["kernels"][part] <= budget, found
     assert 0 < found["fused, ms"] < found["eager, ms"]
+
+
+OWN = """
+import sys
+sys.path.append(sys.argv[1])
+import replay
+import torch
+from torch import Tensor
+
+@torch.library.custom_op("own::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    return torch.empty_like(q)
+
+@torch.library.custom_op("own::scale", mutates_args=())
+def scale(x: Tensor) -> Tensor:
+    return 2 * x
+
+attention.register_fake(lambda q, k, v, causal: torch.empty_like(q))
+scale.register_fake(torch.empty_like)
+q = torch.empty(1, 2, 3, 8, device="meta")
+with replay.Replay() as found:
+    attention(q, q, q, True)
+assert found.kernels == 1 and found.by_name["attention"] > 0, found.by_name
+with replay.Replay():
+    scale(q)
+"""
+
+
+def test_an_operator_of_ones_own_is_counted_as_attention_or_refused_by_name() -> None:
+    run = subprocess.run([sys.executable, "-c", OWN, SCRIPT.parent], capture_output=True, text=True, timeout=300)
+    assert "NotImplementedError: the time of own.scale.default is unknown" in run.stderr, run.stderr[-2000:]

@@ -20,8 +20,10 @@ from perceiver_ar.run import Run
 
 FREE = ("context_length", "num_latents", "prefix_dropout", "attention_dropout", "mlp_dropout", "prefix_chunk")
 """Settings of a network that its weights do not depend on."""
-CODEC = ("tokenizer", "bpe_vocab_size", "midi_tokens", "image_size", "image_colours", "palette_size", "classes",
-         "audio_codec", "sample_rate", "audio_weights", "codebooks", "kmer", "condition_text")  # fmt: skip
+CODEC_SETTINGS = (
+    *("tokenizer", "bpe_vocab_size", "midi_tokens", "image_size", "image_colours", "palette_size", "classes"),
+    *("audio_codec", "sample_rate", "audio_weights", "codebooks", "kmer", "condition_text"),
+)
 """Settings of `DataConfig` that determine the codec."""
 
 
@@ -58,7 +60,7 @@ class Origin:
 
     def settings(self) -> dict[str, Any]:
         """All settings that a new run takes from it, by names such as "model.dim"."""
-        data = {f"data.{name}": getattr(DataConfig(), name) for name in CODEC} | codec_settings(self.codec)
+        data = {f"data.{name}": getattr(DataConfig(), name) for name in CODEC_SETTINGS} | codec_settings(self.codec)
         text = next((field for field, values in self.codec.conditions.items() if isinstance(values, int)), None)
         data["data.condition_text"] = text
         return data | {f"model.{name}": value for name, value in vars(self.network).items()}
@@ -69,7 +71,7 @@ class Origin:
         Raises InputError as `check`.
         """
         settings = self.settings()
-        data = replace(DataConfig(), **{name: settings[f"data.{name}"] for name in CODEC})
+        data = replace(DataConfig(), **{name: settings[f"data.{name}"] for name in CODEC_SETTINGS})
         recipe = fill_in(recipe, self.network, settings["modality"], data)
         self.check(recipe)
         return recipe
@@ -99,7 +101,7 @@ class Origin:
             if asked != own:
                 why = f", {self._fixed()[name]}" if name in self._fixed() else ""
                 yield f"model.{name}", f"model.{name} is {asked!r} instead of {own!r}{why}"
-        for name in ("modality", *(f"data.{name}" for name in CODEC)):
+        for name in ("modality", *(f"data.{name}" for name in CODEC_SETTINGS)):
             asked, own = _value(recipe, name), taken[name]
             before = own if self.recipe is None else _value(self.recipe, name)
             if asked not in (own, before, None, "auto") and not self._same_tokenizer(name, asked):
@@ -143,7 +145,7 @@ class Origin:
 def fill_in(recipe: Recipe, network: PerceiverARConfig, modality: str, data: DataConfig) -> Recipe:
     """`recipe` with this network, modality and codec settings in place of those that it leaves out."""
     model = network if recipe.model is default_network() else recipe.model
-    left_out = [name for name in CODEC if getattr(recipe.data, name) == getattr(DataConfig(), name)]
+    left_out = [name for name in CODEC_SETTINGS if getattr(recipe.data, name) == getattr(DataConfig(), name)]
     return replace(
         recipe,
         model=model.replace(vocab_size=network.vocab_size),  # which training sets in any case

@@ -103,6 +103,14 @@ def test_a_text_is_continued_stopped_undone_and_retried(
     playwright.expect(page.get_by_label("Seed")).to_have_value("4")
     assert "".join(text.locator("span").all_text_contents()) == expected(4)
 
+    seed = page.get_by_label("Seed")
+    seed.fill("")
+    seed.press_sequentially("-")
+    page.get_by_role("button", name="Retry").click()
+    playwright.expect(status).to_have_text("the seed must be a number")
+    assert "".join(text.locator("span").all_text_contents()) == expected(4)
+    seed.fill("4")
+
     # Another token in the place of one, and undone again.
     before = text.text_content()
     page.get_by_label("Shade what was unlikely").check()

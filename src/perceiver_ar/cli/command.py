@@ -30,7 +30,7 @@ Perceiver AR on your own files: train, see how good it is, generate.
   compress RUN FILE             make a file smaller with the model's probabilities
   decompress RUN FILE           and back
   serve RUN                     OpenAI's completions over HTTP, and a page to write on
-  info RUN                      settings, scores and costs of a run
+  info RUN                      settings, scores and costs of a run, and why it ended
   convert FORMAT CHECKPOINT --out RUN     make a run from another implementation's checkpoint
   export FORMAT RUN --out PATH            write the model for other implementations, transformers or ONNX
   push RUN OWNER/NAME           upload a run to the Hugging Face Hub

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def info_verb(argv: list[str]) -> None:
-    parser = make_parser("info", "RUN", "Shows a run's settings, scores and costs.", "  perceiver-ar info runs/books")
+    what = "Shows a run's settings, scores and costs, and why it ended or stopped."
+    parser = make_parser("info", "RUN", what, "  perceiver-ar info runs/books")
     parser.add_argument("run", type=str, help="a run directory")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parse(parser, argv)
@@ -45,6 +46,7 @@ SHOWN = ("steps", "tokens_seen", "train_seconds", "bits_per_byte", "bits_per_bas
 def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
     import torch
 
+    from perceiver_ar.training.checkpoints import Checkpoints
     from perceiver_ar.training.trouble import expected_bytes
 
     recipe, summary = run.recipe() if run.recipe_file.exists() else None, run.summary()
@@ -57,6 +59,10 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
         yield "finished", summary is not None
         if run.stopped_file.exists():
             yield "stopped", " ".join(run.stopped_file.read_text(encoding="utf-8").split())
+        elif summary is not None:
+            yield "ended_by", recipe.limit_reached(summary["steps"])
+        if summary is None and (saved := Checkpoints(run.checkpoints).all()):
+            yield "last_checkpoint_at_step", saved[-1].step
     if summary is None and recipe is not None and not run.weights_file.exists():
         return  # it has stopped before its first checkpoint, or has just begun
     model = run.model()

@@ -1,8 +1,8 @@
 """What a modality is: a `Codec` turns the bytes of a document into ids and ids back into bytes.
 
-The model, training, evaluation and generation know a modality only by this interface. A run directory keeps its codec
-as `codec.json` (which codec, with which settings) and the codec's own files, if it has any, such as
-`tokenizer.json`.
+The network, evaluation and generation know a modality only by this interface; docs/modalities.md names exceptions
+elsewhere. A run directory keeps its codec as `codec.json` (which codec, with which settings), and the codec's own
+files, if it has any, such as `tokenizer.json`.
 """
 
 import json
@@ -57,9 +57,10 @@ class Codec(ABC):
         vocab_size: ids are 0 ... vocab_size - 1.
         separator: ids that precede every document in a token file, and from which generation without a prompt starts;
             empty if a modality has none. They stand for no bytes: `decode` drops them.
-        index_dims: sizes of the dimensions of a position (rows, columns, channels of an image); empty for text.
-        document_length: tokens of every document, if all have the same number (pictures); each window then stays within
-            one document.
+        index_dims: sizes of the dimensions of a position (rows, columns, channels of an image); empty for text. Only
+            `ImageCodec.fit` passes them on to the network.
+        document_length: tokens of every document, if each is a whole picture of one size: a start id and values. `fit`
+            must set context_length to one less. None for files of fixed-size records: a window may span many of them.
         saved: names of the attributes that `settings` keeps.
         files: patterns of the files that `save` writes into a run directory.
         ending: file name ending for what `decode` returns, such as ".mid".
@@ -128,8 +129,7 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, ids: ArrayLike) -> bytes:
-        """Ids (n,) -> the bytes they stand for. Never raises for ids that no document has, such as half a
-        document."""
+        """Ids (n,) -> the bytes they stand for. Never raises for ids that no document has, such as half of one."""
 
     def to_file(self, ids: ArrayLike) -> bytes:
         """The content of a file for ids (n,): their bytes, and what the format has around them."""

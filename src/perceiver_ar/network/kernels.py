@@ -1,7 +1,8 @@
 """Kernels for one piece of an attention, forward and backward: PyTorch's fused ones that return the lse, and `Plain`.
 
-The fused ones are private functions of torch, so test a new torch version before allowing it. Only `piece_forward` and
-`piece_gradients` (attention.py) call kernels. tests/test_kernels.py holds each kernel to the contract of `Kernels`.
+The fused ones are private functions of torch, so test a new torch version before allowing it. Only `piece_forward`,
+`piece_gradients` and `attend_side_by_side` (attention.py) call kernels. tests/test_kernels.py holds `CpuFlash` and
+`Plain` to the contract of `Kernels`, and on a machine with a GPU the kernels that `choose_kernels` returns there.
 
 Shapes: B batch, H heads, N queries, K keys, C channels per head.
 """
@@ -24,9 +25,14 @@ class Kernels(Protocol):
     probabilities are exp(score - lse) and do not sum to 1 within the piece. It returns new tensors.
 
     N and K may differ, unless `causal`: then query i sees keys 0 ... i. `bias` (B, H, N, K) is an additive mask, 0
-    where seen and -inf where not, with stride 0 over H and N. Channels are contiguous in memory, other strides are any.
+    where seen and -inf where not. Its stride over N is 0, unless N = 1; its strides over B and H are any multiples of
+    16, also 0. Channels, and the keys of a bias, are contiguous in memory; other strides are any.
     For a query that sees nothing in the piece, `forward` may return anything; `backward` gets a finite lse and
     returns zeros.
+
+    All tensors but lse have one dtype. A class may take only some dtypes and widths C; then `choose_kernels` must not
+    return it for others. On the CPU it returns one class for all, so tests/test_kernels.py calls its `KERNELS` with
+    float64 and float32 for C = 1 ... 9, and with these, bfloat16 and float16 for C = 64.
     """
 
     @staticmethod
@@ -43,7 +49,12 @@ DEVICES = "cpu", "cuda", "meta"
 
 
 def choose_kernels(q: Tensor, masked: bool) -> type[Kernels]:
-    """The fastest kernels for queries of this device, dtype and width, with or without a mask of keys."""
+    """The fastest kernels for queries of this device, dtype and width, with or without a mask of keys.
+
+    An operator of your own for CUDA (`torch.library.custom_op`) also needs `register_fake`: tests/test_cuda.py calls it
+    with tensors on device "meta", benchmarks/replay.py with fake ones. test_cuda.py expects PyTorch's operators by name
+    (`CHECKS`, and "flash" and "efficient" in its tests), so it fails until you add the name of yours there.
+    """
     if q.device.type == "cpu":
         return CpuFlash
     if q.device.type not in DEVICES or q.dtype == torch.float64 or q.shape[-1] % 8 != 0:

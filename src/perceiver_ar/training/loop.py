@@ -2,6 +2,7 @@
 
 import shlex
 import signal
+from typing import Literal
 
 import torch
 
@@ -21,6 +22,10 @@ from perceiver_ar.training.tracking import Track
 from perceiver_ar.training.trouble import gigabytes, is_out_of_memory, out_of_memory
 from perceiver_ar.training.watch import Watch
 
+Ending = Literal["end", "signal", "trouble"]
+"""Why no more steps are made: the recipe's end or its patience is over, a rank received a signal, or
+`Training.trouble`."""
+
 
 def fit(prepared: Prepared, track: Track) -> Training | None:
     """Trains to the end of the recipe. Returns None on other ranks than the first if the run stopped before the end.
@@ -36,14 +41,14 @@ def fit(prepared: Prepared, track: Track) -> Training | None:
         say(f"{checkpoints.path(step)} is damaged, so it is skipped: {before}")
     model = make_model(prepared, begins=found is None)
     announce(prepared, model, resuming=found is not None)
-    request, stop = StopRequest(), False
+    request = StopRequest()
     go_on = f"perceiver-ar train --out {shlex.quote(str(prepared.run.path))} --resume"
     try:
         with signals_taken_by(request.on_signal):
             with signals_taken_by(signal.SIG_DFL):  # other processes may never come; waiting for them hears no handler
                 fabric = launch_fabric(prepared.resources, recipe.trainer)
             training = Training(model, recipe, fabric, None if found is None else read_checkpoint(found))
-            stop = run_steps(prepared, training, checkpoints, request, track)
+            ending = run_steps(prepared, training, checkpoints, request, track)
     except StopAtOnce:
         if not first:
             return None
@@ -57,20 +62,20 @@ def fit(prepared: Prepared, track: Track) -> Training | None:
                 f"perceiver-ar: another process of the run has died; resume from the last checkpoint with: {go_on}"
             ) from None
         raise
-    if training.trouble and first:
+    if ending == "trouble" and first:
         raise InputError(
             f"training diverged: {training.trouble}; start a new run with lower optim.lr and optim.muon_lr; "
             f"{recipe.out} keeps earlier weights"
         )
-    if stop and first:
+    if ending == "signal" and first:
         raise Interrupted(f"stopped at step {training.step:,}, everything saved; resume with: {go_on}")
-    return None if training.trouble or stop else training
+    return training if ending == "end" else None
 
 
 def run_steps(
     prepared: Prepared, training: Training, checkpoints: Checkpoints, request: StopRequest, track: Track
-) -> bool:
-    """Makes the remaining steps. Returns True if it stopped before the end because a rank received a signal."""
+) -> Ending:
+    """Makes the remaining steps."""
     recipe = prepared.recipe
     batches = Batches(prepared.windows, recipe, prepared.resources.rank)
     training.start_clock()
@@ -81,11 +86,13 @@ def run_steps(
                 group["lr"] = group["initial_lr"] * factor
             training.make_step(batches.of_step(training.step, training.progress), batches.accumulate)
             stop = training.agree(request.made) and not training.failures  # only good weights are saved
-            training.check_end()
+            training.note_failing_end()
             watch.after_step(stop)
-            if stop or training.trouble:
-                return stop
-    return False
+            if training.trouble:
+                return "trouble"
+            if stop:
+                return "signal"
+    return "end"
 
 
 def make_model(prepared: Prepared, begins: bool) -> PerceiverAR:
@@ -125,5 +132,6 @@ def announce(prepared: Prepared, model: PerceiverAR, resuming: bool) -> None:
         + f", {FABRIC_PRECISIONS[settings.precision]}"
         + (f", {devices} devices" if devices > 1 else "")
         + (f", {settings.prefix_ranks} to a prefix" if settings.prefix_ranks > 1 else "")
+        + f", up to {recipe.limits}"
         + (", resuming" if resuming else f", from {recipe.init_from}" if recipe.init_from else "")
     )

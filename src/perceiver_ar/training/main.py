@@ -71,6 +71,8 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
                 reason = training.patience.reason(training.step)
                 say(reason)
                 write_text(run.stopped_file, f"{reason}\n")
+            else:
+                say(f"ended by {recipe.limit_reached(training.step)}")
             return finish(prepared, training, model, track)
 
 

@@ -114,7 +114,7 @@ class Training:
             where = first_not_finite(self.model, lambda: self.loss.module(batch))
             self.trouble = f"the {self.failures} steps up to {self.step} gave no finite gradients; {where}"
 
-    def check_end(self) -> None:
+    def note_failing_end(self) -> None:
         """Sets `trouble` if the run ends with steps that gave no finite gradients."""
         if self.finished and self.failures and not self.trouble and self.recipe.trainer.precision != "fp16":
             self.trouble = f"the last {self.failures} steps gave no finite gradients"
@@ -185,7 +185,7 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        by_time = self.recipe.max_seconds is not None and self.progress >= 1.0
+        by_time = self.recipe.max_seconds is not None and self.now >= self.recipe.max_seconds
         by_steps = self.recipe.max_steps is not None and self.step >= self.recipe.max_steps
         return by_time or by_steps or self.patience.over
 

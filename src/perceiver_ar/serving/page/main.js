@@ -1,14 +1,19 @@
 "use strict";
+const seedIsWrong = () => {
+  const wrong = $("seed").validity.badInput;
+  if (wrong) say("the seed must be a number", true);
+  return wrong;
+};
 const start = () => {
-  if ($("seed").validity.badInput) say("the seed must be a number", true);
-  else if (model.writes_text) go(chosenSeed());
+  if (seedIsWrong()) return;
+  if (model.writes_text) go(chosenSeed());
   else goOnWithFile();
 };
 $("go").onclick = start;
 $("stop").onclick = () => running?.abort();
 $("undo").onclick = undo;
 $("retry").onclick = () => {
-  if (running || !before.length) return;
+  if (running || !before.length || seedIsWrong()) return;
   const last = before.pop(), shown = parts();
   show(last.start);
   if ($("seed").value !== "") $("seed").value = +$("seed").value + 1;  // another seed, or the same text would come
