@@ -122,7 +122,7 @@ class Body:
         if self.ended:
             return await self.source()
         try:
-            # Not wait_for: in Python 3.11 it drops a cancellation that comes with the message, and the request never ends.
+            # Not wait_for: in Python 3.11 it loses a cancellation that comes with the message.
             async with asyncio.timeout(self.deadline - time.monotonic()):
                 message = await self.source()
         except TimeoutError:
