@@ -32,7 +32,7 @@ async def complete(url: str, model: str, prompt: str, seed: int, tokens: int) ->
     head = f"POST {address.path}/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
     head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     started, moments, last = time.perf_counter(), list[float](), b""
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port or 80)
     writer.write(head.encode() + body)
     try:
         while True:
@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompt", default="def parse(self, text):\n    return")
     args = parser.parse_args()
+    if args.url and not args.url.startswith("http://"):
+        parser.error(f"--url is {args.url}: it must begin with http://")
     if args.url:
         rounds(args.url, args)
         return

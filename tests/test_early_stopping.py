@@ -1,5 +1,6 @@
 """A run ends when the held-out score has stopped improving, and may keep its best weights."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,18 @@ def test_a_run_ends_when_its_patience_is_over_and_says_so(early: Recipe, capsys:
     assert main(["info", early.out]) == 0
     shown = capsys.readouterr().out
     assert "finished " in shown and reason.strip() in shown
+    assert "patience, at step 6 of " in shown and Run(early.out).ended_by() == "patience"
+
+
+def test_runs_without_a_record_of_their_end_are_known_by_their_reason(early: Recipe, tmp_path: Path) -> None:
+    run = Run(copied(early, tmp_path / "old").out)
+    summary = json.loads(run.summary_file.read_text())
+    run.summary_file.write_text(json.dumps({name: summary[name] for name in summary if name != "ended_by"}))
+    assert run.ended_by() == "patience"
+    run.stopped_file.unlink()
+    assert run.ended_by() is None
+    run.summary_file.unlink()
+    assert run.ended_by() is None
 
 
 def test_a_run_that_lost_its_last_steps_stops_at_the_same_one(early: Recipe, tmp_path: Path) -> None:

@@ -170,7 +170,8 @@ def edited(run: Path, **settings: Any) -> None:
 
 
 def stop_early(run: Path) -> None:
-    (run / "stopped.txt").write_text("stopped early at step 6")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"ended_by": "patience"}))
 
 
 def take_best(run: Path) -> None:

@@ -162,7 +162,7 @@ def real_path(path: str) -> str:
 def why_left_out(run: Run, summary: dict[str, Any]) -> str | None:
     if not summary:
         return "not finished: its learning rate has not come down, so its loss is too high"
-    if run.stopped_file.exists():
+    if run.ended_by() == "patience":
         return "stopped before the end of its schedule"
     if summary.get("weights_of_step", summary["steps"]) != summary["steps"]:
         return f"its weights are those of step {summary['weights_of_step']:,}, not of its last one"

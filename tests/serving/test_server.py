@@ -457,8 +457,10 @@ def count():
 torch.set_num_threads(3)
 before = count()
 load(sys.argv[1])
-while count() != before + 3:  # the engine's thread, and two of OpenMP
+until = time.monotonic() + 100
+while count() != before + 3 and time.monotonic() < until:  # the engine's thread, and two of OpenMP
     time.sleep(0.01)
+assert count() == before + 3, (before, count())
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=300)
 

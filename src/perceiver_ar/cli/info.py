@@ -59,10 +59,11 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
         yield "finished", summary is not None
         if run.stopped_file.exists():
             yield "stopped", " ".join(run.stopped_file.read_text(encoding="utf-8").split())
-        elif summary is not None:
-            yield "ended_by", recipe.limit_reached(summary["steps"])
-        if summary is None and (saved := Checkpoints(run.checkpoints).all()):
-            yield "last_checkpoint_at_step", saved[-1].step
+        if summary is not None and (ended_by := run.ended_by()):
+            yield "ended_by", f"{ended_by}, at step {summary['steps']:,} of {recipe.limits}"
+        saved = [each.step for each in Checkpoints(run.checkpoints).all() if each.bytes > 0]
+        if summary is None and saved:
+            yield "last_checkpoint_at_step", saved[-1]
     if summary is None and recipe is not None and not run.weights_file.exists():
         return  # it has stopped before its first checkpoint, or has just begun
     model = run.model()

@@ -124,12 +124,6 @@ class Recipe:
         steps = None if self.max_steps is None else f"{self.max_steps:,} steps"
         return " or ".join(limit for limit in (steps, self.max_time) if limit is not None)
 
-    def limit_reached(self, steps: int) -> str:
-        """Which of them ended a run after so many steps, for messages."""
-        if self.max_steps is not None and steps >= self.max_steps:
-            return f"max_steps {self.max_steps:,}"
-        return f"max_time {self.max_time}, at step {steps:,}" + (f" of {self.max_steps:,}" if self.max_steps else "")
-
     @property
     def max_seconds(self) -> float | None:
         return None if self.max_time is None else parse_duration(self.max_time, "max_time")

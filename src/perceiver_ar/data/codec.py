@@ -129,7 +129,7 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, ids: ArrayLike) -> bytes:
-        """Ids (n,) -> the bytes they stand for. Never raises for ids that no document has, such as half of one."""
+        """Ids (n,) -> the bytes they stand for. Never raises for ids that no document has, such as its first half."""
 
     def to_file(self, ids: ArrayLike) -> bytes:
         """The content of a file for ids (n,): their bytes, and what the format has around them."""

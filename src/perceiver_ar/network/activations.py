@@ -13,7 +13,8 @@ def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return F.relu(x)
     if activation == "relu2":
-        if torch.compiler.is_compiling():  # compilers fuse the plain formula
+        # Compilers fuse the plain formula; without gradients the Function would cost more than its operations.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             x = F.relu(x)
             return x * x  # CUDA's autocast would widen the method `square` to float32
         return _SquaredReLU.apply(x)[0]

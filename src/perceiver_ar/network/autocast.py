@@ -16,4 +16,5 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which operations on tensors of the device of `x` keep their dtype."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()

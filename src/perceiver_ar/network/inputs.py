@@ -172,8 +172,8 @@ def mix_local_context(ids: Tensor, rows: Tensor, taps: Tensor | None, at: Tensor
         rows = torch.cat([first.masked_fill((ids[:, :n] < 0)[..., None], 0.0), rest], dim=1)
         if torch.compiler.is_compiling():  # compilers fuse the plain formula
             h = _weigh([rows[:, n - 1 - i : n + K - i] for i in range(n)], taps)
-        else:
-            h = _Convolution.apply(rows, taps)
+        else:  # as in `activate`
+            h = (_Convolution.apply if torch.is_grad_enabled() else _Convolution.forward)(rows, taps)
     return h if at is None else torch.cat([h[:, :K], h[:, h.shape[1] - K :] + at], dim=1)
 
 

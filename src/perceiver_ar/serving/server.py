@@ -13,6 +13,7 @@ import torch
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
 
+from perceiver_ar.data.codec import Codec
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.generation.quantization import int8_weights
 from perceiver_ar.network.model import PerceiverAR
@@ -74,8 +75,7 @@ def load(
     """Loads a run and starts its engine. Raises InputError."""
     require(slots >= 1, f"slots is {slots}: it must be at least 1")
     run = Run.open(path)
-    codec = run.codec()
-    model = in_own_thread(partial(load_model, run, precision, device))  # only the engine's thread computes from now on
+    model, codec = in_own_thread(partial(load_model, run, precision, device))  # now only the engine's thread computes
     engine = Engine(model, slots=slots, max_context=max_context, compile=compile)
     try:
         engine.start()
@@ -89,8 +89,8 @@ def load(
     return Service(engine, codec, run.path, run.path.resolve().name, api_key, run.infills(codec), scores)
 
 
-def load_model(run: Run, precision: str, device: str | None) -> PerceiverAR:
-    model = run.model()
+def load_model(run: Run, precision: str, device: str | None) -> tuple[PerceiverAR, Codec]:
+    model, codec = run.model(), run.codec()
     try:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:
@@ -99,7 +99,7 @@ def load_model(run: Run, precision: str, device: str | None) -> PerceiverAR:
         model = model.to(torch.bfloat16)
     if precision == "int8":
         int8_weights(model)
-    return model
+    return model, codec
 
 
 class Server(uvicorn.Server):

@@ -32,6 +32,7 @@ def finish(prepared: Prepared, training: Training, model: PerceiverAR, track: Tr
         model, shorter = take_weights(prepared, best, training), None
     summary: dict[str, Any] = {
         "steps": training.step,
+        "ended_by": training.ended_by,
         "tokens_seen": training.tokens_seen,
         "skipped_steps": training.skipped,
         "train_seconds": round(training.seconds, 1),

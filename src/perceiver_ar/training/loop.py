@@ -23,8 +23,7 @@ from perceiver_ar.training.trouble import gigabytes, is_out_of_memory, out_of_me
 from perceiver_ar.training.watch import Watch
 
 Ending = Literal["end", "signal", "trouble"]
-"""Why no more steps are made: the recipe's end or its patience is over, a rank received a signal, or
-`Training.trouble`."""
+"""Why no more steps are made. end: `Training.ended_by`; signal: a rank received one; trouble: `Training.trouble`."""
 
 
 def fit(prepared: Prepared, track: Track) -> Training | None:
@@ -80,7 +79,7 @@ def run_steps(
     batches = Batches(prepared.windows, recipe, prepared.resources.rank)
     training.start_clock()
     with Watch(prepared, training, checkpoints, track) as watch, adaptive_spins():
-        while not training.finished:
+        while training.ended_by is None:
             factor = lr_factor(recipe.optim, training.progress)
             for group in training.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor

@@ -27,7 +27,8 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
 
     Returns the summary: `bits_per_byte`, `nats_per_token` and more on the held-out documents (absent if nothing is
     held out), `gzip_bits_per_byte` and `xz_bits_per_byte` of the same bytes, `train_seconds`, `tokens_seen` (targets),
-    `steps`, `skipped_steps`, `parameters`. It is empty in all processes but the first.
+    `steps`, `ended_by` (patience, max_steps or max_time), `skipped_steps`, `parameters`. It is empty in all processes
+    but the first.
 
     Raises:
         InputError: the files, the settings or the run directory do not allow it, or another process is training there.
@@ -48,9 +49,9 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
         if recipe.trainer.precision == "auto" and possible:
             recipe = with_trainer(recipe, precision=before.trainer.precision)
         recipe = with_settings_taken(recipe, before)
-        stopped_early = run.stopped_file.exists()  # of a finished run: no other reason leaves a summary
-        if (summary := run.summary()) is not None and not goes_further(recipe, before, stopped_early):
-            options = "--trainer.patience" if stopped_early else "--max_steps or --max_time"
+        impatient = run.ended_by() == "patience"
+        if (summary := run.summary()) is not None and not goes_further(recipe, before, impatient):
+            options = "--trainer.patience" if impatient else "--max_steps or --max_time"
             say(
                 f"{run.path} is finished ({summary['steps']} steps), so there is nothing to do. "
                 f"To train it further, resume with a larger {options}."
@@ -67,12 +68,12 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
             model = training.usable().eval()
             if not first:
                 return {}
-            if training.patience.over:
+            if training.ended_by == "patience":
                 reason = training.patience.reason(training.step)
                 say(reason)
                 write_text(run.stopped_file, f"{reason}\n")
             else:
-                say(f"ended by {recipe.limit_reached(training.step)}")
+                say(f"ended by {training.ended_by}, at step {training.step:,} of {recipe.limits}")
             return finish(prepared, training, model, track)
 
 

@@ -204,9 +204,9 @@ def check_weights_have_a_checkpoint(run: Run) -> None:
     run.weights_file.unlink()
 
 
-def goes_further(recipe: Recipe, before: Recipe, stopped_early: bool) -> bool:
-    """Whether `recipe` trains longer than the recipe `before`, which ran out of patience if `stopped_early`."""
-    if stopped_early:
+def goes_further(recipe: Recipe, before: Recipe, impatient: bool) -> bool:
+    """Whether `recipe` trains longer than the recipe `before`, which ran out of patience if `impatient`."""
+    if impatient:
         return (recipe.trainer.patience or math.inf) > (before.trainer.patience or math.inf)
     steps = (recipe.max_steps or math.inf) > (before.max_steps or math.inf)
     seconds = (recipe.max_seconds or math.inf) > (before.max_seconds or math.inf)

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -116,7 +116,7 @@ class Training:
 
     def note_failing_end(self) -> None:
         """Sets `trouble` if the run ends with steps that gave no finite gradients."""
-        if self.finished and self.failures and not self.trouble and self.recipe.trainer.precision != "fp16":
+        if self.ended_by and self.failures and not self.trouble and self.recipe.trainer.precision != "fp16":
             self.trouble = f"the last {self.failures} steps gave no finite gradients"
 
     def skips_step(self) -> bool:
@@ -184,10 +184,13 @@ class Training:
         return min(1.0, max(by_steps, by_time))
 
     @property
-    def finished(self) -> bool:
-        by_time = self.recipe.max_seconds is not None and self.now >= self.recipe.max_seconds
-        by_steps = self.recipe.max_steps is not None and self.step >= self.recipe.max_steps
-        return by_time or by_steps or self.patience.over
+    def ended_by(self) -> Literal["patience", "max_steps", "max_time"] | None:
+        """The setting that ends the training now; None: it goes on."""
+        if self.patience.over:
+            return "patience"
+        if self.recipe.max_steps is not None and self.step >= self.recipe.max_steps:
+            return "max_steps"
+        return "max_time" if self.recipe.max_seconds is not None and self.now >= self.recipe.max_seconds else None
 
     # For evaluation, samples and checkpoints.
 

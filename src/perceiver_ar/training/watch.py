@@ -56,7 +56,7 @@ class Watch:
     def after_step(self, stop: bool) -> None:
         """`stop`: the run stops after this step, before its end."""
         training = self.training
-        finished = training.finished
+        finished = training.ended_by is not None
         if training.trouble or (training.failures and not finished):
             return  # only weights that gave finite gradients are saved
         if finished or training.now - self.logged_at >= 1.0:
@@ -73,7 +73,7 @@ class Watch:
                     bits = self.examine(model)
             training.patience.note(training.fabric.broadcast(bits), training.step)
         self.saved_at = training.now
-        self.save(model, bits, may_fail=not (training.finished or stop))
+        self.save(model, bits, may_fail=not (training.ended_by or stop))
 
     def save(self, model: PerceiverAR, validation_bits: float | None, may_fail: bool) -> None:
         """Writes a checkpoint. On failure, raises OSError on the first rank unless `may_fail`."""
