@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -447,7 +447,7 @@ def test_weights_that_give_nan_are_an_error_of_the_server(serving: Any, tmp_path
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux lists them")
 def test_only_the_engine_keeps_openmp_threads(tmp_path: Path) -> None:
-    PerceiverAR(PerceiverARConfig(**CONFIG | {"dim": 512})).save_pretrained(tmp_path)
+    PerceiverAR(PerceiverARConfig(**CONFIG).replace(dim=512)).save_pretrained(tmp_path)
     save_codec(BytesCodec(), tmp_path)
     script = """
 import os, sys, time, torch
@@ -563,7 +563,7 @@ def test_a_stream_without_events_has_comments_up_to_its_end() -> None:
     async def answer() -> None:
         pinged, gone = asyncio.Event(), asyncio.Event()
 
-        async def content() -> Any:
+        async def content() -> AsyncIterator[bytes]:
             yield b"data: 1\n\n"
             await pinged.wait()
             yield b"data: 2\n\n"

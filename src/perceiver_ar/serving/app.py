@@ -122,7 +122,7 @@ class Events(EventSourceResponse):
         self, content: AsyncIterator[bytes], on_end: Callable[[bool], None], ping_seconds: float = PING_SECONDS
     ) -> None:
         super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self.on_end, self.ping_seconds, self.complete = on_end, ping_seconds, False
+        self.content, self.on_end, self.ping_seconds, self.complete = content, on_end, ping_seconds, False
 
     async def stream_response(self, send: Send) -> None:
         async def ping() -> None:
@@ -137,7 +137,7 @@ class Events(EventSourceResponse):
         # Beside the events: to wait for each with a time limit takes several times as long.
         pings = asyncio.ensure_future(ping())
         try:
-            async for chunk in self.body_iterator:
+            async for chunk in self.content:
                 await send(body(chunk))
         finally:
             pings.cancel()
