@@ -117,6 +117,6 @@ def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
         return x
     cos, sin = rotary
     R, C = cos.shape[-1], x.shape[-1]
-    turned = x if R == C else x.narrow(-1, 0, R)
+    turned, *rest = [x] if R == C else x.split([R, C - R], dim=-1)
     turned = torch.addcmul(turned * cos, turned.roll(R // 2, dims=-1), sin).to(x.dtype)
-    return turned if R == C else torch.cat([turned, x.narrow(-1, R, C - R)], dim=-1)
+    return torch.cat([turned, *rest], dim=-1) if rest else turned
