@@ -21,8 +21,6 @@ def serve_verb(argv: list[str]) -> None:
     parser.add_argument("--max_context", type=int | None, help="context length of a text in tokens; a shorter one "
                         "takes less memory (default: the model's)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="half a minute of compiling, then faster tokens")
-    parser.add_argument("--max_autotune", action="store_true", help="the same with kernels chosen for this machine: a "
-                        "minute of compiling")  # fmt: skip
     parser.add_argument("--precision", choices=["32", "bf16", "int8"], default="32", help="of weights and computation; "
                         "int8 (extra [int8]): int8 weights, bf16 computation, slow unless compiled")  # fmt: skip
     parser.add_argument("--device", type=str | None, help="such as cpu or cuda:1 (default: a GPU if there is one)")
@@ -34,6 +32,4 @@ def serve_verb(argv: list[str]) -> None:
         from perceiver_ar.serving.server import serve
     options = args.as_dict()
     options.pop("config")
-    if options.pop("max_autotune"):
-        options["compile"] = "max-autotune"
     serve(options.pop("run"), **options)

@@ -12,7 +12,6 @@ from functools import lru_cache
 from itertools import chain
 from threading import RLock
 from types import FunctionType
-from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,8 +24,6 @@ from perceiver_ar.network.model import PerceiverAR
 
 NextLogits = Callable[[PerceiverAR, Tensor, Tensor, Cache], Tensor]
 """(model, tokens (B, 1), positions (B or 1, 1), cache) -> logits (B, V); updates the cache."""
-Compile = bool | Literal["max-autotune"]
-"""Whether and how to compile steps; see `generation.stream`."""
 
 
 def next_logits(model: PerceiverAR, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:

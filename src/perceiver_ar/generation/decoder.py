@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from perceiver_ar.generation.cache import Cache
-from perceiver_ar.generation.compiled import Compile, NextLogits, compile_and_run, compiled_step, next_logits
+from perceiver_ar.generation.compiled import NextLogits, compile_and_run, compiled_step, next_logits
 from perceiver_ar.generation.rows import Row
 from perceiver_ar.network.autocast import product_dtype
 from perceiver_ar.network.inputs import reach
@@ -37,7 +37,7 @@ class Decoder:
         rows: Sequence[Row],
         num_samples: int,
         max_new_tokens: int,
-        compile: Compile = False,
+        compile: bool | Literal["max-autotune"] = False,
     ) -> None:
         """rows: num_samples neighbours for each prompt, which is read once. compile: see `generation.stream`."""
         longest = max(row.num_tokens for row in rows) + max_new_tokens
@@ -55,7 +55,7 @@ class Decoder:
         self.rows = list(rows)
         self._compile(compile, len(rows))
 
-    def _compile(self, compile: Compile, slots: int) -> None:
+    def _compile(self, compile: bool | Literal["max-autotune"], slots: int) -> None:
         """Prepares compiled steps, if wanted, for `slots` rows over the present cache."""
         self.slots = slots if compile else None
         """Number of slots of a compiled decoder, whose shapes stay: rows that end keep their slots. Else None."""

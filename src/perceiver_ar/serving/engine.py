@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.generation.compiled import Compile
 from perceiver_ar.generation.rows import Row, RowSettings, draw, require_finite
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.scored_windows import windows
@@ -94,14 +93,13 @@ class Engine:
         max_context: int | None = None,
         queue: int = 128,
         seconds: float = 600.0,
-        compile: Compile = False,
+        compile: bool = False,
     ) -> None:
         """
         slots: maximum number of rows that run simultaneously.
         max_context: maximum context of a row in tokens; None: the model's.
         queue: maximum number of waiting jobs.
         seconds: time after which a job ends, counted from when its prompt began to be read.
-        compile: see `generation.stream`.
 
         Raises:
             InputError: a context that the model does not allow, or `compile` for a network without a cache.
@@ -120,7 +118,7 @@ class Engine:
         self.slots, self.context, self.queue, self.seconds = slots, context, queue, seconds
         self.outbox = Outbox()
         """For listeners; flushed when they may have received results."""
-        self._compile: Compile = compile
+        self._compile = compile
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
         self._closing = False

@@ -15,7 +15,6 @@ from uvicorn.config import LOGGING_CONFIG
 
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.errors import InputError, require
-from perceiver_ar.generation.compiled import Compile
 from perceiver_ar.generation.quantization import int8_weights
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.run import Run
@@ -69,7 +68,7 @@ def load(
     api_key: str | None = None,
     slots: int = 8,
     max_context: int | None = None,
-    compile: Compile = False,
+    compile: bool = False,
     precision: str = "32",
     device: str | None = None,
 ) -> Service:

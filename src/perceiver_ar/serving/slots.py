@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from perceiver_ar.generation.cache import Cache
-from perceiver_ar.generation.compiled import Compile
 from perceiver_ar.generation.decoder import Decoder, Recomputing, empty_cache
 from perceiver_ar.generation.rows import Row
 from perceiver_ar.network.inputs import reach
@@ -29,7 +28,7 @@ class SlotDecoder(Decoder):
     The last prompt stays in memory. Of a new prompt that begins with the same tokens, only the rest is read.
     """
 
-    def __init__(self, model: PerceiverAR, slots: int, context: int, compile: Compile) -> None:
+    def __init__(self, model: PerceiverAR, slots: int, context: int, compile: bool) -> None:
         self.model, self.reach = model, reach(model.config)
         self.capacity = slots
         self.rows: list[Row] = []
@@ -118,9 +117,7 @@ class RecomputingSlots(Recomputing):
         self.rows = []
 
 
-def slot_decoder(
-    model: PerceiverAR, slots: int, context: int, compile: Compile = False
-) -> SlotDecoder | RecomputingSlots:
+def slot_decoder(model: PerceiverAR, slots: int, context: int, compile: bool = False) -> SlotDecoder | RecomputingSlots:
     """The decoder that suits a network. Call and use it under `torch.inference_mode()`, always in one thread."""
     assert torch.is_inference_mode_enabled() and not model.training
     if model.config.cacheable:
