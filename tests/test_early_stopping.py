@@ -55,24 +55,24 @@ def test_a_run_ends_when_its_patience_is_over_and_says_so(early: Recipe, capsys:
     reason = Run(early.out).stopped_file.read_text()
     assert reason.startswith("stopped early at step 6: ") and "step 2 " in reason
     before = content(Path(early.out))
-    assert train(early, resume=True) == train(replace(early, max_steps=9), resume=True) == Run(early.out).summary()
+    summary = train(early, resume=True)
+    assert summary == train(replace(early, max_steps=9), resume=True) == Run(early.out).summary()
     assert content(Path(early.out)) == before
     assert "resume with a larger --trainer.patience" in capsys.readouterr().err
     assert main(["info", early.out]) == 0
     shown = capsys.readouterr().out
     assert "finished " in shown and reason.strip() in shown
-    assert "patience, at step 6 of " in shown and Run(early.out).ended_by() == "patience"
+    assert "patience, at step 6 of " in shown and summary["ended_by"] == "patience"
 
 
 def test_runs_without_a_record_of_their_end_are_known_by_their_reason(early: Recipe, tmp_path: Path) -> None:
     run = Run(copied(early, tmp_path / "old").out)
     summary = json.loads(run.summary_file.read_text())
-    run.summary_file.write_text(json.dumps({name: summary[name] for name in summary if name != "ended_by"}))
-    assert run.ended_by() == "patience"
+    older = {name: summary[name] for name in summary if name != "ended_by"}
+    run.summary_file.write_text(json.dumps(older))
+    assert run.summary() == summary
     run.stopped_file.unlink()
-    assert run.ended_by() is None
-    run.summary_file.unlink()
-    assert run.ended_by() is None
+    assert run.summary() == older
 
 
 def test_a_run_that_lost_its_last_steps_stops_at_the_same_one(early: Recipe, tmp_path: Path) -> None:

@@ -155,11 +155,6 @@ class Run:
             summary = None
         if not isinstance(summary, dict) or "steps" not in summary:
             raise InputError(f"{self.summary_file} is damaged: delete it and resume the run")
+        if self.stopped_file.exists():
+            summary.setdefault("ended_by", "patience")  # older runs keep this end in that file only
         return summary
-
-    def ended_by(self) -> str | None:
-        """The setting that ended the finished run: patience, max_steps or max_time. None: it is not finished, or it was
-        trained before this was recorded and did not run out of patience."""
-        if (summary := self.summary()) is None:
-            return None
-        return summary.get("ended_by", "patience" if self.stopped_file.exists() else None)

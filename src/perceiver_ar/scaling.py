@@ -122,7 +122,7 @@ def read_runs(paths: Sequence[str | Path]) -> Runs:
     found: list[tuple[Run, Recipe, dict[str, Any]]] = []
     for run in map(Run.open, {os.path.realpath(path): path for path in paths}.values()):
         recipe, summary = run.recipe(), run.summary() or {}
-        if reason := why_left_out(run, summary):
+        if reason := why_left_out(summary):
             left_out[str(run.path)] = reason
         else:
             found.append((run, recipe, summary))
@@ -159,10 +159,10 @@ def real_path(path: str) -> str:
     return path if path.startswith(HUB) else os.path.realpath(os.path.expanduser(path))
 
 
-def why_left_out(run: Run, summary: dict[str, Any]) -> str | None:
+def why_left_out(summary: dict[str, Any]) -> str | None:
     if not summary:
         return "not finished: its learning rate has not come down, so its loss is too high"
-    if run.ended_by() == "patience":
+    if summary.get("ended_by") == "patience":
         return "stopped before the end of its schedule"
     if summary.get("weights_of_step", summary["steps"]) != summary["steps"]:
         return f"its weights are those of step {summary['weights_of_step']:,}, not of its last one"

@@ -59,8 +59,8 @@ def run_facts(run: "Run") -> Iterator[tuple[str, Any]]:
         yield "finished", summary is not None
         if run.stopped_file.exists():
             yield "stopped", " ".join(run.stopped_file.read_text(encoding="utf-8").split())
-        if summary is not None and (ended_by := run.ended_by()):
-            yield "ended_by", f"{ended_by}, at step {summary['steps']:,} of {recipe.limits}"
+        if summary is not None and "ended_by" in summary:
+            yield "ended_by", f"{summary['ended_by']}, at step {summary['steps']:,} of {recipe.limits}"
         saved = [each.step for each in Checkpoints(run.checkpoints).all() if each.bytes > 0]
         if summary is None and saved:
             yield "last_checkpoint_at_step", saved[-1]

@@ -49,8 +49,9 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
         if recipe.trainer.precision == "auto" and possible:
             recipe = with_trainer(recipe, precision=before.trainer.precision)
         recipe = with_settings_taken(recipe, before)
-        impatient = run.ended_by() == "patience"
-        if (summary := run.summary()) is not None and not goes_further(recipe, before, impatient):
+        summary = run.summary()
+        impatient = summary is not None and summary.get("ended_by") == "patience"
+        if summary is not None and not goes_further(recipe, before, impatient):
             options = "--trainer.patience" if impatient else "--max_steps or --max_time"
             say(
                 f"{run.path} is finished ({summary['steps']} steps), so there is nothing to do. "
