@@ -115,13 +115,15 @@ def network(bf16: bool = False, masked: bool = False, kept: bool = False, **sett
             inputs["prefix_keep"] = torch.rand(3, 208, generator=generator).argsort(-1)[:, :104]
         there = {name: x.to(device) for name, x in inputs.items()}
         found, expected = results(model, tokens.to(device), bf16, **there), results(exact, tokens, False, **inputs)
-        # Of bfloat16 the direction of each gradient has to be right, of float32 each number.
+        # Of bfloat16 the direction of each gradient has to be right, of float32 each number. Roundings of the query
+        # gain's gradient, a sum of thousands of numbers that cancel, are measured by the size of all gradients.
         if bf16:
+            least = 0.01 * torch.stack([b.norm() for b in expected[1:]]).norm()
             pairs = zip(found, expected, strict=True)
-            worst = max(float((a.double().cpu() - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs)
+            worst = max(float((a.double().cpu() - b).norm() / b.norm().clamp(min=least)) for a, b in pairs)
         else:
             worst = max(map(error, found, expected))
-        return verdict(worst, 0.1 if bf16 else 2e-3)
+        return verdict(worst, 0.05 if bf16 else 2e-3)
 
     return check
 
