@@ -37,7 +37,7 @@ from torch import nn
 
 from perceiver_ar import next_token_loss
 from perceiver_ar.config import DataConfig, OptimConfig
-from perceiver_ar.data.codec import load_codec, save_codec
+from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.data.modalities import make_codec
 from perceiver_ar.data.sampler import TrainingWindows
 from perceiver_ar.data.sources import find_files, standard_library

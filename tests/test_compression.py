@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from perceiver_ar import InputError, PerceiverAR, PerceiverARConfig, Run, evaluate
 from perceiver_ar.cli import main
 from perceiver_ar.compression import HASH, HEADER, compress, decompress, exact_bytes, exact_ids, run_hash, surroundings
-from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec_file import save_codec
 from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.integers import IntegerCodec
 from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec, train_bpe

@@ -17,7 +17,8 @@ from perceiver_ar import InputError, PerceiverAR, PerceiverARConfig, Recipe, Run
 from perceiver_ar.card import write_card
 from perceiver_ar.cli import main
 from perceiver_ar.data.audio import MuLawCodec
-from perceiver_ar.data.codec import Codec, load_codec, parse_conditions, save_codec
+from perceiver_ar.data.codec import Codec, parse_conditions
+from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.data.conditions import ConditionedCodec, ConditionTable
 from perceiver_ar.data.genome import NucleotideCodec
 from perceiver_ar.data.integers import IntegerCodec

@@ -13,7 +13,8 @@ from samples import write_picture
 
 from perceiver_ar import InputError, PerceiverAR
 from perceiver_ar.cli import main
-from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec_file import save_codec
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.embeddings import embed

@@ -35,7 +35,8 @@ from transformers import (
 from perceiver_ar import cli
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.audio import MuLawCodec
-from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec_file import save_codec
 from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.genome import NucleotideCodec
 from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec, train_bpe

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,12 +132,18 @@ def imports(source: str, module: str, is_package: bool, known: set[str]) -> Iter
     yield from visit(ast.parse(source), False)
 
 
-def violations(root: Path) -> list[str]:
-    """One line for each import under the package directory `root` that the tables above do not allow."""
+def modules_under(root: Path) -> dict[str, Path]:
+    """Dotted names of the modules under the package directory `root`, and their files."""
     modules: dict[str, Path] = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         modules[".".join((PACKAGE, *parts)).removesuffix(".__init__")] = path
+    return modules
+
+
+def violations(root: Path) -> list[str]:
+    """One line for each import under the package directory `root` that the tables above do not allow."""
+    modules = modules_under(root)
     found = []
     for module, path in modules.items():
         here = path.relative_to(root.parent).as_posix()
@@ -168,6 +175,17 @@ def violations(root: Path) -> list[str]:
 
 def test_imports_go_one_way_only():
     assert violations(SOURCE) == []
+
+
+def test_no_module_needs_itself():
+    """Also within a folder, and also where the import is in a function."""
+    modules = modules_under(SOURCE)
+    needs = {
+        module: {each.name for each in imports(path.read_text(encoding="utf-8"), module, False, set(modules))}
+        for module, path in modules.items()
+        if path.name != "__init__.py"  # offers what is above it
+    }
+    list(TopologicalSorter(needs).static_order())  # raises CycleError, with the circle
 
 
 def test_the_table_has_no_cycle():

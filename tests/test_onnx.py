@@ -16,7 +16,7 @@ from torch import Tensor
 from perceiver_ar import PerceiverAR, PerceiverARConfig, Run, generate, stream
 from perceiver_ar.cli import main
 from perceiver_ar.config.presets import PUBLISHED
-from perceiver_ar.data.codec import save_codec
+from perceiver_ar.data.codec_file import save_codec
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.errors import InputError
 from perceiver_ar.network.inputs import NOTHING, reach

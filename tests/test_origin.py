@@ -16,7 +16,8 @@ from perceiver_ar.card import write_card
 from perceiver_ar.cli import main
 from perceiver_ar.config import DataConfig, OptimConfig
 from perceiver_ar.data.audio import MuLawCodec
-from perceiver_ar.data.codec import Codec, load_codec, save_codec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.integers import IntegerCodec
 from perceiver_ar.data.midi import PerformanceCodec

@@ -17,7 +17,8 @@ from samples import write_music, write_numbers, write_picture
 
 from perceiver_ar import PerceiverAR, PerceiverARConfig, evaluate
 from perceiver_ar.cli import main
-from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec_file import save_codec
 from perceiver_ar.data.genome import NucleotideCodec, find_records
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.integers import IntegerCodec

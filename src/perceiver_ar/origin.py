@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from perceiver_ar.config import DataConfig, PerceiverARConfig, Recipe, default_network
-from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec_file import save_codec
 from perceiver_ar.data.modalities import codec_settings
 from perceiver_ar.data.text import TokenizerCodec
 from perceiver_ar.errors import InputError, require

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from perceiver_ar.config import BEFORE, Recipe, dump_yaml, load_yaml
-from perceiver_ar.data.codec import Codec, load_codec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec_file import load_codec
 from perceiver_ar.data.hub import DOWNLOADS
 from perceiver_ar.data.shards import SHARDS
 from perceiver_ar.errors import InputError, require

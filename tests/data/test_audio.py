@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from perceiver_ar.data.audio import AudioCodec, MuLawCodec, NeuralCodec, read_audio
-from perceiver_ar.data.codec import WrongModality, load_codec, save_codec
+from perceiver_ar.data.codec import WrongModality
+from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.errors import InputError
 
 RATE = 8000

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from perceiver_ar.data.codec import Codec, WrongModality, load_codec, row_prompt_and_count, save_codec
+from perceiver_ar.data.codec import Codec, WrongModality, row_prompt_and_count
+from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.data.text import BytesCodec, train_bpe
 from perceiver_ar.errors import InputError
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from perceiver_ar import Run
 from perceiver_ar.cli import main
-from perceiver_ar.data.codec import WrongModality, load_codec, save_codec
+from perceiver_ar.data.codec import WrongModality
+from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.data.genome import NucleotideCodec, find_records, merged
 from perceiver_ar.data.sources import find_files
 from perceiver_ar.data.tokens import TokenFile, prepare

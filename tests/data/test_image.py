@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageOps
 
 from perceiver_ar import DataConfig, PerceiverARConfig
-from perceiver_ar.data.codec import WrongModality, load_codec, save_codec
+from perceiver_ar.data.codec import WrongModality
+from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.data.image import ImageCodec, choose_palette, read_image
 from perceiver_ar.data.modalities import make_codec
 from perceiver_ar.data.sources import find_files

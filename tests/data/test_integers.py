@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from perceiver_ar.data.codec import WrongModality, load_codec, save_codec
+from perceiver_ar.data.codec import WrongModality
+from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.data.integers import IntegerCodec, count_values
 from perceiver_ar.data.sources import find_files
 from perceiver_ar.errors import InputError

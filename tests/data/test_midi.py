@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from samples import GOOD, midi_file, music, off, on, pedal
 
-from perceiver_ar.data.codec import Codec, WrongModality, load_codec, save_codec
+from perceiver_ar.data.codec import Codec, WrongModality
+from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.data.midi import END, MidiTokCodec, MusicCodec, PerformanceCodec, read_midi
 from perceiver_ar.errors import InputError
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from samples import GOOD, midi_file, off, on, write_band
 
 from perceiver_ar.cli import main
-from perceiver_ar.data.codec import WrongModality, load_codec, save_codec
+from perceiver_ar.data.codec import WrongModality
+from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.data.conditions import ConditionedCodec, ConditionTable
 from perceiver_ar.data.midi_file import Parts, read_parts
 from perceiver_ar.data.remi_plus import RemiPlusCodec

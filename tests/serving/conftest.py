@@ -10,7 +10,7 @@ import pytest
 from reference import randomize
 
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.data.codec import save_codec
+from perceiver_ar.data.codec_file import save_codec
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.network.model import PerceiverAR
 

@@ -20,7 +20,8 @@ from samples import write_band, write_music
 import perceiver_ar
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.audio import MuLawCodec
-from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec_file import save_codec
 from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.midi import PerformanceCodec

@@ -26,7 +26,7 @@ from reference import randomize
 
 from perceiver_ar.cli import main
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.data.codec import save_codec
+from perceiver_ar.data.codec_file import save_codec
 from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.text import BytesCodec
 from perceiver_ar.generation import generate

@@ -21,7 +21,8 @@ from reference import randomize
 from samples import write_band, write_music, write_picture
 
 from perceiver_ar.config import PerceiverARConfig
-from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec_file import save_codec
 from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.image import ImageCodec
 from perceiver_ar.data.integers import IntegerCodec
@@ -177,12 +178,16 @@ def test_files_that_lie_are_refused_and_the_server_lives(serving: Any, made: Mad
             ({"n": "9"}, "n"),
             ({"temperature": "-1"}, "temperature"),
             ({"soundfont": "/etc/passwd"}, "soundfont"),
+            ({"n": ["1", "1"]}, "n"),
         ):
             answer = http.post("/v1/generate", data=form)
             assert answer.status_code == 400
             assert answer.json()["error"]["param"] == param
+        file = "file", ("x.npy", honest.getvalue())
+        two = http.post("/v1/generate", files=[file, file])
+        assert two.status_code == 400 and "the form has file 2 times" in two.json()["error"]["message"]
         form = {"max_new_tokens": "4", "seed": "1"}
-        answer = http.post("/v1/generate", data=form, files={"file": ("x.npy", honest.getvalue())}).json()
+        answer = http.post("/v1/generate", data=form, files=[file]).json()
         [link] = answer["files"]
         codec = IntegerCodec(9)
         prompt = [*codec.separator, *range(5)]

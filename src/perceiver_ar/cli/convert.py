@@ -48,7 +48,7 @@ def convert_verb(argv: list[str]) -> None:
     own = {name: args[name] for name, (form, _, _) in CONVERT_OPTIONS.items() if form == args.format}
 
     from perceiver_ar.compat.weights import LeftOut
-    from perceiver_ar.data.codec import save_codec
+    from perceiver_ar.data.codec_file import save_codec
     from perceiver_ar.files import atomic_directory
     from perceiver_ar.run import Run
 
@@ -95,7 +95,8 @@ def export_verb(argv: list[str]) -> None:
     args = parse(parser, argv)
 
     from perceiver_ar import compat
-    from perceiver_ar.data.codec import importing, save_codec
+    from perceiver_ar.data.codec import importing
+    from perceiver_ar.data.codec_file import save_codec
     from perceiver_ar.files import atomic_directory, write_text
     from perceiver_ar.onnx import export_onnx
     from perceiver_ar.run import Run

@@ -20,7 +20,8 @@ from typing import Self
 
 import numpy as np
 
-from perceiver_ar.data.codec import Codec, WrongModality, load_codec, save_codec
+from perceiver_ar.data.codec import Codec, WrongModality
+from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
 from perceiver_ar.threads import available_cores

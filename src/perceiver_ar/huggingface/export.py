@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from perceiver_ar import __version__
-from perceiver_ar.data.codec import Codec, save_codec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec_file import save_codec
 from perceiver_ar.files import write_text
 from perceiver_ar.huggingface.modeling import PerceiverARForCausalLM
 from perceiver_ar.huggingface.tokenizer import codec_tokenizer

@@ -25,7 +25,7 @@ def find_codec(path: Any, kwargs: dict[str, Any]) -> Path | None:
 def end_of_document(path: Any, kwargs: dict[str, Any]) -> int | None:
     """The id with which a run's codec ends a document; None if there is no such id, or no package to read the codec."""
     try:
-        from perceiver_ar.data.codec import load_codec
+        from perceiver_ar.data.codec_file import load_codec
     except ImportError:  # this file was exported with the weights alone
         return None
     folder = find_codec(path, kwargs)

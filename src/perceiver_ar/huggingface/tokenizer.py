@@ -13,7 +13,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from perceiver_ar.data.codec import Codec, load_codec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec_file import load_codec
 from perceiver_ar.data.conditions import BYTES
 from perceiver_ar.data.genome import WRITTEN_AS, NucleotideCodec
 from perceiver_ar.data.text import BYTE_CHARACTERS, END_OF_TEXT, BytesCodec, OffsetBytesCodec, TokenizerCodec

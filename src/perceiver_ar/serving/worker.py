@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from perceiver_ar.data.codec import load_codec
+from perceiver_ar.data.codec_file import load_codec
 from perceiver_ar.errors import InputError
 from perceiver_ar.serving.engine import Busy
 

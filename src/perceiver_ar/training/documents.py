@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from perceiver_ar.config import Recipe
-from perceiver_ar.data.codec import Codec, load_codec, save_codec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.data.conditions import ConditionTable
 from perceiver_ar.data.genome import Records, find_records
 from perceiver_ar.data.hub import DOWNLOADS, find_datasets

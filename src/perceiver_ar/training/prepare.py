@@ -10,7 +10,8 @@ import torch
 
 from perceiver_ar.adapters import import_peft
 from perceiver_ar.config import Recipe, flat
-from perceiver_ar.data.codec import Codec, load_codec
+from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec_file import load_codec
 from perceiver_ar.data.conditions import ConditionedCodec
 from perceiver_ar.data.sampler import TrainingWindows
 from perceiver_ar.data.tokens import TokenFile
