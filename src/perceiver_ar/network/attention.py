@@ -127,11 +127,11 @@ def piece_forward(q: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
             return attend_side_by_side(q, piece.k, piece.v, piece.mask, parts)
     k, v, bias = _neighbours(piece.k), _neighbours(piece.v), _bias(piece, q)
     out, lse = choose_kernels(q, piece.mask is not None).forward(q, k, v, piece.causal, bias)
-    if bias is not None:  # for a query that sees nothing here, kernels return anything
-        seen = bias[..., 0, :] == 0
-        seen = seen.cummax(-1).values if piece.causal else seen.any(-1, keepdim=True)
-        lse = lse.masked_fill(~seen, float("-inf"))
-        out = out.masked_fill(~seen.unsqueeze(-1), 0.0)
+    if piece.mask is not None:  # for a query that sees nothing here, kernels return anything
+        seen = piece.mask.cummax(-1).values if piece.causal else piece.mask.any(-1, keepdim=True)
+        nothing = ~seen[:, None]
+        lse = lse.masked_fill(nothing, float("-inf"))
+        out = out.masked_fill(nothing[..., None], 0.0)
     return out, lse
 
 
