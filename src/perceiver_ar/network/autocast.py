@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 
+def is_autocast_on(device: torch.device) -> bool:
+    """Not `torch.amp.is_autocast_available`: `torch.compile` of torch 2.11 cannot trace it."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which tensors of `dtype` are multiplied: that of autocast, if it is on for the device."""
-    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if on and dtype != torch.float64 else dtype
+    return torch.get_autocast_dtype(device.type) if is_autocast_on(device) and dtype != torch.float64 else dtype
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which operations on tensors of the device of `x` keep their dtype."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if is_autocast_on(x.device) else nullcontext()
