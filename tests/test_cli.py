@@ -32,6 +32,7 @@ from perceiver_ar import PerceiverAR, PerceiverARConfig, Run, evaluate, generate
 from perceiver_ar.cli import main
 from perceiver_ar.data.tokens import TokenFile
 from perceiver_ar.evaluation import compressors
+from perceiver_ar.training.metrics import read_metrics
 
 VERBS = [
     *("train", "evaluate", "score", "embed", "scaling", "generate", "compress", "decompress", "serve"),
@@ -566,6 +567,35 @@ def test_damaged_metrics_do_not_stop_a_run_that_is_resumed(run: Path) -> None:
     assert main(["train", "--out", str(run), "--resume", "--max_steps=62"]) == 0
     with open(run / "metrics.csv", newline="") as file:
         assert [row["step"] for row in csv.DictReader(file) if row["train_bits"]] == ["62"]
+    assert (run / "metrics-before-1.csv").exists()
+
+
+def test_metrics_that_a_spreadsheet_wrote_are_kept(run: Path) -> None:
+    file = run / "metrics.csv"
+    before = read_metrics(file)
+    cells = before[1] | {"tokens": '"1,234"'}
+    lines = file.read_text().splitlines()
+    lines[2] = ",".join(cells.values())
+    file.write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
+    assert main(["train", "--out", str(run), "--resume", "--max_steps=62"]) == 0
+    after = read_metrics(file)
+    assert after[: len(before) - 1] == [row for row in before if row is not before[1]]
+    assert after[-1]["step"] == "62" and not list(run.glob("metrics-before*"))
+
+
+def test_resuming_refuses_other_paths_in_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("paths: [elsewhere]\n")
+    args = ["train", "--config", str(tmp_path / "mine.yaml"), "--out", str(run), "--resume", "--max_steps=62"]
+    assert main(args) == 2
+    assert "elsewhere" in capsys.readouterr().err
+
+
+def test_a_prompt_file_is_not_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "story.txt").write_text("Once upon a time")
+    story = str(tmp_path / "story.txt")
+    assert main(["generate", str(run), "--prompt_file", story, "--out", story, "--max_new_tokens", "2"]) == 2
+    assert "is the prompt file" in capsys.readouterr().err
+    assert (tmp_path / "story.txt").read_text() == "Once upon a time"
 
 
 @pytest.fixture

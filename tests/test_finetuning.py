@@ -140,6 +140,18 @@ def test_shards_are_read(tie: bool, tmp_path: Path) -> None:
         PerceiverAR.from_pretrained(tmp_path / "shards")
 
 
+def test_the_weights_saved_last_are_loaded_whether_whole_or_in_shards(tmp_path: Path) -> None:
+    PerceiverAR(SMALL).save_pretrained(tmp_path)
+    for size in ("8KB", "1GB", "8KB"):
+        model = model_of(tmp_path)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.5)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        for loaded in (PerceiverAR.from_pretrained(tmp_path), model_of(tmp_path).network):
+            assert torch.equal(loaded.embed.weight, model.network.embed.weight)
+
+
 # What is attached to modules acts
 
 

@@ -780,6 +780,7 @@ def test_what_runs_until_the_end_of_a_shutdown_is_answered(run: Path) -> None:
     [
         (["--host", "0.0.0.0"], "give --api_key"),
         (["--api_key", ""], "api_key is empty"),
+        (["--api_key", "key\n"], "api_key has white space at an end"),
         (["--slots", "0"], "slots is 0"),
         (["--max_context", "15"], "max_context is 15"),
         (["--port", "70000"], "port is 70000"),

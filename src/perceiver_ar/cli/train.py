@@ -69,9 +69,9 @@ def train_verb(argv: list[str]) -> None:
         run.recipe()  # raises a clear InputError if it is unusable
         argv = ["--config", str(run.recipe_file), *argv]
         from_files |= run.recipe_dict()
-    else:
-        for config_file in filter(None, given.config):
-            from_files |= settings_in(Path(os.path.expanduser(config_file)))
+    for config_file in filter(None, given.config):
+        found = settings_in(Path(os.path.expanduser(config_file)))
+        from_files |= {name: found[name] for name in found if name == "paths" or not resuming}
     for group, before in BEFORE.items():
         if resuming or names_all(group, from_files.get(group)):
             parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})

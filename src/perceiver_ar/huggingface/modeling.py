@@ -9,6 +9,7 @@ Weights keep their names and files (`model.safetensors` of a run); every logit i
 Shapes: B batch, T columns of input_ids, D dim, V vocabulary.
 """
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -344,13 +345,19 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
                     setattr(model.generation_config, name, end)
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
         """Writes `config.json` and `model.safetensors` as a run has them, and `generation_config.json`."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         if self.config.tie_word_embeddings:
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in self._tied_weights_keys}
         state_dict = {name.removeprefix("network."): tensor for name, tensor in state_dict.items()}
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        if is_main_process:  # transformers removes older shards only: a whole file beside new ones would be loaded
+            folder = Path(save_directory)
+            shards = any(folder.glob("model-*-of-*.safetensors"))
+            (folder / f"model.safetensors{'' if shards else '.index.json'}").unlink(missing_ok=True)
 
 
 # With this entry the label smoothing of transformers' Trainer shifts labels by one.

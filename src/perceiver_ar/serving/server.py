@@ -45,6 +45,7 @@ def serve(
         InputError: invalid settings, no key although others can reach the server, or an address in use.
     """
     require(api_key is None or api_key.strip() != "", "api_key is empty: give a key that nobody guesses")
+    require(api_key is None or api_key == api_key.strip(), "api_key has white space at an end: requests cannot send it")
     require(
         api_key is not None or is_loopback(host),
         f"host is {host}, which others can reach: give --api_key, which every request then needs",

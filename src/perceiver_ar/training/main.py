@@ -41,7 +41,7 @@ def train(recipe: Recipe, *, resume: bool = False, find_batch: bool = False) -> 
     require(devices % ranks == 0, f"trainer.prefix_ranks is {ranks}: devices must be a multiple of it, not {devices}")
     run = Run(recipe.out)
     require(run.path.is_dir() or not run.path.exists(), f"{run.path} already exists and is a file: give another --out")
-    if any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
+    if any(os.environ.get(name, "") not in ("", "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
         resume = resume or run.recipe_file.exists()
     if resume:
         before = check_resumable(run, recipe)

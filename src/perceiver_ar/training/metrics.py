@@ -2,9 +2,12 @@
 
 import csv
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
+from typing import TextIO
 
 from perceiver_ar.files import atomic_path
+from perceiver_ar.training.console import say
 
 COLUMNS: tuple[str, ...] = (
     *("step", "tokens", "seconds", "train_bits", "validation_bits"),
@@ -18,6 +21,11 @@ class Metrics:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         self.rows = [row for row in read_metrics(path) if int(row["step"]) <= step]
+        if path.exists() and path.stat().st_size > 0 and not _columns_are_ours(path):
+            names = (path.with_stem(f"{path.stem}-before-{number}") for number in count(1))
+            aside = next(name for name in names if not name.exists())
+            path.rename(aside)
+            say(f"{path} has other columns than {', '.join(COLUMNS)}: it is now {aside.name}, and a new one begins")
         self.write_all()
 
     def add(self, row: Mapping[str, object], whole: bool) -> None:
@@ -37,11 +45,26 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The complete rows of metrics.csv, without one that a kill cut off; [] if the file has other columns."""
-    if not path.exists():
+    """The complete rows of metrics.csv, without one that a kill or an editor damaged; [] if it has other columns."""
+    if not path.exists() or not _columns_are_ours(path):
         return []
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            return []
-        return [row for row in reader if None not in row.values() and row["step"].isdigit()]
+    with _opened(path) as file:
+        return [row for row in csv.DictReader(file) if _is_complete(row)]
+
+
+def _opened(path: Path) -> TextIO:
+    return open(path, newline="", encoding="utf-8-sig", errors="replace")  # Excel writes a byte order mark
+
+
+def _columns_are_ours(path: Path) -> bool:
+    with _opened(path) as file:
+        return tuple(csv.DictReader(file).fieldnames or ()) == COLUMNS
+
+
+def _is_complete(row: Mapping[str, str]) -> bool:
+    """Whether step, tokens and seconds are there, and all cells are numbers or empty."""
+    try:
+        numbers = {name: float(cell) for name, cell in row.items() if cell != ""}
+    except (TypeError, ValueError):
+        return False
+    return row["step"].isdigit() and {"tokens", "seconds"} <= numbers.keys()
