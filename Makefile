@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv, so a fresh clone needs nothing before `make demo`.
 
 PYTHON ?= python3
-WORKERS ?= 3# processes that share the tests, for two cores, as some tests wait; each gets neighbours (worksteal), which share fixtures
+WORKERS ?= 3# test processes: one more than two cores, as some tests wait; each gets neighbours (worksteal), which share fixtures
 BENCH ?= train# or memory, decode, widths, compute, quality, probes, serve, busy, gpu, replay
 TORCH := 2.13.0# pinned by `make constraints`; pyproject.toml has the versions that work
 

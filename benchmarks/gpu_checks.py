@@ -115,8 +115,8 @@ def network(bf16: bool = False, masked: bool = False, kept: bool = False, **sett
             inputs["prefix_keep"] = torch.rand(3, 208, generator=generator).argsort(-1)[:, :104]
         there = {name: x.to(device) for name, x in inputs.items()}
         found, expected = results(model, tokens.to(device), bf16, **there), results(exact, tokens, False, **inputs)
-        # Of bfloat16 the direction of each gradient has to be right, of float32 each number. Roundings of the query
-        # gain's gradient, a sum of thousands of numbers that cancel, are measured by the size of all gradients.
+        # Of bfloat16 the direction of each gradient has to be right, of float32 each number. A gradient smaller than a
+        # hundredth of all is measured against that: the query gain's is a sum of thousands of numbers that cancel.
         if bf16:
             least = 0.01 * torch.stack([b.norm() for b in expected[1:]]).norm()
             pairs = zip(found, expected, strict=True)

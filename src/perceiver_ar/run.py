@@ -147,7 +147,8 @@ class Run:
             return {}
 
     def summary(self) -> dict[str, Any] | None:
-        """The content of `summary.json`; None before the run is finished. Raises InputError if it is damaged."""
+        """The content of `summary.json`; None before the run is finished. Of older runs that ran out of patience, it
+        gets their `ended_by`. Raises InputError if it is damaged."""
         try:
             summary = json.loads(self.summary_file.read_text(encoding="utf-8"))
         except FileNotFoundError:

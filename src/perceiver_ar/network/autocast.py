@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def is_autocast_on(device: torch.device) -> bool:
-    """Not `torch.amp.is_autocast_available`: `torch.compile` of torch 2.11 cannot trace it."""
+    """torch raises for "meta". (`torch.compile` of torch 2.11 cannot trace `torch.amp.is_autocast_available`.)"""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 

@@ -195,7 +195,7 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/v1/generate")
     async def generate(request: Request, form: GenerateFields) -> Response:
         for field, times in Counter(field for field, _ in (await request.form()).multi_items()).items():
-            if times > 1 and field != "condition":  # of several, FastAPI passes on the last
+            if times > 1 and field != "condition":  # FastAPI would use the last one silently
                 raise Refused(f"the form has {field} {times} times: send it once", field)
         if form.infill is not None and not service.infills:
             raise Refused("this model has not learned to infill bars: leave infill out", "infill")
