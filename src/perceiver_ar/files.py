@@ -14,12 +14,19 @@ TEMPORARY = ".unfinished-"
 """Prefix of the names of unfinished files."""
 
 
-def check_out(path: str | os.PathLike[str], option: str) -> None:
-    """Raises InputError unless a file can be written to `path`: to find this out before hours of work."""
+def check_out(path: str | os.PathLike[str], option: str, **inputs: str | None) -> None:
+    """Raises InputError unless a file can be written to `path`: to find this out before hours of work.
+
+    inputs: files that are read, such as prompt_file="story.txt"; `path` must be none of them.
+    """
     require(not os.path.isdir(path), f"{option} {path} is a folder: name a file in it")
     if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe
         require(_allows(path, os.W_OK), f"{option} {path}: no permission to write to it; name another place")
         return
+    for name, file in inputs.items():
+        same = file is not None and os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)
+        what = name.replace("_", " ")
+        require(not same, f"{option} {path} is the {what}, which would be overwritten: name another file")
     folder = os.path.dirname(os.path.realpath(path))
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)

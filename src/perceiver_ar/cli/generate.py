@@ -3,7 +3,6 @@
 import argparse
 import codecs
 import io
-import os
 import sys
 import time
 from collections.abc import Iterable
@@ -117,10 +116,7 @@ def generate_verb(argv: list[str]) -> None:
         out = out.with_name(stem + codec.ending)
     outs = [] if out is None else [out.with_stem(numbered(out.stem, i + 1, samples)) for i in range(samples)]
     for one in outs:
-        check_out(one, "--out")
-        if args.prompt_file is not None and one.exists() and os.path.exists(args.prompt_file):
-            same = os.path.samefile(one, args.prompt_file)
-            require(not same, f"--out {one} is the prompt file, which would be overwritten: name another file")
+        check_out(one, "--out", prompt_file=args.prompt_file)
     stop = stop_bytes(codec, args.stop)
     steps = partial(
         stream,

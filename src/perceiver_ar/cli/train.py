@@ -71,7 +71,10 @@ def train_verb(argv: list[str]) -> None:
         from_files |= run.recipe_dict()
     for config_file in filter(None, given.config):
         found = settings_in(Path(os.path.expanduser(config_file)))
-        from_files |= {name: found[name] for name in found if name == "paths" or not resuming}
+        if not resuming:
+            from_files |= found
+        elif "paths" in found:  # the run's recipe has the rest
+            from_files["paths"] = found["paths"]
     for group, before in BEFORE.items():
         if resuming or names_all(group, from_files.get(group)):
             parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})

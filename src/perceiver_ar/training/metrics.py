@@ -4,7 +4,6 @@ import csv
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
-from typing import TextIO
 
 from perceiver_ar.files import atomic_path
 from perceiver_ar.training.console import say
@@ -20,12 +19,13 @@ class Metrics:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self.rows = [row for row in read_metrics(path) if int(row["step"]) <= step]
-        if path.exists() and path.stat().st_size > 0 and not _columns_are_ours(path):
+        rows = _read(path)
+        if rows is None:
             names = (path.with_stem(f"{path.stem}-before-{number}") for number in count(1))
             aside = next(name for name in names if not name.exists())
             path.rename(aside)
             say(f"{path} has other columns than {', '.join(COLUMNS)}: it is now {aside.name}, and a new one begins")
+        self.rows = [row for row in rows or () if int(row["step"]) <= step]
         self.write_all()
 
     def add(self, row: Mapping[str, object], whole: bool) -> None:
@@ -46,19 +46,18 @@ class Metrics:
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
     """The complete rows of metrics.csv, without one that a kill or an editor damaged; [] if it has other columns."""
-    if not path.exists() or not _columns_are_ours(path):
+    return _read(path) or []
+
+
+def _read(path: Path) -> list[dict[str, str]] | None:
+    """As `read_metrics`; None if the file has other columns."""
+    if not path.exists():
         return []
-    with _opened(path) as file:
-        return [row for row in csv.DictReader(file) if _is_complete(row)]
-
-
-def _opened(path: Path) -> TextIO:
-    return open(path, newline="", encoding="utf-8-sig", errors="replace")  # Excel writes a byte order mark
-
-
-def _columns_are_ours(path: Path) -> bool:
-    with _opened(path) as file:
-        return tuple(csv.DictReader(file).fieldnames or ()) == COLUMNS
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:  # Excel writes a byte order mark
+        reader = csv.DictReader(file)
+        if reader.fieldnames is not None and tuple(reader.fieldnames) != COLUMNS:
+            return None
+        return [row for row in reader if _is_complete(row)]
 
 
 def _is_complete(row: Mapping[str, str]) -> bool:
