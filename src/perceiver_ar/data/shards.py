@@ -177,10 +177,14 @@ def _write(path: Path, encoded: Sequence[Encoded], dtype: np.dtype) -> None:
         )
 
 
+_READING = threading.Lock()
+"""Of shards: numpy reads their headers by `ast`, which in Python 3.11 may fail in several threads (cpython #106905)."""
+
+
 def _read(path: Path) -> list[Encoded] | None:
     """None if the shard is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with _READING, np.load(path, allow_pickle=False) as content:
             encoded = list[Encoded](np.split(content["ids"], np.cumsum(content["lengths"])[:-1]))
             errors = json.loads(content["errors"].tobytes())
     except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
