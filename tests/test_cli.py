@@ -594,7 +594,7 @@ def test_a_prompt_file_is_not_overwritten(run: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "story.txt").write_text("Once upon a time")
     story = str(tmp_path / "story.txt")
     assert main(["generate", str(run), "--prompt_file", story, "--out", story, "--max_new_tokens", "2"]) == 2
-    assert "is the prompt file" in capsys.readouterr().err
+    assert "story.txt is read, too, and would be overwritten" in capsys.readouterr().err
     assert (tmp_path / "story.txt").read_text() == "Once upon a time"
 
 

@@ -646,9 +646,10 @@ def test_a_damaged_list_of_values_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_wrong_tables(tmp_path: Path) -> None:
-    (tmp_path / "nul.jsonl").write_text(json.dumps({"file": "0\0.txt", "kind": "a"}))
-    with pytest.raises(InputError, match="row 1, names a file with a NUL character"):
-        ConditionTable.read(str(tmp_path / "nul.jsonl"))
+    for name in ("0\0.txt", "0\ud800.txt"):
+        (tmp_path / "name.jsonl").write_text(json.dumps({"file": name, "kind": "a"}))
+        with pytest.raises(InputError, match=r"row 1, names a file '0.*txt', as no file can be named: write it again"):
+            ConditionTable.read(str(tmp_path / "name.jsonl"))
     (tmp_path / "twice.csv").write_text("file,kind,kind\n0.txt,a,b\n")
     with pytest.raises(InputError, match="has two columns 'kind'"):
         ConditionTable.read(str(tmp_path / "twice.csv"))

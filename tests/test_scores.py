@@ -231,6 +231,17 @@ def test_bad_input_is_refused(tmp_path: Path, texts: Path, capsys: pytest.Captur
     assert_refused(capsys, *words, "--picture", "s.jpg", says="--picture is s.jpg: its name must end in .png")
     assert_refused(capsys, *words, "--against", tmp_path / "no", says="no such run")
     assert_refused(capsys, "score", run, says="held nothing out")
+    read = "is read, too, and would be overwritten: name another file"
+    out, tokens, picture = (texts / name for name in ("a.csv", "b-tokens.csv", "c.png"))
+    for path in (out, tokens, picture):
+        path.write_bytes(b"mine")
+    assert_refused(capsys, *words, "--out", out, says=f"--out {out} {read}")
+    assert_refused(capsys, *words, "--out", texts / "b.csv", "--tokens", says=f"--tokens {tokens} {read}")
+    assert_refused(capsys, *words, "--picture", picture, says=f"--picture {picture} {read}")
+    assert_refused(capsys, "embed", run, texts / "a.*", "--out", out, says=f"--out {out} {read}")
+    for path in (out, tokens, picture):
+        assert path.read_bytes() == b"mine"
+        path.unlink()
     assert_refused(capsys, *words, "--stride", "9", says="stride is 9")
     numbers = make_run(tmp_path / "numbers", IntegerCodec(40))
     write_numbers(tmp_path / "a.npy", 0)

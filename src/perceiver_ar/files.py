@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,19 +14,18 @@ TEMPORARY = ".unfinished-"
 """Prefix of the names of unfinished files."""
 
 
-def check_out(path: str | os.PathLike[str], option: str, **inputs: str | None) -> None:
+def check_out(path: str | os.PathLike[str], option: str, inputs: Iterable[str | os.PathLike[str] | None] = ()) -> None:
     """Raises InputError unless a file can be written to `path`: to find this out before hours of work.
 
-    inputs: files that are read, such as prompt_file="story.txt"; `path` must be none of them.
+    inputs: files that are read; `path` must be none of them.
     """
     require(not os.path.isdir(path), f"{option} {path} is a folder: name a file in it")
     if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe
         require(_allows(path, os.W_OK), f"{option} {path}: no permission to write to it; name another place")
         return
-    for name, file in inputs.items():
-        same = file is not None and os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)
-        what = name.replace("_", " ")
-        require(not same, f"{option} {path} is the {what}, which would be overwritten: name another file")
+    for file in inputs if os.path.exists(path) else ():
+        same = file is not None and os.path.exists(file) and os.path.samefile(path, file)
+        require(not same, f"{option} {path} is read, too, and would be overwritten: name another file")
     folder = os.path.dirname(os.path.realpath(path))
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)

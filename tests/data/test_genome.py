@@ -118,9 +118,9 @@ def test_files_that_are_none_are_refused(tmp_path: Path, name: str, content: byt
 
 def test_a_bed_file_holds_out_regions_and_whole_records(tmp_path: Path) -> None:
     files = {
-        "a.fa": b">chr1\nAACC\nGGTT\n>chr2\nACGT\n>chr3 x\nTTTT\n",
+        "a.fa": b">chr1\nAACC\nGGTT\n>track2\nACGT\n>chr3 x\nTTTT\n",
         "b.fa": b">other\nGAGA\n",
-        "held.bed": b"# name start end\ntrack x\nchr1\t2\t4\tgene\nchr1\t3\t5\nchr1\t7\t99\nchr2\n",
+        "held.bed": b"# name start end\ntrack x\nchr1\t2\t4\tgene\nchr1\t3\t5\nchr1\t7\t99\ntrack2\n",
     }
     train, validation = prepared(tmp_path, files, ["held.bed"])
     assert train == [b"AA", b"GT", b"TTTT", b"GAGA"]

@@ -5,6 +5,7 @@ Without a network, the names are those of folders in the working folder: `load_d
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -81,6 +82,8 @@ def test_rows_without_a_nested_column_are_skipped(tmp_path: Path, capsys: pytest
         found = find_datasets(["hf://datasets/someone/nested"], tmp_path / f"{size}", "doc.text", None, 0, size)
         texts = [json.loads(line)["doc.text"] for source in found for line in source.path.read_text().splitlines()]
         assert sorted(texts) == ["one", "two"]
+        said = capsys.readouterr().err
+        assert sum(map(int, re.findall(r"skipped (\d) rows of hf://datasets/someone/nested without", said))) == 2
     with pytest.raises(InputError, match=r"has no column 'doc\.other'; set data\.column to one of doc"):
         find_datasets(["hf://datasets/someone/nested"], tmp_path / "other", "doc.other", None, 0)
 

@@ -300,6 +300,24 @@ def test_some_pictures_lose_their_class_so_that_the_start_without_one_is_trained
     assert (RGB.augment(ids, np.random.default_rng(0)) == ids).all()
 
 
+@pytest.mark.parametrize("paths", [["."], ["../cat", "../dog"], ["../dog/a.png", "1.png"], ["../links"]])
+def test_a_class_is_the_folder_that_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: list[str]
+) -> None:
+    for name in ("cat/1.png", "dog/a.png", "store/x.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(GOOD)
+    (tmp_path / "links" / "cow").mkdir(parents=True)
+    (tmp_path / "links" / "cow" / "2.png").symlink_to(tmp_path / "store" / "x.png")
+    monkeypatch.chdir(tmp_path / "cat")
+    sources = find_files(paths)
+    codec = make_codec("image", DataConfig(image_size=(5, 7), classes=True), sources)
+    assert isinstance(codec, ImageCodec)
+    first = [next(iter(codec.encode_stream(source.chunks(), source.name)))[0] for source in sources]
+    expected = {"1.png": "cat", "a.png": "dog", "2.png": "cow"}
+    assert first == [codec.start(expected[source.path.name])[0] for source in sources]
+
+
 def test_copies_in_folders_of_two_classes_are_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ("cat", "dog"):
         (tmp_path / folder).mkdir()

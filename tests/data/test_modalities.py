@@ -1,6 +1,7 @@
 """What files are of is seen from them; the official split is kept; a missing extra says how to get it."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -66,11 +67,16 @@ def test_a_mixed_folder_is_an_error_that_counts(tmp_path: Path) -> None:
         recognise(find_files(tmp_path))
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_official_splits_are_read_from_their_table(tmp_path: Path, encoding: str) -> None:
+@pytest.mark.parametrize(("encoding", "separator"), [("utf-8", ","), ("utf-8-sig", ","), ("utf-8", ";")])
+@pytest.mark.parametrize("spelled", [str, str.title])
+def test_official_splits_are_read_from_their_table(
+    tmp_path: Path, encoding: str, separator: str, spelled: Callable[[str], str]
+) -> None:
     folder_of(tmp_path, "2004/a.midi", "2004/b.midi", "2006/c.midi", "2006/d.midi", "2006/e.midi")
-    table = "split,title,midi_filename\ntrain,A,2004/a.midi\nvalidation,B,2004/b.midi\ntest,C,2006/c.midi\n"
-    (tmp_path / "maestro.csv").write_text(table + "train,D,2006/d.midi\n", encoding=encoding)
+    rows = {"split": ("title", "midi_filename"), "train": ("A", "2004/a.midi"), "validation": ("B", "2004/b.midi")}
+    rows |= {"test": ("C", "2006/c.midi"), "train ": ("D", "2006/d.midi")}
+    table = "".join(separator.join((spelled(first), *others)) + "\n" for first, others in rows.items())
+    (tmp_path / "maestro.csv").write_text(table, encoding=encoding)
     split = official_split(find_files(tmp_path))
     assert split is not None
     train, validation, line = split
@@ -84,6 +90,13 @@ def test_other_tables_split_nothing(tmp_path: Path, table: str) -> None:
     folder_of(tmp_path, "a.midi")
     (tmp_path / "t.csv").write_text(table, encoding="latin-1")
     assert official_split(find_files(tmp_path)) is None
+
+
+def test_a_table_of_a_split_with_an_impossible_name_is_refused(tmp_path: Path) -> None:
+    folder_of(tmp_path, "a.midi")
+    (tmp_path / "t.csv").write_text("split,midi_filename\ntrain,a.midi\ntrain,b\0.midi\n")
+    with pytest.raises(InputError, match=r"t\.csv, row 2, names a file 'b\\x00\.midi', as no file can be named"):
+        official_split(find_files(tmp_path))
 
 
 def test_a_tokenizer_reads_text_only() -> None:

@@ -315,6 +315,25 @@ def test_a_row_without_text_in_the_column_is_skipped_and_named(
     assert "row 2, has 2 in column 'text'" in shown and "row 3, has ['b'] in column" in shown
 
 
+def test_rows_without_the_column_are_skipped_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.jsonl").write_text('{"id": 1}\n{}\n{"text": "one"}\n{"id": 4}\n{"text": null}\n{"text": "six"}\n')
+    (tmp_path / "x.csv").write_text("id,text\n1\n\n2,one\n3,six\n4\n")
+    for name, numbers in (("x.jsonl", (1, 4)), ("x.csv", (1, 5))):
+        train, _ = tokens(tmp_path / name, tmp_path / "out", validation_fraction=0)
+        assert train is not None and TEXT.decode(train.tokens) == b"onesix"
+        first, *lines = capsys.readouterr().err.splitlines()
+        assert first == "skipped 2 rows:" and len(lines) == 2
+        for number, line in zip(numbers, lines, strict=True):
+            assert f"{name}, row {number}, has no column 'text'" in line
+
+
+def test_a_table_whose_path_its_reader_cannot_take_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a::b").mkdir()
+    path = write(tmp_path, "parquet").rename(tmp_path / "a::b" / "x.parquet")
+    with pytest.raises(InputError, match=r"x\.parquet has :: in its path.*: rename it"):
+        tokens(path, tmp_path / "out")
+
+
 def test_a_row_of_csv_with_too_many_fields_is_skipped_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,7 +83,7 @@ def test_members_give_the_tokens_and_the_split_of_the_same_files(tmp_path: Path,
 )
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_documents_are_named_by_archive_and_member(tmp_path: Path, compress: Any, format: int) -> None:
-    members = {"a/1.txt": b"one", "a/1.b.txt": b"no", "a/.2.txt": b"no", "a.b/2.TXT": b"two", "3": b"no", "4.txt": b""}
+    members = {"a/1.txt": b"one", "a/1.txt.b": b"no", "a/.2.txt": b"no", "a.b/2.TXT": b"two", "3": b"no", "4.txt": b""}
     ending = {"gzip": ".gz", "bz2": ".bz2", "lzma": ".xz", "builtins": ""}.get(compress.__module__, ".zst")
     path = write_files(tmp_path, {f"x.tar{ending}": compress(tar(members, format))}) / f"x.tar{ending}"
     found = documents(path)
@@ -129,6 +129,15 @@ def test_members_that_cannot_be_read_are_skipped_and_named(tmp_path: Path, capsy
     assert (tmp_path / "out" / "train.bin").read_bytes() == b"\0one\x004"
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "skipped 2 rows:" and all(f"x.tar/{n}.txt is not UTF-8" in lines[n - 1] for n in (2, 3))
+
+
+def test_members_with_another_dot_in_their_names_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = {"a.txt": b"one", "dr. who.txt": b"two", "b.json": b"{}", "._a.txt": b"of macOS"}
+    path = write_files(tmp_path, {"x.tar": tar(members)}) / "x.tar"
+    tokens(find_members(find_files(path), "text", "text"), BytesCodec(), tmp_path / "out", validation_fraction=0)
+    assert (tmp_path / "out" / "train.bin").read_bytes() == b"\0one"
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "skipped 1 rows:" and "dr. who.txt has the ending '. who.txt', which begins at" in second
 
 
 WHOLE = tar({f"{number}.txt": b"x" * 2000 for number in range(9)})

@@ -112,6 +112,9 @@ def test_compressed_files_are_read_like_plain_ones(tmp_path, size):
     half = zstandard.compress(data[: size // 2]) + zstandard.compress(data[size // 2 :])  # two frames
     forms = {"x": data, "x.gz": gzip.compress(data, 1), "x.bz2": bz2.compress(data), "x.ZST": half}
     forms["x.xz"] = lzma.compress(data, preset=0)
+    forms["two.bz2"] = bz2.compress(data[: size // 2]) + bz2.compress(data[size // 2 :])
+    first, second = (lzma.compress(part, preset=0) for part in (data[: size // 2], data[size // 2 :]))
+    forms["padded.xz"] = first + bytes(8) + second + bytes(4)
     for source in find_files(write_files(tmp_path, forms)):
         steps: list[int] = []
         assert b"".join(source.chunks(steps.append)) == data, source.name
@@ -119,11 +122,12 @@ def test_compressed_files_are_read_like_plain_ones(tmp_path, size):
 
 
 @pytest.mark.parametrize("ending", ["gz", "xz", "bz2", "zst"])
-@pytest.mark.parametrize("damage", ["cut", "changed", "not compressed"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "not compressed", "more behind it", "cut behind it"])
 def test_damaged_compressed_files_are_named(tmp_path, ending, damage):
     compress = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": zstandard.compress}[ending]
     data = compress(random.Random(0).randbytes(100_000))
     changed = {"cut": data[:50_000], "changed": data[:5] + b"\xaa" * 90 + data[95:], "not compressed": b"plain" * 99}
+    changed |= {"more behind it": data + b"plain" * 99, "cut behind it": data + data[:50_000]}
     path = write_files(tmp_path, {f"x.{ending}": changed[damage]}) / f"x.{ending}"
     (source,) = find_files(path)
     with pytest.raises(InputError, match=rf"x\.{ending} is damaged"):
@@ -823,7 +827,9 @@ def test_augmented_windows_follow_from_seed_and_index_alone(index, seed):
 # --- groups --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", ["(.*)__", "[^/]*__", r"(piece\d+)"])
+@pytest.mark.parametrize(
+    "pattern", ["(.*)__", "[^/]*__", r"(piece\d+)", r"(of no name)|piece\d+", r"(of no name)|(piece\d+)"]
+)
 def test_performances_of_a_piece_are_on_one_side(tmp_path, pattern):
     contents = {f"data/piece{i}__{player}.txt": f"piece{i} ".encode() * 20 for i in range(9) for player in "abc"}
     sources = find_files(write_files(tmp_path, contents) / "data")

@@ -41,7 +41,9 @@ def embed_verb(argv: list[str]) -> None:
     run = Run.open(args.run)
     model, codec = to_device(run.model()), run.codec()
     with tempfile.TemporaryDirectory(prefix="perceiver-ar-") as scratch:
-        file, files = documents_to_score(run, codec, names(args.paths), Path(scratch), args.conditions)
+        file, files = documents_to_score(
+            run, codec, names(args.paths), Path(scratch), args.conditions, [("--out", Path(args.out))]
+        )
         first, count = file.conditions
         unread = int(codec.document_length is not None)  # the last value of a picture has no position: it is no input
         vectors = []

@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from perceiver_ar.cli.options import add_documents, add_scoring, make_parser, na
 from perceiver_ar.cli.prompts import of_trained, to_device
 from perceiver_ar.config import Recipe
 from perceiver_ar.errors import InputError, require
+from perceiver_ar.files import check_out
 from perceiver_ar.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -72,11 +74,17 @@ def parse_lengths(text: str | None) -> list[int] | None:
 
 
 def documents_to_score(
-    run: "Run", codec: "Codec", paths: tuple[str, ...], scratch: Path, conditions: str | None = None
+    run: "Run",
+    codec: "Codec",
+    paths: tuple[str, ...],
+    scratch: Path,
+    conditions: str | None = None,
+    outs: Iterable[tuple[str, Path]] = (),
 ) -> "tuple[TokenFile, list[str]]":
     """The documents at `paths`, or else those that the run held out, and the file name of each.
 
     conditions: a table of the conditions of files at `paths`.
+    outs: options and the files that they will write: none of them may be read here.
     """
     from perceiver_ar.data.conditions import ConditionTable
     from perceiver_ar.data.modalities import codec_settings
@@ -87,6 +95,8 @@ def documents_to_score(
     if paths:
         recipe = run.recipe() if run.recipe_file.exists() else Recipe(out=str(run.path))
         sources = find_files(paths)
+        for option, out in outs:
+            check_out(out, option, [conditions, *(source.path for source in sources)])
         table = None if conditions is None else ConditionTable.read(conditions)
         sources = sources if table is None else table.without_itself(sources)
         modality = codec_settings(codec.plain)["modality"] if recipe.modality != "bytes" else "bytes"

@@ -116,7 +116,7 @@ def generate_verb(argv: list[str]) -> None:
         out = out.with_name(stem + codec.ending)
     outs = [] if out is None else [out.with_stem(numbered(out.stem, i + 1, samples)) for i in range(samples)]
     for one in outs:
-        check_out(one, "--out", prompt_file=args.prompt_file)
+        check_out(one, "--out", [args.prompt_file])
     stop = stop_bytes(codec, args.stop)
     steps = partial(
         stream,

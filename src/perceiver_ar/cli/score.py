@@ -39,13 +39,17 @@ def score_verb(argv: list[str]) -> None:
     add_scoring(parser)
     args = parse(parser, argv)
     require(not args.tokens or args.out is not None, "--tokens writes a table beside --out: give --out, too")
+    outs = list[tuple[str, Path]]()
     if args.picture is not None:
         require(Path(args.picture).suffix.lower() == ".png", f"--picture is {args.picture}: its name must end in .png")
-        check_out(args.picture, "--picture")
+        outs.append(("--picture", Path(args.picture)))
     if args.out is not None:
         check_table(args.out, "--out")
+        outs.append(("--out", Path(args.out)))
         if args.tokens:
-            check_out(tokens_table(Path(args.out)), "--out")
+            outs.append(("--tokens", tokens_table(Path(args.out))))
+    for option, out in outs:
+        check_out(out, option)
 
     from perceiver_ar.run import Run
     from perceiver_ar.scores import TOKEN_COLUMNS, DocumentScores, compare, score_documents
@@ -63,7 +67,7 @@ def score_verb(argv: list[str]) -> None:
             """By the model of `one`, of the files or else of what `run` held out."""
             model, codec = to_device(one.model()), one.codec()
             table = args.conditions if one in conditioned or not conditioned else None
-            file, files = documents_to_score(run, codec, paths, folder, table)
+            file, files = documents_to_score(run, codec, paths, folder, table, outs)
             with ProgressBar("scoring", 1.0) as bar:
                 settings = options | {"progress": lambda done, total: bar.update(done / total)}
                 return score_documents(model, codec, file, files, **settings)

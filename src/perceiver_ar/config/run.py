@@ -35,7 +35,8 @@ class DataConfig:
     """Bytes of text to take from each dataset of the Hugging Face Hub (hf://datasets/OWNER/NAME). None: all of it."""
     group_by: str | None = None
     """Regular expression for file names: files with the same match are held out together, or not at all. '(.*)__' keeps
-    all performances of Piece__Performer.mid together, '(.*)/' all files of a folder. None: every file is separate."""
+    all performances of Piece__Performer.mid together, '(.*)/' all files of a folder. With several groups in it, the
+    first that takes part counts. None: every file is separate."""
     conditions: str | None = None
     """A table (.csv, .tsv, .jsonl, .parquet) with a column `file` (relative to the table's folder); its other columns,
     such as composer, become tokens in front of each document, which generate --condition composer=bach chooses."""

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.rows import read_rows
-from perceiver_ar.data.sources import Source
+from perceiver_ar.data.sources import Source, file_beside
 from perceiver_ar.errors import InputError, require
 
 FILE = "file"
@@ -196,9 +196,8 @@ class ConditionTable:
             require(FILE in row, f"{where} has no column {FILE!r}: name each document's file there")
             cells = {column: _cell(value, f"{where} column {column!r}") for column, value in row.items()}
             name = cells.pop(FILE)
-            require("\0" not in name, f"{where} names a file with a NUL character in its name: write it again")
             require(name != "", f"{where} names no file: fill in the column {FILE!r}, or remove the row")
-            real = os.path.realpath(Path(path).parent / name)
+            real = file_beside(path, name, where)
             require(real not in rows, f"{where} names {name} again, as row {rows.get(real)} does: keep one of them")
             for column in cells:
                 require(

@@ -120,7 +120,7 @@ def read_bed(source: Source) -> dict[str, list[tuple[int, int]]]:
     regions: dict[str, list[tuple[int, int]]] = {}
     for number, line in enumerate(b"".join(source.chunks()).decode(errors="replace").splitlines(), 1):
         fields = line.split()
-        if not fields or line.startswith(("#", "track", "browser")):
+        if not fields or line.startswith("#") or fields[0] in ("track", "browser"):
             continue
         try:
             start, end = map(int, fields[1:3]) if len(fields) > 1 else (0, sys.maxsize)

@@ -7,6 +7,7 @@ there and gives the same rows.
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -68,11 +69,11 @@ def _download(path: str, folder: Path, column: str, max_bytes: int | None, seed:
             while stream is not None and not state["ended"]:
                 bar.update(state["bytes"])
                 part, texts, size = state["parts"], list[str](), state["bytes"]
-                read, lacking = 0, dict[str, None]()
+                read, lacking, without = 0, dict[str, None](), 0
                 for read, row in enumerate(islice(stream_rows, rows), 1):
                     text = field_of(row, column)
                     if text is MISSING:
-                        lacking |= dict.fromkeys(row)
+                        lacking, without = lacking | dict.fromkeys(row), without + 1
                         if part or texts or read < ROWS_TO_SEARCH:
                             continue
                         break
@@ -84,6 +85,8 @@ def _download(path: str, folder: Path, column: str, max_bytes: int | None, seed:
                         break
                 if lacking and not (part or texts):
                     _no_column(path, column, lacking)
+                if without:
+                    print(f"skipped {without:,} rows of {path} without the column {column!r}", file=sys.stderr)
                 order = np.random.default_rng([part, seed & (1 << 64) - 1]).permutation(len(texts))
                 lines = [json.dumps({column: texts[index]}) + "\n" for index in order]
                 if lines:

@@ -1,6 +1,7 @@
 """Pictures as ids, pixel by pixel in raster order, all of one size."""
 
 import io
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -116,6 +117,11 @@ def _white(image: Image.Image) -> float | None:
     raise ValueError(f"values from {low:g} to {high:g} do not fit black at 0 and white at 1, 255 or 65,535")
 
 
+def folder_of(name: str) -> str:
+    """The folder of a picture by its file's name (of a link: where the link lies); empty if `name` names no file."""
+    return Path(os.path.abspath(name)).parent.name if os.path.dirname(name) or os.path.exists(name) else ""
+
+
 class ImageCodec(Codec):
     """Every document is one picture: a start id, then rows x columns x channels values.
 
@@ -159,9 +165,9 @@ class ImageCodec(Codec):
         return np.append(self.num_values, values.reshape(-1)).astype(self.dtype)
 
     def encode_stream(self, chunks: Iterable[bytes], where: str) -> Iterator[np.ndarray]:
-        """The class is the folder in the file name `where`, if that is one of `classes`."""
+        """The class is the folder of the file `where`, if that is one of `classes`."""
         for ids in super().encode_stream(chunks, where):
-            if (folder := Path(where).parent.name) in self.classes:
+            if (folder := folder_of(where)) in self.classes:
                 ids[0] = self.num_values + 1 + self.classes.index(folder)
             yield ids
 

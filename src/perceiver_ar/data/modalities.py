@@ -7,14 +7,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from perceiver_ar.config import DataConfig
 from perceiver_ar.data.codec import Codec
-from perceiver_ar.data.sources import Source, read_text
+from perceiver_ar.data.sources import Source, file_beside, read_text
 from perceiver_ar.data.tars import TAR, Members, extension, read_tar
-from perceiver_ar.data.text import BytesCodec, TokenizerCodec, train_bpe
+from perceiver_ar.data.text import BytesCodec, TokenizerCodec, column_separator, train_bpe
 from perceiver_ar.errors import InputError
 
 ENDINGS = {
@@ -120,7 +119,7 @@ def make_codec(modality: str, data: DataConfig, sources: Sequence[Source]) -> Co
             return RemiPlusCodec()
         return PerformanceCodec() if data.midi_tokens == "performance" else MidiTokCodec(data.midi_tokens)
     if modality == "image":
-        from perceiver_ar.data.image import ImageCodec, choose_palette
+        from perceiver_ar.data.image import ImageCodec, choose_palette, folder_of
 
         rows, columns = data.image_size
         tar = next((source.name for source in sources if isinstance(source, Members)), None)
@@ -130,7 +129,7 @@ def make_codec(modality: str, data: DataConfig, sources: Sequence[Source]) -> Co
         if data.image_colours == "palette":
             palette = choose_palette(sources, rows, columns, data.palette_size)
         pictures = [source for source in sources if _kind(source) == "image"] if data.classes else []
-        classes = sorted({Path(os.path.realpath(source.path)).parent.name for source in pictures})
+        classes = sorted({folder_of(source.name) for source in pictures})
         return ImageCodec(rows, columns, data.image_colours, palette, classes)
     if modality == "audio":
         from perceiver_ar.data.audio import WEIGHTS, MuLawCodec, NeuralCodec
@@ -190,20 +189,26 @@ def official_split(sources: Sequence[Source]) -> tuple[list[Source], list[Source
     """Training files, validation files and a message about them, if `sources` contain a table of the split; else None.
 
     The table is a .csv file with columns `split` (train, validation, test) and `midi_filename` or `audio_filename`,
-    relative to its folder, as in MAESTRO (Hawthorne et al. 2019). Files of other splits are left out.
+    relative to its folder, as in MAESTRO (Hawthorne et al. 2019). Capitals and the separator of columns do not matter.
+    Files of other splits are left out.
+
+    Raises `InputError` for a row that names a file as no file can be named.
     """
     for table in (source for source in sources if source.path.suffix.lower() == ".csv"):
         try:
             with open(table.path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
-                rows = list(csv.DictReader(file))
+                reader = csv.DictReader(file, delimiter=column_separator(file.readline()))
+                file.seek(0)
+                reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+                rows = list(reader)
         except (OSError, UnicodeDecodeError, csv.Error):
             continue
         columns = {"midi_filename", "audio_filename"} & set(rows[0] if rows else ())
         if not columns or "split" not in rows[0]:
             continue
         split_of = {
-            os.path.realpath(Path(table.path).parent / row[column]): row["split"]
-            for row in rows
+            file_beside(table.path, row[column], f"{table.name}, row {number},"): (row["split"] or "").strip().lower()
+            for number, row in enumerate(rows, 1)
             for column in columns
             if row[column]
         }

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 from perceiver_ar.data.codec import WrongModality, importing
 from perceiver_ar.data.genome import find_records
 from perceiver_ar.data.modalities import NOTES, find_members
-from perceiver_ar.data.sources import Source, find_files, split_documents
-from perceiver_ar.data.text import decode_utf8, text_only
+from perceiver_ar.data.sources import Source, find_files, refused, split_documents
+from perceiver_ar.data.text import column_separator, decode_utf8, text_only
 from perceiver_ar.errors import InputError
 
 TABLE = re.compile(r".+\.(?:(parquet|arrow)|(jsonl|ndjson|csv|tsv)(?:\.(?:gz|xz|bz2|zst))?)", re.IGNORECASE)
@@ -46,31 +46,38 @@ class Rows(Source):
 
         Raises `InputError` if there is no such column, if it does not hold text, or as `chunks` does.
         """
-        columns, found = dict[str, None](), False
+        columns, lacking, found = dict[str, None](), list[str](), False
         for number, row in enumerate(self._rows(advance), 1):
             where = f"{self.name}, row {number},"
             if isinstance(row, str):
-                yield where, _refused(WrongModality(f"{where} {row}"))
+                yield where, refused(WrongModality(f"{where} {row}"))
                 continue
             value = field_of(row, self.column)
-            if not found and value is MISSING:
-                columns |= dict.fromkeys(row)
-                if number == ROWS_TO_SEARCH:
-                    break
             if value is MISSING:
+                lacking += [where] if row else []  # an empty row is an empty document
+                columns |= {} if found else dict.fromkeys(row)
+                if not found and number >= ROWS_TO_SEARCH:
+                    break
                 continue
             found = True
+            yield from self._without_column(lacking)
+            lacking.clear()
             if isinstance(value, dict):
                 fields = ", ".join(f"{self.column}.{name}" for name in value)
                 raise InputError(f"{where} has fields in column {self.column!r}; set data.column to one of {fields}")
             if not isinstance(value, str | None):
                 reason = f"has {value!r:.40} in column {self.column!r}, not text; set data.column"
-                yield where, _refused(WrongModality(f"{where} {reason}"))
+                yield where, refused(WrongModality(f"{where} {reason}"))
                 continue
             for document in split_documents([(value or "").encode(errors="surrogatepass")], separator):
                 yield where, document
         if columns and not found:
             raise self._no_column(columns)
+        yield from self._without_column(lacking)
+
+    def _without_column(self, rows: Iterable[str]) -> Iterator[tuple[str, Iterator[bytes]]]:
+        for where in rows:
+            yield where, refused(WrongModality(f"{where} has no column {self.column!r}"))
 
     def _no_column(self, columns: Iterable[str]) -> InputError:
         known = ", ".join(columns)
@@ -108,7 +115,7 @@ class Rows(Source):
         """The rows of a .csv or .tsv file. Its first line names the columns."""
         csv.field_size_limit(2**31 - 1)  # texts are long
         first = next(filter(str.strip, lines), "")
-        delimiter = "\t" if reader == "tsv" else max(",;\t|", key=first.count)
+        delimiter = "\t" if reader == "tsv" else column_separator(first)
         try:
             (header,) = csv.reader([first], delimiter=delimiter)
             wanted = {self.column} if self.column else {*header} - {""}
@@ -128,6 +135,8 @@ class Rows(Source):
         from datasets import load_dataset
         from pyarrow.dataset import ParquetFragmentScanOptions
 
+        if "::" in os.path.abspath(self.path):
+            raise InputError(f"{self.name} has :: in its path, which the package datasets cannot read: rename it")
         path = glob.escape(os.path.abspath(self.path))  # datasets treats names as patterns
         # pre_buffer keeps what it reads until the file ends, so memory would grow with the file. The default batch_size
         # is the number of rows in the first row group, which may be 0.
@@ -171,12 +180,6 @@ def field_of(row: Any, column: str) -> Any:
 
 
 NUL = "is damaged (it holds NUL)"
-
-
-def _refused(error: WrongModality) -> Iterator[bytes]:
-    """A document that raises `error` when it is read."""
-    yield from ()
-    raise error
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -72,7 +72,7 @@ class Source:
         read = 0
         try:
             with open(self.path, "rb") as raw:
-                for chunk in _decompressed(raw, self.path.suffix.lower(), self.name):
+                for chunk in filter(None, _decompressed(raw, self.path.suffix.lower(), self.name)):
                     yield chunk
                     advance(raw.tell() - read)
                     read = raw.tell()
@@ -105,13 +105,40 @@ def _permission_denied(name: str | os.PathLike[str]) -> InputError:
 
 def _decompressed(raw: IO[bytes], suffix: str, name: str) -> Iterator[bytes]:
     """The content of an open file, decompressed by its `suffix`."""
-    if suffix == ".zst":
+    if suffix == ".xz":
+        yield from _streams(raw, lzma.LZMADecompressor, padding=b"\0")
+    elif suffix == ".bz2":
+        yield from _streams(raw, bz2.BZ2Decompressor)
+    elif suffix == ".zst":
         yield from _zstd_chunks(raw, name)
-        return
-    openers: dict[str, Any] = {".gz": gzip.open, ".tgz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    file = openers[suffix](raw) if suffix in openers else raw
-    while chunk := file.read(CHUNK):
-        yield chunk
+    else:
+        file = gzip.GzipFile(fileobj=raw) if suffix in (".gz", ".tgz") else raw
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def _streams(
+    raw: IO[bytes], begin: Callable[[], Any], padding: bytes = b"", limit: tuple[int, ...] = (CHUNK,)
+) -> Iterator[bytes]:
+    """The content of a compressed file: streams, one after the other, with bytes of `padding` between them.
+
+    The packages' own readers take damage, padding or a cut behind the first stream for the end of the file.
+
+    begin: makes a decompressor of one stream.
+    limit: what its `decompress` takes beside the data: the most bytes to return at once.
+
+    Raises EOFError if the file ends within a stream, and what the decompressor raises.
+    """
+    stream = begin()
+    while data := raw.read(1 << 14):
+        while data := data if stream else data.lstrip(padding):
+            stream = stream or begin()
+            yield stream.decompress(data, *limit)
+            while not stream.eof and not getattr(stream, "needs_input", True):
+                yield stream.decompress(b"", *limit)
+            data, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+    if stream is not None:
+        raise EOFError("it ends in the middle")
 
 
 def _zstd_chunks(raw: IO[bytes], name: str) -> Iterator[bytes]:
@@ -119,21 +146,11 @@ def _zstd_chunks(raw: IO[bytes], name: str) -> Iterator[bytes]:
         import zstandard
     except ImportError:
         raise InputError(f"reading {name} needs the package zstandard: pip install zstandard") from None
-    # The package's own reader does not report a cut file, so frames are followed here.
-    frame = None
-    while data := raw.read(1 << 14):
-        while data:
-            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            try:
-                content = frame.decompress(data)
-            except zstandard.ZstdError as error:
-                raise OSError(error) from None  # without a number, as gzip and bz2 raise it
-            if content:
-                yield content
-            data = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("it ends in the middle")
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    try:
+        yield from _streams(raw, decompressor.decompressobj, limit=())
+    except zstandard.ZstdError as error:
+        raise OSError(error) from None  # without a number, as gzip and bz2 raise it
 
 
 def find_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Source]:
@@ -244,6 +261,25 @@ def split_documents(chunks: Iterable[bytes], separator: bytes | None) -> Iterato
 
     while not at_end:
         yield document()
+
+
+def refused(error: WrongModality) -> Iterator[bytes]:
+    """A document that raises `error` when it is read."""
+    yield from ()
+    raise error
+
+
+def file_beside(table: str | os.PathLike[str], name: str, where: str) -> str:
+    """The real path of the file that a table names, relative to its own folder.
+
+    Raises `InputError`, which begins with `where`, if no file can have this name.
+    """
+    try:
+        name_bytes = os.fsencode(name)
+    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
+        name_bytes = b"\0"
+    require(b"\0" not in name_bytes, f"{where} names a file {name!r:.60}, as no file can be named: write it again")
+    return os.path.realpath(Path(table).parent / name)
 
 
 def _at(path: str) -> list[Source]:

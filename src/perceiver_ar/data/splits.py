@@ -14,6 +14,8 @@ from perceiver_ar.errors import InputError
 def document_groups(sources: Sequence[Source], pattern: str) -> list[int]:
     """The group number of each source, by the match of `pattern` in its name; without a match a group of its own.
 
+    The match is the first group of the pattern that takes part in it, or else all of it.
+
     Raises `InputError` if the pattern matches no name.
     """
     if not sources:
@@ -23,7 +25,9 @@ def document_groups(sources: Sequence[Source], pattern: str) -> list[int]:
     for source in sources:
         match = re.search(pattern, source.name)
         found = found or match is not None
-        key = f"/{match[1 if match.re.groups else 0]}" if match else source.name + "\0"
+        key = source.name + "\0"
+        if match is not None:
+            key = "/" + next((group for group in match.groups() if group is not None), match[0])
         groups.append(keys.setdefault(key, len(keys)))
     if not found:
         raise InputError(

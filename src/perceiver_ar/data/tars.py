@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from perceiver_ar.data.codec import WrongModality
-from perceiver_ar.data.sources import Source, split_documents
+from perceiver_ar.data.sources import Source, refused, split_documents
 from perceiver_ar.data.text import text_only
 from perceiver_ar.errors import InputError
 
@@ -44,6 +44,9 @@ class Members(Source):
             where, ending = f"{self.name}/{name}", extension(name)
             seen[ending or name] = None
             if ending not in self.endings:
+                if ending.endswith(self.endings):
+                    reason = f"has the ending {ending!r}, which begins at the first dot: take other dots from its name"
+                    yield where, refused(WrongModality(f"{where} {reason}"))
                 continue
             found = True
             content = self._text(data, where) if text or self.field else iter([data])

@@ -314,6 +314,11 @@ def text_only(chunks: Iterable[bytes], where: str, allow_nul: bool = False) -> I
             yield chunk
 
 
+def column_separator(header: str) -> str:
+    """The character between the columns of a .csv file, by its first line."""
+    return max(",;\t|", key=header.count)
+
+
 def text_pieces(chunks: Iterable[bytes], where: str, size: int = PIECE) -> Iterator[str]:
     """One document's bytes -> text in pieces of `size` characters or less, cut at line ends if possible."""
     rest = ""
