@@ -588,6 +588,9 @@ def test_resuming_refuses_other_paths_in_a_file(run: Path, tmp_path: Path, capsy
     args = ["train", "--config", str(tmp_path / "mine.yaml"), "--out", str(run), "--resume", "--max_steps=62"]
     assert main(args) == 2
     assert "elsewhere" in capsys.readouterr().err
+    (tmp_path / "mine.yaml").write_text("preset: laptop\n")
+    assert main(args) == 2
+    assert "so preset in " + str(tmp_path / "mine.yaml") + " changes nothing" in capsys.readouterr().err
 
 
 def test_a_prompt_file_is_not_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

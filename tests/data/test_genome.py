@@ -95,6 +95,13 @@ def test_records_are_documents_without_headers_and_line_ends(tmp_path: Path) -> 
     assert train == [b"ACGTAC", b"GGTT", b"A", b"CCTT", b"G", b"TT", b"CC", b"ACGTA", b"GG"]
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_lines_may_end_as_in_any_system(tmp_path: Path, end: bytes) -> None:
+    files = {"a.fa": b">one\nACGT\nac\n\n>two\nGG\n", "b.fq": b"@r1 x\nACGTA\n+\n@>@II\n@r2\nGG\n+\n!!\n"}
+    train, _ = prepared(tmp_path, {name: data.replace(b"\n", end) for name, data in files.items()})
+    assert train == [b"ACGTAC", b"GG", b"ACGTA", b"GG"]
+
+
 def test_a_long_record_in_one_line_is_one_document(tmp_path: Path) -> None:
     bases = bytes(np.random.default_rng(0).choice(list(b"ACGT"), 3 << 20).astype(np.uint8))
     train, _ = prepared(tmp_path, {"a.fa": b">x\n" + bases})

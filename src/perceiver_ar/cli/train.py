@@ -20,6 +20,8 @@ SHOWN = (
 )
 """The options in `--help`: enough for most runs."""
 
+SAME_MODEL = "--resume goes on with the same model"
+
 
 def train_verb(argv: list[str]) -> None:
     parser = make_parser(
@@ -62,19 +64,19 @@ def train_verb(argv: list[str]) -> None:
         from perceiver_ar.run import Run
 
         require(given.out is not None, "--resume needs the run to go on with: give --out RUN")
-        for name, unchanged in (("preset", "the same model"), ("init_from", "the run's own weights")):
+        for name, reason in (("preset", SAME_MODEL), ("init_from", "--resume goes on with the run's own weights")):
             if getattr(given, name) is not None:
-                raise InputError(f"--resume goes on with {unchanged}, so --{name} changes nothing: leave it out")
+                raise InputError(f"{reason}, so --{name} changes nothing: leave it out")
         run = Run.open(os.path.expanduser(given.out))
         run.recipe()  # raises a clear InputError if it is unusable
         argv = ["--config", str(run.recipe_file), *argv]
         from_files |= run.recipe_dict()
     for config_file in filter(None, given.config):
         found = settings_in(Path(os.path.expanduser(config_file)))
-        if not resuming:
-            from_files |= found
-        elif "paths" in found:  # the run's recipe has the rest
-            from_files["paths"] = found["paths"]
+        if resuming:  # the run's recipe has the rest
+            require(found.get("preset") is None, f"{SAME_MODEL}, so preset in {config_file} changes nothing: remove it")
+            found = {"paths": found["paths"]} if "paths" in found else {}
+        from_files |= found
     for group, before in BEFORE.items():
         if resuming or names_all(group, from_files.get(group)):
             parser.set_defaults({f"{group}.{name}": value for name, value in before.items()})

@@ -170,7 +170,7 @@ def _cut(chunks: Iterator[bytes], spans: Iterable[tuple[int, int]]) -> Iterator[
 def _fasta(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[bytes]]]:
     """Pairs of a record's name (the first word of its header) and its sequence, without white space. The first chunk
     begins with ">"."""
-    for document in split_documents(chunks, b"\n>"):
+    for document in split_documents(_with_line_feeds(chunks), b"\n>"):
         header = b""
         for chunk in document:
             header += chunk
@@ -183,13 +183,22 @@ def _fasta(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[
 
 def _fastq(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[bytes]]]:
     """Pairs of a read's name and its sequence; qualities are left out. A record has four lines."""
-    lines = (b"".join(line).rstrip(b"\r") for line in split_documents(chunks, b"\n"))
+    lines = (b"".join(line).rstrip(b"\r") for line in split_documents(_with_line_feeds(chunks), b"\n"))
     for header in filter(None, lines):
         sequence, plus, quality = next(lines, b""), next(lines, b""), next(lines, b"")
         name = _name(header[1:])
         if header[:1] != b"@" or plus[:1] != b"+" or len(quality) != len(sequence):
             raise InputError(f"{where}, record {name}, is damaged, or not of four lines; write it again")
         yield name, iter([sequence] if sequence else [])
+
+
+def _with_line_feeds(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same file, with LF at the end of lines if they end in CR alone, as some tools write them."""
+    chunks = iter(chunks)
+    first = next(chunks, b"")
+    without = b"\r" in first[:-1] and b"\n" not in first
+    for chunk in chain([first], chunks):
+        yield chunk.replace(b"\r", b"\n") if without else chunk
 
 
 def _name(header: bytes) -> str:
