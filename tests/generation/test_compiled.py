@@ -1,6 +1,7 @@
 """Compiled steps give what the network gives, for any model, of any shape, and after its weights have changed."""
 
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.generation import compiled, generate, stream
+from perceiver_ar.generation.decoder import Decoder
 from perceiver_ar.network.model import PerceiverAR
 
 
@@ -45,6 +47,35 @@ def test_any_number_of_shapes_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(
             generate(model, prompt, 3, temperature=0.0, compile=True), generate(model, prompt, 3, temperature=0.0)
         )
+    compiled._shared_step.cache_clear()
+
+
+def test_streams_after_one_another_have_the_same_cache_and_others_have_none_in_common(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CUDA graphs are recorded for the addresses of a cache."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled._shared_step.cache_clear()
+    model, caches = tiny(), list[set[int]]()
+    next_logits = Decoder.next_logits
+
+    def noted(decoder: Decoder) -> Tensor:
+        caches.append({x.data_ptr() for x in chain(*decoder.cache.cross.layers, *decoder.cache.self_attention.layers)})
+        return next_logits(decoder)
+
+    monkeypatch.setattr(Decoder, "next_logits", noted)
+    options: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0.0, "num_samples": 2}
+    prompts = [torch.arange(3), torch.arange(5) + 4, torch.arange(9)]
+    plain, fast = ([generate(model, ids, **options, compile=compile) for ids in prompts] for compile in (False, True))
+    assert all(map(torch.equal, plain, fast))
+    assert all(cache == caches[-1] for cache in caches[-27:])
+    caches.clear()
+    steps = zip(*(stream(model, ids, **options, compile=True) for ids in prompts), strict=True)
+    together = [
+        torch.stack(tokens, dim=1) for tokens in zip(*([x.tokens for x in step] for step in steps), strict=True)
+    ]
+    assert all(map(torch.equal, plain, together))
+    assert len(set.union(*caches)) == 3 * len(caches[0])
     compiled._shared_step.cache_clear()
 
 

@@ -131,7 +131,7 @@ class KeysValues:
 
         Call `aim` before each step.
         """
-        if not self.layers:
+        if not self.layers or self._fixed is not None:
             return
         device, B = self.layers[0][0].device, len(self.counts)
         slots = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)

@@ -7,6 +7,7 @@ Rows do not depend on each other, so a row gets the same tokens alone and in any
 Shapes: B rows, T tokens of a row so far, V vocabulary.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -45,15 +46,21 @@ class Decoder:
             longest = 2 ** (longest - 1).bit_length()
         context = min(longest_context(model.config), longest)
         self.model, self.reach = model, reach(model.config)
-        self.rows = list(rows[::num_samples])
-        self.cache = empty_cache(model, len(self.rows), context)
-        self._refill()
+        self.cache = fixed_cache(self, len(rows), context) if compile else empty_cache(model, len(rows), context)
         if num_samples > 1:
-            self.cache = self.cache.select([r // num_samples for r in range(len(rows))])
-            for row in rows:
-                row.window = replace(row.window, refill=False)
+            self._read_once(rows, num_samples, context)
         self.rows = list(rows)
         self._compile(compile, len(rows))
+
+    def _read_once(self, rows: Sequence[Row], num_samples: int, context: int) -> None:
+        """Reads each prompt for all of its rows."""
+        cache, self.rows = self.cache, list(rows[::num_samples])
+        self.cache = empty_cache(self.model, len(self.rows), context)
+        self._refill()
+        for slot, row in enumerate(rows):
+            cache.copy_from(self.cache, slot // num_samples, slot)
+            row.window = replace(row.window, refill=False)
+        self.cache = cache
 
     def _compile(self, compile: bool | Literal["max-autotune"], slots: int) -> None:
         """Prepares compiled steps, if wanted, for `slots` rows over the present cache."""
@@ -185,6 +192,28 @@ def empty_cache(model: PerceiverAR, rows: int, context: int) -> Cache:
     """A cache of the dtype in which the model computes: that of its weights, or of autocast."""
     dtype = product_dtype(model.embed.weight.dtype, model.device)
     return Cache.empty(model.config, rows, context, dtype, model.device)
+
+
+def fixed_cache(decoder: Decoder, rows: int, context: int) -> Cache:
+    """An empty cache of fixed shapes, for `decoder` alone: if possible that of the last decoder of the same model.
+
+    CUDA graphs are recorded for addresses, and torch stops recording after 128 of them.
+    """
+    model = decoder.model
+    size = rows, context, product_dtype(model.embed.weight.dtype, model.device), model.device
+    last, cache = _unused.pop(model, (None, None))
+    if cache is not None and last == size:
+        for row in range(rows):
+            cache.erase(row)
+    else:
+        cache = empty_cache(model, rows, context)
+        cache.fix()
+    weakref.finalize(decoder, _unused.__setitem__, model, (size, cache)).atexit = False
+    return cache
+
+
+_unused = weakref.WeakKeyDictionary[PerceiverAR, tuple[Any, Cache]]()
+"""The fixed cache of the last compiled stream of each model, with its size."""
 
 
 class Recomputing:

@@ -101,6 +101,7 @@ def stream(
         compile: run the step under `torch.compile`, on CUDA as CUDA graphs. Compiling takes half a minute, for each
             model, number of rows and size of the cache (a power of two); then every token is faster. On a CPU it needs
             a C++ compiler. (Every step reads the whole cache, so a long context that is still growing gains nothing.)
+            The cache stays in memory with the model, for the next stream.
             "max-autotune", a mode of torch: kernels are benchmarked on this machine, which takes a minute and pays
             from some ten thousand tokens on. On a CPU it also holds another copy of the weights, in the kernels'
             layout, for each number of rows and size of the cache; the weights must not change during a stream, and if
