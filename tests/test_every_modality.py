@@ -197,6 +197,13 @@ def test_generation_writes_files_and_every_id_is_allowed(
             assert np.load(path).max() < 40
         else:
             assert path.stat().st_size > 0
+    for name in modality.results:
+        mine = tmp_path / name
+        mine.write_bytes(prompt.read_bytes())
+        says = f"--out {mine} is among the files that are read: name another file"
+        words = ("generate", run, "--prompt_file", mine, *keep, *options, "--out", tmp_path / "new")
+        assert_refused(capsys, *words, says=says)
+        assert mine.read_bytes() == prompt.read_bytes()
 
 
 @pytest.mark.parametrize("trained", ["rgb", "palette", "neural"], indirect=True)

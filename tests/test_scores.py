@@ -231,7 +231,7 @@ def test_bad_input_is_refused(tmp_path: Path, texts: Path, capsys: pytest.Captur
     assert_refused(capsys, *words, "--picture", "s.jpg", says="--picture is s.jpg: its name must end in .png")
     assert_refused(capsys, *words, "--against", tmp_path / "no", says="no such run")
     assert_refused(capsys, "score", run, says="held nothing out")
-    read = "is read, too, and would be overwritten: name another file"
+    read = "is among the files that are read: name another file"
     out, tokens, picture = (texts / name for name in ("a.csv", "b-tokens.csv", "c.png"))
     for path in (out, tokens, picture):
         path.write_bytes(b"mine")

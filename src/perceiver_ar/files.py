@@ -25,7 +25,7 @@ def check_out(path: str | os.PathLike[str], option: str, inputs: Iterable[str | 
         return
     for file in inputs if os.path.exists(path) else ():
         same = file is not None and os.path.exists(file) and os.path.samefile(path, file)
-        require(not same, f"{option} {path} is read, too, and would be overwritten: name another file")
+        require(not same, f"{option} {path} is among the files that are read: name another file")
     folder = os.path.dirname(os.path.realpath(path))
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)

@@ -16,7 +16,7 @@ from perceiver_ar import Run
 from perceiver_ar.cli import main
 from perceiver_ar.data.codec import WrongModality
 from perceiver_ar.data.codec_file import load_codec, save_codec
-from perceiver_ar.data.genome import NucleotideCodec, find_records, merged
+from perceiver_ar.data.genome import NucleotideCodec, _with_line_feeds, find_records, merged
 from perceiver_ar.data.sources import find_files
 from perceiver_ar.data.tokens import TokenFile, prepare
 from perceiver_ar.errors import InputError
@@ -100,6 +100,12 @@ def test_lines_may_end_as_in_any_system(tmp_path: Path, end: bytes) -> None:
     files = {"a.fa": b">one\nACGT\nac\n\n>two\nGG\n", "b.fq": b"@r1 x\nACGTA\n+\n@>@II\n@r2\nGG\n+\n!!\n"}
     train, _ = prepared(tmp_path, {name: data.replace(b"\n", end) for name, data in files.items()})
     assert train == [b"ACGTAC", b"GG", b"ACGTA", b"GG"]
+
+
+@given(data=st.lists(st.sampled_from([b"\r", b"\n", b"A"])).map(b"".join), cut=st.integers(1, 4))
+def test_ends_of_lines_are_found_wherever_a_chunk_ends(data: bytes, cut: int) -> None:
+    chunks = [data[start : start + cut] for start in range(0, len(data), cut)]
+    assert b"".join(_with_line_feeds(chunks)) == data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def test_a_long_record_in_one_line_is_one_document(tmp_path: Path) -> None:

@@ -318,7 +318,8 @@ def test_a_row_without_text_in_the_column_is_skipped_and_named(
 def test_rows_without_the_column_are_skipped_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.jsonl").write_text('{"id": 1}\n{}\n{"text": "one"}\n{"id": 4}\n{"text": null}\n{"text": "six"}\n')
     (tmp_path / "x.csv").write_text("id,text\n1\n\n2,one\n3,six\n4\n")
-    for name, numbers in (("x.jsonl", (1, 4)), ("x.csv", (1, 5))):
+    (tmp_path / "blank.csv").write_text("id,text\n" + 1000 * "\n" + "1\n2,one\n3,six\n4\n")
+    for name, numbers in (("x.jsonl", (1, 4)), ("x.csv", (1, 5)), ("blank.csv", (1001, 1004))):
         train, _ = tokens(tmp_path / name, tmp_path / "out", validation_fraction=0)
         assert train is not None and TEXT.decode(train.tokens) == b"onesix"
         first, *lines = capsys.readouterr().err.splitlines()

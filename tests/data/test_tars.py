@@ -132,12 +132,12 @@ def test_members_that_cannot_be_read_are_skipped_and_named(tmp_path: Path, capsy
 
 
 def test_members_with_another_dot_in_their_names_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    members = {"a.txt": b"one", "dr. who.txt": b"two", "b.json": b"{}", "._a.txt": b"of macOS"}
+    members = {"a.txt": b"one", "a.b.txt": b"of a", "dr. who.txt": b"two", "b.json": b"{}", "._a.txt": b"of macOS"}
     path = write_files(tmp_path, {"x.tar": tar(members)}) / "x.tar"
     tokens(find_members(find_files(path), "text", "text"), BytesCodec(), tmp_path / "out", validation_fraction=0)
     assert (tmp_path / "out" / "train.bin").read_bytes() == b"\0one"
     first, second, *_ = capsys.readouterr().err.splitlines()
-    assert first == "skipped 1 rows:" and "dr. who.txt has the ending '. who.txt', which begins at" in second
+    assert first == "skipped 1 rows:" and "dr. who.txt is no document: its name ends, from the first dot on" in second
 
 
 WHOLE = tar({f"{number}.txt": b"x" * 2000 for number in range(9)})
@@ -156,6 +156,7 @@ WHOLE = tar({f"{number}.txt": b"x" * 2000 for number in range(9)})
         (WHOLE + WHOLE[:700], "x.tar is damaged"),  # in the header of another archive
         (WHOLE + WHOLE[: 512 + 2560], "x.tar is damaged"),  # between its members
         (tar({"1.jpg": b"", "1.json": b"", "2": b""}), "no member that ends in .txt or .text, only .jpg, .json"),
+        (tar({"a.b.txt": b"one"}), "ends in .txt or .text, only .b.txt (from the first dot of a name on); set"),
         (tar({}), "x.tar is empty"),
     ],
 )  # fmt: skip

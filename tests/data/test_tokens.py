@@ -112,7 +112,7 @@ def test_compressed_files_are_read_like_plain_ones(tmp_path, size):
     half = zstandard.compress(data[: size // 2]) + zstandard.compress(data[size // 2 :])  # two frames
     forms = {"x": data, "x.gz": gzip.compress(data, 1), "x.bz2": bz2.compress(data), "x.ZST": half}
     forms["x.xz"] = lzma.compress(data, preset=0)
-    forms["two.bz2"] = bz2.compress(data[: size // 2]) + bz2.compress(data[size // 2 :])
+    forms["two.bz2"] = bz2.compress(data[: size // 2]) + bytes(3) + bz2.compress(data[size // 2 :]) + bytes(2)
     first, second = (lzma.compress(part, preset=0) for part in (data[: size // 2], data[size // 2 :]))
     forms["padded.xz"] = first + bytes(8) + second + bytes(4)
     for source in find_files(write_files(tmp_path, forms)):

@@ -115,6 +115,8 @@ def generate_verb(argv: list[str]) -> None:
         stem = out.stem if out.suffix.lower() == codec.ending else out.name
         out = out.with_name(stem + codec.ending)
     outs = [] if out is None else [out.with_stem(numbered(out.stem, i + 1, samples)) for i in range(samples)]
+    if out is not None and not codec.writes_text:
+        outs = [out.with_name(name) for name in codec.result_names(out.stem, samples)]
     for one in outs:
         check_out(one, "--out", [args.prompt_file])
     stop = stop_bytes(codec, args.stop)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def train_verb(argv: list[str]) -> None:
     for config_file in filter(None, given.config):
         found = settings_in(Path(os.path.expanduser(config_file)))
         if resuming:  # the run's recipe has the rest
-            require(found.get("preset") is None, f"{SAME_MODEL}, so preset in {config_file} changes nothing: remove it")
+            if found.get("preset") is not None:
+                print(f"preset in {config_file} changes nothing: {SAME_MODEL}", file=sys.stderr)
             found = {"paths": found["paths"]} if "paths" in found else {}
         from_files |= found
     for group, before in BEFORE.items():

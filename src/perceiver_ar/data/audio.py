@@ -103,6 +103,10 @@ class AudioCodec(Codec):
             yield f"{name}.wav", wav_bytes(samples, self.sample_rate)
             yield f"{name}.png", png_bytes(spectrogram(samples, self.sample_rate, len(prompt)))
 
+    def result_names(self, stem: str, count: int) -> list[str]:
+        wavs = super().result_names(stem, count)
+        return [*wavs, *(name.removesuffix(".wav") + ".png" for name in wavs), f"{stem}-prompt.wav"]
+
 
 MU = 255
 END = 256

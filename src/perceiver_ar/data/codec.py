@@ -219,8 +219,12 @@ class Codec(ABC):
 
     def results(self, rows: Sequence[np.ndarray], prompt_len: int, stem: str, **_: Any) -> Iterator[tuple[str, bytes]]:
         """Name and content of each file that `show` writes, from its arguments."""
-        for number, ids in enumerate(rows, 1):
-            yield f"{numbered(stem, number, len(rows))}{self.ending}", self.to_file(ids)
+        for name, ids in zip(self.result_names(stem, len(rows)), rows, strict=False):
+            yield name, self.to_file(ids)
+
+    def result_names(self, stem: str, count: int) -> list[str]:
+        """The names that `results` may yield for `count` rows, the rows' own first."""
+        return [f"{numbered(stem, number, count)}{self.ending}" for number in range(1, count + 1)]
 
     def draw_bits(self, ids: np.ndarray, bits: np.ndarray, path: Path) -> None:
         """Draws a document of tokens `ids` (n,) that took `bits` (n,) into the PNG file `path`, shaded by bits.

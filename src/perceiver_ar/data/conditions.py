@@ -158,6 +158,9 @@ class ConditionedCodec(Codec):
     def amounts(self, ids: np.ndarray) -> dict[str, float]:
         return self.plain.amounts(self._documents(ids))
 
+    def result_names(self, stem: str, count: int) -> list[str]:
+        return self.plain.result_names(stem, count)
+
     def show(self, rows: Sequence[np.ndarray], prompt_len: int, *args: Any, **options: Any) -> list[Path]:
         kept = len(self._documents(rows[0][:prompt_len]))
         if options.get("original") is not None:

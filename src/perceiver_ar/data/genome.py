@@ -183,7 +183,7 @@ def _fasta(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[
 
 def _fastq(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[bytes]]]:
     """Pairs of a read's name and its sequence; qualities are left out. A record has four lines."""
-    lines = (b"".join(line).rstrip(b"\r") for line in split_documents(_with_line_feeds(chunks), b"\n"))
+    lines = (b"".join(line) for line in split_documents(_with_line_feeds(chunks), b"\n"))
     for header in filter(None, lines):
         sequence, plus, quality = next(lines, b""), next(lines, b""), next(lines, b"")
         name = _name(header[1:])
@@ -193,12 +193,14 @@ def _fastq(chunks: Iterable[bytes], where: str) -> Iterator[tuple[str, Iterator[
 
 
 def _with_line_feeds(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The same file, with LF at the end of lines if they end in CR alone, as some tools write them."""
-    chunks = iter(chunks)
-    first = next(chunks, b"")
-    without = b"\r" in first[:-1] and b"\n" not in first
-    for chunk in chain([first], chunks):
-        yield chunk.replace(b"\r", b"\n") if without else chunk
+    """The same file with LF at the end of every line, also where it has CR LF or CR alone."""
+    held = b""  # a CR at the end of a chunk, whose LF may follow
+    for chunk in chunks:
+        chunk = held + chunk
+        held = chunk[-1:] if chunk.endswith(b"\r") else b""
+        yield chunk[: len(chunk) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if held:
+        yield b"\n"
 
 
 def _name(header: bytes) -> str:

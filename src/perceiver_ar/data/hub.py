@@ -57,7 +57,7 @@ def find_datasets(
 
 def _download(path: str, folder: Path, column: str, max_bytes: int | None, seed: int, rows: int) -> None:
     state_file = folder / ".state.json"
-    state = {"parts": 0, "bytes": 0, "ended": False, "stream": None}
+    state = {"parts": 0, "bytes": 0, "without column": 0, "ended": False, "stream": None}
     if state_file.exists():
         state = json.loads(state_file.read_text(encoding="utf-8"))
     try:
@@ -69,7 +69,7 @@ def _download(path: str, folder: Path, column: str, max_bytes: int | None, seed:
             while stream is not None and not state["ended"]:
                 bar.update(state["bytes"])
                 part, texts, size = state["parts"], list[str](), state["bytes"]
-                read, lacking, without = 0, dict[str, None](), 0
+                read, lacking, without = 0, dict[str, None](), state.get("without column", 0)
                 for read, row in enumerate(islice(stream_rows, rows), 1):
                     text = field_of(row, column)
                     if text is MISSING:
@@ -85,14 +85,13 @@ def _download(path: str, folder: Path, column: str, max_bytes: int | None, seed:
                         break
                 if lacking and not (part or texts):
                     _no_column(path, column, lacking)
-                if without:
-                    print(f"skipped {without:,} rows of {path} without the column {column!r}", file=sys.stderr)
                 order = np.random.default_rng([part, seed & (1 << 64) - 1]).permutation(len(texts))
                 lines = [json.dumps({column: texts[index]}) + "\n" for index in order]
                 if lines:
                     write_text(folder / f"{part:06}.jsonl", "".join(lines))
                 ended = read < rows or (max_bytes is not None and size >= max_bytes)
-                state = {"parts": part + 1, "bytes": size, "ended": ended, "stream": stream.state_dict()}
+                state = {"parts": part + 1, "bytes": size, "without column": without, "ended": ended}
+                state["stream"] = stream.state_dict()
                 write_text(state_file, json.dumps(state))
     except InputError:
         raise
@@ -104,6 +103,8 @@ def _download(path: str, folder: Path, column: str, max_bytes: int | None, seed:
             f"cannot read {path} ({reason}); check its name and the network, or fetch it with `hf download` and name "
             "the folder"
         ) from None
+    if without := state.get("without column"):
+        print(f"skipped {without:,} rows of {path} without the column {column!r}", file=sys.stderr)
     require(any(folder.glob("*.jsonl")), f"{path} has no rows; name another split")
 
 

@@ -229,6 +229,9 @@ class ImageCodec(Codec):
         picture = grid(pictures, [*first, *samples], scale=max(1, 160 // max(self.rows, self.columns)))
         yield f"{stem}-grid.png", png_bytes(picture)
 
+    def result_names(self, stem: str, count: int) -> list[str]:
+        return [*super().result_names(stem, count), f"{stem}-grid.png"]
+
     def draw_bits(self, ids: np.ndarray, bits: np.ndarray, path: Path) -> None:
         """The picture, and beside it the bits of each pixel, from black (0) to white (the most)."""
         each = np.asarray(bits).reshape(self.rows, self.columns, -1).sum(-1)

@@ -77,6 +77,11 @@ class MusicCodec(Codec):
             yield f"{name}.wav", wav_bytes(*play_notes(notes, midi, soundfont))
             yield f"{name}.png", png_bytes(piano_roll(notes, start, end))
 
+    def result_names(self, stem: str, count: int) -> list[str]:
+        midis = super().result_names(stem, count)
+        others = (".wav", ".png", "-continuation.mid")
+        return [*midis, *(name.removesuffix(".mid") + other for name in midis for other in others)]
+
 
 def _sounding(pitches: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Which pitches sound after events (n,), in which a note of `pitches` starts (True) or ends: (128,) bool."""

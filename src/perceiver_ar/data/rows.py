@@ -54,14 +54,17 @@ class Rows(Source):
                 continue
             value = field_of(row, self.column)
             if value is MISSING:
-                lacking += [where] if row else []  # an empty row is an empty document
-                columns |= {} if found else dict.fromkeys(row)
-                if not found and number >= ROWS_TO_SEARCH:
-                    break
+                if row and not found:  # an empty row is an empty document
+                    lacking.append(where)
+                    columns |= dict.fromkeys(row)
+                    if len(lacking) == ROWS_TO_SEARCH:
+                        break
+                elif row:
+                    yield self._without_column(where)
                 continue
+            if not found:
+                yield from map(self._without_column, lacking)
             found = True
-            yield from self._without_column(lacking)
-            lacking.clear()
             if isinstance(value, dict):
                 fields = ", ".join(f"{self.column}.{name}" for name in value)
                 raise InputError(f"{where} has fields in column {self.column!r}; set data.column to one of {fields}")
@@ -73,11 +76,9 @@ class Rows(Source):
                 yield where, document
         if columns and not found:
             raise self._no_column(columns)
-        yield from self._without_column(lacking)
 
-    def _without_column(self, rows: Iterable[str]) -> Iterator[tuple[str, Iterator[bytes]]]:
-        for where in rows:
-            yield where, refused(WrongModality(f"{where} has no column {self.column!r}"))
+    def _without_column(self, where: str) -> tuple[str, Iterator[bytes]]:
+        return where, refused(WrongModality(f"{where} has no column {self.column!r}"))
 
     def _no_column(self, columns: Iterable[str]) -> InputError:
         known = ", ".join(columns)

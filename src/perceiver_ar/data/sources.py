@@ -108,7 +108,7 @@ def _decompressed(raw: IO[bytes], suffix: str, name: str) -> Iterator[bytes]:
     if suffix == ".xz":
         yield from _streams(raw, lzma.LZMADecompressor, padding=b"\0")
     elif suffix == ".bz2":
-        yield from _streams(raw, bz2.BZ2Decompressor)
+        yield from _streams(raw, bz2.BZ2Decompressor, padding=b"\0")
     elif suffix == ".zst":
         yield from _zstd_chunks(raw, name)
     else:
@@ -122,14 +122,14 @@ def _streams(
 ) -> Iterator[bytes]:
     """The content of a compressed file: streams, one after the other, with bytes of `padding` between them.
 
-    The packages' own readers take damage, padding or a cut behind the first stream for the end of the file.
+    The packages' own readers take damage or padding behind the first stream for the end of the file.
 
     begin: makes a decompressor of one stream.
     limit: what its `decompress` takes beside the data: the most bytes to return at once.
 
     Raises EOFError if the file ends within a stream, and what the decompressor raises.
     """
-    stream = begin()
+    stream = None
     while data := raw.read(1 << 14):
         while data := data if stream else data.lstrip(padding):
             stream = stream or begin()

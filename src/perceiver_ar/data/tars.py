@@ -40,21 +40,28 @@ class Members(Source):
         Raises `InputError` if the archive is damaged or no member has one of the endings.
         """
         seen, found = dict[str, None](), False
+        key, has_document = "", False  # of the last sample
+        others = list[tuple[str, Iterator[bytes]]]()  # members of it that are no documents, but look like some
         for name, data in read_tar(self, advance):
             where, ending = f"{self.name}/{name}", extension(name)
             seen[ending or name] = None
+            if name[: len(name) - len(ending)] != key:
+                yield from () if has_document else others
+                key, has_document, others = name[: len(name) - len(ending)], False, []
             if ending not in self.endings:
                 if ending.endswith(self.endings):
-                    reason = f"has the ending {ending!r}, which begins at the first dot: take other dots from its name"
-                    yield where, refused(WrongModality(f"{where} {reason}"))
+                    reason = f"is no document: its name ends, from the first dot on, in {ending}"
+                    others.append((where, refused(WrongModality(f"{where} {reason}" if text else reason))))
                 continue
-            found = True
+            found = has_document = True
             content = self._text(data, where) if text or self.field else iter([data])
             for document in split_documents(content, separator):
                 yield where, document
+        yield from () if has_document else others
         if seen and not found:
             raise InputError(
-                f"{self.name} has no member that ends in {' or '.join(self.endings)}, only {', '.join([*seen][:5])}; "
+                f"{self.name} has no member that ends in {' or '.join(self.endings)}, only {', '.join([*seen][:5])} "
+                "(from the first dot of a name on); "
                 "set modality, or data.column to the ending of the text's members"
             )
 
