@@ -12,6 +12,16 @@ from PIL import Image
 
 from perceiver_ar.data.midi_file import clean, write_midi
 
+RATE = 8000
+TONE = 0.5 * np.sin(2 * np.pi * 440 * np.arange(4000) / RATE)
+
+
+def recording(samples: np.ndarray, rate: int = RATE, *, kind: str = "WAV", **options: Any) -> bytes:
+    """A file of samples (n,) or (n, channels)."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=kind, **options)
+    return buffer.getvalue()
+
 
 def write_music(path: Path, number: int) -> None:
     rng = np.random.default_rng(number)

@@ -335,6 +335,7 @@ def test_a_run_cannot_start_from_itself(recipe: Recipe, source: Path) -> None:
 
 def test_data_that_cannot_be_read_leaves_nothing(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "picture.txt").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe" * 100)
-    with pytest.raises(InputError, match="is not UTF-8 text"):
+    says = "is a picture, not UTF-8 text; leave it out, or use a run that was trained with --modality bytes"
+    with pytest.raises(InputError, match=says):
         train(replace(recipe, paths=(str(tmp_path / "picture.txt"),)))
     assert not Path(recipe.out).exists()

@@ -15,20 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from samples import RATE, TONE, recording
 
-from perceiver_ar.data.audio import AudioCodec, MuLawCodec, NeuralCodec, read_audio
+from perceiver_ar.data.audio import AudioCodec, MuLawCodec, NeuralCodec
 from perceiver_ar.data.codec import WrongModality
 from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.errors import InputError
-
-RATE = 8000
-TONE = 0.5 * np.sin(2 * np.pi * 440 * np.arange(4000) / RATE)
-
-
-def file_of(samples: np.ndarray, rate: int = RATE, *, kind: str = "WAV", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format=kind, **options)
-    return buffer.getvalue()
 
 
 def small(kind: str) -> NeuralCodec:
@@ -59,122 +51,22 @@ def neural(request: pytest.FixtureRequest) -> NeuralCodec:
     return small(request.param)
 
 
-# Reading.
+# Mu-law.
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("WAV", {}), ("WAV", {"subtype": "PCM_24"}), ("WAV", {"subtype": "FLOAT"}), ("FLAC", {}), ("OGG", {})],
-)
-def test_every_kind_of_recording_is_read(kind: str, options: dict[str, Any]) -> None:
-    samples = read_audio(file_of(TONE, kind=kind, **options), RATE)
-    assert len(samples) == len(TONE) and np.abs(samples - TONE).max() < (0.1 if kind == "OGG" else 1e-4)
-
-
-def test_channels_are_averaged_and_rates_converted() -> None:
-    eight = np.stack([TONE] * 4 + [-TONE] * 3 + [TONE], axis=1)
-    np.testing.assert_allclose(read_audio(file_of(eight), RATE), TONE / 4, atol=1e-4)
-    faster = read_audio(file_of(TONE), 2 * RATE)
-    assert abs(len(faster) - 2 * len(TONE)) <= 1
-    assert abs(np.abs(np.fft.rfft(faster)).argmax() * 2 * RATE / len(faster) - 440) < 5
+def test_damage_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WrongModality, match=r"^x\.wav: no recording, or a damaged one"):
+        list(MuLawCodec().encode_stream([recording(TONE)[:20]], "x.wav"))
 
 
 @pytest.mark.parametrize("rate", [RATE, 2 * RATE, 44_100, 500_000])
 def test_one_sample_is_a_recording(rate: int, tmp_path: Path) -> None:
     codec = MuLawCodec(RATE)
-    ids = codec.encode(file_of(np.array([0.5]), rate))
+    ids = codec.encode(recording(np.array([0.5]), rate))
     assert len(ids) == 1 and codec.decode_samples(ids.astype(np.int64))[0] > 0.1
     prompt = np.append(codec.separator, ids)
     paths = codec.show([np.append(prompt, 500 * [128])], len(prompt), tmp_path, "x")
     assert [path.name for path in paths] == ["x-prompt.wav", "x.wav", "x.png"] and soundfile.info(paths[0]).frames == 1
-
-
-@pytest.mark.parametrize("scale", [-1.0, -1.01, -0.95])
-def test_channels_that_cancel_each_other_are_not_silence(scale: float) -> None:
-    samples = read_audio(file_of(np.stack([0.9 * TONE, 0.9 * scale * TONE], axis=1)), RATE)
-    np.testing.assert_allclose(np.abs(samples), 0.9 * max(1, -scale) * np.abs(TONE), atol=1e-3)
-    silent = read_audio(file_of(np.zeros((100, 2))), RATE)
-    assert not silent.any()
-
-
-@pytest.mark.parametrize("peak", [0.25, 1.0, 1.3, 100.0, 32768.0])
-def test_floats_above_1_keep_their_shape(peak: float) -> None:
-    samples = read_audio(file_of(2 * TONE * peak, subtype="FLOAT"), RATE)
-    np.testing.assert_allclose(samples, 2 * TONE * min(peak, 1) * max(1, 1 / np.abs(2 * TONE).max()), atol=1e-4)
-    codes = MuLawCodec(RATE).encode(file_of(2 * TONE * peak, subtype="FLOAT"))
-    assert np.isin(codes, [0, 255]).mean() < 0.2  # not a square wave
-
-
-def test_long_recordings_come_in_blocks_without_seams() -> None:
-    tone = 0.5 * np.sin(np.arange(200_000) / 3)
-    for kind in ("WAV", "FLAC", "OGG"):
-        data = file_of(tone, kind=kind)
-        whole, _ = soundfile.read(io.BytesIO(data), dtype="float32")
-        np.testing.assert_allclose(read_audio(data, RATE), whole, atol=1e-6)
-
-
-def changed(content: bytes, **fields: tuple[int, bytes]) -> bytes:
-    """A file with other bytes at some places."""
-    for at, by in fields.values():
-        content = content[:at] + by + content[at + len(by) :]
-    return content
-
-
-@pytest.mark.parametrize("rate", [1, 79, 10_000_001, 0x7FFFFFFF])
-def test_a_rate_that_cannot_be_is_refused_and_takes_no_memory(rate: int) -> None:
-    data = changed(file_of(TONE), rate=(24, rate.to_bytes(4, "little")))
-    with pytest.raises(WrongModality, match=rf"a recording of {rate:,} samples a second, .* must be damaged"):
-        MuLawCodec(RATE).encode(data)
-
-
-@pytest.mark.parametrize("rate", [80, 250, 192_000, 1_000_000])
-def test_slow_and_fast_recordings_are_read(rate: int) -> None:
-    assert len(read_audio(file_of(TONE[:400], rate), RATE)) == pytest.approx(400 * RATE / rate, abs=1)
-
-
-@pytest.mark.parametrize("riff", [b"\0\0\0\0", b"\x24\0\0\0", None])
-def test_a_recorder_that_crashed_before_it_wrote_the_length_leaves_what_it_had(riff: bytes | None) -> None:
-    whole = file_of(TONE)
-    crashed = changed(whole, data=(whole.index(b"data") + 4, bytes(4)), riff=(4, riff or whole[4:8]))
-    assert read_audio(crashed, RATE).tolist() == read_audio(whole, RATE).tolist()
-    silent = changed(crashed, samples=(whole.index(b"data") + 8, bytes(len(TONE))))
-    assert len(read_audio(silent, RATE)) == len(TONE)
-    long = file_of(TONE, kind="RF64")
-    crashed = changed(long, lengths=(long.index(b"ds64") + 8, bytes(24)))
-    assert read_audio(crashed, RATE).tolist() == read_audio(long, RATE).tolist()
-
-
-def test_an_empty_recording_with_notes_behind_it_is_empty() -> None:
-    notes = b"LIST\x1a\0\0\0INFOINAM\x0e\0\0\0nothing at all"
-    empty = file_of(np.empty(0)) + notes
-    empty = changed(empty, riff=(4, (len(empty) - 8).to_bytes(4, "little")))
-    with pytest.raises(WrongModality, match="without samples"):
-        read_audio(empty, RATE)
-
-
-GOOD = file_of(TONE)
-not_a_number = file_of(np.array([0.1, np.nan, 0.2]), subtype="FLOAT")
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (b"", "no recording, or a damaged one"),
-        (b"hello" * 99, "no recording, or a damaged one"),
-        (GOOD[:20], "no recording, or a damaged one"),
-        (file_of(np.empty(0)), "without samples"),
-        (not_a_number, "a damaged recording"),
-    ],
-    # Named, because a float WAV holds the second it was written in: as part of a name, it differs between workers.
-    ids=["empty", "no audio", "cut off", "no samples", "not a number"],
-)
-def test_a_damaged_recording_is_refused_in_one_line(data: bytes, says: str) -> None:
-    with pytest.raises(WrongModality, match=rf"^x\.wav: .*{says}") as error:
-        list(MuLawCodec().encode_stream([data], "x.wav"))
-    assert "\n" not in str(error.value)
-
-
-# Mu-law.
 
 
 @given(arrays.arrays(np.float64, st.integers(1, 200), elements=st.floats(-1, 1)))

@@ -318,6 +318,16 @@ def test_a_class_is_the_folder_that_was_named(
     assert first == [codec.start(expected[source.path.name])[0] for source in sources]
 
 
+def test_folders_that_are_no_classes_of_the_model_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("cat", "fox", "wolf"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(GOOD)
+    tokens, _ = prepare(find_files(tmp_path), CODECS["classes"], tmp_path / "out", validation_fraction=0)
+    said = "2 of 3 files lie in folders that are no classes of the model, such as fox, wolf: they count as pictures"
+    assert said in capsys.readouterr().err
+    assert tokens.tokens[::106].tolist() == [257, 256, 256]
+
+
 def test_copies_in_folders_of_two_classes_are_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ("cat", "dog"):
         (tmp_path / folder).mkdir()

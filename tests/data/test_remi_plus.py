@@ -100,6 +100,15 @@ def test_any_ids_are_a_file_that_another_library_reads(seed: int) -> None:
     assert CODEC.seconds(ids) >= 0
 
 
+def test_tempo_events_mean_nothing_where_time_is_counted_in_frames() -> None:
+    """Division 0xE728: 25 frames of 40 ticks a second."""
+    strokes = [(0, on(60)), (500, off(60)), (1000, on(62)), (1500, off(62))]
+    frames = bytearray(midi_file([(0, mido.MetaMessage("set_tempo", tempo=250_000)), *strokes]))
+    frames[12:14] = b"\xe7\x28"
+    played = CODEC.decode_notes(CODEC.encode(bytes(frames)))
+    assert played[:, :2].ravel().tolist() == pytest.approx([0, 0.5, 1, 1.5], abs=0.03)
+
+
 def test_a_run_keeps_its_codec(song: bytes, tmp_path: Path) -> None:
     save_codec(CODEC, tmp_path)
     again = load_codec(tmp_path)

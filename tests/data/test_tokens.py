@@ -484,6 +484,14 @@ NO_TEXT = {
     "bz2.txt": (bz2.compress(STORY.encode()), "let its name end in .bz2"),
     "zst.txt": (zstandard.compress(STORY.encode()), "let its name end in .zst"),
     "a.pdf": (b"%PDF-1.4\n1 0 obj <</Type /Catalog>> endobj\n", "a PDF, not UTF-8 text; save it as text"),
+    "a.png": (b"\x89PNG\r\n\x1a\n\0", "a picture, not UTF-8 text; leave it out, or use --modality bytes"),
+    "a.mp3": (b"ID3\3\0\0\0\0\0\0\xff\xfb", "a recording, not UTF-8 text; leave it out"),
+    "a.mid": (b"MThd\0\0\0\6\0\0\0\1\1\xe0", "a MIDI file, not UTF-8 text"),
+    "a.m4a": (
+        b"\0\0\0\x1cftypM4A \0\0\2\0",
+        "sound or video (m4a, mp4, wma, webm), not UTF-8 text; save its",
+    ),
+    "a.heic": (b"\0\0\0\x18ftypheic\0\0\0\0", "a picture in HEIF (heic, avif), not UTF-8 text; save it as PNG"),
     "16.txt": (STORY.encode("utf-16"), "UTF-16 or UTF-32, not UTF-8 text; save it as UTF-8"),
     "le.txt": (STORY.encode("utf-16-le"), "UTF-16 or UTF-32"),
     "be.txt.gz": (gzip.compress(STORY.encode("utf-16-be")), "UTF-16 or UTF-32"),
@@ -604,6 +612,16 @@ def test_a_damaged_token_file_is_named(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message + ".*; prepare the data again") as error:
         TokenFile.open(tmp_path / "train")
     assert "\n" not in str(error.value)
+
+
+def test_a_token_file_that_becomes_shorter_while_it_is_used_is_named(tmp_path):
+    prepare(find_files(write_files(tmp_path / "data", {"a": b"aaa" * 9000})), TEXT, tmp_path, validation_fraction=0)
+    file = TokenFile.open(tmp_path / "train")
+    assert file.tokens[-1] == file.read(27_000, 27_001)[0] == 97
+    os.truncate(tmp_path / "train.bin", 5000)
+    for use in (lambda: file.read(4990, 5010), lambda: file.tokens[-1]):
+        with pytest.raises(InputError, match=r"train\.bin is damaged: .*; prepare the data again"):
+            use()
 
 
 def test_a_token_file_of_another_version_is_refused(tmp_path):

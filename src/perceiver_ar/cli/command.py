@@ -72,7 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.strerror is None:
             raise
-        remedy = {errno.ENOSPC: "free some space", errno.EACCES: "change its permissions or choose another place"}
+        remedy = {
+            errno.ENOSPC: "free some space, then start again (train: with --resume)",
+            errno.EACCES: "change its permissions or choose another place",
+        }
         place = f": {error.filename}" if error.filename else ""
         complain(f"{error.strerror}{place}; {remedy.get(error.errno or 0, 'choose another place, or check the disk')}")
         return 2

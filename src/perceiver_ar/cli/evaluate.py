@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver_ar.cli.options import add_documents, add_scoring, make_parser, names, parse
-from perceiver_ar.cli.prompts import of_trained, to_device
+from perceiver_ar.cli.prompts import to_device
 from perceiver_ar.config import Recipe
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import check_out
@@ -86,6 +86,7 @@ def documents_to_score(
     conditions: a table of the conditions of files at `paths`.
     outs: options and the files that they will write: none of them may be read here.
     """
+    from perceiver_ar.data.codec import of_trained
     from perceiver_ar.data.conditions import ConditionTable
     from perceiver_ar.data.modalities import codec_settings
     from perceiver_ar.data.rows import find_within

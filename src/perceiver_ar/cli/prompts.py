@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None, conditions: Mapping[str, str]) -> list[int]:
     """The ids of the prompt, as the start of a document with `conditions`; at least one."""
-    from perceiver_ar.data.codec import WrongModality, start_ids
+    from perceiver_ar.data.codec import WrongModality, of_trained, start_ids
     from perceiver_ar.data.text import text_only
 
     first = [key for key in conditions if key in codec.header_conditions]
@@ -38,11 +38,6 @@ def prompt_ids(codec: "Codec", prompt: str | None, prompt_file: str | None, cond
         reason = str(error).replace("the input", "--prompt", 1) if prompt_file is None else f"--prompt_file {error}"
         raise InputError(f"this run cannot read the prompt: {of_trained(reason)}") from None
     return [*codec.separator, *codec.condition_ids(conditions), *chain.from_iterable(pieces)] or [0]
-
-
-def of_trained(reason: str) -> str:
-    """Adapts a message that recommends --modality to a trained run, which no longer has this option."""
-    return reason.replace("use --modality bytes", "use a run that was trained with --modality bytes")
 
 
 def stop_bytes(codec: "Codec", stop: str | None) -> bytes:

@@ -1,6 +1,5 @@
 """Recordings as ids: 8-bit mu-law samples, or the codes of a neural codec (EnCodec, DAC, Mimi)."""
 
-import io
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,64 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from perceiver_ar.data.codec import Codec, WrongModality, check_positive, importing, numbered
+from perceiver_ar.data.audio_file import read_audio
+from perceiver_ar.data.codec import Codec, check_positive, importing, numbered
 from perceiver_ar.data.pictures import png_bytes, spectrogram
 from perceiver_ar.data.sound import wav_bytes
 from perceiver_ar.errors import InputError
-
-BLOCK = 1 << 16  # samples read at a time: the length in a header may be wrong
-HIGHEST_RATE = 10_000_000
-MOST_GROWTH = 100
-"""If resampling would multiply the samples by more than this, the recording's sample rate is damaged."""
-
-
-def read_audio(data: bytes, rate: int) -> np.ndarray:
-    """A WAV, FLAC or OGG file -> its sound (n,) float32 at `rate` Hz, n >= 1.
-
-    It is the mean of all channels, or the loudest channel if they cancel each other (-20 dB). Samples above 1, which
-    files of floats may have, are scaled to 1. Raises `WrongModality` if it is not a recording, is damaged or empty.
-    """
-    with importing("audio"):
-        import soundfile
-        import soxr
-    blocks: list[np.ndarray] = []  # (samples, channels)
-    try:
-        with soundfile.SoundFile(io.BytesIO(_with_length(data))) as file:
-            original = file.samplerate
-            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)) > 0:
-                blocks.append(block)
-    except Exception as error:  # soundfile's own, or others for damaged headers
-        reason = " ".join(str(error).split()).partition("BytesIO object at")[2].partition(": ")[2] or error
-        raise WrongModality(f"no recording, or a damaged one ({reason})") from None
-    if not blocks or not all(np.isfinite(block).all() for block in blocks):
-        raise WrongModality("a damaged recording" if blocks else "a recording without samples")
-    if original > HIGHEST_RATE or rate > MOST_GROWTH * original:
-        raise WrongModality(f"a recording of {original:,} samples a second, to be read at {rate:,}: it must be damaged")
-    power = sum(np.square(block, dtype=np.float64).sum(axis=0) for block in blocks)
-    samples = np.concatenate([block.mean(axis=1) for block in blocks])
-    if np.square(samples, dtype=np.float64).sum() < 0.01 * np.mean(power):
-        samples = np.concatenate([block[:, np.argmax(power)] for block in blocks])
-    samples /= max(1.0, np.abs(samples).max())
-    resampled = samples if original == rate else soxr.resample(samples, original, rate)
-    return resampled if len(resampled) > 0 else samples[:1]
-
-
-def _with_length(data: bytes) -> bytes:
-    """`data`; in a WAV file whose recorder crashed before it wrote the length, the sound then goes on to the end."""
-    if data[:4] not in (b"RIFF", b"RF64") or data[8:12] != b"WAVE":
-        return data
-    chunks, at = {}, 12  # where each chunk starts
-    while at + 8 <= len(data) and data[at : at + 4].isascii() and data[at : at + 4].decode().isprintable():
-        chunks.setdefault(data[at : at + 4], at)
-        size = int.from_bytes(data[at + 4 : at + 8], "little")
-        at += 8 + size + size % 2
-    start = chunks.get(b"data", len(data)) + 8
-    if data[:4] == b"RF64":  # the 64-bit lengths are in a chunk of their own
-        unknown = b"ds64" in chunks and data[chunks[b"ds64"] + 16 : chunks[b"ds64"] + 24] == bytes(8)
-    else:  # length 0, but the bytes behind it are not chunks
-        unknown = data[start - 4 : start] == bytes(4) and at not in (len(data), len(data) + 1)
-    endless = b"\xff\xff\xff\xff"
-    return b"RIFF" + endless + data[8 : start - 4] + endless + data[start:] if unknown else data
 
 
 class AudioCodec(Codec):

@@ -318,6 +318,11 @@ def check_positive(**settings: int) -> None:
             raise ValueError(f"{name} is {value!r}: it must be a whole number, at least 1")
 
 
+def of_trained(reason: str) -> str:
+    """Adapts a message that recommends --modality to a trained run, which no longer has this option."""
+    return reason.replace("use --modality bytes", "use a run that was trained with --modality bytes")
+
+
 def numbered(stem: str, number: int, count: int) -> str:
     """The stem of one of `count` results."""
     return stem if count == 1 else f"{stem}-{number}"

@@ -1,7 +1,6 @@
 """Pictures as ids, pixel by pixel in raster order, all of one size."""
 
 import io
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.data.codec import NO_CONDITIONS, Codec, WrongModality, check_positive
 from perceiver_ar.data.pictures import grid, png_bytes
-from perceiver_ar.data.sources import Source, read_documents
+from perceiver_ar.data.sources import Source, folder_of, read_documents
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.files import atomic_path
 
@@ -115,11 +114,6 @@ def _white(image: Image.Image) -> float | None:
         if high <= most and low >= -high / 10 and (image.mode == "F" or white == 65535):
             return white
     raise ValueError(f"values from {low:g} to {high:g} do not fit black at 0 and white at 1, 255 or 65,535")
-
-
-def folder_of(name: str) -> str:
-    """The folder of a picture by its file's name (of a link: where the link lies); empty if `name` names no file."""
-    return Path(os.path.abspath(name)).parent.name if os.path.dirname(name) or os.path.exists(name) else ""
 
 
 class ImageCodec(Codec):

@@ -11,7 +11,7 @@ from typing import Any
 
 from perceiver_ar.config import DataConfig
 from perceiver_ar.data.codec import Codec
-from perceiver_ar.data.sources import Source, file_beside, read_text
+from perceiver_ar.data.sources import Source, file_beside, folder_of, read_text
 from perceiver_ar.data.tars import TAR, Members, extension, read_tar
 from perceiver_ar.data.text import BytesCodec, TokenizerCodec, column_separator, train_bpe
 from perceiver_ar.errors import InputError
@@ -119,7 +119,7 @@ def make_codec(modality: str, data: DataConfig, sources: Sequence[Source]) -> Co
             return RemiPlusCodec()
         return PerformanceCodec() if data.midi_tokens == "performance" else MidiTokCodec(data.midi_tokens)
     if modality == "image":
-        from perceiver_ar.data.image import ImageCodec, choose_palette, folder_of
+        from perceiver_ar.data.image import ImageCodec, choose_palette
 
         rows, columns = data.image_size
         tar = next((source.name for source in sources if isinstance(source, Members)), None)

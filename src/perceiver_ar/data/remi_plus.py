@@ -114,7 +114,8 @@ class RemiPlusCodec(MidiTokCodec):
             raise WrongModality(f"a MIDI file of {last / parts.division:,.0f} beats, which must be damaged")
         score = cast(Any, Score)(PER_QUARTER)
         known = set(self.tokenizer.time_signatures)
-        score.tempos = [Tempo(int(ticks(at)), 6e7 / tempo) for at, tempo in parts.tempos if at < last]
+        tempos = () if parts.division & 0x8000 else parts.tempos  # frames have none
+        score.tempos = [Tempo(int(ticks(at)), 6e7 / tempo) for at, tempo in tempos if at < last]
         score.time_signatures = [
             TimeSignature(int(ticks(at)), beats, unit)
             for at, beats, unit in parts.signatures

@@ -269,6 +269,11 @@ def refused(error: WrongModality) -> Iterator[bytes]:
     raise error
 
 
+def folder_of(name: str) -> str:
+    """The name of the folder in which a file lies (a link: the link itself); empty if `name` is no file's."""
+    return Path(os.path.abspath(name)).parent.name if os.path.dirname(name) or os.path.exists(name) else ""
+
+
 def file_beside(table: str | os.PathLike[str], name: str, where: str) -> str:
     """The real path of the file that a table names, relative to its own folder.
 

@@ -40,6 +40,14 @@ NO_TEXT: dict[bytes, tuple[str, str]] = {
     rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an Office document", "save it as text"),
     rb"PAR1[\x00-\x08\x0e-\x1f]": ("a Parquet table", "let its name end in .parquet"),
     rb"ARROW1\x00|\xff{4}.{4}\x10\x00{3}": ("an Arrow table", "let its name end in .arrow"),
+    rb"\x89PNG|\xff\xd8\xff|RIFF.{4}WEBP": ("a picture", "leave it out"),
+    rb"fLaC\x00|OggS\x00|ID3[\x02-\x04]|RIFF.{4}WAVE": ("a recording", "leave it out"),
+    rb"MThd\x00|RIFF.{4}RMID": ("a MIDI file", "leave it out"),
+    rb".{4}ftyp(hei|hev|mif|avi)": ("a picture in HEIF (heic, avif)", "save it as PNG or JPEG"),
+    rb".{4}ftyp|\x30\x26\xb2\x75\x8e\x66\xcf\x11|\x1aE\xdf\xa3": (
+        "sound or video (m4a, mp4, wma, webm)",
+        "save its sound as WAV, FLAC, OGG or MP3",
+    ),
     rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff": ("UTF-16 or UTF-32", "save it as UTF-8"),
     rb"(%b\x00){8}|(\x00%b){8}|(%b\x00{3}){4}|(\x00{3}%b){4}" % (4 * (LETTER,)): (
         "UTF-16 or UTF-32",

@@ -65,9 +65,7 @@ class TokenFile:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is damaged ({error}); prepare the data again") from None
         require(version == VERSION, f"{path} is of version {version}, not {VERSION}; prepare the data again")
-        binary, expected = Path(f"{stem}.bin"), file.num_tokens * file.dtype.itemsize
-        size = binary.stat().st_size if binary.exists() else 0
-        require(size == expected, f"{binary} is damaged: {size} bytes instead of {expected}; prepare the data again")
+        file._check_size()
         try:
             intact = file.documents.shape == (file.num_documents,) and file.documents.dtype == np.uint64
         except (OSError, ValueError, EOFError):
@@ -75,10 +73,20 @@ class TokenFile:
         require(intact, f"{stem}.documents.npy is damaged or missing; prepare the data again")
         return file
 
-    @cached_property
+    @property
     def tokens(self) -> np.ndarray:
-        """All ids, (num_tokens,), memory-mapped and read-only."""
+        """All ids, (num_tokens,), memory-mapped and read-only. Raises `InputError` if the file has another size now."""
+        self._check_size()  # behind the end of a file that has become shorter, memory is zero, or cannot be read
+        return self._mapped
+
+    @cached_property
+    def _mapped(self) -> np.ndarray:
         return np.memmap(f"{self.stem}.bin", dtype=self.dtype, mode="r")
+
+    def _check_size(self) -> None:
+        binary, expected = Path(f"{self.stem}.bin"), self.num_tokens * self.dtype.itemsize
+        size = binary.stat().st_size if binary.exists() else 0
+        require(size == expected, f"{binary} is damaged: {size} bytes instead of {expected}; prepare the data again")
 
     @cached_property
     def documents(self) -> np.ndarray:
@@ -123,7 +131,10 @@ class TokenFile:
         if not hasattr(os, "pread"):  # Windows
             return np.array(self.tokens[start:stop])
         size = self.dtype.itemsize
-        return np.frombuffer(os.pread(self._descriptor, (stop - start) * size, start * size), dtype=self.dtype)
+        data = os.pread(self._descriptor, (stop - start) * size, start * size)
+        short = f"{self.stem}.bin is damaged: it has become shorter; prepare the data again"
+        require(len(data) == (stop - start) * size, short)
+        return np.frombuffer(data, dtype=self.dtype)
 
     def __len__(self) -> int:
         return self.num_tokens

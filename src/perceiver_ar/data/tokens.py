@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, nullcontext
 from itertools import groupby
@@ -11,7 +12,7 @@ from typing import Any
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.encoding import encode_documents
 from perceiver_ar.data.shards import LARGE, SHARD, SHARDS, Encoders
-from perceiver_ar.data.sources import Source, find_files, read_text, standard_library
+from perceiver_ar.data.sources import Source, find_files, folder_of, read_text, standard_library
 from perceiver_ar.data.splits import choose_groups, document_groups, drop_held_out
 from perceiver_ar.data.token_files import NAMED, TokenFile, TokenWriter, token_writer
 from perceiver_ar.errors import InputError, require
@@ -116,7 +117,7 @@ def _add_all(
     processes: int | None = None,
     shard: int = SHARD,
 ) -> None:
-    wrong, empty, rows = list[str](), list[str](), list[str]()
+    wrong, empty, rows, strange = list[str](), list[str](), list[str](), Counter[str]()
     codec, folder = writer.codec, Path(writer.file.name).parent / SHARDS
     large = codec.encodes_slowly and sum(source.size for source in sources) >= LARGE * shard
     with (
@@ -131,6 +132,8 @@ def _add_all(
                 rows += writer.add_source(parts)
                 if len(writer.lengths) == before and (source.size > 0 or source.named):
                     empty.append(f"{source.name} has nothing in it")
+                elif codec.classes and folder_of(source.name) not in codec.classes:
+                    strange[folder_of(source.name)] += 1
             except InputError as error:
                 if source.named:
                     raise
@@ -141,6 +144,10 @@ def _add_all(
     if not writer.lengths:
         names = f"{sources[0].name} is" if len(sources) == 1 else f"{sources[0].name} and all other files are"
         raise InputError(f"{names} {sources[0].without_documents}")
+    if strange:
+        folders = ", ".join(list(strange)[:NAMED])
+        amount = f"{strange.total():,} of {len(sources):,} files lie in folders that are no classes of the model"
+        print(f"{amount}, such as {folders}: they count as pictures without a class", file=sys.stderr)
     for reasons, amount in (
         ([*wrong, *empty], f"{len(wrong) + len(empty)} of {len(sources)} files"),
         (rows, f"{len(rows):,} rows"),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from perceiver_ar.config import Recipe
-from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec import Codec, of_trained
 from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.data.conditions import ConditionTable
 from perceiver_ar.data.genome import Records, find_records
@@ -16,7 +16,7 @@ from perceiver_ar.data.rows import find_within
 from perceiver_ar.data.sources import HUB, Source, standard_library
 from perceiver_ar.data.token_files import TokenFile
 from perceiver_ar.data.tokens import prepare as tokenise
-from perceiver_ar.errors import require
+from perceiver_ar.errors import InputError, require
 from perceiver_ar.run import Run
 from perceiver_ar.training.console import say
 
@@ -49,16 +49,19 @@ def open_or_make_tokens(run: Run, recipe: Recipe) -> tuple[TokenFile, TokenFile 
         say(f"conditions: {', '.join(f'{field} ({size})' for field, size in sizes.items())}")
     elif codec.conditions:
         say(f"conditions are unknown ({', '.join(codec.conditions)}): there is no table data.conditions")
-    tokens, validation = tokenise(
-        sources,
-        codec,
-        run.tokens,
-        validation_fraction=data.validation_fraction,
-        validation_sources=held_out,
-        split_on=data.split_on,
-        group_by=data.group_by,
-        seed=recipe.seed,
-    )
+    try:
+        tokens, validation = tokenise(
+            sources,
+            codec,
+            run.tokens,
+            validation_fraction=data.validation_fraction,
+            validation_sources=held_out,
+            split_on=data.split_on,
+            group_by=data.group_by,
+            seed=recipe.seed,
+        )
+    except InputError as error:
+        raise error if recipe.init_from is None else InputError(of_trained(str(error))) from None
     save_codec(codec, run.path)
     records = [source for source in held_out or () if isinstance(source, Records)]
     if unseen := {name for source in records for name in source.unseen}:

@@ -5,6 +5,8 @@ of the model's parameters. So a run can resume with any number of devices.
 """
 
 import errno
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from perceiver_ar.adapters import save_adapter
 from perceiver_ar.network.model import PerceiverAR
@@ -40,7 +43,14 @@ def write_checkpoint(
             raise
         message = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        if number == errno.EIO and shutil.disk_usage(prepared.run.path).free < bytes_of(checkpoint):
+            number, message = errno.ENOSPC, os.strerror(errno.ENOSPC)  # these writers do not say it
         raise OSError(number, f"cannot save ({message})", str(prepared.run.path)) from error
+
+
+def bytes_of(checkpoint: dict[str, Any]) -> int:
+    tensors = (x for x in tree_leaves(checkpoint) if isinstance(x, Tensor))
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def write_weights(prepared: Prepared, model: PerceiverAR, checkpoint: dict[str, Any]) -> None:
