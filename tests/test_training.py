@@ -342,6 +342,26 @@ def test_an_interrupt_while_files_are_read_leaves_nothing(
     assert not run.exists()
 
 
+def test_a_run_whose_folder_is_moved_ends_and_goes_on_where_it_is(
+    server: Server, command: list[str], tmp_path: Path
+) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
+
+    def move() -> bool:
+        if appears(run, "checkpoints/step-*.json")():
+            run.rename(moved)
+        return False
+
+    options = ["--max_steps=2000", "--trainer.evaluations=20", "--trainer.checkpoint_every=1h", "--out", str(run)]
+    assert server.run(*command, *options, signals=[(move, signal.SIGKILL)]) == 2
+    said = f"perceiver-ar: {run} was moved or removed during training: go on with --resume where it is, or train anew"
+    assert server.messages()[-1:] == [said]
+    assert not run.exists() and not (moved / "stopped.txt").exists()
+    step = last_step(moved)
+    later = (lambda: last_step(moved) > step), signal.SIGINT
+    assert server.run("train", "--resume", "--out", moved, signals=[later]) == 130, server.messages()
+
+
 def test_files_that_take_long_to_encode_are_encoded_on_after_a_kill_and_an_interrupt(
     server: Server, tmp_path: Path
 ) -> None:

@@ -87,5 +87,6 @@ def reason_recorded(run: Run) -> Iterator[None]:
     except BaseException as error:
         expected = isinstance(error, InputError | Interrupted | SystemExit)
         with suppress(OSError):
-            write_text(run.stopped_file, f"{error}\n" if expected else f"{type(error).__name__}: {error}\n")
+            if run.recipe_file.exists():  # else the folder was moved or removed
+                write_text(run.stopped_file, f"{error}\n" if expected else f"{type(error).__name__}: {error}\n")
         raise

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 from perceiver_ar.config import parse_duration
+from perceiver_ar.errors import require
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.progress import ProgressBar
 from perceiver_ar.training.checkpoints import Checkpoints
@@ -81,6 +82,7 @@ class Watch:
         checkpoint = training.checkpoint()
         try:
             if self.first:
+                self.check_folder()
                 write_checkpoint(self.prepared, self.checkpoints, checkpoint, model, validation_bits)
         except OSError as error:
             failure = error
@@ -95,6 +97,7 @@ class Watch:
     @contextmanager
     def despite_full_disk(self) -> Iterator[None]:
         """Inside, writes that fail because the disk is full are lost, but do not end the training."""
+        self.check_folder()
         try:
             yield
         except OSError as error:
@@ -103,6 +106,11 @@ class Watch:
             if not self.disk_full:
                 say(f"{error.strerror}: {error.filename or self.run.path}; continuing without samples and metrics")
             self.disk_full = True
+
+    def check_folder(self) -> None:
+        """Raises InputError if the run is no longer at its path: writing would make a folder with a part of it."""
+        gone = f"{self.run.path} was moved or removed during training: go on with --resume where it is, or train anew"
+        require(self.run.recipe_file.exists(), gone)
 
     def report(self) -> None:
         """Adds a row of training metrics. All ranks have to call it."""
