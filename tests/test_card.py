@@ -223,6 +223,14 @@ def test_a_dry_run_shows_what_would_be_pushed(run: Path, capsys: pytest.CaptureF
     assert captured.out.split() == shared_files(Run(run)) and "add a licence" in captured.err
 
 
+def test_weights_in_shards_are_pushed(run: Path) -> None:
+    from perceiver_ar.huggingface import PerceiverARForCausalLM
+
+    PerceiverARForCausalLM.from_pretrained(run).save_pretrained(run, max_shard_size="5KB")
+    shards = {path.name for path in run.glob("model*safetensors*")}
+    assert len(shards) > 2 and "model.safetensors" not in shards and shards <= set(shared_files(Run(run)))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_a_run_that_cannot_be_used_is_not_pushed(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "README.md").write_text("Mine.")

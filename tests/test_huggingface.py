@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,51 @@ def exported(run: Path) -> Path:
 
 def ids(*shape: int, seed: int = 0, vocab_size: int = 256) -> Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+TIED = SAVED.config.replace(tie_embeddings=True)
+peft_warns = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@peft_warns
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    tied: Any = PerceiverARForCausalLM(PerceiverARModelConfig(TIED))
+    tied.network.head.weight = torch.nn.Parameter(tied.network.head.weight.detach() + 0.1)
+    with pytest.raises(InputError, match="the head has weights of its own, which tie_embeddings would drop"):
+        tied.save_pretrained(tmp_path / "tied")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    wrapped: Any = peft.get_peft_model(adapted(network()), lora)
+    with pytest.raises(InputError, match=r"the model holds adapters, .*base_layer.*: merge them into its weights"):
+        wrapped.base_model.model.save_pretrained(tmp_path / "wrapped")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+@peft_warns
+def test_peft_sees_that_the_head_is_the_embedding() -> None:
+    """Else it trains one of the two, and a merge changes both."""
+    tied: Any = PerceiverARForCausalLM(PerceiverARModelConfig(TIED)).eval()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed": [1, 2]})
+    wrapped: Any = peft.get_peft_model(tied, config)
+    x = ids(1, 20)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+        before = wrapped(x).logits
+        after = wrapped.merge_and_unload()(x).logits
+    assert_close(after, before, 1e-4)
+
+
+def test_another_context_length_leaves_the_angles(tmp_path: Path) -> None:
+    settings = SAVED.config.replace(rotary_base=None)
+    PerceiverAR(settings).save_pretrained(tmp_path)
+    longer, same = (
+        PerceiverARForCausalLM.from_pretrained(tmp_path, **changed) for changed in ({"context_length": 999}, {})
+    )
+    assert longer.config.network.context_length == 999
+    with torch.no_grad():
+        assert torch.equal(longer(x := ids(1, 20)).logits, same(x).logits)
 
 
 @torch.no_grad()

@@ -113,6 +113,8 @@ def test_a_longer_context_needs_the_wavelengths_of_the_shorter_one(recipe: Recip
     origin.check(replace(recipe, model=stored))
     with pytest.raises(InputError, match=r"model\.rotary_base is None instead of 32\.0"):
         origin.check(replace(recipe, model=stored.replace(context_length=64)))
+    copied = replace(recipe, model=stored.replace(context_length=64), init_from=origin.path)  # as Python's users do
+    assert origin.complete(copied).model == origin.network.replace(context_length=64, rotary_base=32.0)
 
 
 def test_a_network_that_its_codec_does_not_go_with_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +132,15 @@ def test_opening_what_is_no_run_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file, not a run directory"):
         Run.open(tmp_path / "file")
+
+
+def test_a_codec_of_another_number_of_ids_is_refused(run: Run, tmp_path: Path) -> None:
+    PerceiverAR(PerceiverARConfig(vocab_size=300, context_length=8, num_latents=4, dim=8, num_heads=1)).save_pretrained(
+        tmp_path
+    )
+    shutil.copy(run.path / "codec.json", tmp_path)
+    with pytest.raises(InputError, match=r"codec\.json has 256 ids, but vocab_size in config\.json is 300: take both"):
+        Run(tmp_path).codec()
 
 
 def test_an_empty_directory_has_no_recipe_codec_model_or_summary(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from perceiver_ar.files import write_text
 from perceiver_ar.run import Run
 
 CARD = "README.md"
-SHARED = (CARD, "config.json", "model.safetensors", "codec.json", "recipe.yaml", "summary.json", "report.html",
+SHARED = (CARD, "config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+          "codec.json", "recipe.yaml", "summary.json", "report.html",
           "modeling_perceiver_ar.py", "generation_config.json", "tokenizer.json", "tokenizer_config.json")  # fmt: skip
 """Files to upload besides the codec's own: for using the run and knowing how it was made, not for resuming it. The
 last four are those of an export for transformers."""

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from perceiver_ar.config import DataConfig, PerceiverARConfig, Recipe, default_network
 from perceiver_ar.data.codec import Codec
-from perceiver_ar.data.codec_file import save_codec
+from perceiver_ar.data.codec_file import load_codec, save_codec
 from perceiver_ar.data.modalities import codec_settings
 from perceiver_ar.data.text import TokenizerCodec
 from perceiver_ar.errors import InputError, require
@@ -47,9 +47,7 @@ class Origin:
             "first use `hf download OWNER/NAME --local-dir NAME`",
         )
         run = Run.open(path)
-        network, codec = PerceiverARConfig.load(run.path), run.codec()
-        if network.rotary and network.rotary_base is None:  # a longer context leaves the angles as they are
-            network = network.replace(rotary_base=float(network.context_length))
+        network, codec = PerceiverARConfig.load(run.path).with_fixed_angles(), load_codec(run.path)
         fitting = codec.fit(network)
         wrong = [f"{name} {value!r}" for name, value in vars(network).items() if value != getattr(fitting, name)]
         require(
@@ -71,7 +69,9 @@ class Origin:
 
         Raises InputError as `check`.
         """
-        settings = self.settings()
+        settings, base = self.settings(), self.network.rotary_base
+        if recipe.model.rotary_base is None and base == self.network.context_length:  # None in the trained run, too
+            recipe = replace(recipe, model=recipe.model.replace(rotary_base=base))
         data = replace(DataConfig(), **{name: settings[f"data.{name}"] for name in CODEC_SETTINGS})
         recipe = fill_in(recipe, self.network, settings["modality"], data)
         self.check(recipe)

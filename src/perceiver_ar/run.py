@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from perceiver_ar.config import BEFORE, Recipe, dump_yaml, load_yaml
+from perceiver_ar.config import BEFORE, PerceiverARConfig, Recipe, dump_yaml, load_yaml
 from perceiver_ar.data.codec import Codec
 from perceiver_ar.data.codec_file import load_codec
 from perceiver_ar.data.hub import DOWNLOADS
@@ -122,7 +122,16 @@ class Run:
         return PerceiverAR.from_pretrained(self.path)
 
     def codec(self) -> Codec:
-        return load_codec(self.path)
+        """Raises InputError if it is missing or damaged, or if the network has another number of ids."""
+        codec = load_codec(self.path)
+        if (self.path / "config.json").exists():
+            ids = PerceiverARConfig.load(self.path).vocab_size
+            require(
+                ids == codec.vocab_size,
+                f"{self.path}: codec.json has {codec.vocab_size:,} ids, but vocab_size in config.json is {ids:,}: take "
+                "both files from the same run",
+            )
+        return codec
 
     def codec_if_any(self) -> Codec | None:
         """None without codec.json (a converted checkpoint whose codec is unknown). Else as `codec`, with its errors."""

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from recorded import FLOAT32, FLOAT64, Golden, assert_close, cases
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.parametrizations import weight_norm
 
 from perceiver_ar.compat.krasserm import load_krasserm, names, network, save_krasserm, to_config
 from perceiver_ar.compat.weights import to_theirs
 from perceiver_ar.config import PerceiverARConfig
+from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec
 from perceiver_ar.errors import InputError
 from perceiver_ar.network.model import PerceiverAR
 from perceiver_ar.objective import IGNORE, next_token_loss
@@ -89,6 +90,27 @@ def test_a_model_with_something_inside_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the model holds adapters, .*out_proj\.parametrizations.*: merge them into"):
         save_krasserm(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_head_of_its_own_is_neither_written_nor_read(tmp_path: Path) -> None:
+    model = FILES["rel_onerot"].model()
+    save_krasserm(model, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    head = saved["backend_model.input_adapter.txt_embedding.weight"] + 0.1
+    save_file(saved | {"backend_model.output_adapter.weight": head}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"output_adapter\.weight is not the embedding"):
+        load_krasserm(tmp_path)
+    model.head.weight = torch.nn.Parameter(head)
+    for save in (save_krasserm, PerceiverAR.save_pretrained):
+        with pytest.raises(InputError, match="the head has weights of its own, which tie_embeddings would drop"):
+            save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_tokenizer_of_bytes_is_stated_only_if_it_is_the_runs(tmp_path: Path) -> None:
+    model = PerceiverAR(to_config({**FILES["rel_onerot"].arguments, "vocab_size": 262}))
+    for codec, stated in ((None, True), (OffsetBytesCodec(reserved=6), True), (BytesCodec(), False)):
+        assert ("tokenizer_class" in save_krasserm(model, tmp_path, codec)) == stated
 
 
 def test_padding_that_reaches_the_latents_changes_nothing_where_the_package_leaks() -> None:

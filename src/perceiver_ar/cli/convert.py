@@ -109,7 +109,7 @@ def export_verb(argv: list[str]) -> None:
     else:
         with atomic_directory(args.out) as directory:
             if args.format == "krasserm":
-                about = compat.save_krasserm(model, directory)
+                about = compat.save_krasserm(model, directory, run.codec_if_any())
             elif args.format == "huggingface":
                 with importing("hf"):
                     from perceiver_ar import huggingface

@@ -204,6 +204,8 @@ def to_config(params: Mapping[str, Tensor], given: Mapping[str, Any], where: str
         sizes = (sizes[0] - 1,)
     fixed = E % 2 == 0 and all(torch.allclose(table, sinusoids(len(table), E), atol=1e-3) for table in tables)
     heads = of["num_cross_attend_heads"]
+    for name in ("num_cross_attend_heads", "num_transformer_heads"):
+        require(of[name] != 0, f"{name} is 0: it must be at least 1")
     if cross:
         width = len(params[f"{cross[0]}/attention/linear/w"])
         require(width % heads == 0, f"num_cross_attend_heads is {heads}: it does not divide {where}'s width {width}")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -82,7 +83,9 @@ def read(path: Path) -> tuple[PerceiverAR, Codec | None]:
         about = read_config(directory / "config.json")
         files = [directory / name for name in ("model.safetensors", "pytorch_model.bin") if (directory / name).exists()]
         if not files:
-            raise InputError(f"{directory} has neither model.safetensors nor pytorch_model.bin: get the weights, too")
+            shards = any(directory.glob("*-of-*"))
+            remedy = "save them again in one file, not in shards" if shards else "get the weights, too"
+            raise InputError(f"{directory} has neither model.safetensors nor pytorch_model.bin: {remedy}")
         weights = files[0]
         content = read_torch(weights)
         settings, tokenizer = about["model_config"], about.get("tokenizer_class")
@@ -106,6 +109,9 @@ def network(state: Mapping[str, Tensor], settings: Mapping[str, Any], where: str
     if INV_FREQ in state and state[INV_FREQ].numel() != bands:
         raise InputError(f"{where}: {INV_FREQ} has {state[INV_FREQ].numel()} frequencies, its settings ask for {bands}")
     # The output layer is the embedding; some ways of saving store it under both names.
+    head, embedding = state.get("output_adapter.weight"), state.get("input_adapter.txt_embedding.weight")
+    both = head is not None and embedding is not None and head.shape == embedding.shape
+    require(not both or torch.equal(head, embedding), f"{where}: output_adapter.weight is not the embedding")
     weights = {name: tensor for name, tensor in state.items() if name not in (INV_FREQ, "output_adapter.weight")}
     model = PerceiverAR(config)
     model.load_tensors(to_ours(names(model), weights, where), where=where)
@@ -168,8 +174,11 @@ def names(model: PerceiverAR) -> list[Weight]:
     return find_names(model, modules)
 
 
-def save_krasserm(model: PerceiverAR, directory: str | Path) -> dict[str, Any]:
+def save_krasserm(model: PerceiverAR, directory: str | Path, codec: Codec | None = None) -> dict[str, Any]:
     """Writes config.json and model.safetensors for the package's `from_pretrained`; returns the former.
+
+    codec: of the ids; None: the package's tokenizer of bytes if there are 262 ids, else unknown.
+
     Raises InputError, naming settings of ours, if the package has none for this function.
     """
     config = model.config
@@ -191,7 +200,7 @@ def save_krasserm(model: PerceiverAR, directory: str | Path) -> dict[str, Any]:
         "model_type": "perceiver-ar-causal-language-model",
         "torch_dtype": "float32",
     }
-    if config.vocab_size == 262:
+    if config.vocab_size == 262 and (codec is None or isinstance(codec, OffsetBytesCodec)):
         about["tokenizer_class"] = "PerceiverTokenizer"
     with atomic_path(Path(directory) / "model.safetensors") as temporary:
         save_file({f"backend_model.{name}": x.clone() for name, x in state.items()}, temporary, {"format": "pt"})

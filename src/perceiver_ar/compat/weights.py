@@ -13,6 +13,7 @@ from perceiver_ar.compat.checkpoint_files import listed
 from perceiver_ar.config import PerceiverARConfig
 from perceiver_ar.errors import InputError, require
 from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.network.weights import REPLACED, check_plain
 
 
 class Weight(NamedTuple):
@@ -89,11 +90,7 @@ def find_names(
 def plain_tensors(model: PerceiverAR) -> dict[str, Tensor]:
     """The tensors to export. Raises InputError if some weights are made of other weights."""
     tensors = model.stored_tensors()
-    if replaced := [name for name in tensors if REPLACED.search(name)]:
-        raise InputError(
-            f"the model holds adapters, parametrizations or pruning ({listed(replaced)}): merge them into its weights, "
-            "by peft's merge_and_unload, parametrize.remove_parametrizations or prune.remove"
-        )
+    check_plain(tensors)
     return tensors
 
 
@@ -176,10 +173,8 @@ def say_left_out(names: Sequence[str], where: str) -> None:
 
 WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Wrappers that torch.compile, FSDP and activation checkpointing put into names of modules."""
-REPLACED = re.compile(
-    r"\.(?:parametrizations|base_layer|modules_to_save)\.|\.lora_|\.(?:weight|bias)_(?:g|v|orig|mask)$"
-)
-"""Names of weights that adapters, parametrizations or pruning make of other weights."""
+
+
 OPTIMIZER = re.compile(r"(?:^|[^a-z])optim(?:izer)?s?(?:$|[^a-z])", re.IGNORECASE)
 
 

@@ -247,6 +247,11 @@ class PerceiverARConfig:
         require(name in PRESETS, f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **settings})
 
+    def with_fixed_angles(self) -> Self:
+        """The same network with its rotary base as a number, so that another context_length leaves all angles."""
+        own = self.rotary and self.rotary_base is None
+        return self.replace(rotary_base=float(self.context_length)) if own else self
+
     def replace(self, **settings: Any) -> Self:
         return dataclasses.replace(self, **settings)
 

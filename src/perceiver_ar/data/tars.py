@@ -17,6 +17,7 @@ from perceiver_ar.data.text import text_only
 from perceiver_ar.errors import InputError
 
 TAR = re.compile(r".+\.(tar(\.(gz|xz|bz2|zst))?|tgz)", re.IGNORECASE)
+SHOWN = 5  # endings in a message
 SAMPLE = re.compile(r"(?:.*/)?[^/.]+(\.[^/]+)")
 """A member's name; the group is its extension."""
 
@@ -44,7 +45,8 @@ class Members(Source):
         others = list[tuple[str, Iterator[bytes]]]()  # members of it that are no documents, but look like some
         for name, data in read_tar(self, advance):
             where, ending = f"{self.name}/{name}", extension(name)
-            seen[ending or name] = None
+            if len(seen) < SHOWN:
+                seen[ending or name] = None
             if name[: len(name) - len(ending)] != key:
                 yield from () if has_document else others
                 key, has_document, others = name[: len(name) - len(ending)], False, []
@@ -60,9 +62,8 @@ class Members(Source):
         yield from () if has_document else others
         if seen and not found:
             raise InputError(
-                f"{self.name} has no member that ends in {' or '.join(self.endings)}, only {', '.join([*seen][:5])} "
-                "(from the first dot of a name on); "
-                "set modality, or data.column to the ending of the text's members"
+                f"{self.name} has no member that ends in {' or '.join(self.endings)}, only {', '.join(seen)} (from the "
+                "first dot of a name on); set modality, or data.column to the ending of the text's members"
             )
 
     def _text(self, data: bytes, where: str) -> Iterator[bytes]:

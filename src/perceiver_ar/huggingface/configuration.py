@@ -36,7 +36,9 @@ class PerceiverARModelConfig(PreTrainedConfig):
             require(theirs not in kwargs, f"{theirs} is {kwargs.get(theirs)!r}: the network's setting is {ours}")
         changed = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         where = str(kwargs.get("name_or_path", "config.json"))
-        network = PerceiverARConfig.from_dict(BEFORE["model"] | config_dict, where=where).replace(**changed)
+        config_dict = {name: value for name, value in config_dict.items() if name not in THEIR_NAMES}
+        network = PerceiverARConfig.from_dict(BEFORE["model"] | config_dict, where=where)
+        network = (network.with_fixed_angles() if "context_length" in changed else network).replace(**changed)
         others = {name: value for name, value in config_dict.items() if name not in {"model_type", *names}}
         return super().from_dict({"network": network, **others}, **kwargs)
 
@@ -57,11 +59,12 @@ class PerceiverARModelConfig(PreTrainedConfig):
     sequence length, and there is no limit."""
 
     def to_dict(self) -> dict[str, Any]:
+        return self.to_diff_dict() | {"tie_word_embeddings": self.tie_word_embeddings}  # PEFT reads it here
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `config.json` holds."""
         code = {"auto_map": self.auto_map} if self._auto_class and self.auto_map else {}
         return json.loads(self.network.to_json()) | code  # if this file came with the weights, it is saved with them
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
-
     def to_json_string(self, use_diff: bool = True) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        return json.dumps(self.to_diff_dict(), indent=2) + "\n"

@@ -29,7 +29,7 @@ def export(model: PerceiverARForCausalLM, codec: Codec | None, directory: Path) 
     """Writes model, tokenizer and code into a directory, for `trust_remote_code=True`; it is still a run."""
     model.save_pretrained(directory)
     parts = {"AutoConfig": type(model.config).__name__, "AutoModelForCausalLM": type(model).__name__}
-    settings = model.config.to_dict() | {"auto_map": {auto: f"{MODULE}.{name}" for auto, name in parts.items()}}
+    settings = model.config.to_diff_dict() | {"auto_map": {auto: f"{MODULE}.{name}" for auto, name in parts.items()}}
     write_text(directory / "config.json", json.dumps(settings, indent=2) + "\n")
     write_text(directory / f"{MODULE}.py", flat_source(set(parts.values())))
     if codec is not None:

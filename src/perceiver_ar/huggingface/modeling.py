@@ -25,6 +25,7 @@ from perceiver_ar.huggingface.caching import CACHE, PerceiverARCache, only_cache
 from perceiver_ar.huggingface.configuration import PerceiverARModelConfig
 from perceiver_ar.huggingface.hub import end_of_document
 from perceiver_ar.network.model import PerceiverAR
+from perceiver_ar.network.weights import check_plain, without_tied_head
 from perceiver_ar.objective import IGNORE
 from perceiver_ar.windows import blocks
 
@@ -348,10 +349,16 @@ class PerceiverARForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Writes `config.json` and `model.safetensors` as a run has them, and `generation_config.json`."""
+        """Writes `config.json` and `model.safetensors` as a run has them, and `generation_config.json`.
+
+        Raises InputError if they could not be loaded: adapters are not merged, weights are quantised, or a head that is
+        tied to the embedding has become another one.
+        """
+        require(getattr(self, "hf_quantizer", None) is None, "quantised weights cannot be saved: save the model before")
         state_dict = self.state_dict() if state_dict is None else state_dict
+        check_plain(state_dict)
         if self.config.tie_word_embeddings:
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in self._tied_weights_keys}
+            state_dict = without_tied_head(state_dict, "network.")
         state_dict = {name.removeprefix("network."): tensor for name, tensor in state_dict.items()}
         super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         if is_main_process:  # transformers removes older shards only: a whole file beside new ones would be loaded

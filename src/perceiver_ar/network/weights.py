@@ -3,6 +3,8 @@
 import inspect
 import json
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,8 +34,12 @@ class StoredModule(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes `config.json` and `model.safetensors` into a directory, each whole or not at all."""
+        """Writes `config.json` and `model.safetensors` into a directory, each whole or not at all.
+
+        Raises InputError as `check_plain` and `stored_tensors`.
+        """
         save_directory = Path(save_directory)
+        check_plain(self.stored_tensors())
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.stored_tensors().items()}
         with atomic_path(save_directory / "model.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
@@ -72,17 +78,40 @@ class StoredModule(nn.Module):
         return model.eval()
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """The state dict, without the second name of a tied embedding."""
-        tensors = self.state_dict()
-        if self.config.tie_embeddings:
-            tensors.pop("head.weight", None)
-        return tensors
+        """The state dict, without the second name of a tied embedding. Raises InputError if its head is another one."""
+        return without_tied_head(self.state_dict()) if self.config.tie_embeddings else self.state_dict()
 
     def load_tensors(self, tensors: dict[str, Tensor], where: str) -> None:
         """Loads every tensor by name. Raises InputError that lists missing, unknown and misshaped ones."""
         if wrong := differences(tensors, self.stored_tensors()):
             raise InputError(f"{where} does not fit the settings: {'; '.join(wrong)}")
         self.load_state_dict(tensors, strict=False)
+
+
+def without_tied_head(tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Tensors by name without the head's, which is the embedding. Raises InputError if it is not."""
+    own = {name: tensor for name, tensor in tensors.items() if name != f"{prefix}head.weight"}
+    head, embedding = tensors.get(f"{prefix}head.weight"), tensors.get(f"{prefix}embed.weight")
+    if head is not None and embedding is not None and head.data_ptr() != embedding.data_ptr():
+        differ = head.shape != embedding.shape or not torch.equal(head, embedding)
+        require(not differ, "the head has weights of its own, which tie_embeddings would drop: set it to False")
+    return own
+
+
+REPLACED = re.compile(
+    r"\.(?:parametrizations|base_layer|modules_to_save)\.|\.lora_|\.(?:weight|bias)_(?:g|v|orig|mask)$"
+)
+"""Names of weights that adapters, parametrizations or pruning make of other weights."""
+
+
+def check_plain(tensors: Iterable[str]) -> None:
+    """Raises InputError if names of tensors say that weights are made of other weights."""
+    if replaced := [name for name in tensors if REPLACED.search(name)]:
+        names = ", ".join(replaced[:3]) + (f" and {len(replaced) - 3} more" if len(replaced) > 3 else "")
+        raise InputError(
+            f"the model holds adapters, parametrizations or pruning ({names}): merge them into its weights, by peft's "
+            "merge_and_unload, parametrize.remove_parametrizations or prune.remove"
+        )
 
 
 def differences(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
