@@ -1112,6 +1112,25 @@ def test_text_ends_with_the_stop_text(cycle: Path, capsys: pytest.CaptureFixture
     assert generated(capsys, cycle, *options, "--stop=a") == "é€😀a\n"
 
 
+def test_text_ends_with_the_stop_text_within_a_token(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "text.txt"
+    assert main(["train", str(corpus), "--out", str(run), *SMALL, "--data.bpe_vocab_size=300"]) == 0
+    codec = Run(run).codec()
+    whole = generated(capsys, run, "--seed=1", "--max_new_tokens=60").removesuffix("\n")
+    long = next(
+        text
+        for text in (codec.decode([i]).decode(errors="replace") for i in codec.encode(whole.encode()))
+        if len(text) > 1
+    )
+    stop = long[0]
+    text = generated(capsys, run, "--seed=1", "--max_new_tokens=60", "--stop", stop, "--out", str(out)).removesuffix(
+        "\n"
+    )
+    assert text == whole[: whole.index(stop) + 1] == out.read_text()
+
+
 def test_bfloat16_and_sliding_write_text_too(cycle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--prompt=a", "--temperature=0", "--max_new_tokens=20"
     assert generated(capsys, cycle, *options, "--precision=bf16", "--slide") == "é€😀aé€😀a\n"

@@ -1,6 +1,8 @@
 """Conditions: from a table to tokens in front of documents and of every window, and to what is generated."""
 
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +436,18 @@ def test_a_free_text_says_what_is_generated_and_scored(
     assert main(["info", str(told)]) == 0
     assert "odd: 0, 1; note: text of at most 4 bytes\n" in capsys.readouterr().out
     assert write_card(Run(told), "me/told")
+
+
+def test_compressors_read_all_of_the_text_that_the_model_is_scored_on(
+    told: Path, letters: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Conditions are no text, but they stand among its tokens."""
+    argv = ["evaluate", told, letters, "--conditions", letters / "about.csv", "--context_lengths=16,32"]
+    capsys.readouterr()
+    assert main(list(map(str, argv))) == 0
+    shown = re.search(r"gzip +([\d.]+)", capsys.readouterr().out)
+    text = b"".join(path.read_bytes() for path in sorted(letters.glob("*.txt")))[14:]  # but the first 32 tokens
+    assert shown is not None and float(shown[1]) == pytest.approx(8 * len(gzip.compress(text, 9)) / len(text), rel=0.03)
 
 
 def test_a_fine_tuned_run_has_the_same_free_text(

@@ -89,6 +89,10 @@ def test_what_the_runs_do_not_tell_is_said() -> None:
     lengths = {N: 20 * N for N in (10**5, 3 * 10**5, 10**6, 3 * 10**6, 10**7, 3 * 10**7)}
     together = [point for N, D in lengths.items() for point in points([N], [D])]
     assert any("change together" in note for note in analyse(runs(together))["notes"])
+    steep = analyse(runs(points(loss=lambda N, D: 1 + 1e18 * N**-4 + 60 * D**-0.28)))
+    assert any("at its limit of 3" in note for note in steep["notes"])
+    missed = [replace(p, loss=1.5 * p.loss) if i == 4 else p for i, p in enumerate(points())]
+    assert f"The fit misses 1 of 9 runs by more than 5%, such as {missed[4].run}." in analyse(runs(missed))["notes"]
     small_corpus = analyse(runs(points(), tokens=10**9), [(1e19, "flops")])
     [best] = small_corpus["budgets"]
     assert best["passes"] == pytest.approx(best["targets"] / 10**9) and best["passes"] > 4
@@ -237,6 +241,14 @@ def test_a_run_counts_once_by_whatever_path(trained: Path, tmp_path: Path, monke
     monkeypatch.chdir(trained)
     (tmp_path / "link").symlink_to(trained / "4-6")
     assert len(read_runs(["4-6", trained / "4-6", tmp_path / "link", "./8-6"]).points) == 2
+
+
+def test_a_converted_run_is_left_out(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "4-6", tmp_path / "converted")
+    (tmp_path / "converted" / "recipe.yaml").unlink()
+    found = read_runs([trained / "8-6", tmp_path / "converted"])
+    assert len(found.points) == 1
+    assert found.left_out == {str(tmp_path / "converted"): "converted, not trained here"}
 
 
 def test_other_differences_are_named(trained: Path, tmp_path: Path) -> None:

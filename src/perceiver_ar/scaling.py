@@ -114,15 +114,16 @@ class Law:
 def read_runs(paths: Sequence[str | Path]) -> Runs:
     """Reads the finished runs among `paths`.
 
-    A run counts if it came to the end of its own schedule: before that its learning rate is still high, and so is its
-    loss.
+    A run counts if it came to the end of its own schedule: before that its learning rate and its loss are high.
     Raises InputError if a path is not a run, or finished runs differ in what `EQUAL` names.
     """
     left_out: dict[str, str] = {}
     found: list[tuple[Run, Recipe, dict[str, Any]]] = []
     for run in map(Run.open, {os.path.realpath(path): path for path in paths}.values()):
-        recipe, summary = run.recipe(), run.summary() or {}
-        if reason := why_left_out(summary):
+        summary = run.summary() or {}
+        if run.weights_file.exists() and not run.recipe_file.exists():
+            left_out[str(run.path)] = "converted, not trained here"
+        elif (recipe := run.recipe()) and (reason := why_left_out(summary)):
             left_out[str(run.path)] = reason
         else:
             found.append((run, recipe, summary))
@@ -288,6 +289,10 @@ def analyse(runs: Runs, budgets: Sequence[tuple[float, str]] = ()) -> dict[str, 
         for unit, name in (("flops", "FLOPs"), ("seconds", "seconds"))
         if law.costs[unit][1] == FLATTEST and any(each["unit"] == unit for each in best)
     ]
+    if max(law.loss.exponents) > 0.99 * HIGHEST:
+        notes.append(f"An exponent is at its limit of {HIGHEST:g}: these runs do not determine it.")
+    if missed := [p.run for p in points if abs(math.log(law.loss(p.parameters, p.targets) / p.loss)) > 0.05]:
+        notes.append(f"The fit misses {len(missed)} of {len(points)} runs by more than 5%, such as {missed[0]}.")
     if abs(np.corrcoef(np.log(N), np.log(D))[0, 1]) > 0.97:
         notes.append("Size and length change together in these runs, which hardly tells the two apart: add others.")
     if (worst := max(max(each["parameters_factor"], each["targets_factor"]) for each in best)) > 3:

@@ -227,6 +227,17 @@ def test_all_samples_have_the_scores_of_the_prompt(client: Any) -> None:
     assert [both[1].text[offset] for offset in both[1].logprobs.text_offset[1:9]] == list("A prompt")
 
 
+def test_a_character_may_be_echoed_in_part_and_drawn_to_its_end() -> None:
+    from perceiver_ar.serving.completions import Choice
+
+    choice = Choice(0, Vocabulary(BytesCodec()), [], 0)
+    choice.echo([0, 0xE6, 0x97], None)
+    first = choice.delta(choice.text.echo(b"\xe6\x97"))
+    second = choice.push(0xA5, torch.zeros(256), "length")
+    assert (first.text, second.text) == ("", "\u65e5")
+    assert [token.offset for token in (*first.tokens, *second.tokens)] == [0, 0, 0, 0]
+
+
 def test_prompts_with_too_many_scores_are_refused(url: str) -> None:
     body = {"prompt": ["a" * 1000] * 2, "max_tokens": 0, "echo": True, "logprobs": 100, "n": 2}
     answer = http.post(f"{url}/v1/completions", json=body)

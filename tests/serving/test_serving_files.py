@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import assert_refused
 from PIL import Image
 from reference import randomize
 from samples import write_band, write_music, write_picture
@@ -163,6 +164,23 @@ def test_a_picture_is_completed(serving: Any, made: Made, tmp_path: Path) -> Non
                                                                "generated-grid.png"]  # fmt: skip
         assert answer["usage"]["completion_tokens"] == 4 * 8
         assert http.get(answer["files"][0]["url"]).content.startswith(b"\x89PNG")
+
+
+def test_pictures_have_their_whole_context_and_end_with_it(
+    serving: Any, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = made(ImageCodec(4, 4, "grey"))
+    assert_refused(capsys, "serve", run, "--port=0", "--max_context=9", says="max_context is 9, but a picture of this")
+    with serving(run, max_context=16) as url, httpx.Client(base_url=url, timeout=120) as http:
+
+        def complete(**body: Any) -> Any:
+            return http.post("/v1/completions", json={"model": run.name, "temperature": 0, **body}).json()
+
+        for drawn, prompt in ((16, [256]), (3, [256] + 13 * [7]), (0, [256] + 16 * [7])):
+            assert complete(prompt=prompt, max_tokens=300)["usage"]["completion_tokens"] == drawn
+        assert "a whole picture 17" in complete(prompt=[256] + 17 * [7], max_tokens=1)["error"]["message"]
+        refused = http.post("/v1/generate", files={"file": ("a.png", b"no picture")}).json()["error"]["message"]
+        assert "--modality" not in refused
 
 
 def test_files_that_lie_are_refused_and_the_server_lives(serving: Any, made: Made) -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perceiver_ar.data.text import BytesCodec, OffsetBytesCodec, train_bpe
-from perceiver_ar.serving.text import StoppedText, Vocabulary
+from perceiver_ar.serving.text import CharacterCount, StoppedText, Vocabulary
 
 pieces = st.lists(st.lists(st.sampled_from(list("aaabé€".encode())), max_size=4).map(bytes), max_size=12)
 stops = st.lists(st.text("aabé€", min_size=1, max_size=4).map(str.encode), max_size=3)
@@ -50,6 +50,30 @@ def test_only_a_live_beginning_of_a_stop_is_held_back(pieces: list[bytes], stops
         assert longer == held or len(longer) > len(held)
         for n in range(len(held) + 1, len(data) + 1):  # and nothing longer was to be held
             assert not any(stop.startswith(data[-n:]) for stop in stops)
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(list("ab€".encode() + b"\x80\xf0\xff\xe2")), max_size=3).map(bytes), max_size=12)
+)
+def test_a_piece_is_counted_to_begin_where_its_character_is(pieces: list[bytes]) -> None:
+    whole = b"".join(pieces).decode(errors="replace")
+    characters = CharacterCount()
+    for i, piece in enumerate(pieces):
+        at, again = characters.copy().push(piece), characters.push(piece)
+        assert at == again
+        if piece[:1] in (b"a", b"b"):
+            assert whole[at] == chr(piece[0])
+            assert whole[:at].count("a") == b"".join(pieces[:i]).count(b"a")
+
+
+def test_offsets_of_parts_of_characters() -> None:
+    def offsets(*pieces: bytes) -> list[int]:
+        characters = CharacterCount()
+        return [characters.push(piece) for piece in pieces]
+
+    assert offsets(b"\x80", b"\x80", b"a", b"b") == [0, 1, 2, 3]
+    assert offsets(b"a", b"\xe2", b"\x82", b"\xac", b"b") == [0, 1, 1, 1, 2]
+    assert offsets(b"\xe2", b"\x82", b"a", b"\xe2", b"\xe2") == [0, 0, 1, 2, 3]
 
 
 def test_a_character_comes_whole() -> None:

@@ -60,7 +60,7 @@ def evaluate_verb(argv: list[str]) -> None:
         if lengths is None:
             print(json.dumps(results[0].to_dict()) if args.json else describe(results[0]))
             return
-        references = compressors(codec, tokens.tokens[max(lengths) :][: results[0].tokens])
+        references = compressors(codec, tokens.tokens[max(lengths) :][: args.max_tokens])
     show_context_table(run, results, references, args.json)
 
 

@@ -149,8 +149,7 @@ def generate_verb(argv: list[str]) -> None:
 
 def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, out: Path | None) -> None:
     """Shows a text of `count` tokens as it is drawn, or up to `stop`, and writes it into `out`."""
-    ids: list[int] = []
-    ending = b""
+    ids, written = list[int](), bytearray()
     text, started = codecs.getincrementaldecoder("utf-8")(errors="replace"), time.perf_counter()
     interrupted = False
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -158,19 +157,21 @@ def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, 
     try:
         for step in steps:
             ids.append(int(step.tokens[0]))
-            data = codec.decode([ids[-1]])
-            sys.stdout.write(text.decode(data))
+            before = len(written)
+            written += codec.decode([ids[-1]])
+            at = written.find(stop, max(0, before - len(stop) + 1)) if stop else -1
+            if at >= 0:
+                del written[at + len(stop) :]  # a token may go on behind it
+            sys.stdout.write(text.decode(written[before:]))
             sys.stdout.flush()
-            ending += data
-            if stop and stop in ending:
+            if at >= 0:
                 break
-            ending = ending[1 - len(stop) :] if len(stop) > 1 else b""
     except KeyboardInterrupt:
         interrupted = True
     finally:
         if out is not None and (ids or count == 0):  # keep an older file if nothing was drawn
             with atomic_path(out) as temporary:
-                temporary.write_bytes(codec.to_file(ids))
+                temporary.write_bytes(written if stop else codec.to_file(ids))
     seconds = time.perf_counter() - started
     print(text.decode(b"", final=True))
     print(f"{len(ids)} tokens in {seconds:.1f} s, {len(ids) / seconds:.1f} tokens/s", file=sys.stderr)

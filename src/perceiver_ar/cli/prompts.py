@@ -74,6 +74,8 @@ def what_to_draw(
 
     counts = args.keep, args.max_new_tokens, args.infill
     row, prompt, count = row_prompt_and_count(codec, np.array(document), *counts, context_length)
+    whole = codec.document_length is not None and count < 1 and args.max_new_tokens != 0
+    require(not whole, "there is nothing to draw: the prompt is a whole picture; --keep says how much of it stays")
     return row.tolist(), prompt.tolist(), count, samples
 
 

@@ -110,8 +110,8 @@ def network(state: Mapping[str, Tensor], settings: Mapping[str, Any], where: str
         raise InputError(f"{where}: {INV_FREQ} has {state[INV_FREQ].numel()} frequencies, its settings ask for {bands}")
     # The output layer is the embedding; some ways of saving store it under both names.
     head, embedding = state.get("output_adapter.weight"), state.get("input_adapter.txt_embedding.weight")
-    both = head is not None and embedding is not None and head.shape == embedding.shape
-    require(not both or torch.equal(head, embedding), f"{where}: output_adapter.weight is not the embedding")
+    if head is not None and embedding is not None:
+        require(torch.equal(head, embedding), f"{where}: output_adapter.weight is not the embedding")
     weights = {name: tensor for name, tensor in state.items() if name not in (INV_FREQ, "output_adapter.weight")}
     model = PerceiverAR(config)
     model.load_tensors(to_ours(names(model), weights, where), where=where)

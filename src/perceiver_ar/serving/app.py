@@ -23,7 +23,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from perceiver_ar.data.codec import Codec
+from perceiver_ar.data.codec import Codec, of_trained
 from perceiver_ar.data.text import END_OF_TEXT
 from perceiver_ar.errors import InputError
 from perceiver_ar.generation.rows import WeightsError
@@ -206,7 +206,7 @@ def create_app(service: Service) -> FastAPI:
         except Refused:
             raise
         except InputError as error:  # a file of another kind, or a damaged one
-            return error_response(422, str(error), param="prompt" if form.file is None else "file")
+            return error_response(422, of_trained(str(error)), param="prompt" if form.file is None else "file")
         generation.submit()
         return await answer_with(request, generation, form.stream, metrics)
 

@@ -18,7 +18,7 @@ from perceiver_ar.serving.engine import Engine, Finish, Job
 from perceiver_ar.serving.metrics import Metrics, TokenTimes
 from perceiver_ar.serving.outbox import Outbox
 from perceiver_ar.serving.protocol import MAX_SCORES, MAX_UNREAD, CompletionRequest, Refused
-from perceiver_ar.serving.text import StoppedText, Vocabulary
+from perceiver_ar.serving.text import CharacterCount, StoppedText, Vocabulary
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Choice:
         self.index, self.vocabulary, self.top = index, vocabulary, top
         self.text = StoppedText(stops)
         self.tokens = deque[Token]()
-        self.drawn, self.echoed, self.num_bytes, self.num_characters = 0, 0, 0, 0
+        self.drawn, self.echoed, self.num_bytes, self.characters = 0, 0, 0, CharacterCount()
 
     def echo(self, tokens: Sequence[int], logprobs: Tensor | None) -> None:
         """Adds tokens of the prompt. logprobs: (n, V), the log-probabilities at each; None: no token comes before."""
@@ -82,7 +82,7 @@ class Choice:
     def echo_of(self, other: "Choice") -> None:
         """Has the echo of another choice of the same prompt."""
         self.tokens, self.echoed = deque(other.tokens), other.echoed
-        self.num_bytes, self.num_characters = other.num_bytes, other.num_characters
+        self.num_bytes, self.characters = other.num_bytes, other.characters.copy()
 
     def push(self, token: int, logprobs: Tensor, finish: Finish | None) -> Delta:
         """Adds a token that was drawn from these log-probabilities (V,)."""
@@ -111,8 +111,7 @@ class Choice:
         if self.top is None:
             return
         data, names = self.vocabulary.bytes[token], self.vocabulary.names
-        begins = [byte & 0xC0 != 0x80 for byte in data]  # whether a UTF-8 character begins there
-        offset = self.num_characters - (bool(data) and not begins[0] and self.num_characters > 0)
+        offset = self.characters.push(data)
         logprob, top = None, None
         if logprobs is not None and token < self.vocabulary.conditions:  # those are given, not predicted
             logprob = float(logprobs[token])
@@ -121,7 +120,6 @@ class Choice:
             top.setdefault(names[token], logprob)
         self.tokens.append(Token(names[token], logprob, top, self.num_bytes, len(data), offset))
         self.num_bytes += len(data)
-        self.num_characters += sum(begins)
 
 
 class Listener:
@@ -129,7 +127,7 @@ class Listener:
 
     def __init__(
         self, outbox: Outbox, results: "asyncio.Queue[Delta | Exception]", choices: Sequence[Choice],
-        echo: str | None, metrics: Metrics,
+        echo: bytes | None, metrics: Metrics,
     ) -> None:  # fmt: skip
         self.results, self.choices, self.prompt = results, choices, echo
         self.send, self.times = partial(outbox.put, results), TokenTimes(metrics)
@@ -142,7 +140,7 @@ class Listener:
             choice.echo_of(self.choices[0])
         for choice in self.choices:
             if self.prompt is not None or last:
-                self.send(choice.delta(self.prompt or "", "length" if last else None))
+                self.send(choice.delta(choice.text.echo(self.prompt or b""), "length" if last else None))
 
     def token(self, sample: int, token: int, logprobs: Tensor, finish: Finish | None) -> bool:
         self.times.token(sample)
@@ -160,8 +158,8 @@ class Listener:
         self.send(error)
 
 
-Prompt = tuple[Tensor, str | None]
-"""The ids (T,) of a prompt, and its text if the answer repeats it."""
+Prompt = tuple[Tensor, bytes | None]
+"""The ids (T,) of a prompt, and its text as UTF-8 if the answer repeats it."""
 
 
 class Completion:
@@ -201,8 +199,14 @@ class Completion:
             listener = Listener(engine.outbox, self.results, choices, echo, metrics)
             seeds = [None if request.seed is None else request.seed + first + i for i in range(n)]
             pinned = tuple(vocabulary.codec.conditions_of(ids.numpy()))
-            each = replace(settings, pinned=pinned)
-            self.jobs.append(Job(ids, each, seeds if request.count else [], listener, score))
+            count, whole = request.count, vocabulary.codec.document_length
+            if whole is not None and len(ids) > whole:
+                raise Refused(
+                    f"prompt has {len(ids)} ids, and a whole picture {whole}: give one, or its beginning", "prompt"
+                )
+            count = count if whole is None else min(count, whole - len(ids))
+            each = replace(settings, pinned=pinned, max_new_tokens=count)
+            self.jobs.append(Job(ids, each, seeds if count else [], listener, score))
 
     def submit(self) -> None:
         """Raises Busy if the queue has no room. Call `cancel` afterwards in any case."""
@@ -266,6 +270,6 @@ def read_prompts(request: CompletionRequest, vocabulary: Vocabulary) -> list[Pro
             ids = torch.from_numpy(vocabulary.prompt_ids(prompt, request.condition or {}))
         except InputError as error:
             raise Refused(f"prompt cannot be read: {str(error).partition(';')[0]}", "prompt") from None
-        echo = (prompt if isinstance(prompt, str) else vocabulary.text(prompt)) if request.echo else None
-        found.append((ids, echo))
+        text = prompt.encode() if isinstance(prompt, str) else b"".join(vocabulary.bytes[index] for index in prompt)
+        found.append((ids, text if request.echo else None))
     return found

@@ -77,6 +77,8 @@ def load(
     require(slots >= 1, f"slots is {slots}: it must be at least 1")
     run = Run.open(path)
     model, codec = in_own_thread(partial(load_model, run, precision, device))  # now only the engine's thread computes
+    whole = codec.document_length is None or max_context is None or max_context >= model.config.context_length
+    require(whole, f"max_context is {max_context}, but a picture of this run has {codec.document_length}: leave it out")
     engine = Engine(model, slots=slots, max_context=max_context, compile=compile)
     try:
         engine.start()

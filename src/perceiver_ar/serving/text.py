@@ -75,6 +75,37 @@ class Vocabulary:
         return b"".join(self.bytes[index] for index in ids).decode(errors="replace")
 
 
+class CharacterCount:
+    """Counts the characters of a text whose bytes arrive in pieces, as `StoppedText` decodes them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Characters that are complete."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def copy(self) -> "CharacterCount":
+        copied = CharacterCount()
+        copied.count = self.count
+        copied._decoder.setstate(self._decoder.getstate())
+        return copied
+
+    def push(self, data: bytes) -> int:
+        """The number of characters before the one in which `data` begins."""
+        held, before = self._decoder.getstate()[0], self.count
+        if held and data:  # a character that is not complete; `data` may not go on with it
+            before += not _may_go_on(held + data[:1])
+        self.count += len(self._decoder.decode(data))
+        return before
+
+
+def _may_go_on(data: bytes) -> bool:
+    """Whether these bytes are one character, or the beginning of one."""
+    try:
+        return len(codecs.getincrementaldecoder("utf-8")().decode(data)) <= 1
+    except UnicodeDecodeError:
+        return False
+
+
 class StoppedText:
     """Bytes that arrive in pieces -> text up to the first stop.
 
@@ -89,6 +120,10 @@ class StoppedText:
         """Bytes that have become text or an incomplete character."""
         self._held = b""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def echo(self, data: bytes) -> str:
+        """The text of bytes in which no stop counts; they come before all others."""
+        return self._decoder.decode(data)
 
     def push(self, data: bytes) -> str:
         """The text that is now certain. The stop that is completed first ends it; of several, the longest."""

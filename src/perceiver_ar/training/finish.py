@@ -120,14 +120,15 @@ def draw_context(prepared: Prepared, model: PerceiverAR, held_out: TokenFile) ->
         say("The held-out text is too short beside its conditions for a plot of context lengths.")
         return
     lengths = [longest, *(longest // 4**i for i in (1, 2, 3) if longest // 4**i >= max(16, 2 * count))]
+    most = max(count + 2, recipe.trainer.evaluation_tokens // 10)
     results = evaluate_context_lengths(
         model,
         held_out,
         lengths,
         byte_lengths=codec.byte_lengths(),
-        max_tokens=max(count + 2, recipe.trainer.evaluation_tokens // 10),
+        max_tokens=most,
         precision=evaluation_precision(prepared),
     )
     write_table(run.plots / "context.csv", results)
-    references = compressors(codec, held_out.tokens[longest:][: results[0].tokens])
+    references = compressors(codec, held_out.tokens[longest:][:most])
     plot_context(run.plots / "context.png", results, references)
