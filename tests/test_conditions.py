@@ -130,7 +130,7 @@ def test_a_conditioned_codec_is_the_plain_one_with_ids_that_stand_for_nothing(na
     assert codec.start(conditions={"kind": "low"}).tolist() == [*plain.separator, *front]
     ids = np.arange(min(plain.vocab_size, 30))
     mixed = np.concatenate([front, ids, codec.unknown])
-    assert codec.decode(mixed) == plain.decode(ids) and codec.to_file(mixed) == plain.to_file(ids)
+    assert codec.decode(mixed) == plain.decode(ids) and codec.file_of(b"a") == plain.file_of(b"a")
     assert codec.amounts(mixed) == plain.amounts(ids)
     assert codec.byte_lengths().tolist() == [*plain.byte_lengths().tolist(), 0, 0, 0, 0, 0]
     allowed = codec.allowed_next(np.array([*plain.separator, *front]))

@@ -78,7 +78,7 @@ def test_letters_follow_the_stated_rule() -> None:
 
 
 def test_a_prompt_may_be_a_file_with_one_record_and_a_document_is_written_as_one() -> None:
-    written = CODEC.to_file(CODEC.encode(b"ACGT" * 50))
+    written = CODEC.file_of(b"ACGT" * 50)
     assert written == b">generated\n" + b"ACGT" * 20 + b"\n" + b"ACGT" * 20 + b"\n" + b"ACGT" * 10 + b"\n"
     assert CODEC.decode(CODEC.encode(written)) == b"ACGT" * 50
     with pytest.raises(WrongModality, match="2 records"):

@@ -171,7 +171,7 @@ def show_text(codec: "Codec", steps: "Iterable[Step]", count: int, stop: bytes, 
     finally:
         if out is not None and (ids or count == 0):  # keep an older file if nothing was drawn
             with atomic_path(out) as temporary:
-                temporary.write_bytes(written if stop else codec.to_file(ids))
+                temporary.write_bytes(codec.file_of(bytes(written)))
     seconds = time.perf_counter() - started
     print(text.decode(b"", final=True))
     print(f"{len(ids)} tokens in {seconds:.1f} s, {len(ids) / seconds:.1f} tokens/s", file=sys.stderr)

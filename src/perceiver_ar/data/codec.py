@@ -113,9 +113,9 @@ class Codec(ABC):
     def decode(self, ids: ArrayLike) -> bytes:
         """Ids (n,) -> the bytes they stand for. Never raises for ids that no document has, such as its first half."""
 
-    def to_file(self, ids: ArrayLike) -> bytes:
-        """The content of a file for ids (n,): their bytes, and what the format has around them."""
-        return self.decode(ids)
+    def file_of(self, document: bytes) -> bytes:
+        """The content of a file for what `decode` returned: with what the format has around it."""
+        return document
 
     def fit(self, config: PerceiverARConfig) -> PerceiverARConfig:
         """`config` with the settings that follow from the codec filled in."""
@@ -220,7 +220,7 @@ class Codec(ABC):
     def results(self, rows: Sequence[np.ndarray], prompt_len: int, stem: str, **_: Any) -> Iterator[tuple[str, bytes]]:
         """Name and content of each file that `show` writes, from its arguments."""
         for name, ids in zip(self.result_names(stem, len(rows)), rows, strict=False):
-            yield name, self.to_file(ids)
+            yield name, self.file_of(self.decode(ids))
 
     def result_names(self, stem: str, count: int) -> list[str]:
         """The names that `results` may yield for `count` rows, the rows' own first."""

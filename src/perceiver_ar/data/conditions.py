@@ -125,8 +125,8 @@ class ConditionedCodec(Codec):
     def decode(self, ids: ArrayLike) -> bytes:
         return self.plain.decode(self._documents(ids))
 
-    def to_file(self, ids: ArrayLike) -> bytes:
-        return self.plain.to_file(self._documents(ids))
+    def file_of(self, document: bytes) -> bytes:
+        return self.plain.file_of(document)
 
     def fit(self, config: PerceiverARConfig) -> PerceiverARConfig:
         return self.plain.fit(config).replace(vocab_size=self.vocab_size)

@@ -8,7 +8,6 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from perceiver_ar.data.codec import WrongModality
 from perceiver_ar.data.sources import Source, split_documents
@@ -259,10 +258,9 @@ class NucleotideCodec(FixedBytesCodec):
         ids[np.repeat(unknown, np.where(unknown, self.kmer, 1))] = self.first_base + rows[unknown].reshape(-1)
         return ids.astype(self.dtype)
 
-    def to_file(self, ids: ArrayLike) -> bytes:
+    def file_of(self, document: bytes) -> bytes:
         """A FASTA file with one record."""
-        bases = self.decode(ids)
-        lines = [bases[start : start + LINE] for start in range(0, len(bases), LINE)]
+        lines = [document[start : start + LINE] for start in range(0, len(document), LINE)]
         return b"\n".join([b">generated", *lines, b""])
 
     def augment(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -92,9 +92,10 @@ def without_tied_head(tensors: dict[str, Tensor], prefix: str = "") -> dict[str,
     """Tensors by name without the head's, which is the embedding. Raises InputError if it is not."""
     own = {name: tensor for name, tensor in tensors.items() if name != f"{prefix}head.weight"}
     head, embedding = tensors.get(f"{prefix}head.weight"), tensors.get(f"{prefix}embed.weight")
-    if head is not None and embedding is not None and head.data_ptr() != embedding.data_ptr():
-        differ = head.shape != embedding.shape or not torch.equal(head, embedding)
-        require(not differ, "the head has weights of its own, which tie_embeddings would drop: set it to False")
+    if head is None or embedding is None or type(head.detach()) is not Tensor:  # nothing to compare, or divided by FSDP
+        return own
+    same = head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding)
+    require(same, "the head has weights of its own, which tie_embeddings would drop: set it to False")
     return own
 
 
